@@ -23,10 +23,12 @@ from sklearn.svm import SVC
 from gating_jax.continual import build
 from gating_jax.data import image_sets
 
-_JUDGE_IMAGES = 10_000  # at most
+# Most images that the judge is trained on.
+_JUDGE_IMAGES = 10_000
 
 
 def main():
+  """Prints a line for each kind of generators and seed."""
   parser = continual.config_arguments(__doc__)
   parser.add_argument("--kinds", default="generative,gated_generative")
   args = parser.parse_args()
@@ -48,6 +50,7 @@ def main():
 
 
 def experiment_of(args, kind, seed):
+  """Builds the experiment with these generators."""
   fields = {"method": "gates", "seed": seed, "router.rehearsal": kind}
   return build.build(continual.configured(args, fields))
 
@@ -58,29 +61,34 @@ def report(kind, seed, experiment, judge):
   problem, count = dataclasses.replace(experiment.problem, axis_name=None), config.generator.images
   rehearsal = build.REHEARSALS[kind](config, problem)
   memory, key = rehearsal.init(experiment.key(0)), experiment.key(1)
-  then, right = [], lambda pixels, labels: np.mean(judge(pixels) == labels)
+  then = []
   for task in range(problem.tasks):
     memory = trained(rehearsal, memory, experiment, task)
     pixels, labels = rehearsal.recall(memory, None, task, key)
     then.append(pixels[task * count :])
     memory = rehearsal.keep(memory, None, task, key)
-  of_task = lambda x: np.split(x, problem.tasks)
-  now = [right(*pair) for pair in zip(of_task(pixels), of_task(labels), strict=True)]
-  before = [right(*pair) for pair in zip(then, of_task(labels), strict=True)]
+  images_of_task = np.split(pixels, problem.tasks)
+  now, before = [], []
+  for task, wanted in enumerate(np.split(labels, problem.tasks)):
+    now.append(np.mean(judge(images_of_task[task]) == wanted))
+    before.append(np.mean(judge(then[task]) == wanted))
   same = np.mean(np.all(np.concatenate(then) == pixels, axis=(1, 2, 3)))
   used = [
     np.asarray(units).mean(axis=1)
-    for units in memory.get("protection", {}).values()
+    for units in jax.tree.leaves(getattr(memory, "protection", ()))
     if np.ndim(units) == 2
   ]
-  each = lambda shares: " ".join(f"{100 * share:.0f}" for share in shares)
   print(
     f"{kind:<18}{seed:>5}{1000 * rehearsal.megabytes(memory, problem.tasks):>7.0f}"
-    f"{100 * np.mean(before):>7.1f}"
-    f"{100 * np.mean(now):>7.1f}{100 * same:>7.1f}  {each(now):<26}{''.join(map(each, used)):<26}"
-    f"{time.perf_counter() - start:>8.0f}",
+    f"{100 * np.mean(before):>7.1f}{100 * np.mean(now):>7.1f}{100 * same:>7.1f}  "
+    f"{percents(now):<26}{''.join(map(percents, used)):<26}{time.perf_counter() - start:>8.0f}",
     flush=True,
   )
+
+
+def percents(fractions):
+  """Formats fractions in whole percent."""
+  return " ".join(f"{100 * fraction:.0f}" for fraction in fractions)
 
 
 def trained(rehearsal, memory, experiment, task):
@@ -91,7 +99,10 @@ def trained(rehearsal, memory, experiment, task):
 
   @functools.partial(jax.jit, donate_argnums=0)
   def run(memory, key):
+    """Takes all steps of the pretraining."""
+
     def step(memory, key):
+      """Takes one step on random images."""
       index = jax.random.randint(key, (size,), 0, len(labels))
       own = labels[index] - task * experiment.problem.classes
       return rehearsal.pretrain_step(memory, pixels[index], own)[0], None
@@ -105,7 +116,11 @@ def trained_judge(experiment):
   """Returns a function from pixels to classes."""
   images = image_sets.join(tuple(task.train for task in experiment.tasks))
   chosen = np.random.default_rng(0).permutation(len(images))[:_JUDGE_IMAGES]
-  flat = lambda pixels: np.asarray(pixels).reshape(len(pixels), -1) / 255
+
+  def flat(pixels):
+    """Returns `[n, pixels]` in [0, 1]."""
+    return np.asarray(pixels).reshape(len(pixels), -1) / 255
+
   pixels, labels = images.read(chosen)
   judge = SVC(C=10).fit(flat(pixels), labels)
   return lambda pixels: judge.predict(flat(pixels))

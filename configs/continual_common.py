@@ -62,9 +62,9 @@ def continual_config() -> ml_collections.ConfigDict:
       },
       "router": {  # task inference, for when the task is unknown
         "rehearsal": "episodic",  # or generative, gated_generative, masked_generative, none
-        # an ungated network of all classes, in place of a layer on the features of all streams
+        # an ungated network of all classes, in place of a layer on the features of all tasks
         "network": False,
-        "distillation": 2.0,  # weight of that network's teaching for the stream being learnt
+        "distillation": 2.0,  # weight of that network's teaching for the task being learnt
         "hidden": 64,  # of the layer, as all below
         "steps": 2000,  # after each task, on its own
         "batch_size": 256,

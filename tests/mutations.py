@@ -327,15 +327,15 @@ CONTINUAL = [
   Mutant(
     "frozen_filters_move",
     "continual/methods/task_gates.py",
-    "still = lambda u, frozen: jnp.where(frozen, 0, u)",
-    "still = lambda u, frozen: u",
+    "lambda update, frozen: jnp.where(frozen, 0, update),",
+    "lambda update, frozen: update,",
     "continual/methods/test_task_gates.py::test_updates_of_frozen_filters_are_0_and_all_others_stay",
   ),
   Mutant(
     "frozen_only_if_frozen_before",
     "continual/units.py",
-    "flat[*writer, name] |= units",
-    "flat[*writer, name] &= units",
+    "flat[*writer, name] |= relevant[place]",
+    "flat[*writer, name] &= relevant[place]",
     "continual/methods/test_task_gates.py::"
     "test_filters_of_every_task_so_far_are_frozen_and_what_no_gate_switches",
   ),
@@ -370,8 +370,8 @@ CONTINUAL = [
   Mutant(
     "path_integral_not_divided",
     "continual/methods/si.py",
-    "old + jnp.maximum(path, 0) / ((p - a) ** 2 + damping)",
-    "old + jnp.maximum(path, 0)",
+    "importance + jnp.maximum(path, 0) / ((p - anchor) ** 2 + damping)",
+    "importance + jnp.maximum(path, 0)",
     "continual/methods/test_si.py::test_importance_by_hand_and_never_below_zero",
   ),
   Mutant(
@@ -384,22 +384,22 @@ CONTINUAL = [
   Mutant(
     "replay_keeps_the_newest_tasks",
     "continual/replay_memory.py",
-    "chosen = even_choice(offered[1], slots)",
-    "chosen = np.arange(len(offered[1]))[-slots:]",
+    "chosen = even_choice(offered.labels, slots)",
+    "chosen = np.arange(len(offered.labels))[-slots:]",
     "continual/test_replay_memory.py",
   ),
   Mutant(
     "replay_keeps_the_newest_images",
     "continual/replay_memory.py",
-    "np.random.default_rng(np.asarray(jax.random.key_data(key))).permutation(len(labels))",
+    "np.random.default_rng(seed).permutation(len(labels))",
     "np.arange(len(labels))[::-1]",
     "continual/test_replay_memory.py",
   ),
   Mutant(
     "lwf_without_temperature",
     "continual/methods/lwf.py",
-    "heads = lambda x: x.reshape(len(x), -1, classes) / temperature",
-    "heads = lambda x: x.reshape(len(x), -1, classes)",
+    "logits = logits.reshape(len(logits), -1, classes) / temperature",
+    "logits = logits.reshape(len(logits), -1, classes)",
     "continual/methods/test_lwf.py::test_value_by_hand",
   ),
   Mutant(

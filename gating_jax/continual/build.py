@@ -82,9 +82,10 @@ class ContinualExperiment:
   def stages(self) -> range:
     """Returns the last task of each stage of learning.
 
-    These are all tasks, or only the last one where all are learnt together.
+    These are all tasks, or only the last one where all are learnt at once.
     """
-    return range(len(self.tasks))[-1 if self.method.simultaneous else 0 :]
+    count = len(self.tasks)
+    return range(count - 1, count) if self.method.simultaneous else range(count)
 
   @property
   def steps_per_task(self) -> int:
@@ -104,22 +105,27 @@ class ContinualExperiment:
   def task_names(self) -> list[str]:
     """Returns the names of the classes of each task."""
     # Every set has the names of all classes, in the order of learning.
-    names, c = self.tasks[0].train.class_names, self.problem.classes
-    return [", ".join(names[t * c : (t + 1) * c]) for t in range(len(self.tasks))]
+    classes, count = self.tasks[0].train.class_names, self.problem.classes
+    names = []
+    for task in range(len(self.tasks)):
+      names.append(", ".join(classes[task * count : (task + 1) * count]))
+    return names
 
   def phases(self, task: int) -> list[loop.LoopSettings]:
     """Returns settings of the pretraining and the training of a task's stage."""
     first = self.first_step(task)
-    # The last step of a stage ends the task and is no training step.
-    ends = [first + self.pretrain_steps] * bool(self.pretrain_steps) + [
-      first + self.steps_per_task - 1
-    ]
-    return [
-      loop.LoopSettings(
+
+    def until(end):
+      """Returns the settings of a phase that ends with this step."""
+      return loop.LoopSettings(
         end, log_every=self.config.log_every, checkpoint_every=self.config.checkpoint_every
       )
-      for end in ends
-    ]
+
+    # The last step of a stage ends the task and is no training step.
+    training = until(first + self.steps_per_task - 1)
+    if not self.pretrain_steps:
+      return [training]
+    return [until(first + self.pretrain_steps), training]
 
   def key(self, purpose: int) -> jax.Array:
     """Returns a key of the run that no training step uses."""
@@ -134,17 +140,20 @@ class ContinualExperiment:
     def init(key):
       """Initialises the learner from a PRNG key."""
       start = self.method.init(key)
-      # float32 as in `test_tasks`: another type would compile the step again for the second task.
-      table = Table(
-        *(jnp.full((len(self.tasks),) * 2, jnp.nan, jnp.float32) for _ in Table._fields)
-      )
+
+      def untested():
+        """Creates a part of the table: each needs a buffer of its own, to be donated."""
+        # float32 as in `test_tasks`: another type would compile the step again for the second task.
+        return jnp.full((len(self.tasks),) * 2, jnp.nan, jnp.float32)
+
       return LearnerState(
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), jnp.int32),
-        *start[:2],
-        self.optimiser.init(start.params),
-        start.memory,
-        table,
+        step=jnp.zeros((), jnp.int32),
+        task=jnp.zeros((), jnp.int32),
+        params=start.params,
+        batch_stats=start.batch_stats,
+        opt_state=self.optimiser.init(start.params),
+        memory=start.memory,
+        table=Table(*[untested() for _ in Table._fields]),
       )
 
     return init(self.key(0))
@@ -178,33 +187,81 @@ def build(
       f"optim.batch_size must be at most {smallest}, the training images of the smallest task; "
       f"got {training.batch_size}"
     )
-  problem = Problem(
-    tasks=len(sequence),
+  problem = _build_problem(config, tasks=len(sequence), shape=shape)
+  method = build_method(config, problem)
+  # A step of pretraining takes one batch for each update of the critic.
+  pretrain_batch = config.generator.batch_size * config.generator.critic_steps
+  if method.pretrain_step and pretrain_batch > smallest:
+    raise ValueError(
+      f"generator.batch_size times generator.critic_steps must be at most {smallest}, the training "
+      f"images of the smallest task; got {pretrain_batch}"
+    )
+  per_epoch = smallest // training.batch_size
+  # The network without gates is what costs are compared with; at test time one head runs.
+  dense = build_network(config, problem, classes=problem.classes, gated=False)
+  return ContinualExperiment(
+    config=config,
+    tasks=sequence,
+    problem=problem,
+    method=method,
+    dense_macs=model_summary(dense, problem.shape).macs,
+    dense_macs_reduced=reduced_macs(dense, problem.shape),
+    optimiser=_build_optimiser(config, per_epoch),
+    steps_per_epoch=per_epoch,
+  )
+
+
+def _read_tasks(config: ml_collections.ConfigDict) -> tuple[image_sets.Task, ...]:
+  """Reads the data set and splits it into tasks."""
+  data = config.data
+
+  def load(split):
+    """Reads one split."""
+    names = settings.feature_names(data)
+    return image_sets.load(data.name, split, data.data_dir, data.image_size, *names)
+
+  train, test = load(data.train_split), load(data.test_split)
+  with settings.named("tasks"):
+    return image_sets.make_tasks(train, test, **config.tasks)
+
+
+def _build_problem(
+  config: ml_collections.ConfigDict, *, tasks: int, shape: tuple[int, int, int]
+) -> Problem:
+  """Builds the learning problem of so many tasks with images of this shape."""
+  data = config.data
+
+  def normalise(pixels):
+    """Maps uint8 pixels to network input."""
+    return augment.normalise(pixels, data.mean, data.std)
+
+  def crop_and_flip(key, pixels):
+    """Changes pixels at random, as in training."""
+    return augment.crop_and_flip(
+      key, pixels, pad=data.crop_padding, flip=data.flip, axis_name=devices.AXIS
+    )
+
+  return Problem(
+    tasks=tasks,
     classes=config.tasks.classes_per_task,
     shape=shape,
     axis_name=devices.AXIS,
-    normalise=lambda pixels: augment.normalise(pixels, data.mean, data.std),
-    batch_size=training.eval_batch_size,
-    augment=lambda key, pixels: augment.crop_and_flip(
-      key, pixels, pad=data.crop_padding, flip=data.flip, axis_name=devices.AXIS
-    ),
+    normalise=normalise,
+    batch_size=config.optim.eval_batch_size,
+    augment=crop_and_flip,
   )
-  method = build_method(config, problem)
-  # A step of pretraining takes one batch for each update of the critic.
-  if (
-    method.pretrain_step
-    and (size := config.generator.batch_size * config.generator.critic_steps) > smallest
-  ):
-    raise ValueError(
-      f"generator.batch_size times generator.critic_steps must be at most {smallest}, the training "
-      f"images of the smallest task; got {size}"
-    )
-  per_epoch = smallest // training.batch_size
+
+
+def _build_optimiser(
+  config: ml_collections.ConfigDict, steps_per_epoch: int
+) -> optax.GradientTransformation:
+  """Builds the optimiser of one task."""
+  training = config.optim
   with settings.named("optim"):
     rate = optim.learning_rate(
       training.schedule,
       training.learning_rate,
-      training.epochs * per_epoch,
+      training.epochs * steps_per_epoch,
       warmup=training.warmup,
       lr_drop_at=training.lr_drop_at,
       factor=training.drop_factor,
@@ -217,30 +274,7 @@ def build(
       gate_lr_multiplier=1.0 if config.method == "hat" else training.gate_lr_multiplier,
     )
   # Clips the gradient of the loss alone, before weight decay and momentum.
-  optimiser = optax.chain(optax.clip_by_global_norm(training.grad_clip_norm), sgd)
-  # The network without gates is what costs are compared with; at test time one head runs.
-  dense = build_network(config, problem, classes=problem.classes, gated=False)
-  return ContinualExperiment(
-    config,
-    sequence,
-    problem,
-    method,
-    model_summary(dense, problem.shape).macs,
-    reduced_macs(dense, problem.shape),
-    optimiser,
-    per_epoch,
-  )
-
-
-def _read_tasks(config: ml_collections.ConfigDict) -> tuple[image_sets.Task, ...]:
-  data = config.data
-  names = settings.feature_names(data)
-  train, test = (
-    image_sets.load(data.name, split, data.data_dir, data.image_size, *names)
-    for split in (data.train_split, data.test_split)
-  )
-  with settings.named("tasks"):
-    return image_sets.make_tasks(train, test, **config.tasks)
+  return optax.chain(optax.clip_by_global_norm(training.grad_clip_norm), sgd)
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -315,57 +349,74 @@ def build_method(config: ml_collections.ConfigDict, problem: Problem) -> Method:
 
 
 def _task_gates(config, problem):
-  gates = _made(TaskGatesSettings, config, "gates")
+  gates = _from_section(TaskGatesSettings, config, "gates")
   # Layers that grow have their last width from the start: shapes never change.
   model = build_network(
     config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks)
   )
   rehearsal = REHEARSALS[config.router.rehearsal](config, problem)
-  of_all = _classifier(config, problem, "seen") if config.router.network else None
+  network = _classifier(config, problem, "seen") if config.router.network else None
   # The section holds the choice of the classifier too.
-  router = _made(
+  classifier_settings = _from_section(
     TaskClassifierSettings, config, "router", without=("rehearsal", "network", "distillation")
   )
   return task_gates(
     model,
     problem,
     model_summary(model, problem.shape),
-    gates,
-    rehearsal,
-    router,
-    of_all,
-    config.router.distillation,
+    settings=gates,
+    rehearsal=rehearsal,
+    classifier_settings=classifier_settings,
+    network=network,
+    distillation=config.router.distillation,
   )
+
+
+def _no_rehearsal(config, problem):
+  return None
+
+
+def _episodic(config, problem):
+  return episodic(problem, _from_section(ReplaySettings, config, "replay"))
 
 
 def _generative(config, problem):
-  own, wgan = (
-    {name: config.generator[name] for name in ("latent", "width", "images")},
-    _wgan(config),
-  )
+  fields, wgan = config.generator, _wgan(config)
   with settings.named("generator"):
-    return generative(problem, wgan, seed=config.seed, replayed=config.replay.batch_size, **own)
+    return generative(
+      problem,
+      wgan,
+      images=fields.images,
+      replayed=config.replay.batch_size,
+      latent=fields.latent,
+      width=fields.width,
+      seed=config.seed,
+    )
 
 
 def _gated_generative(config, problem):
-  fields = dict(config.generator.gates)
+  fields, gate = dict(config.generator.gates), dict(config.model.gate)
   # The section holds settings of the gates and of their protection.
-  gate = {name: fields.pop(name) for name in ("initial_open", "noise_scale")}
+  for name in ("initial_open", "noise_scale"):
+    gate[name] = fields.pop(name)
   with settings.named("generator.gates"):
-    generator = _generator(config, problem, GateSettings(**{**config.model.gate, **gate}))
+    generator = _generator(config, problem, GateSettings(**gate))
     protection = protections.gated(generator, problem.tasks, ProtectionSettings(**fields))
-  return _shared_generative(config, problem, generator, protection)
+  return _shared_generative(config, problem, generator=generator, protection=protection)
 
 
 def _masked_generative(config, problem):
-  fields = {name: config.dgm[name] for name in ("steepness", "sparsity")}
   # HAT's masks are gates without an input: one parameter per unit.
   generator = _generator(config, problem, GateSettings(context="none", relaxation="sigmoid"))
   with settings.named("dgm"):
     protection = protections.masked(
-      generator, problem.tasks, steps=config.generator.steps, **fields
+      generator,
+      problem.tasks,
+      steps=config.generator.steps,
+      steepness=config.dgm.steepness,
+      sparsity=config.dgm.sparsity,
     )
-  return _shared_generative(config, problem, generator, protection)
+  return _shared_generative(config, problem, generator=generator, protection=protection)
 
 
 def _dgm(config, problem):
@@ -375,36 +426,46 @@ def _dgm(config, problem):
     return dgm(net, rehearsal, real_weight=config.dgm.real_weight)
 
 
-def _made(make, config, section, *args, without=()):
+def _from_section(make, config, section, *args, without=()):
   """Calls `make(*args, **config[section])`, without some of the section's fields."""
+  fields = {name: value for name, value in config[section].items() if name not in without}
   with settings.named(section):
-    return make(
-      *args, **{name: value for name, value in config[section].items() if name not in without}
-    )
+    return make(*args, **fields)
 
 
 def _wgan(config):
-  names = ("critic_steps", "penalty", "learning_rate", "ema_decay")
+  fields = config.generator
   with settings.named("generator"):
-    return WganSettings(**{name: config.generator[name] for name in names})
+    return WganSettings(
+      critic_steps=fields.critic_steps,
+      penalty=fields.penalty,
+      learning_rate=fields.learning_rate,
+      ema_decay=fields.ema_decay,
+    )
 
 
 def _generator(config, problem, gate):
   """Builds one generator for all tasks."""
   fields = config.generator
   return Generator(
-    problem.shape, fields.latent, fields.width, problem.classes, "channel", gate, problem.axis_name
+    problem.shape,
+    latent=fields.latent,
+    width=fields.width,
+    classes=problem.classes,
+    gating="channel",
+    gate=gate,
+    axis_name=problem.axis_name,
   )
 
 
-def _shared_generative(config, problem, generator, protection):
+def _shared_generative(config, problem, *, generator, protection):
   wgan = _wgan(config)
   with settings.named("generator"):
     return shared_generative(
       problem,
       generator,
-      wgan,
-      protection,
+      settings=wgan,
+      protection=protection,
       images=config.generator.images,
       replayed=config.replay.batch_size,
       seed=config.seed,
@@ -416,7 +477,8 @@ def _hat(config, problem):
   model = build_network(
     config, problem, classes=None, gated=True, context="none", relaxation="sigmoid"
   )
-  return _made(hat, config, "hat", model, problem, model_summary(model, problem.shape))
+  counts = model_summary(model, problem.shape)
+  return _from_section(hat, config, "hat", model, problem, counts)
 
 
 def _progressive(config, problem):
@@ -440,9 +502,8 @@ def _progressive(config, problem):
 
 def _multitask_gates(config, problem):
   model = build_network(config, problem, classes=None, gated=True)
-  return multitask_gates(
-    model, problem, model_summary(model, problem.shape), _made(TaskGatesSettings, config, "gates")
-  )
+  gates = _from_section(TaskGatesSettings, config, "gates")
+  return multitask_gates(model, problem, model_summary(model, problem.shape), settings=gates)
 
 
 def _multitask_norms(config, problem):
@@ -450,7 +511,7 @@ def _multitask_norms(config, problem):
   return multitask_norms(model, problem, model_summary(model, problem.shape))
 
 
-def _plain(make, scope="own", section=None, memory=False):
+def _plain(make, *, scope="own", section=None, memory=False):
   """Makes the builder of a method that trains one ungated network of all classes.
 
   Args:
@@ -464,8 +525,8 @@ def _plain(make, scope="own", section=None, memory=False):
     """Builds the method that a config describes, for a problem."""
     given = [_classifier(config, problem, scope)]
     if memory:
-      given.append(_made(ReplaySettings, config, "replay"))
-    return _made(make, config, section, *given) if section else make(*given)
+      given.append(_from_section(ReplaySettings, config, "replay"))
+    return _from_section(make, config, section, *given) if section else make(*given)
 
   return build
 
@@ -473,12 +534,12 @@ def _plain(make, scope="own", section=None, memory=False):
 def _classifier(config, problem, scope):
   """Builds an ungated network with an output for every class."""
   model = build_network(config, problem, classes=problem.all_classes, gated=False)
-  return Network(model, problem, model_summary(model, problem.shape).macs, scope)
+  return Network(model, problem, model_summary(model, problem.shape).macs, scope=scope)
 
 
 REHEARSALS = {
-  "none": lambda config, problem: None,
-  "episodic": lambda config, problem: episodic(problem, _made(ReplaySettings, config, "replay")),
+  "none": _no_rehearsal,
+  "episodic": _episodic,
   "generative": _generative,
   "gated_generative": _gated_generative,
   "masked_generative": _masked_generative,
@@ -487,12 +548,11 @@ REHEARSALS = {
 
 def _icarl(config, problem):
   # iCaRL needs the features, and the head for its training.
-  model = icarl.Headed(
-    build_network(config, problem, classes=None, gated=False), problem.all_classes
-  )
+  body = build_network(config, problem, classes=None, gated=False)
+  model = icarl.Headed(body, problem.all_classes)
   # The loss of iCaRL is its own: the scope is not read.
-  net = Network(model, problem, model_summary(model, problem.shape).macs, "seen")
-  return icarl.icarl(net, _made(ReplaySettings, config, "replay"))
+  net = Network(model, problem, model_summary(model, problem.shape).macs, scope="seen")
+  return icarl.icarl(net, _from_section(ReplaySettings, config, "replay"))
 
 
 METHODS = {
@@ -501,13 +561,13 @@ METHODS = {
   "multitask_gates": _multitask_gates,
   "progressive": _progressive,
   "fine_tuning": _plain(fine_tuning),
-  "joint": _plain(functools.partial(fine_tuning, joint=True), "seen"),
+  "joint": _plain(functools.partial(fine_tuning, joint=True), scope="seen"),
   "ewc": _plain(ewc, section="ewc"),
   "online_ewc": _plain(online_ewc, section="online_ewc"),
   "si": _plain(si, section="si"),
   "lwf": _plain(lwf, section="lwf"),
-  "er": _plain(replay.er, "seen", memory=True),
-  "derpp": _plain(replay.derpp, "seen", "derpp", memory=True),
+  "er": _plain(replay.er, scope="seen", memory=True),
+  "derpp": _plain(replay.derpp, scope="seen", section="derpp", memory=True),
   # The scope is the task's own classes, as in the paper, where the task is known.
   "agem": _plain(replay.agem, memory=True),
   "icarl": _icarl,
@@ -544,14 +604,12 @@ def build_network(
     axis_name=problem.axis_name,
     gate=GateSettings(**model.gate, **gate),
   )
-  # `all_channels` also gates the outputs of a block: without that a task would own none of them.
   if model.name in VGGS:
-    return vgg(
-      model.name, classes, norm=model.norm, gating="channel" if gated else "none", **fields
-    )
-  return resnet(
-    model.name, classes, stem="cifar", gating="all_channels" if gated else "none", **fields
-  )
+    gating = "channel" if gated else "none"
+    return vgg(model.name, classes, norm=model.norm, gating=gating, **fields)
+  # `all_channels` also gates the outputs of a block: without that a task would own none of them.
+  gating = "all_channels" if gated else "none"
+  return resnet(model.name, classes, stem="cifar", gating=gating, **fields)
 
 
 def _check_norm(model: ml_collections.ConfigDict) -> None:

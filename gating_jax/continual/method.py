@@ -11,6 +11,9 @@ The shapes of parameters, statistics and memory never change. Two more functions
 for most methods: `gradient` changes the gradient before the optimiser sees it, `update` changes
 what the optimiser makes of it.
 
+A method of a few functions is written as closures over its settings; one whose functions share
+helpers, as a frozen dataclass whose `method()` collects them.
+
 Axes: N or B examples, T tasks, C classes of a task, K = T C classes in all.
 Reference: van de Ven and Tolias, "Three scenarios for continual learning", 2019.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, dataclass_transform
 
 import flax.linen as nn
 import jax
@@ -33,12 +36,15 @@ from gating_jax.data.image_sets import Images
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.types import Array
 
+# A loss, its metrics by name, and the new running statistics.
+StepLoss = tuple[Array, tuple[Mapping[str, Array], Any]]
+
 
 class Table(NamedTuple):
   """Test results, `[T, T]` each.
 
   Row i holds the tests after task i, column j those on the test images of task j; entries above the
-  diagonal are NaN. Methods that learn all tasks together fill only the last row.
+  diagonal are NaN. Methods that learn all tasks at once fill only the last row.
 
   Attributes:
     aware, agnostic: accuracy with the task known and unknown.
@@ -75,6 +81,35 @@ class LearnerState(struct.PyTreeNode):
   opt_state: Any
   memory: Any
   table: Table
+
+
+@dataclass_transform(frozen_default=True)
+class MemoryNode:
+  """Base class of what methods keep: frozen dataclasses that are PyTree nodes.
+
+  To JAX and to checkpoints, an instance looks like a dict of its fields: its children are in the
+  order of their names, whatever that of the fields is. So checkpoints of dicts are restored too.
+  """
+
+  def __init_subclass__(cls):
+    dataclasses.dataclass(frozen=True)(cls)
+    names = sorted(field.name for field in dataclasses.fields(cls))
+    jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+  def replace(self, **changes: Any) -> Any:
+    """Returns a copy with other values for some fields."""
+    return dataclasses.replace(self, **changes)
+
+
+class Variables(MemoryNode):
+  """The variables of a network, or of several, stacked over tasks.
+
+  Attributes:
+    params, batch_stats: trees of dicts, as Flax makes them.
+  """
+
+  params: Any
+  batch_stats: Any
 
 
 class InitialState(NamedTuple):
@@ -148,6 +183,10 @@ class TaskData(NamedTuple):
   validation_labels: Any
 
 
+def _not_augmented(key: Array, pixels: Array) -> Array:
+  return pixels
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
   """The learning problem, the same for all methods.
@@ -167,7 +206,7 @@ class Problem:
   normalise: Callable[[Array], Array]
   axis_name: Hashable | None = None
   batch_size: int = 256
-  augment: Callable[[Array, Array], Array] = lambda key, pixels: pixels
+  augment: Callable[[Array, Array], Array] = _not_augmented
 
   def prepare(self, key: Array, pixels: Array) -> Array:
     """Augments and normalises uint8 pixels for training."""
@@ -177,6 +216,10 @@ class Problem:
   def all_classes(self) -> int:
     """Returns K, the number of classes in all."""
     return self.tasks * self.classes
+
+  def task_of(self, labels: Any) -> Any:
+    """Returns the tasks of labels; classes are numbered task by task, C of each."""
+    return labels // self.classes
 
   def in_batches(self, fn: Callable[[Any, Array], Array], state: Any, pixels: Any) -> np.ndarray:
     """Applies a function to a whole set of images in batches.
@@ -188,17 +231,20 @@ class Problem:
     Returns:
       `[M, ...]`, a NumPy array.
     """
+
     # `state` is an argument: as a closure its arrays would be compiled in as constants.
-    run = jax.jit(lambda state, pixels: fn(state, self.normalise(pixels)))
+    @jax.jit
+    def run(state, pixels):
+      """Applies the function to one batch of `[N, H, W, D]` pixels."""
+      return fn(state, self.normalise(pixels))
+
     # `padded_batches` takes a labelled set; the labels are not read.
     images = Images(np.asarray(pixels), np.zeros(len(pixels)), ())
-    return np.concatenate(
-      # `padded_batches` pads the last batch to the full size; only its first n results count.
-      [
-        np.asarray(run(state, x))[:n]
-        for (x, _), n in batches.padded_batches(images, self.batch_size)
-      ]
-    )
+    results = []
+    for (batch, _), count in batches.padded_batches(images, self.batch_size):
+      # The last batch is padded to the full size: only its first `count` results are of images.
+      results.append(np.asarray(run(state, batch))[:count])
+    return np.concatenate(results)
 
 
 class Footprint(NamedTuple):
@@ -231,12 +277,42 @@ def tree_megabytes(tree: Any) -> float:
   return sum(x.nbytes for x in jax.tree.leaves(tree)) / 1e6
 
 
+def stack_tasks(tree: Any, tasks: int) -> Any:
+  """Repeats each array T times, one entry per task: `[T, ...]`."""
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, (tasks, *x.shape)), tree)
+
+
+def put_task(stacked: Any, task: int | Array, tree: Any) -> Any:
+  """Replaces one task's entry in a stacked tree.
+
+  Args:
+    stacked: arrays `[T, ...]`.
+    task: index of the entry.
+    tree: its new arrays `[...]`.
+  """
+  return jax.tree.map(lambda all_tasks, x: all_tasks.at[task].set(x), stacked, tree)
+
+
+def task_entry(stacked: Any, task: int | Array) -> Any:
+  """Returns one task's arrays `[...]` of a stacked tree."""
+  return jax.tree.map(lambda x: x[task], stacked)
+
+
+def first_tasks(stacked: Any, count: int) -> Any:
+  """Returns the entries of the first `count` tasks of a stacked tree."""
+  return jax.tree.map(lambda x: x[:count], stacked)
+
+
 def _unchanged_gradient(grads, learner, batch):
   return grads
 
 
 def _unchanged_update(updates, grads, learner):
   return updates, learner.memory
+
+
+def _unlimited(learner):
+  """Accepts every next task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,18 +325,18 @@ class Method:
     update: `(updates, grads, learner) -> (updates, memory)`, after the optimiser.
     footprint: `learner -> Footprint`.
     cumulative: whether task t is trained on the images of all tasks up to t.
-    simultaneous: whether all tasks are learnt at once. Every step then sees the same number of images
-      of each, those of task t at positions t, T + t, 2 T + t, ..., and only the last row of the
-      table is filled.
-    pretrain_step: `(learner, pixels, labels) -> (learner, metrics)`, a step of the phase before each
-      task's own training; None without one.
+    simultaneous: whether all tasks are learnt at once. Every step then sees the same number of
+      images of each, those of task t at positions t, T + t, 2 T + t, ..., and only the last row of
+      the table is filled.
+    pretrain_step: `(learner, pixels, labels) -> (learner, metrics)`, a step of the phase before
+      each task's own training; None without one.
     check_capacity: raises a ValueError if the next task cannot be learnt.
     task_net: `(learner, task) -> TaskNet`, the gated network of a learnt task; None for methods
       without gates per task.
   """
 
   init: Callable[[Array], InitialState]
-  loss: Callable[[Any, LearnerState, Batch], tuple[Array, tuple[Mapping[str, Array], Any]]]
+  loss: Callable[[Any, LearnerState, Batch], StepLoss]
   end_task: Callable[[LearnerState, TaskData, Array], LearnerState]
   predict: Callable[[LearnerState, Array, Array, int], Prediction]
   gradient: Callable[[Any, LearnerState, Batch], Any] = _unchanged_gradient
@@ -271,7 +347,7 @@ class Method:
   pretrain_step: (
     Callable[[LearnerState, Array, Array], tuple[LearnerState, Mapping[str, Array]]] | None
   ) = None
-  check_capacity: Callable[[LearnerState], None] = lambda learner: None
+  check_capacity: Callable[[LearnerState], None] = _unlimited
   task_net: Callable[[LearnerState, Array], TaskNet] | None = None
 
 
@@ -301,7 +377,9 @@ class Network:
     """Computes `[N, K]` logits in evaluation."""
     return self.model.apply({"params": params, "batch_stats": batch_stats}, x)[0]
 
-  def train_logits(self, params: Any, batch_stats: Any, x: Array, key: Array) -> tuple[Array, Any]:
+  def train_logits(
+    self, params: Any, batch_stats: Any, x: Array, *, key: Array
+  ) -> tuple[Array, Any]:
     """Computes `[N, K]` logits in training, and the new statistics."""
     variables = {"params": params, "batch_stats": batch_stats}
     (logits, _), new = self.model.apply(
@@ -318,32 +396,27 @@ class Network:
       task: the task being learnt, from 0.
       scope: as in the class; its own by default.
     """
-    of_class = jnp.arange(self.problem.all_classes) // self.problem.classes
+    of_class = self.problem.task_of(jnp.arange(self.problem.all_classes))
     if (scope or self.scope) == "own":
-      return of_class == (labels // self.problem.classes)[:, None]
+      return of_class == self.problem.task_of(labels)[:, None]
     return jnp.broadcast_to(of_class <= task, (len(labels), self.problem.all_classes))
 
   def seen_with(self, labels: Array) -> Array:
     """Returns `[N, K]` bool: the classes seen by the end of each label's task."""
-    # Classes are numbered task by task, C of each.
-    of_class = jnp.arange(self.problem.all_classes) // self.problem.classes
-    return of_class <= (labels // self.problem.classes)[:, None]
+    of_class = self.problem.task_of(jnp.arange(self.problem.all_classes))
+    return of_class <= self.problem.task_of(labels)[:, None]
 
   def cross_entropy(
     self, logits: Array, labels: Array, task: Array, scope: str | None = None
   ) -> Array:
     """Computes the `[N]` cross-entropies over the visible classes."""
-    return optax.softmax_cross_entropy_with_integer_labels(
-      # A logit of minus infinity takes a class out of the softmax and gives it no gradient.
-      jnp.where(self.visible(labels, task, scope), logits, -jnp.inf),
-      labels,
-    )
+    # A logit of minus infinity takes a class out of the softmax and gives it no gradient.
+    competing = jnp.where(self.visible(labels, task, scope), logits, -jnp.inf)
+    return optax.softmax_cross_entropy_with_integer_labels(competing, labels)
 
-  def loss(
-    self, params: Any, learner: LearnerState, batch: Batch
-  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(self, params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the batch's cross-entropy: fine-tuning's loss, and most others' first term."""
-    logits, batch_stats = self.train_logits(params, learner.batch_stats, batch.x, batch.key)
+    logits, batch_stats = self.train_logits(params, learner.batch_stats, batch.x, key=batch.key)
     cross_entropy = jnp.mean(self.cross_entropy(logits, batch.labels, learner.task))
     return cross_entropy, ({"cross_entropy": cross_entropy}, batch_stats)
 

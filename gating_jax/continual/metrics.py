@@ -80,11 +80,13 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
   else:
     # forward = mean_(j>1) (R[j-1, j] - baseline[j]); the first superdiagonal holds R[j-1, j].
     forward = float(np.mean(np.diag(accuracies, 1) - baseline[1:]))
+  average_after = []
+  for i, row in enumerate(accuracies):
+    # NaN where nothing was tested after task i.
+    average_after.append(None if np.isnan(row[i]) else float(np.mean(row[: i + 1])))
   return Summary(
     average_accuracy=float(np.mean(last)),
-    average_after=tuple(
-      None if np.isnan(row[i]) else float(np.mean(row[: i + 1])) for i, row in enumerate(accuracies)
-    ),
+    average_after=tuple(average_after),
     forgetting=forgetting,
     backward_transfer=backward,
     forward_transfer=forward,
@@ -177,7 +179,9 @@ def filter_use(relevant: np.ndarray) -> FilterUse:
   owned = np.logical_or.accumulate(relevant)
   before = np.concatenate([np.zeros_like(owned[:1]), owned[:-1]])
   return FilterUse(
-    *(np.sum(units, axis=1) for units in (relevant & ~before, relevant & before, ~owned))
+    new=np.sum(relevant & ~before, axis=1),
+    reused=np.sum(relevant & before, axis=1),
+    free=np.sum(~owned, axis=1),
   )
 
 
@@ -185,19 +189,21 @@ def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:
   accuracies = np.asarray(accuracies, np.float64)
   if accuracies.ndim != 2 or accuracies.shape[0] != accuracies.shape[1] or not accuracies.size:
     raise ValueError(f"accuracies must be [T, T], T >= 1; got {accuracies.shape}")
-  missing, outside = np.isnan(accuracies), (accuracies < 0) | (accuracies > 1)
+  # Above the diagonal the tasks are not learned yet, and NaN is allowed.
+  missing = np.tril(np.isnan(accuracies))
   if _only_last(accuracies):
     # Tasks learned together are tested once, in the last row.
     missing[:-1] = False
-  for rule, bad in (
-    # Above the diagonal the tasks are not learned yet, and NaN is allowed.
-    ("known on every learned task (row i, columns up to i)", np.tril(missing)),
-    ("in [0, 1]", outside),
-  ):
-    if bad.any():
-      i, j = np.argwhere(bad)[0]
-      raise ValueError(f"accuracies must be {rule}; got {accuracies[i, j]} in row {i}, column {j}")
+  _check_none(accuracies, missing, "known on every learned task (row i, columns up to i)")
+  _check_none(accuracies, (accuracies < 0) | (accuracies > 1), "in [0, 1]")
   return accuracies
+
+
+def _check_none(accuracies: np.ndarray, wrong: np.ndarray, rule: str) -> None:
+  """Raises ValueError where an accuracy is wrong, with its position."""
+  if wrong.any():
+    i, j = np.argwhere(wrong)[0]
+    raise ValueError(f"accuracies must be {rule}; got {accuracies[i, j]} in row {i}, column {j}")
 
 
 def _checked_baseline(baseline: np.ndarray, tasks: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.continual import replay_memory, shared_net
+from gating_jax.continual import replay_memory
 from gating_jax.continual.generators import wgan
-from gating_jax.continual.method import Batch, LearnerState, Problem, TaskData, tree_megabytes
+from gating_jax.continual.method import (
+  Batch,
+  LearnerState,
+  MemoryNode,
+  Problem,
+  TaskData,
+  first_tasks,
+  put_task,
+  stack_tasks,
+  task_entry,
+  tree_megabytes,
+)
 from gating_jax.models.generator import Critic, Generator
 from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
-
-Memory = Mapping[str, Any]
 
 
 class Replay(NamedTuple):
@@ -43,7 +52,7 @@ class Replay(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-  """A memory of images, as pure functions.
+  """A memory of images, as pure functions. Each kind of rehearsal has its own type of memory.
 
   Attributes:
     init: `key -> memory`.
@@ -53,16 +62,26 @@ class Rehearsal:
       task up to it.
     keep: `(memory, data, task, key) -> memory`, after `recall`.
     megabytes: `(memory, learnt) -> float`, 10**6 bytes needed after so many tasks.
-    pretrain_step: `(memory, pixels, labels) -> (memory, metrics)`, a step of the phase before each task's
-      own training, with labels in 0, ..., C - 1; None without one.
+    pretrain_step: `(memory, pixels, labels) -> (memory, metrics)`, a step of the phase before each
+      task's own training, with labels in 0, ..., C - 1; None without one.
   """
 
-  init: Callable[[Array], Memory]
-  replay: Callable[[Memory, Batch, Array, Array], Replay]
-  recall: Callable[[Memory, TaskData, int, Array], tuple[np.ndarray, np.ndarray]]
-  keep: Callable[[Memory, TaskData, int, Array], Memory]
-  megabytes: Callable[[Memory, int], float]
-  pretrain_step: Callable[[Memory, Array, Array], tuple[Memory, Mapping[str, Array]]] | None = None
+  init: Callable[[Array], Any]
+  replay: Callable[[Any, Batch, Array, Array], Replay]
+  recall: Callable[[Any, TaskData, int, Array], tuple[np.ndarray, np.ndarray]]
+  keep: Callable[[Any, TaskData, int, Array], Any]
+  megabytes: Callable[[Any, int], float]
+  pretrain_step: Callable[[Any, Array, Array], tuple[Any, Mapping[str, Array]]] | None = None
+
+
+class EpisodicMemory(MemoryNode):
+  """The memory of `episodic`.
+
+  Attributes:
+    episodes: images of earlier tasks.
+  """
+
+  episodes: replay_memory.ReplayMemory
 
 
 def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehearsal:
@@ -81,32 +100,49 @@ def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehear
       f"replay.images must be at least {problem.all_classes}, one per class; got {settings.images}"
     )
 
-  def replayed(memory, batch, task, key):
+  def init(key):
+    """Creates an empty memory."""
+    return EpisodicMemory(replay_memory.empty(settings.images, problem.shape))
+
+  def replay(memory, batch, task, key):
     """Draws images of earlier tasks for one training batch."""
-    x, labels, _, _ = replay_memory.draw_inputs(
-      memory["episodes"], key, batch, problem, settings.batch_size
+    drawn = replay_memory.draw_inputs(
+      memory.episodes, key=key, batch=batch, problem=problem, count=settings.batch_size
     )
     # The batch is one of task + 1 tasks.
-    return Replay(x, labels, 1 / (task + 1))
+    return Replay(drawn.x, drawn.labels, 1 / (task + 1))
 
   def recall(memory, data, task, key):
     """Returns the kept images and all those of the ending task, `[M, H, W, D]`."""
+    labels = np.asarray(memory.episodes.labels)
     # Empty slots hold no image.
-    kept = np.asarray(memory["episodes"].labels) != replay_memory.EMPTY
-    join = lambda old, new: np.concatenate([np.asarray(old)[kept], np.asarray(new)])
-    return join(memory["episodes"].pixels, data.pixels), join(
-      memory["episodes"].labels, data.labels
-    )
+    is_filled = labels != replay_memory.EMPTY
+    kept = np.asarray(memory.episodes.pixels)[is_filled]
+    pixels = np.concatenate([kept, np.asarray(data.pixels)])
+    return pixels, np.concatenate([labels[is_filled], np.asarray(data.labels)])
 
-  return Rehearsal(
-    init=lambda key: {"episodes": replay_memory.empty(settings.images, problem.shape)},
-    replay=replayed,
-    recall=recall,
-    keep=lambda memory, data, task, key: {
-      "episodes": replay_memory.add_task(memory["episodes"], data.pixels, data.labels, key)
-    },
-    megabytes=lambda memory, learnt: tree_megabytes(memory),
-  )
+  def keep(memory, data, task, key):
+    """Adds the task's images to the memory."""
+    kept = replay_memory.add_task(memory.episodes, data.pixels, data.labels, key=key)
+    return EpisodicMemory(kept)
+
+  def megabytes(memory, learnt):
+    """Returns the size of the memory, the same after any number of tasks."""
+    return tree_megabytes(memory)
+
+  return Rehearsal(init, replay, recall=recall, keep=keep, megabytes=megabytes)
+
+
+class GenerativeMemory(MemoryNode):
+  """The memory of `generative`.
+
+  Attributes:
+    generators: parameters of the generators of all tasks, `[T, ...]`.
+    training: state of the current task's training.
+  """
+
+  generators: Any
+  training: wgan.WganState
 
 
 def generative(
@@ -138,54 +174,69 @@ def generative(
   check_images(images, problem)
   generator = Generator(problem.shape, latent=latent, width=width, classes=problem.classes)
   critic = Critic(width=width, classes=problem.classes)
-  # Every task starts from the same initial state.
-  fresh = lambda: wgan.init_state(generator, critic, settings, seed)
   step = wgan.make_train_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
 
-  def make(params, z, labels):
+  def fresh():
+    """Returns the state from which every task starts."""
+    return wgan.init_state(generator, critic, settings, seed=seed)
+
+  def generate(params, z, labels):
     """Generates uint8 pixels `[M, H, W, D]` from latents and `[M]` labels."""
     return wgan.to_pixels(generator.apply({"params": params}, z, labels)[0])
 
-  def replay_step(memory, batch, task, key):
+  def replay(memory, batch, task, key):
     """Generates images of all tasks so far for one training batch."""
     return replay_of_all(
-      make, with_this(memory, task), problem, task, key, count=replayed, latent=latent
+      generate,
+      with_current(memory, task),
+      problem,
+      task=task,
+      key=key,
+      count=replayed,
+      latent=latent,
     )
 
   def init(key):
     """Initialises the generators of all tasks, and the training of the first."""
     state = fresh()
     # Room for all tasks from the start: shapes never change.
-    return {"generators": shared_net.stack(state.average, problem.tasks), "training": state}
+    return GenerativeMemory(stack_tasks(state.average, problem.tasks), state)
 
-  def with_this(memory, task):
+  def with_current(memory, task):
     """Returns the generators of all tasks, that of the current task included."""
-    return shared_net.put(memory["generators"], task, memory["training"].average)
+    # Images are generated with the averaged parameters, so only these are kept.
+    return put_task(memory.generators, task, memory.training.average)
 
   def keep(memory, data, task, key):
     """Keeps the task's generator and initialises the next one."""
-    # Images are generated with the averaged parameters, so only these are kept.
-    return {"generators": with_this(memory, task), "training": fresh()}
+    return GenerativeMemory(with_current(memory, task), fresh())
 
   def recall(memory, data, task, key):
     """Generates pixels `[M, H, W, D]` and labels `[M]` of all tasks up to this one."""
-    generators = with_this(memory, task)
-    # Lazily: the variables of one task at a time.
-    each = ({"params": jax.tree.map(lambda x, t=t: x[t], generators)} for t in range(task + 1))
-    return generated(generator, each, key, images)
+    generators = with_current(memory, task)
+
+    def variables_of(t):
+      """Returns the variables of one task's generator."""
+      return {"params": task_entry(generators, t)}
+
+    return generate_tasks(generator, variables_of, tasks=task + 1, images=images, key=key)
+
+  def megabytes(memory, learnt):
+    """Returns the size, in 10**6 bytes, of the generators of the tasks learnt."""
+    return tree_megabytes(first_tasks(memory.generators, learnt))
 
   def pretrain_step(memory, pixels, labels):
     """Trains the current task's generator for one step."""
-    state, metrics = step(memory["training"], pixels, labels)
-    return {**memory, "training": state}, metrics
+    state, metrics = step(memory.training, pixels, labels)
+    return memory.replace(training=state), metrics
 
   return Rehearsal(
-    init,
-    replay_step,
-    recall,
-    keep,
-    lambda memory, learnt: tree_megabytes(jax.tree.map(lambda x: x[:learnt], memory["generators"])),
-    pretrain_step,
+    init=init,
+    replay=replay,
+    recall=recall,
+    keep=keep,
+    megabytes=megabytes,
+    pretrain_step=pretrain_step,
   )
 
 
@@ -194,7 +245,7 @@ def make_pretrain_step(
 ) -> Callable[[LearnerState, Array, Array], tuple[LearnerState, Mapping[str, Array]]] | None:
   """Makes a method's pretraining step from that of its rehearsal.
 
-  The method must keep the rehearsal's memory as `memory["rehearsal"]`.
+  The method must keep the rehearsal's memory as `memory.rehearsal`.
 
   Args:
     rehearsal: of the method, if any.
@@ -209,29 +260,29 @@ def make_pretrain_step(
     """Trains the generator for one step on images of the learner's task."""
     # Generators are conditional on the classes of one task, from 0.
     own = labels - learner.task * problem.classes
-    memory, metrics = rehearsal.pretrain_step(learner.memory["rehearsal"], pixels, own)
-    return learner.replace(
-      step=learner.step + 1, memory={**learner.memory, "rehearsal": memory}
-    ), metrics
+    rehearsed, metrics = rehearsal.pretrain_step(learner.memory.rehearsal, pixels, own)
+    memory = learner.memory.replace(rehearsal=rehearsed)
+    return learner.replace(step=learner.step + 1, memory=memory), metrics
 
   return pretrain_step
 
 
 def replay_of_all(
-  make: Callable[[Any, Array, Array], Array],
-  each: Any,
+  generate: Callable[[Any, Array, Array], Array],
+  own: Any,
   problem: Problem,
+  *,
   task: Array,
   key: Array,
-  *,
   count: int,
   latent: int,
 ) -> Replay:
   """Generates images of all tasks up to this one, every class with the same probability.
 
   Args:
-    make: `(one, z, labels) -> pixels`, from one task's own part, latents and classes of the task.
-    each: the own parts of all tasks, a tree of `[T, ...]`.
+    generate: `(own, z, labels) -> pixels`, from one task's own part, latents and classes of the
+      task.
+    own: the own parts of all tasks, a tree of `[T, ...]`.
     problem: the learning problem.
     task: the task being learnt, from 0.
     key: PRNG key.
@@ -247,24 +298,25 @@ def replay_of_all(
     raise ValueError(f"replayed images must be a multiple of the {devices} devices; got {count}")
   here = count // devices
   which, latents, changes = jax.random.split(key, 3)
+
+  def draw_class(key):
+    """Draws one of the classes seen."""
+    return jax.random.randint(key, (), 0, problem.classes * (task + 1))
+
   # A key per example: the classes do not depend on the number of devices.
-  classes = jax.vmap(lambda key: jax.random.randint(key, (), 0, problem.classes * (task + 1)))(
-    example_keys(which, here, problem.axis_name)
-  )
-  z = wgan.latents(latents, here, latent, problem.axis_name)
-  of_task = classes // problem.classes
+  labels = jax.vmap(draw_class)(example_keys(which, here, problem.axis_name))
+  tasks, classes = problem.task_of(labels), labels % problem.classes
+  z = wgan.latents(latents, here, size=latent, axis_name=problem.axis_name)
 
   def add(t, pixels):
     """Fills in the images of task t."""
-    one = jax.tree.map(lambda x: x[t], each)
-    return jnp.where(
-      (of_task == t)[:, None, None, None], make(one, z, classes % problem.classes), pixels
-    )
+    generated = generate(task_entry(own, t), z, classes)
+    return jnp.where((tasks == t)[:, None, None, None], generated, pixels)
 
   # Every task makes all images, and each image is taken from its own task: shapes may not depend on
   # how many of each are drawn.
   pixels = lax.fori_loop(0, task + 1, add, jnp.zeros((here, *problem.shape), jnp.uint8))
-  return Replay(problem.prepare(changes, pixels), classes, 0.0)
+  return Replay(problem.prepare(changes, pixels), labels, 0.0)
 
 
 def check_images(images: int, problem: Problem) -> None:
@@ -275,35 +327,42 @@ def check_images(images: int, problem: Problem) -> None:
     )
 
 
-def generated(
-  generator: Generator, variables: Iterable[Any], key: Array, images: int
+def generate_tasks(
+  generator: Generator,
+  variables_of: Callable[[int], Any],
+  *,
+  tasks: int,
+  images: int,
+  key: Array,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Generates the same number of images of every task, in equal parts of its classes.
 
   Args:
     generator: of the classes of one task.
-    variables: of each task.
-    key: PRNG key of the latents.
+    variables_of: `task -> variables`; called task by task, so that those of one are there at once.
+    tasks: number of tasks.
     images: number of images per task.
+    key: PRNG key of the latents.
   Returns:
     `(pixels, labels)`, with labels in the order of all classes.
   """
-  parts = [
-    _sample(generator, v, jax.random.fold_in(key, task), images) for task, v in enumerate(variables)
-  ]
-  return (
-    np.concatenate([np.asarray(pixels) for pixels, _ in parts]),
-    np.concatenate(
-      # A generator numbers the classes of its task from 0.
-      [np.asarray(labels) + t * generator.classes for t, (_, labels) in enumerate(parts)]
-    ),
-  )
+  all_pixels, all_labels = [], []
+  for task in range(tasks):
+    of_task = jax.random.fold_in(key, task)
+    pixels, classes = _sample(generator, variables_of(task), key=of_task, images=images)
+    all_pixels.append(np.asarray(pixels))
+    # A generator numbers the classes of its task from 0.
+    all_labels.append(np.asarray(classes) + task * generator.classes)
+  return np.concatenate(all_pixels), np.concatenate(all_labels)
 
 
 # Variables are an argument, so that one program serves all tasks.
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _sample(generator: Generator, variables: Any, key: Array, images: int) -> tuple[Array, Array]:
-  labels = jnp.arange(images) % generator.classes
-  return wgan.to_pixels(
-    generator.apply(variables, wgan.latents(key, images, generator.latent), labels)[0]
-  ), labels
+@functools.partial(jax.jit, static_argnames=("generator", "images"))
+def _sample(
+  generator: Generator, variables: Any, *, key: Array, images: int
+) -> tuple[Array, Array]:
+  """Generates pixels `[M, H, W, D]` and their classes `[M]`."""
+  classes = jnp.arange(images) % generator.classes
+  z = wgan.latents(key, images, generator.latent)
+  generated, _ = generator.apply(variables, z, classes)
+  return wgan.to_pixels(generated), classes

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +92,10 @@ def add_task(
     extra: a tree of `[M, ...]` arrays, as in the memory.
   """
   # `keep_first` keeps the first images of a class: shuffled, these are a uniform sample.
-  order = np.random.default_rng(np.asarray(jax.random.key_data(key))).permutation(len(labels))
-  return keep_first(memory, *jax.tree.map(lambda x: np.asarray(x)[order], (pixels, labels, extra)))
+  seed = np.asarray(jax.random.key_data(key))
+  order = np.random.default_rng(seed).permutation(len(labels))
+  shuffled = jax.tree.map(lambda x: np.asarray(x)[order], ReplayMemory(pixels, labels, extra))
+  return keep_first(memory, shuffled.pixels, shuffled.labels, extra=shuffled.extra)
 
 
 def keep_first(memory: ReplayMemory, pixels: Any, labels: Any, extra: Any = ()) -> ReplayMemory:
@@ -104,22 +106,23 @@ def keep_first(memory: ReplayMemory, pixels: Any, labels: Any, extra: Any = ()) 
     pixels, labels: `[M, ...]` of the task, each class in the order of preference.
     extra: a tree of `[M, ...]` arrays, as in the memory.
   """
-  slots, old = len(memory.labels), np.asarray(memory.labels) != EMPTY
-  join = lambda held, new: np.concatenate([np.asarray(held)[old], np.asarray(new, held.dtype)])
-  # Old images come first, so that each class stays in the order in which it was offered.
-  offered = jax.tree.map(
-    join, (memory.pixels, memory.labels, memory.extra), (pixels, labels, extra)
-  )
-  chosen = even_choice(offered[1], slots)
-  # The shapes must not change: slots without an image are filled up, labelled `EMPTY`.
-  free = slots - len(chosen)
-  fill = lambda x, value: jnp.asarray(
-    np.concatenate([x[chosen], np.full((free, *x.shape[1:]), value, x.dtype)])
-  )
-  pixels, labels, extra = offered
-  return ReplayMemory(
-    fill(pixels, 0), fill(labels, EMPTY), jax.tree.map(lambda x: fill(x, 0), extra)
-  )
+  slots, is_filled = len(memory.labels), np.asarray(memory.labels) != EMPTY
+
+  def join(held, new):
+    """Joins one array of earlier tasks and of this one."""
+    # Earlier images come first: each class stays in the order in which it was offered.
+    return np.concatenate([np.asarray(held)[is_filled], np.asarray(new, held.dtype)])
+
+  offered = jax.tree.map(join, memory, ReplayMemory(pixels, labels, extra))
+  chosen = even_choice(offered.labels, slots)
+
+  def fill(x):
+    """Returns the chosen entries of one array, and zeros in free slots: shapes never change."""
+    free = np.zeros((slots - len(chosen), *x.shape[1:]), x.dtype)
+    return jnp.asarray(np.concatenate([x[chosen], free]))
+
+  kept = jax.tree.map(fill, offered)
+  return kept.replace(labels=jnp.where(jnp.arange(slots) < len(chosen), kept.labels, EMPTY))
 
 
 def even_choice(labels: np.ndarray, count: int) -> np.ndarray:
@@ -151,14 +154,14 @@ def draw(
     count: entries over all devices, a multiple of their number.
     axis_name: mapped device axis, if any.
   Returns:
-    this device's entries, a `ReplayMemory` of `[R, ...]`, and whether the memory holds any; if not, the
-      entries are empty slots.
+    this device's entries, a `ReplayMemory` of `[R, ...]`, and whether the memory holds any; if not,
+      the entries are empty slots.
   Raises:
     ValueError: `count` is not a multiple of the number of devices.
   """
-  here, devices = (
-    (0, 1) if axis_name is None else (lax.axis_index(axis_name), lax.axis_size(axis_name))
-  )
+  here, devices = 0, 1
+  if axis_name is not None:
+    here, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
   if count % devices:
     raise ValueError(f"replayed images must be a multiple of the {devices} devices; got {count}")
   filled = jnp.sum(memory.labels != EMPTY)
@@ -182,7 +185,7 @@ def mix(new: Array, replayed: Array) -> Array:
   return jnp.concatenate(parts, axis=1).reshape(-1, *new.shape[1:])
 
 
-def part(tree: Any, new: int, replayed: int) -> tuple[Any, Any]:
+def unmix(tree: Any, new: int, replayed: int) -> tuple[Any, Any]:
   """Separates what `mix` mixed, in each array of a tree.
 
   Args:
@@ -192,14 +195,41 @@ def part(tree: Any, new: int, replayed: int) -> tuple[Any, Any]:
     two trees, of arrays `[B, ...]` and `[R, ...]`.
   """
   groups = math.gcd(new, replayed)
-  split = lambda x: jnp.split(x.reshape(groups, -1, *x.shape[1:]), [new // groups], axis=1)
-  pick = lambda i: jax.tree.map(lambda x: split(x)[i].reshape(-1, *x.shape[1:]), tree)
-  return pick(0), pick(1)
+
+  def pick(part):
+    """Returns one part of each group, by its slice of the group."""
+
+    def from_one(x):
+      """Picks from one array."""
+      grouped = x.reshape(groups, -1, *x.shape[1:])
+      return grouped[:, part].reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(from_one, tree)
+
+  # Each group begins with its new examples, as in `mix`.
+  new_per_group = new // groups
+  return pick(slice(new_per_group)), pick(slice(new_per_group, None))
+
+
+class Drawn(NamedTuple):
+  """Entries drawn from a memory.
+
+  Attributes:
+    x: `[R, H, W, D]` network input.
+    labels: `[R]`.
+    extra: a tree of `[R, ...]` arrays, as in the memory.
+    filled: whether the memory holds any images, a scalar.
+  """
+
+  x: Array
+  labels: Array
+  extra: Any
+  filled: Array
 
 
 def draw_inputs(
-  memory: ReplayMemory, key: Array, batch: Batch, problem: Problem, count: int
-) -> tuple[Array, Array, Any, Array]:
+  memory: ReplayMemory, *, key: Array, batch: Batch, problem: Problem, count: int
+) -> Drawn:
   """Draws entries as network input, augmented as in training.
 
   While the memory is empty, evenly chosen examples of the batch replace them, so that BatchNorm
@@ -211,16 +241,12 @@ def draw_inputs(
     batch: of the step.
     problem: the learning problem.
     count: entries over all devices.
-  Returns:
-    `(x [R, H, W, D], labels [R], extra, filled)`, the last as of `draw`.
   """
   places, changes = jax.random.split(key)
   entries, filled = draw(memory, places, count, axis_name=problem.axis_name)
+  here = len(entries.labels)
+  stand_ins = jnp.arange(here) * len(batch.x) // here
   # Both cases are computed: whether the memory holds anything is known only at run time.
-  stand_in = lambda x, held: jnp.where(filled, held, x[jnp.arange(len(held)) * len(x) // len(held)])
-  return (
-    stand_in(batch.x, problem.prepare(changes, entries.pixels)),
-    stand_in(batch.labels, entries.labels),
-    entries.extra,
-    filled,
-  )
+  x = jnp.where(filled, problem.prepare(changes, entries.pixels), batch.x[stand_ins])
+  labels = jnp.where(filled, entries.labels, batch.labels[stand_ins])
+  return Drawn(x, labels, entries.extra, filled)

@@ -6,21 +6,22 @@ Axes: T tasks, N images of a task, U gated units of the network.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from gating_jax.analysis import statistics
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
-from gating_jax.continual.method import Footprint, LearnerState
+from gating_jax.continual.method import Footprint, LearnerState, Table
 from gating_jax.data import batches
 from gating_jax.data.image_sets import Images
 from gating_jax.models.summary import layer_names
 from gating_jax.reports import conclusion, glossary, opening, page, surroundings, tables, tasks
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import plain
-from gating_jax.training import evaluation, hosts, rundir
+from gating_jax.training import hosts, rundir
 from gating_jax.training.journal import Journal
 
 # Test images of each task that gates are shown for.
@@ -39,49 +40,54 @@ def summary(experiment: ContinualExperiment, learner: LearnerState) -> dict[str,
     the result as `reports.tables.render_tasks` wants it.
   """
   learnt = int(learner.task)
-  table = {
-    name: np.asarray(x, np.float64)[:learnt, :learnt] for name, x in learner.table._asdict().items()
-  }
-  scores = lambda accuracies: {
-    "accuracies": _with_nulls(accuracies),
-    **vars(metrics.summarise(accuracies)),
-  }
-  held = experiment.method.footprint(learner)
+
+  def of_learnt(matrix):
+    """Returns the `[S, S]` part of a table of the tasks learnt, in float64."""
+    return np.asarray(matrix, np.float64)[:learnt, :learnt]
+
+  table = Table(*map(of_learnt, learner.table))
+  footprint = experiment.method.footprint(learner)
   result = {
     "method": experiment.config.method,
     "task_names": experiment.task_names[:learnt],
-    "task_aware": scores(table["aware"]),
-    "task_agnostic": scores(table["agnostic"]),
-    "task_classifier_accuracy": float(table["task"][-1].mean()),
+    "task_aware": _accuracy_metrics(table.aware),
+    "task_agnostic": _accuracy_metrics(table.agnostic),
+    "task_classifier_accuracy": float(table.task[-1].mean()),
     "dense_macs": experiment.dense_macs,
     "dense_macs_reduced": experiment.dense_macs_reduced,
-    "task_aware_macs": float(table["macs"][-1].mean()),
-    "task_agnostic_macs": float(table["agnostic_macs"][-1].mean()),
-    "params": held.params,
+    "task_aware_macs": float(table.macs[-1].mean()),
+    "task_agnostic_macs": float(table.agnostic_macs[-1].mean()),
+    "params": footprint.params,
     # Images that a cumulative method trains on again are a cost too.
-    "memory_mb": held.memory_mb + _kept_images(experiment, learnt),
+    "memory_mb": footprint.memory_mb + _kept_images(experiment, learnt),
   }
-  if held.relevant:
-    result["free_units"] = free_units(held, learnt)
+  if footprint.relevant:
+    result["free_units"] = free_units(footprint, learnt)
     # Rows of later tasks use no unit yet: two of them would overlap fully.
-    overlap = _overlap(held.relevant)[:learnt, :learnt]
+    overlap = _overlap(footprint.relevant)[:learnt, :learnt]
     result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": metrics.mean_overlap(overlap)}
   return result
 
 
-def free_units(held: Footprint, learnt: int) -> dict[str, tuple[int, int]]:
+def free_units(footprint: Footprint, learnt: int) -> dict[str, tuple[int, int]]:
   """Counts the units that no task learnt so far needs.
 
   Args:
-    held: of the learner.
+    footprint: of the learner.
     learnt: number of tasks learnt.
   Returns:
     `(free, all)` units by layer; empty where tasks own no units.
   """
-  return {
-    layer: (int(metrics.filter_use(units[:learnt]).free[-1]), units.shape[1])
-    for layer, units in held.relevant.items()
-  }
+  counts = {}
+  for layer, units in footprint.relevant.items():
+    free = metrics.filter_use(units[:learnt]).free[-1]
+    counts[layer] = (int(free), units.shape[1])
+  return counts
+
+
+def _accuracy_metrics(accuracies: np.ndarray) -> dict[str, Any]:
+  """Returns an accuracy matrix and its metrics, for the result."""
+  return {"accuracies": _with_nulls(accuracies), **vars(metrics.summarise(accuracies))}
 
 
 def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
@@ -92,9 +98,12 @@ def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
 
 def scores(learner: LearnerState) -> dict[str, float]:
   """Averages over the tasks learnt so far; names are those of the flattened result."""
-  task = int(learner.task)
-  mean = lambda matrix: float(np.mean(np.asarray(matrix)[task - 1, :task]))
-  table = learner.table
+  learnt, table = int(learner.task), learner.table
+
+  def mean(matrix):
+    """Averages the entries of the last task learnt."""
+    return float(np.mean(np.asarray(matrix)[learnt - 1, :learnt]))
+
   return {
     "task_aware.average_accuracy": mean(table.aware),
     "task_agnostic.average_accuracy": mean(table.agnostic),
@@ -148,11 +157,9 @@ def make_histograms(
       per task.
   """
   if experiment.method.task_net is None:
-    return lambda learner, task: {}
-  look, image = (
-    _make_look(experiment),
-    jax.ShapeDtypeStruct((1, *experiment.problem.shape), np.float32),
-  )
+    return _no_histograms
+  look = _make_look(experiment)
+  image = jax.ShapeDtypeStruct((1, *experiment.problem.shape), np.float32)
 
   def records_of(learner, x):
     """Returns the records of the gates for images `[N, H, W, D]`."""
@@ -162,24 +169,38 @@ def make_histograms(
 
   def histograms(learner, task):
     """Returns the histogram counts of a task's gates, by name."""
-    _, logits = look(learner, task)
+    logits = look(learner, task).logits
     # Names need shapes alone.
     names = layer_names(jax.eval_shape(records_of, learner, image))
     # A gate is open in evaluation where its log-odds are positive.
-    rates = [np.mean(z > 0, axis=0) for z in logits]
-    return evaluation.layer_histograms(names, logits, rates, f"gates/task{task + 1:02d}")
+    rates = [np.mean(of_layer > 0, axis=0) for of_layer in logits]
+    return statistics.layer_histograms(names, logits, rates, f"gates/task{task + 1:02d}")
 
   return histograms
 
 
-def _make_look(
-  experiment: ContinualExperiment,
-) -> Callable[[LearnerState, int], tuple[np.ndarray, list[np.ndarray]]]:
+def _no_histograms(learner: LearnerState, task: int) -> dict[str, np.ndarray]:
+  """Returns the histograms of a method without gates: none."""
+  return {}
+
+
+class _Look(NamedTuple):
+  """Gates of a task on its first test images.
+
+  Attributes:
+    pixels: `[N, H, W, D]` uint8.
+    logits: log-odds of the gates, `[N, units]` of each layer.
+  """
+
+  pixels: np.ndarray
+  logits: list[np.ndarray]
+
+
+def _make_look(experiment: ContinualExperiment) -> Callable[[LearnerState, int], _Look]:
   """Makes a function that looks at the gates of a task; one program serves all tasks.
 
   Returns:
-    `(learner, task) -> (pixels, logits)`: the task's first test images, and the log-odds of its
-      gates, `[N, units]` of each layer.
+    `(learner, task) -> _Look`.
   """
   method, problem = experiment.method, experiment.problem
 
@@ -196,11 +217,13 @@ def _make_look(
     """Returns a task's first test images `[N, H, W, D]` and the log-odds of its gates."""
     test = experiment.tasks[task].test
     images = Images(*test.read(np.arange(min(_LOOKED_AT, len(test)))), ())
-    parts = [
-      [np.asarray(z)[:count] for z in run(learner, pixels, np.int32(task))]
-      for (pixels, _), count in batches.padded_batches(images, problem.batch_size)
-    ]
-    return images.pixels, [np.concatenate(layer) for layer in zip(*parts, strict=True)]
+    by_batch = []
+    for (pixels, _), count in batches.padded_batches(images, problem.batch_size):
+      logits = run(learner, pixels, np.int32(task))
+      # The last batch is padded: only its first `count` images are real.
+      by_batch.append([np.asarray(of_layer)[:count] for of_layer in logits])
+    by_layer = jax.tree.map(lambda *parts: np.concatenate(parts), *by_batch)
+    return _Look(images.pixels, by_layer)
 
   return look
 
@@ -231,32 +254,16 @@ def write(
     step=step,
     not_compiled=conclusion.refusal(compile.check, experiment),
   )
-  pictures = {
-    name: page.embed_figure(
-      figure, caption, scrolls=figure.get_figwidth() > page.WIDTH, terms=_TERMS[name]
-    )
-    for name, (caption, figure) in _pictures(experiment, learner).items()
-  }
+  pictures = {}
+  for name, (caption, figure) in _pictures(experiment, learner).items():
+    scrolls = figure.get_figwidth() > page.WIDTH
+    pictures[name] = page.embed_figure(figure, caption, scrolls=scrolls, terms=_TERMS[name])
   # The picture at the top of the page.
   shown = "filters" if "filters" in pictures else "accuracies"
-  sections = [
-    page.Section(
-      "Result",
-      " ".join(f"{why}." for why in tables.task_reasons(result)),
-      [
-        *(
-          page.Table(*table, terms=_COLUMNS + _measures(table))
-          for table in tables.task_tables(result)
-        ),
-        glossary.defined_table(tables.task_rows(result)),
-      ],
-    )
-  ]
-  sections += [
-    page.Section(name.capitalize(), parts=[picture])
-    for name, picture in pictures.items()
-    if name != shown
-  ]
+  sections = [_result_section(result)]
+  for name, picture in pictures.items():
+    if name != shown:
+      sections.append(page.Section(name.capitalize(), parts=[picture]))
   if experiment.method.task_net is not None:
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
@@ -282,6 +289,16 @@ def write(
       opening=begin,
     )
   )
+
+
+def _result_section(result: Mapping[str, Any]) -> page.Section:
+  """Returns the tables of the result, and why some numbers are not there."""
+  parts = []
+  for table in tables.task_tables(result):
+    parts.append(page.Table(*table, terms=_COLUMNS + _measures(table)))
+  parts.append(glossary.defined_table(tables.task_rows(result)))
+  reasons = " ".join(f"{reason}." for reason in tables.task_reasons(result))
+  return page.Section("Result", reasons, parts)
 
 
 _COLUMNS = (
@@ -323,24 +340,19 @@ def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str]
   """Returns definitions of a table's first column, and of its rows that are no tasks."""
   (first, *_), rows = table
   knows = "knows" if first.startswith("task-aware") else "must infer"
-  known = (
-    first,
-    f"on each task's test images, by a network that {knows} the task of an image",
-  )
-  return (
-    known,
+  known = (first, f"on each task's test images, by a network that {knows} the task of an image")
+  measures = [known]
+  for name, *_ in rows:
     # Other rows are tasks, named by their classes.
-    *((name, glossary.MEASURES[name]) for name, *_ in rows if name in glossary.MEASURES),
-  )
+    if name in glossary.MEASURES:
+      measures.append((name, glossary.MEASURES[name]))
+  return tuple(measures)
 
 
 def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[page.Number]:
   """Returns the large numbers at the top, with the task known."""
-  aware, macs, dense = (
-    result["task_aware"]["average_accuracy"],
-    result["task_aware_macs"],
-    result["dense_macs"],
-  )
+  aware = result["task_aware"]["average_accuracy"]
+  macs, dense = result["task_aware_macs"], result["dense_macs"]
   count = len(result["task_names"])
   agnostic = 100 * result["task_agnostic"]["average_accuracy"]
   score = opening.score_number(
@@ -358,30 +370,36 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
   ]
 
 
-def _pictures(experiment: ContinualExperiment, learner: LearnerState) -> dict[str, tuple[str, Any]]:
-  """Draws the pictures; returns captions and figures by name."""
+class _Picture(NamedTuple):
+  """A figure and its caption."""
+
+  caption: str
+  figure: Any
+
+
+def _pictures(experiment: ContinualExperiment, learner: LearnerState) -> dict[str, _Picture]:
+  """Draws the pictures; returns them by name."""
   names, learnt, table = experiment.task_names, int(learner.task), learner.table
   pictures = {
-    "accuracies": (
+    "accuracies": _Picture(
       "Accuracy on each task after each task was learnt, with the task known and unknown.",
       tasks.draw_accuracies(np.asarray(table.aware), np.asarray(table.agnostic), task_names=names),
     )
   }
-  relevant = {
-    layer: units[:learnt] for layer, units in experiment.method.footprint(learner).relevant.items()
-  }
+  # Rows of later tasks use no unit yet.
+  relevant, use = {}, {}
+  for layer, units in experiment.method.footprint(learner).relevant.items():
+    relevant[layer] = units[:learnt]
+    use[layer] = metrics.filter_use(units[:learnt])
   if relevant:
-    use = {layer: metrics.filter_use(units) for layer, units in relevant.items()}
-    pictures |= {
-      "filters": (
-        "Filters that each task reuses, takes, does not use and leaves free, layer by layer.",
-        tasks.draw_filters(use, task_names=names[:learnt]),
-      ),
-      "overlap": (
-        "Fraction of the units used by either of two tasks that both of them use.",
-        tasks.draw_overlap(_overlap(relevant), task_names=names[:learnt]),
-      ),
-    }
+    pictures["filters"] = _Picture(
+      "Filters that each task reuses, takes, does not use and leaves free, layer by layer.",
+      tasks.draw_filters(use, task_names=names[:learnt]),
+    )
+    pictures["overlap"] = _Picture(
+      "Fraction of the units used by either of two tasks that both of them use.",
+      tasks.draw_overlap(_overlap(relevant), task_names=names[:learnt]),
+    )
   return pictures
 
 
@@ -391,28 +409,28 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: LearnerStat
   Every task has its own gate for a filter.
   """
   learnt, look = int(learner.task), _make_look(experiment)
-  pixels, layers = zip(*(look(learner, task) for task in range(learnt)), strict=True)
+  looks = [look(learner, task) for task in range(learnt)]
   # The gates of all layers side by side, in one array per task.
-  logits = [np.concatenate(parts, axis=1) for parts in layers]
-  names = [
-    f"{name}, unit {i}"
-    for name, part in zip(experiment.method.footprint(learner).relevant, layers[0], strict=True)
-    for i in range(part.shape[1])
-  ]
-  rates = np.stack([np.mean(z > 0, axis=0) for z in logits])
+  logits = [np.concatenate(of_task.logits, axis=1) for of_task in looks]
+  layers, names = experiment.method.footprint(learner).relevant, []
+  for layer, of_layer in zip(layers, looks[0].logits, strict=True):
+    names += [f"{layer}, unit {i}" for i in range(of_layer.shape[1])]
+  rates = np.stack([np.mean(of_task > 0, axis=0) for of_task in logits])
   # A point for every task that uses the unit, and up to 1/4 more where its gate opens for half of
   # the images.
   score = np.sum(rates > 0.01, axis=0) + np.sum(rates * (1 - rates), axis=0)
   parts = []
   for unit in np.argsort(-score, kind="stable")[:_UNITS]:
     # The same bound as in the score: a gate that opens for 1 % or less has no images to show.
-    users = [t for t in range(learnt) if rates[t, unit] > 0.01][:_TASKS]
-    if not users:
+    users = np.flatnonzero(rates[:, unit] > 0.01)[:_TASKS]
+    if not len(users):
       continue
-    rows = [pixels[t][np.argsort(-logits[t][:, unit], kind="stable")[:_IMAGES]] for t in users]
-    labels = [
-      f"{plain(experiment.task_names[t], 20)}\nopen: {100 * rates[t, unit]:.0f} %" for t in users
-    ]
+    rows, labels = [], []
+    for task in users:
+      most_open = np.argsort(-logits[task][:, unit], kind="stable")[:_IMAGES]
+      rows.append(looks[task].pixels[most_open])
+      name = plain(experiment.task_names[task], 20)
+      labels.append(f"{name}\nopen: {100 * rates[task, unit]:.0f} %")
     parts.append(
       page.embed_figure(
         image_pictures.draw_image_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True

@@ -1,7 +1,11 @@
 """A network with shared convolutions, and gates, BatchNorm and head per task.
 
-Parameters and statistics are trees of two parts, `{"shared", "own"}`. The own parts of all tasks
-are stacked, `[T, ...]`.
+Parameters and statistics are dicts of two parts, `{"shared", "own"}`: the convolutions, and what
+each task has for itself. A task's own part of the parameters is `{"net", "head"}`: of the network,
+which ends at its features, and of the linear head on them.
+
+Where the own parts are kept, `Variables` hold parameters and statistics of all tasks, stacked over
+them.
 
 Axes: N examples, T tasks, C classes of a task, F features, U gated units of the network.
 Reference: Abati et al., 2020; Serra et al., 2018 (one head per task).
@@ -20,7 +24,14 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from gating_jax.continual.method import Prediction, Problem, TaskNet
+from gating_jax.continual.method import (
+  LearnerState,
+  Prediction,
+  Problem,
+  TaskNet,
+  Variables,
+  task_entry,
+)
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops.macs import executed_macs
@@ -61,17 +72,14 @@ class SharedNet:
 
   def fresh(self, key: Array) -> tuple[Tree, Tree]:
     """Initialises parameters and statistics, split into their parts."""
-    network, head = jax.random.split(key)
-    variables = self.model.init(network, jnp.zeros((1, *self.problem.shape)))
+    network_key, head_key = jax.random.split(key)
+    variables = self.model.init(network_key, jnp.zeros((1, *self.problem.shape)))
     _, features = self.shapes
-    # The head is no part of the model, which ends at its features.
-    kernel = nn.initializers.lecun_normal()(head, (features, self.problem.classes))
+    kernel = nn.initializers.lecun_normal()(head_key, (features, self.problem.classes))
     params = self._split(variables["params"])
-    own = {
-      "net": params["own"],
-      "head": {"kernel": kernel, "bias": jnp.zeros(self.problem.classes)},
-    }
-    return {"shared": params["shared"], "own": own}, self._split(variables.get("batch_stats", {}))
+    head = {"kernel": kernel, "bias": jnp.zeros(self.problem.classes)}
+    params["own"] = {"net": params["own"], "head": head}
+    return params, self._split(variables.get("batch_stats", {}))
 
   def apply(self, params: Tree, batch_stats: Tree, x: Array, **training) -> TaskForward:
     """Runs the network for the task whose own part is in the trees.
@@ -89,35 +97,26 @@ class SharedNet:
       features, records = self.model.apply(variables, x)
     return TaskForward(features @ kernel + bias, features, records, batch_stats)
 
-  def side_by_side(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> TaskForward:
-    """Runs all tasks of `own`, one after the other, in evaluation.
+  def run_tasks(self, learner: LearnerState, owns: Variables, x: Array) -> TaskForward:
+    """Runs the networks of several tasks, one after the other, in evaluation.
 
     Args:
-      params, batch_stats: trees with the shared parts.
-      own: `{"params", "batch_stats"}`, each array stacked over tasks.
+      learner: with the shared parts.
+      owns: the tasks' own parts, stacked over them.
       x: `[N, H, W, D]`.
     Returns:
-      a `Stream` of arrays stacked over tasks.
+      a `TaskForward` of arrays stacked over tasks.
     """
     # Not vmap, whose rounding depends on the number of tasks: this is one program for any number.
-    return jax.lax.map(lambda own: self.of_task(params, batch_stats, own, x), own)
+    return jax.lax.map(lambda own: self.run_task(learner, own, x), owns)
 
-  def of_task(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> TaskForward:
-    """Runs the network for a task with the own part `own`, in evaluation."""
-    return self.apply(
-      {**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]}, x
-    )
+  def run_task(self, learner: LearnerState, own: Variables, x: Array) -> TaskForward:
+    """Runs the network of a task with the own part `own`, in evaluation."""
+    return self.apply(*with_own(learner, own), x)
 
-  def net_of(self, params: Tree, batch_stats: Tree, owns: Tree, task: Array) -> TaskNet:
-    """Returns the network of one of the tasks in `owns`.
-
-    Args:
-      params, batch_stats: trees with the shared parts.
-      owns: `{"params", "batch_stats"}`, each array stacked over tasks.
-      task: its index.
-    """
-    own = jax.tree.map(lambda tree: tree[task], owns)
-    return self._net({**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]})
+  def task_net(self, learner: LearnerState, owns: Variables, task: Array) -> TaskNet:
+    """Returns the network of one task, whose own part is the entry of `task` in `owns`."""
+    return self._net(*with_own(learner, task_entry(owns, task)))
 
   def _net(self, params: Tree, batch_stats: Tree) -> TaskNet:
     own = params["own"]
@@ -132,9 +131,12 @@ class SharedNet:
     """Returns the records and the number of features, as shapes."""
     # One image stands for any number: only first axes depend on it.
     x = jax.ShapeDtypeStruct((1, *self.problem.shape), jnp.float32)
-    (features, records), _ = jax.eval_shape(
-      lambda x: self.model.init_with_output(jax.random.key(0), x), x
-    )
+
+    def init(x):
+      """Returns the output for an image and the fresh variables."""
+      return self.model.init_with_output(jax.random.key(0), x)
+
+    (features, records), _ = jax.eval_shape(init, x)
     return records, features.shape[-1]
 
   def _split(self, tree: Tree) -> dict[str, Tree]:
@@ -163,11 +165,12 @@ def split(tree: Tree, is_shared: Callable[[Sequence[str]], bool]) -> dict[str, T
   Returns:
     `{"shared", "own"}`.
   """
-  flat = traverse_util.flatten_dict(tree)
-  part = lambda shared: traverse_util.unflatten_dict(
-    {path: leaf for path, leaf in flat.items() if is_shared(path) == shared}
-  )
-  return {"shared": part(True), "own": part(False)}
+  shared, own = {}, {}
+  for path, leaf in traverse_util.flatten_dict(tree).items():
+    part = shared if is_shared(path) else own
+    part[path] = leaf
+  unflatten = traverse_util.unflatten_dict
+  return {"shared": unflatten(shared), "own": unflatten(own)}
 
 
 def merge(shared: Tree, own: Tree) -> Tree:
@@ -177,23 +180,18 @@ def merge(shared: Tree, own: Tree) -> Tree:
   )
 
 
-def stack(trees: Tree, tasks: int) -> Tree:
-  """Repeats each array T times, one entry per task."""
-  return jax.tree.map(lambda x: jnp.broadcast_to(x, (tasks, *x.shape)), trees)
+def own_part(params: Tree, batch_stats: Tree) -> Variables:
+  """Returns the own part of parameters and statistics `{"shared", "own"}`."""
+  return Variables(params["own"], batch_stats["own"])
 
 
-def put(stacked: Tree, task: int, tree: Tree) -> Tree:
-  """Replaces one task's entry in a stacked tree.
-
-  Args:
-    stacked: arrays `[T, ...]`.
-    task: index of the entry.
-    tree: its new arrays `[...]`.
-  """
-  return jax.tree.map(lambda all_tasks, x: all_tasks.at[task].set(x), stacked, tree)
+def with_own(learner: LearnerState, own: Variables) -> tuple[Tree, Tree]:
+  """Returns a learner's parameters and statistics, with `own` as the own part of both."""
+  params = {**learner.params, "own": own.params}
+  return params, {**learner.batch_stats, "own": own.batch_stats}
 
 
-def head_terms(logits: Array, labels: Array, task: Array, problem: Problem) -> dict[str, Array]:
+def head_terms(logits: Array, labels: Array, *, task: Array, problem: Problem) -> dict[str, Array]:
   """Computes `cross_entropy` and `accuracy` of one task's head.
 
   Args:
@@ -209,26 +207,26 @@ def head_terms(logits: Array, labels: Array, task: Array, problem: Problem) -> d
   }
 
 
-def macs(stream: TaskForward, counts: ModelCounts, classes: int) -> Array:
-  """Computes the multiply-accumulates of each image in each stream.
+def forward_macs(forward: TaskForward, counts: ModelCounts, classes: int) -> Array:
+  """Computes the multiply-accumulates of each image in each task's forward pass.
 
   Args:
-    stream: arrays `[..., N, C]` and so on.
+    forward: arrays `[..., N, C]` and so on.
     counts: of the model, which has no head.
     classes: outputs of the head.
   Returns:
     `[..., N]`.
   """
   # `counts` are of the features alone: the head is added, F C per image.
-  fixed = jnp.full(
-    stream.logits.shape[:-1], float(counts.always_macs + stream.features.shape[-1] * classes)
-  )
-  return fixed + executed_macs(stream.records) if stream.records else fixed
+  always = counts.always_macs + forward.features.shape[-1] * classes
+  always = jnp.full(forward.logits.shape[:-1], float(always))
+  return always + executed_macs(forward.records) if forward.records else always
 
 
 def prediction(
   problem: Problem,
   logits: Array,
+  *,
   task: Array,
   macs: Array,
   agnostic_macs: Array,
@@ -240,7 +238,7 @@ def prediction(
     problem: the learning problem.
     logits: `[S, N, C]` of the S heads so far.
     task: the task that is known, for the task-aware prediction.
-    macs: `[S, N]` of each stream.
+    macs: `[S, N]` of each task's forward pass.
     agnostic_macs: `[N]` with the task unknown.
     scores: `[S, N, C]` of all classes with the task unknown; the log-probabilities of each head by
       default.
@@ -252,5 +250,8 @@ def prediction(
   # Classes of later tasks cannot win.
   agnostic = jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
   return Prediction(
-    jnp.take(logits, task, axis=0), agnostic, jnp.take(macs, task, axis=0), agnostic_macs
+    aware=jnp.take(logits, task, axis=0),
+    agnostic=agnostic,
+    macs=jnp.take(macs, task, axis=0),
+    agnostic_macs=agnostic_macs,
   )

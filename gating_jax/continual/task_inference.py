@@ -1,31 +1,32 @@
-"""Task inference: a layer on the features of all streams, or one network of all classes.
+"""Task inference: which task an image belongs to, by a task classifier.
 
-Either classifier is trained together with the stream of the current task, on the batch and the
-rehearsed images. Its parameters are called `router`.
+A task classifier is trained together with the network of the current task, on the batch and on
+rehearsed images. There are two.
 
-Axes: N images, B of a batch, R rehearsed, T tasks, S <= T seen, C classes of a task, F features of
-a stream.
-Reference: Abati et al., 2020, section 3.4; Menon et al., "Long-tail learning via logit adjustment",
-2021.
-
-The task classifier, from the pooled features of all tasks' streams to an image's task.
+`FeatureClassifier` runs the networks of all tasks and decides by their pooled features:
 
     z = Dense_T(ReLU(Dense_64(concatenated features)))
 
 It has rows and columns for all tasks from the start; those of later tasks are left out. So it
-widens task by task and keeps its weights. It is trained together with the current task, whose
-stream it shapes. At the end of the task, when no stream changes any more, it is trained alone on
-their features.
+widens task by task and keeps its weights. At the end of a task, when its network does not change
+any more, the classifier is trained alone on the features of all networks.
 
-Axes: N or M images, T tasks, S <= T tasks seen, F features of a stream.
-Reference: Abati et al., 2020, section 3.4.
+`NetworkClassifier` is an ungated network of all classes; only the network of the inferred task
+runs.
+
+Among a learner's parameters and statistics, those of the task classifier are called `router`.
+
+Axes: N or M images, B of a batch, R rehearsed, T tasks, S <= T seen, C classes of a task, K classes
+in all, F features of a task's network.
+Reference: Abati et al., 2020, section 3.4; Menon et al., "Long-tail learning via logit adjustment",
+2021.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,14 @@ import optax
 from jax import lax
 
 from gating_jax.continual import replay_memory
-from gating_jax.continual.method import Batch, LearnerState, Network, TaskData
+from gating_jax.continual.method import (
+  Batch,
+  LearnerState,
+  Network,
+  TaskData,
+  first_tasks,
+  task_entry,
+)
 from gating_jax.continual.rehearsal import Rehearsal, Replay
 from gating_jax.continual.shared_net import SharedNet, TaskForward
 from gating_jax.types import Array
@@ -44,8 +52,39 @@ Tree = Any
 TEMPERATURE = 2.0
 
 
-class Loss(NamedTuple):
-  """Additions to a stream's loss.
+class RehearsedBatch(NamedTuple):
+  """The batch of a step and the images that are rehearsed with it.
+
+  Attributes:
+    batch: B examples.
+    replayed: R examples.
+  """
+
+  batch: Batch
+  replayed: Replay
+
+  @property
+  def x(self) -> Array:
+    """Returns `[B + R, H, W, D]` images, both kinds mixed evenly."""
+    return replay_memory.mix(self.batch.x, self.replayed.x)
+
+  @property
+  def labels(self) -> Array:
+    """Returns the `[B + R]` labels of `x`."""
+    return replay_memory.mix(self.batch.labels, self.replayed.labels)
+
+  def separate(self, tree: Tree) -> tuple[Tree, Tree]:
+    """Separates arrays `[B + R, ...]` in the order of `x` into `[B, ...]` and `[R, ...]`."""
+    return replay_memory.unmix(tree, len(self.batch.x), len(self.replayed.x))
+
+  def weighted_mean(self, each: Array, weight: Array) -> Array:
+    """Averages `[B + R]` losses in the order of `x`, with this weight on the mean of the batch."""
+    of_batch, of_replay = self.separate(each)
+    return weight * jnp.mean(of_batch) + (1 - weight) * jnp.mean(of_replay)
+
+
+class ClassifierLoss(NamedTuple):
+  """The part of a task classifier in the loss of a step.
 
   Attributes:
     total: scalar to add to the loss.
@@ -63,8 +102,8 @@ class TaskInference(NamedTuple):
 
   Attributes:
     task: `[N]`, the inferred task of each image.
-    scores: `[S, N, C]` to add to each stream's log-probabilities, or a scalar 0.
-    macs: `[N]` multiply-accumulates of the classifier and of the streams that run.
+    scores: `[S, N, C]` to add to the log-probabilities of each task's head, or a scalar 0.
+    macs: `[N]` multiply-accumulates of the classifier and of the tasks' networks that run.
   """
 
   task: Array
@@ -72,14 +111,67 @@ class TaskInference(NamedTuple):
   macs: Array
 
 
-@dataclasses.dataclass(frozen=True)
-class FeatureClassifier:
-  """A `router` on the pooled features of all streams; all of them run.
+class TaskClassifier(Protocol):
+  """The functions of a task classifier, over a learner with a `RehearsedTaskMemory`.
 
   Attributes:
-    net: the network of the streams.
     rehearsal: memory of images of earlier tasks.
-    settings: of the router.
+  """
+
+  rehearsal: Rehearsal
+
+  def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
+    """Initialises parameters, and statistics as in `ClassifierLoss`."""
+
+  def forward_input(self, rehearsed: RehearsedBatch) -> Array:
+    """Returns the images that the current task's network sees in a step."""
+
+  def loss(
+    self,
+    params: Tree,
+    learner: LearnerState,
+    rehearsed: RehearsedBatch,
+    *,
+    forward: TaskForward,
+    key: Array,
+  ) -> ClassifierLoss:
+    """Computes the classifier's part in the loss of a step.
+
+    Args:
+      params: those being differentiated.
+      learner: before the step.
+      rehearsed: images of the step.
+      forward: of the current task's network, on `forward_input`.
+      key: PRNG key of the step's noise.
+    """
+
+  def update(self, updates: Tree, task: Array) -> Tree:
+    """Changes the optimiser's updates of the classifier in a step of this task's training."""
+
+  def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> Tree:
+    """Returns the classifier's parameters at the end of a task."""
+
+  def infer_task(
+    self, learner: LearnerState, x: Array, *, forward: TaskForward, macs: Array
+  ) -> TaskInference:
+    """Infers the tasks of images.
+
+    Args:
+      learner: with the classifier's parameters and statistics.
+      x: `[N, H, W, D]`.
+      forward: of all tasks seen, for these images.
+      macs: `[S, N]` of the tasks' networks.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureClassifier:
+  """A task classifier on the pooled features of all tasks' networks, all of which run.
+
+  Attributes:
+    net: the network of the tasks.
+    rehearsal: memory of images of earlier tasks.
+    settings: of the classifier.
   """
 
   net: SharedNet
@@ -87,85 +179,76 @@ class FeatureClassifier:
   settings: TaskClassifierSettings
 
   def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
-    """Initialises parameters, and statistics as in `Loss`."""
+    """Initialises the parameters; there are no statistics."""
     _, features = self.net.shapes
-    return init(key, self.net.problem.tasks, features, self.settings.hidden), {}
+    params = init_feature_classifier(
+      key, tasks=self.net.problem.tasks, features=features, hidden=self.settings.hidden
+    )
+    return params, {}
 
-  def streamed(self, batch: Batch, replayed: Replay) -> Array:
-    """Returns the current stream's input in a step: batch and rehearsed images, mixed."""
-    return replay_memory.mix(batch.x, replayed.x)
+  def forward_input(self, rehearsed: RehearsedBatch) -> Array:
+    """Returns batch and rehearsed images, mixed: the classifier sees the features of both."""
+    return rehearsed.x
 
   def loss(
     self,
     params: Tree,
     learner: LearnerState,
-    batch: Batch,
-    replayed: Replay,
-    stream: TaskForward,
+    rehearsed: RehearsedBatch,
+    *,
+    forward: TaskForward,
     key: Array,
-  ) -> Loss:
-    """Computes the loss on the stream's input; no earlier task gets a gradient."""
-    x, labels = _mixed(batch, replayed)
+  ) -> ClassifierLoss:
+    """Computes the cross-entropy over tasks; no earlier task gets a gradient."""
+    x, tasks = rehearsed.x, self.net.problem.task_of(rehearsed.labels)
 
-    def earlier(task, features):
+    def add_earlier(task, features):
       """Fills in the features of one earlier task; the array is `[N, T, F]`."""
-      own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
-      return features.at[:, task].set(
-        # Parameters of the learner, not those being differentiated: a constant for the gradient.
-        self.net.of_task(learner.params, learner.batch_stats, own, x).features
-      )
+      own = task_entry(learner.memory.own, task)
+      # Parameters of the learner, not those being differentiated: a constant for the gradient.
+      return features.at[:, task].set(self.net.run_task(learner, own, x).features)
 
-    of_all = jnp.zeros((len(x), self.net.problem.tasks, stream.features.shape[-1]))
-    of_all = (
-      # Features of later tasks stay 0 and do not compete.
-      lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(stream.features)
-    )
-    each = cross_entropy(
-      params["router"], of_all, labels // self.net.problem.classes, learner.task + 1
-    )
-    loss = _weighted(each, batch, replayed, replayed.batch_weight)
-    return Loss(loss, {"task_cross_entropy": loss}, {})
+    # Features of later tasks stay 0 and do not compete.
+    features = jnp.zeros((len(x), self.net.problem.tasks, forward.features.shape[-1]))
+    features = lax.fori_loop(0, learner.task, add_earlier, features)
+    features = features.at[:, learner.task].set(forward.features)
+    each = task_cross_entropy(params["router"], features, tasks, seen=learner.task + 1)
+    loss = rehearsed.weighted_mean(each, rehearsed.replayed.batch_weight)
+    return ClassifierLoss(loss, {"task_cross_entropy": loss}, {})
 
   def update(self, updates: Tree, task: Array) -> Tree:
     """Keeps those of a step's updates that serve tasks seen."""
-    return of_seen(updates, task + 1)
+    return updates_of_seen(updates, task + 1)
 
   def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> Tree:
     """Returns the parameters after a task: trained alone on images of all tasks so far."""
     recalling, training = jax.random.split(key)
     problem, seen = self.net.problem, int(learner.task) + 1
-    pixels, labels = self.rehearsal.recall(learner.memory["rehearsal"], data, seen - 1, recalling)
+    pixels, labels = self.rehearsal.recall(learner.memory.rehearsal, data, seen - 1, recalling)
 
-    def features(learner, x):
+    def features_of(learner, x):
       """Computes the features of all tasks seen, `[N, S, F]`."""
-      own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
+      features = self.net.run_tasks(learner, first_tasks(learner.memory.own, seen), x).features
       # `in_batches` joins along the first axis: images before tasks.
-      return jnp.moveaxis(
-        self.net.side_by_side(learner.params, learner.batch_stats, own, x).features, 0, 1
-      )
+      return jnp.moveaxis(features, 0, 1)
 
-    features = problem.in_batches(features, learner, pixels)
-    return train(
-      learner.params["router"], features, labels // problem.classes, training, self.settings
+    return train_feature_classifier(
+      learner.params["router"],
+      problem.in_batches(features_of, learner, pixels),
+      problem.task_of(labels),
+      key=training,
+      settings=self.settings,
     )
 
   def infer_task(
-    self, learner: LearnerState, x: Array, stream: TaskForward, macs: Array
+    self, learner: LearnerState, x: Array, *, forward: TaskForward, macs: Array
   ) -> TaskInference:
-    """Infers the tasks of images.
-
-    Args:
-      learner: with the router's parameters.
-      x: `[N, H, W, D]`, not read.
-      stream: of all tasks seen, for these images.
-      macs: `[S, N]` of the streams.
-    """
-    features = jnp.moveaxis(stream.features, 0, 1)
+    """Infers the tasks of images from `forward` alone."""
+    features = jnp.moveaxis(forward.features, 0, 1)
     _, seen, width = features.shape
-    task = jnp.argmax(scores(learner.params["router"], features), axis=-1)
-    return TaskInference(
-      task, jnp.zeros(()), macs.sum(0) + float(classifier_macs(seen, width, self.settings.hidden))
-    )
+    task = jnp.argmax(task_scores(learner.params["router"], features), axis=-1)
+    own_macs = feature_classifier_macs(seen, width, self.settings.hidden)
+    return TaskInference(task, jnp.zeros(()), macs.sum(0) + float(own_macs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,11 +259,11 @@ class NetworkClassifier:
       class = argmax_(c in t*) log q(c|x) + log p_t*(c|x)
       loss  = CE(q, c) + w CE(softmax(q_t / 2), softmax(p_t / 2))
 
-  Only the stream of t* is needed. The second term of the loss is over logits of the current task t,
-  on its batch: it teaches the stream and not the network, which has all tasks to learn from. In the
-  first term every image has the same weight; where the batch has no weight, every rehearsed image.
-  In training q is shifted by the logarithm of each class's frequency relative to equal frequencies,
-  which the test has.
+  Only the network of t* is needed. The second term of the loss is over logits of the current task
+  t, on its batch: it teaches that task's network and not the classifier, which has all tasks to
+  learn from. In the first term every image has the same weight; where the batch has no weight,
+  every rehearsed image. In training q is shifted by the logarithm of each class's frequency
+  relative to equal frequencies, which the test has.
 
   Attributes:
     rehearsal: memory of images of earlier tasks.
@@ -193,55 +276,58 @@ class NetworkClassifier:
   distillation: float
 
   def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
-    """Initialises parameters, and statistics as in `Loss`."""
+    """Initialises parameters and statistics."""
     params, batch_stats = self.network.init(key)
     return params, {"router": batch_stats}
 
-  def streamed(self, batch: Batch, replayed: Replay) -> Array:
-    """Returns the current stream's input in a step: the batch alone."""
-    return batch.x
+  def forward_input(self, rehearsed: RehearsedBatch) -> Array:
+    """Returns the batch alone."""
+    return rehearsed.batch.x
 
   def loss(
     self,
     params: Tree,
     learner: LearnerState,
-    batch: Batch,
-    replayed: Replay,
-    stream: TaskForward,
+    rehearsed: RehearsedBatch,
+    *,
+    forward: TaskForward,
     key: Array,
-  ) -> Loss:
+  ) -> ClassifierLoss:
     """Computes the loss on batch and rehearsed images in one pass."""
-    x, labels = _mixed(batch, replayed)
-    of_all, batch_stats = self.network.train_logits(
-      params["router"], learner.batch_stats["router"], x, key
-    )
+    x, labels = rehearsed.x, rehearsed.labels
+    old_stats = learner.batch_stats["router"]
+    logits, batch_stats = self.network.train_logits(params["router"], old_stats, x, key=key)
     # Every image has the same weight, in the batch or replayed; a weight of 0 or 1 leaves out one
     # of the two and stays.
-    weight = replayed.batch_weight
-    even = jnp.where((weight > 0) & (weight < 1), len(batch.x) / len(x), weight)
+    weight = rehearsed.replayed.batch_weight
+    share = len(rehearsed.batch.x) / len(x)
+    even = jnp.where((weight > 0) & (weight < 1), share, weight)
     # Logit adjustment (Menon et al.): log(actual / fair frequency), for classes of the current task
     # and of the earlier ones.
-    of_class = jnp.arange(of_all.shape[1]) // self.network.problem.classes
-    shift = jnp.where(
-      of_class == learner.task, _log_ratio(even, weight), _log_ratio(1 - even, 1 - weight)
-    )
-    loss = _weighted(
-      self.network.cross_entropy(of_all + shift, labels, learner.task), batch, replayed, even
-    )
-    # The second term: distillation on the batch alone, without a gradient for the network.
-    of_batch, _ = replay_memory.part(of_all, len(batch.x), len(replayed.x))
-    classes = stream.logits.shape[-1]
-    taught = lax.stop_gradient(
-      lax.dynamic_slice_in_dim(of_batch, learner.task * classes, classes, axis=1)
-    )
-    distillation = jnp.mean(
-      optax.softmax_cross_entropy(stream.logits / TEMPERATURE, jax.nn.softmax(taught / TEMPERATURE))
-    )
-    return Loss(
+    of_class = self.network.problem.task_of(jnp.arange(logits.shape[1]))
+    of_current, of_earlier = _log_ratio(even, weight), _log_ratio(1 - even, 1 - weight)
+    shift = jnp.where(of_class == learner.task, of_current, of_earlier)
+    each = self.network.cross_entropy(logits + shift, labels, learner.task)
+    loss = rehearsed.weighted_mean(each, even)
+    distillation = self._distillation(rehearsed.separate(logits)[0], forward.logits, learner.task)
+    return ClassifierLoss(
       loss + self.distillation * distillation,
       {"class_cross_entropy": loss, "distillation": distillation},
       {"router": batch_stats},
     )
+
+  def _distillation(self, of_network: Array, of_task: Array, task: Array) -> Array:
+    """Computes CE(softmax(q_t / 2), softmax(p_t / 2)), without a gradient for the network.
+
+    Args:
+      of_network: `[B, K]` logits of q.
+      of_task: `[B, C]` logits of p_t.
+      task: t.
+    """
+    classes = of_task.shape[-1]
+    taught = lax.dynamic_slice_in_dim(of_network, task * classes, classes, axis=1)
+    target = jax.nn.softmax(lax.stop_gradient(taught) / TEMPERATURE)
+    return jnp.mean(optax.softmax_cross_entropy(of_task / TEMPERATURE, target))
 
   def update(self, updates: Tree, task: Array) -> Tree:
     """Keeps all of a step's updates."""
@@ -252,41 +338,18 @@ class NetworkClassifier:
     return learner.params["router"]
 
   def infer_task(
-    self, learner: LearnerState, x: Array, stream: TaskForward, macs: Array
+    self, learner: LearnerState, x: Array, *, forward: TaskForward, macs: Array
   ) -> TaskInference:
-    """Infers the tasks of images.
-
-    Args:
-      learner: with the network's parameters and statistics.
-      x: `[N, H, W, D]`.
-      stream: of all tasks seen, for these images.
-      macs: `[S, N]` of the streams.
-    """
-    seen, _, classes = stream.logits.shape
-    of_all = self.network.logits(learner.params["router"], learner.batch_stats["router"], x)[
-      :, : seen * classes
-    ]
-    scores = jax.nn.log_softmax(of_all).reshape(len(x), seen, classes).swapaxes(0, 1)
-    # t* = argmax_t sum_(c in t) q(c|x). Only that stream would run, so only its cost counts.
-    task = jnp.argmax(jax.nn.logsumexp(scores, axis=-1), axis=0)
-    return TaskInference(
-      task, scores, jnp.take_along_axis(macs, task[None], axis=0)[0] + self.network.macs
-    )
-
-
-TaskClassifier = FeatureClassifier | NetworkClassifier
-
-
-def _mixed(batch: Batch, replayed: Replay) -> tuple[Array, Array]:
-  return tuple(
-    replay_memory.mix(*pair) for pair in ((batch.x, replayed.x), (batch.labels, replayed.labels))
-  )
-
-
-def _weighted(each: Array, batch: Batch, replayed: Replay, weight: Array) -> Array:
-  """Averages `[B + R]` mixed losses, with this weight on the mean of the batch."""
-  of_batch, of_replay = map(jnp.mean, replay_memory.part(each, len(batch.x), len(replayed.x)))
-  return weight * of_batch + (1 - weight) * of_replay
+    """Infers the tasks of images by the classes of the network."""
+    seen, _, classes = forward.logits.shape
+    logits = self.network.logits(learner.params["router"], learner.batch_stats["router"], x)
+    log_probs = jax.nn.log_softmax(logits[:, : seen * classes])
+    log_probs = log_probs.reshape(len(x), seen, classes).swapaxes(0, 1)
+    # t* = argmax_t sum_(c in t) q(c|x)
+    task = jnp.argmax(jax.nn.logsumexp(log_probs, axis=-1), axis=0)
+    # Only the network of t* would run, so only its cost counts.
+    of_inferred = jnp.take_along_axis(macs, task[None], axis=0)[0]
+    return TaskInference(task, log_probs, of_inferred + self.network.macs)
 
 
 def _log_ratio(share: Array, fair: Array) -> Array:
@@ -296,7 +359,7 @@ def _log_ratio(share: Array, fair: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class TaskClassifierSettings:
-  """Settings of the task classifier and its rehearsal.
+  """Settings of a `FeatureClassifier`.
 
   Attributes:
     hidden: width of the hidden layer, >= 1.
@@ -317,34 +380,32 @@ class TaskClassifierSettings:
       raise ValueError(f"learning_rate must be > 0; got {self.learning_rate}")
 
 
-def init(key: Array, tasks: int, features: int, hidden: int) -> dict[str, Any]:
-  """Initialises the parameters.
+def init_feature_classifier(
+  key: Array, *, tasks: int, features: int, hidden: int
+) -> dict[str, Any]:
+  """Initialises the parameters of a `FeatureClassifier`.
 
   Args:
     key: PRNG key.
     tasks: T.
-    features: F, of each stream.
+    features: F.
     hidden: width of the hidden layer.
   """
   first, second = jax.random.split(key)
-  he = jax.nn.initializers.he_normal()
+  he_normal = jax.nn.initializers.he_normal()
+  # Initialised for the fan-in of one task's features, then cut into a block per task.
+  blocks = he_normal(first, (features, tasks * hidden)).reshape(features, tasks, hidden)
   return {
-    "hidden": {
-      # Initialised for the fan-in of one stream, then cut into a block per task.
-      "kernel": he(first, (features, tasks * hidden))
-      .reshape(features, tasks, hidden)
-      .swapaxes(0, 1),
-      "bias": jnp.zeros(hidden),
-    },
-    "out": {"kernel": he(second, (hidden, tasks)), "bias": jnp.zeros(tasks)},
+    "hidden": {"kernel": blocks.swapaxes(0, 1), "bias": jnp.zeros(hidden)},
+    "out": {"kernel": he_normal(second, (hidden, tasks)), "bias": jnp.zeros(tasks)},
   }
 
 
-def scores(params: Any, features: Array) -> Array:
-  """Computes the task logits.
+def task_scores(params: Any, features: Array) -> Array:
+  """Computes the task logits of a `FeatureClassifier`.
 
   Args:
-    params: as of `init`.
+    params: as of `init_feature_classifier`.
     features: `[N, S, F]` of the first S tasks.
   Returns:
     `[N, S]`.
@@ -356,11 +417,11 @@ def scores(params: Any, features: Array) -> Array:
   return h @ out["kernel"][:, :seen] + out["bias"][:seen]
 
 
-def cross_entropy(params: Any, features: Array, tasks: Array, seen: Array) -> Array:
+def task_cross_entropy(params: Any, features: Array, tasks: Array, *, seen: Array) -> Array:
   """Computes the cross-entropies over the tasks seen.
 
   Args:
-    params: as of `init`.
+    params: as of `init_feature_classifier`.
     features: `[N, T, F]`, zeros for tasks not seen.
     tasks: `[N]`, the task of each image.
     seen: number of tasks seen.
@@ -369,12 +430,11 @@ def cross_entropy(params: Any, features: Array, tasks: Array, seen: Array) -> Ar
   """
   # Later tasks have logits too, from features of 0.
   competing = jnp.arange(features.shape[1]) < seen
-  return optax.softmax_cross_entropy_with_integer_labels(
-    jnp.where(competing, scores(params, features), -jnp.inf), tasks
-  )
+  logits = jnp.where(competing, task_scores(params, features), -jnp.inf)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, tasks)
 
 
-def of_seen(updates: Any, seen: Array) -> Any:
+def updates_of_seen(updates: Any, seen: Array) -> Any:
   """Zeroes the updates of weights that serve tasks not seen yet.
 
   These weights keep their initial values, with weight decay too.
@@ -384,33 +444,36 @@ def of_seen(updates: Any, seen: Array) -> Any:
     seen: number of tasks seen.
   """
   served = jnp.arange(updates["out"]["bias"].shape[0]) < seen
+  kernel = jnp.where(served[:, None, None], updates["hidden"]["kernel"], 0)
   return {
-    "hidden": {
-      **updates["hidden"],
-      "kernel": jnp.where(served[:, None, None], updates["hidden"]["kernel"], 0),
-    },
-    "out": jax.tree.map(lambda u: jnp.where(served, u, 0), updates["out"]),
+    "hidden": {**updates["hidden"], "kernel": kernel},
+    "out": jax.tree.map(lambda update: jnp.where(served, update, 0), updates["out"]),
   }
 
 
-def classifier_macs(seen: int, features: int, hidden: int) -> int:
+def feature_classifier_macs(seen: int, features: int, hidden: int) -> int:
   """Counts the multiply-accumulates of one image.
 
   Args:
     seen: number of tasks seen.
-    features: F, of each stream.
+    features: F.
     hidden: width of the hidden layer.
   """
   return seen * features * hidden + hidden * seen
 
 
-def train(
-  params: Any, features: np.ndarray, tasks: np.ndarray, key: Array, settings: TaskClassifierSettings
+def train_feature_classifier(
+  params: Any,
+  features: np.ndarray,
+  tasks: np.ndarray,
+  *,
+  key: Array,
+  settings: TaskClassifierSettings,
 ) -> Any:
   """Trains on batches with all tasks in equal parts, by cross-entropy.
 
   Args:
-    params: as of `init`.
+    params: as of `init_feature_classifier`.
     features: `[M, S, F]` of images of every task seen.
     tasks: `[M]`, the task of each.
     key: PRNG key of the batches.
@@ -431,28 +494,48 @@ def train(
     raise ValueError(
       f"every task needs an image to rehearse; got {counts.tolist()} images by task: keep more"
     )
-  return _train(params, features[order], counts, np.cumsum(counts) - counts, key, settings)
+  images = _SortedImages(features[order], counts, np.cumsum(counts) - counts)
+  return _train(params, images, key=key, settings=settings)
 
 
-@jax.jit(static_argnums=5)
-def _train(params, features, counts, firsts, key, settings):
+class _SortedImages(NamedTuple):
+  """Images sorted by task.
+
+  Attributes:
+    features: `[M, S, F]`.
+    counts, firsts: `[S]`, the number of images of each task and the position of its first one.
+  """
+
+  features: Array
+  counts: Array
+  firsts: Array
+
+
+@jax.jit(static_argnames="settings")
+def _train(params, images, *, key, settings):
   # Separate from the steps of the task, hence an optimiser of its own.
   optimiser = optax.adam(settings.learning_rate)
+  seen = len(images.counts)
 
   def step(state, key):
     """Takes one optimiser step on a random batch with all tasks in equal parts."""
     params, opt_state = state
     which, where = jax.random.split(key)
-    task = jax.random.randint(which, (settings.batch_size,), 0, len(counts))
     # A task, then one of its images: tasks have equal parts however many images each has.
-    place = jax.random.uniform(where, (settings.batch_size,)) * counts[task]
+    tasks = jax.random.randint(which, (settings.batch_size,), 0, seen)
+    counts = images.counts[tasks]
+    place = jax.random.uniform(where, (settings.batch_size,)) * counts
     # Rounding may bring u times count up to count itself.
-    x = features[firsts[task] + jnp.minimum(place.astype(jnp.int32), counts[task] - 1)]
-    loss = lambda p: jnp.mean(cross_entropy(p, x, task, len(counts)))
+    place = jnp.minimum(place.astype(jnp.int32), counts - 1)
+    x = images.features[images.firsts[tasks] + place]
+
+    def loss(params):
+      """Returns the mean cross-entropy of the batch."""
+      return jnp.mean(task_cross_entropy(params, x, tasks, seen=seen))
+
     updates, opt_state = optimiser.update(jax.grad(loss)(params), opt_state)
     return (optax.apply_updates(params, updates), opt_state), None
 
-  (params, _), _ = lax.scan(
-    step, (params, optimiser.init(params)), jax.random.split(key, settings.steps)
-  )
+  initial = (params, optimiser.init(params))
+  (params, _), _ = lax.scan(step, initial, jax.random.split(key, settings.steps))
   return params

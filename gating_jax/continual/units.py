@@ -7,9 +7,8 @@ Reference: Abati et al., 2020, section 3.2.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from gating_jax.layers.gate import LOGITS
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import Array, GateRecord, Path, Records
 
 # Log-odds of a gate that never opens.
 SHUT = -1e3
@@ -49,9 +48,31 @@ class ProtectionSettings:
     if not 0 <= self.threshold < 1:
       raise ValueError(f"threshold must be a fraction in [0, 1); got {self.threshold}")
 
-  def price(self, elapsed: Array) -> Array:
+  def sparsity_weight(self, elapsed: Array) -> Array:
     """Returns the penalty's weight, `elapsed` after the start of a task."""
     return self.sparsity * (elapsed >= self.patience)
+
+
+class RecordPlace(NamedTuple):
+  """The place of a record's units among those of the network.
+
+  Attributes:
+    record: of one gated layer.
+    place: slice of the last axis of `[..., U]`.
+  """
+
+  record: GateRecord
+  place: slice
+
+
+def places(records: Records) -> list[RecordPlace]:
+  """Returns the place of each record's units, in the order of the records."""
+  found, start = [], 0
+  for record in records:
+    stop = start + record.gates.shape[-1]
+    found.append(RecordPlace(record, slice(start, stop)))
+    start = stop
+  return found
 
 
 def by_record(units: Array, records: Records) -> list[Array]:
@@ -63,13 +84,17 @@ def by_record(units: Array, records: Records) -> list[Array]:
   Returns:
     `[..., units]` per record.
   """
-  ends = np.cumsum([r.gates.shape[-1] for r in records])
-  return [units[..., end - r.gates.shape[-1] : end] for end, r in zip(ends, records, strict=True)]
+  return [units[..., place] for _, place in places(records)]
 
 
 def joined(records: Records) -> Array:
   """Concatenates the gates of all records to `[..., U]`."""
-  return jnp.concatenate([r.gates for r in records], axis=-1)
+  return jnp.concatenate([record.gates for record in records], axis=-1)
+
+
+def count_units(records: Records) -> int:
+  """Counts the gated units U of the network."""
+  return sum(record.gates.shape[-1] for record in records)
 
 
 def open_share(records: Records, available: Array) -> Array:
@@ -81,20 +106,16 @@ def open_share(records: Records, available: Array) -> Array:
   Returns:
     a scalar.
   """
-  there = by_record(available, records)
-  return jnp.mean(
-    jnp.stack(
-      [
-        # Gates of unavailable units are shut, so the sum over all units counts the available ones.
-        jnp.mean(jnp.sum(r.gates, axis=-1)) / jnp.sum(a)
-        for r, a in zip(records, there, strict=True)
-      ]
-    )
-  )
+  shares = []
+  for record, place in places(records):
+    # Gates of unavailable units are shut, so the sum over all units counts the available ones.
+    open_units = jnp.mean(jnp.sum(record.gates, axis=-1))
+    shares.append(open_units / jnp.sum(available[place]))
+  return jnp.mean(jnp.stack(shares))
 
 
 def reinitialise_free(frozen: Tree, old: Tree, fresh: Tree) -> Tree:
-  """Keeps `old` where frozen and takes `fresh` elsewhere.
+  """Returns shared parameters as they were where frozen, and initialised again elsewhere.
 
   Args:
     frozen: mask as of `nothing_frozen`.
@@ -120,11 +141,13 @@ def shut(net: Tree, records: Records, kept: Array) -> Tree:
   Returns:
     parameters in which the other gates have no kernel and a bias of `SHUT`.
   """
+  # One gate network may decide for several records, in the order of its outputs.
+  kept_by_gate = {}
+  for record, place in places(records):
+    kept_by_gate.setdefault(record.gate, []).append(jnp.asarray(kept[place]))
   flat = traverse_util.flatten_dict(net)
-  of_records = zip(records, by_record(kept, records), strict=True)
-  # One gate network may decide for several records, which follow each other.
-  for gate, group in itertools.groupby(of_records, lambda pair: pair[0].gate):
-    mask, path = jnp.concatenate([jnp.asarray(units) for _, units in group]), (*gate, *LOGITS)
+  for gate, parts in kept_by_gate.items():
+    mask, path = jnp.concatenate(parts), (*gate, *LOGITS)
     flat[*path, "kernel"] = jnp.where(mask, flat[*path, "kernel"], 0)
     flat[*path, "bias"] = jnp.where(mask, flat[*path, "bias"], SHUT)
   return traverse_util.unflatten_dict(flat)
@@ -140,13 +163,18 @@ def nothing_frozen(shared: Tree, records: Records) -> Tree:
     a tree like `shared`: one bool per output channel where gates switch the channels, else a
       scalar.
   """
-  gated = {writer for r in records for writer in r.writers}
-  return traverse_util.unflatten_dict(
-    {
-      path: jnp.zeros(leaf.shape[-1:] if path[:-1] in gated else (), bool)
-      for path, leaf in traverse_util.flatten_dict(shared).items()
-    }
-  )
+  gated, frozen = gated_layers(records), {}
+  for path, leaf in traverse_util.flatten_dict(shared).items():
+    frozen[path] = jnp.zeros(leaf.shape[-1:] if path[:-1] in gated else (), bool)
+  return traverse_util.unflatten_dict(frozen)
+
+
+def gated_layers(records: Records) -> set[Path]:
+  """Returns the paths of the layers whose output channels gates switch."""
+  layers = set()
+  for record in records:
+    layers.update(record.writers)
+  return layers
 
 
 def freeze(frozen: Tree, records: Records, relevant: Array) -> Tree:
@@ -160,18 +188,17 @@ def freeze(frozen: Tree, records: Records, relevant: Array) -> Tree:
     the new mask.
   """
   flat = traverse_util.flatten_dict(frozen)
-  # Without gates a convolution serves every task as a whole. Only its layer, which has a kernel, is
-  # frozen: BatchNorm, where it is shared, trains on.
-  flat = {
-    path: leaf if leaf.ndim else jnp.asarray((*path[:-1], "kernel") in flat)
-    for path, leaf in flat.items()
-  }
-  for record, units in zip(records, by_record(relevant, records), strict=True):
+  for path, leaf in flat.items():
+    if not leaf.ndim:
+      # Without gates a convolution serves every task as a whole. Only its layer, which has a
+      # kernel, is frozen: BatchNorm, where it is shared, trains on.
+      flat[path] = jnp.asarray((*path[:-1], "kernel") in flat)
+  for record, place in places(records):
     for writer in record.writers:
       for name in ("kernel", "bias"):
         if (*writer, name) in flat:
           # A filter stays frozen once any task needs it.
-          flat[*writer, name] |= units
+          flat[*writer, name] |= relevant[place]
   return traverse_util.unflatten_dict(flat)
 
 
@@ -182,8 +209,8 @@ def full_layers(records: Records, used: np.ndarray, available: np.ndarray) -> li
     records: of the network.
     used, available: `[U]` bool.
   """
-  parts = zip(by_record(used, records), by_record(available, records), strict=True)
-  return [i for i, (mine, there) in enumerate(parts) if not np.any(there & ~mine)]
+  free = available & ~used
+  return [i for i, units in enumerate(by_record(free, records)) if not np.any(units)]
 
 
 def first_units(records: Records, allocated: float) -> Array:
@@ -195,9 +222,11 @@ def first_units(records: Records, allocated: float) -> Array:
   Returns:
     `[U]` bool.
   """
-  return jnp.concatenate(
-    [jnp.arange(r.gates.shape[-1]) < round(r.gates.shape[-1] / allocated) for r in records]
-  )
+  parts = []
+  for record in records:
+    width = record.gates.shape[-1]
+    parts.append(jnp.arange(width) < round(width / allocated))
+  return jnp.concatenate(parts)
 
 
 def grown(
@@ -232,13 +261,12 @@ def unallocated_params(shared: Tree, records: Records, available: np.ndarray) ->
     available: `[U]` bool.
   """
   flat, total = traverse_util.flatten_dict(shared), 0
-  for record, units in zip(records, by_record(available, records), strict=True):
-    total += sum(
-      # The last axis is the units': each has an equal part of the array.
-      leaf.size // len(units) * int(np.sum(~units))
-      for path, leaf in flat.items()
-      if path[:-1] in record.writers
-    )
+  for record, place in places(records):
+    units = available[place]
+    for path, leaf in flat.items():
+      if path[:-1] in record.writers:
+        # The last axis is the units': each has an equal part of the array.
+        total += leaf.size // len(units) * int(np.sum(~units))
   return total
 
 
@@ -252,7 +280,8 @@ def used_by(relevant: Array, available: Array, records: Records) -> dict[str, np
   Returns:
     `[T, units]` bool per layer.
   """
-  parts = (by_record(np.asarray(x), records) for x in (relevant, available))
-  return {
-    layer_name(r): relevant[:, there] for r, relevant, there in zip(records, *parts, strict=True)
-  }
+  relevant, available = np.asarray(relevant), np.asarray(available)
+  used = {}
+  for record, place in places(records):
+    used[layer_name(record)] = relevant[:, place][:, available[place]]
+  return used

@@ -39,7 +39,7 @@ def test_episodes_recall_the_task_that_ends_whole_and_a_share_of_those_before():
 
 
 def generative(problem=PROBLEM, **changes):
-  settings = wgan.WganSettings(critic_steps=1, learning_rate=1e-3, average=0.0)
+  settings = wgan.WganSettings(critic_steps=1, learning_rate=1e-3, ema_decay=0.0)
   sizes = {"images": 5, "replayed": 6, "latent": 4, "width": 2, "seed": 0}
   return rehearsal.generative(problem, settings, **{**sizes, **changes})
 
@@ -59,22 +59,22 @@ def test_generators_are_kept_task_by_task_and_all_that_is_recalled_is_generated(
   method = generative()
   memory, recalled = method.init(KEY), []
   for task in range(3):
-    fresh = memory["training"]
+    fresh = memory.training
     memory = trained(method, memory, task)
-    learnt = memory["training"].average
+    learnt = memory.training.average
     pixels, labels = method.recall(memory, data(task), task, KEY)
     assert np.bincount(labels, minlength=2 * task + 2).tolist() == [3, 2] * (task + 1)
     assert pixels.shape == (5 * (task + 1), *SHAPE)
     assert pixels.dtype == np.uint8
     memory = method.keep(memory, data(task), task, KEY)
-    kept = jax.tree.map(lambda x, t=task: x[t], memory["generators"])
+    kept = jax.tree.map(lambda x, t=task: x[t], memory.generators)
     assert tiny.bit_equal(kept, learnt)
     # the next task's training begins as this one's did
-    assert tiny.bit_equal(memory["training"], fresh)
+    assert tiny.bit_equal(memory.training, fresh)
     recalled.append(pixels)
   for earlier, later in zip(recalled, recalled[1:], strict=False):
     np.testing.assert_array_equal(later[: len(earlier)], earlier)
-  one = sum(x.nbytes for x in jax.tree.leaves(memory["training"].average)) / 1e6
+  one = sum(x.nbytes for x in jax.tree.leaves(memory.training.average)) / 1e6
   assert method.megabytes(memory, 2) == pytest.approx(2 * one)
 
 
@@ -106,7 +106,8 @@ def test_generated_replay_holds_every_task_up_to_this_one_and_none_of_the_batch(
     lambda x: jnp.full_like(x, bias if x.ndim == 1 else 0), tree
   )
   for task, value in ((0, -1.0), (1, 1.0)):  # all its images dark, then all bright
-    memory["training"] = memory["training"].replace(average=fill(memory["training"].average, value))
+    training = memory.training
+    memory = memory.replace(training=training.replace(average=fill(training.average, value)))
     replayed = method.replay(memory, batch(task), jnp.int32(task), KEY)
     assert replayed.batch_weight == 0
     counts = np.bincount(replayed.labels, minlength=6)

@@ -177,7 +177,7 @@ def test_replayed_images_are_augmented_and_the_batch_replaces_an_empty_memory():
   batch = Batch(x, jnp.array([1, 0]), None, 0.0)
   key = jax.random.key(0)
   got, labels, _, any_filled = replay_memory.draw_inputs(
-    replay_memory.empty(4, SHAPE), key, batch, problem, 3
+    replay_memory.empty(4, SHAPE), key=key, batch=batch, problem=problem, count=3
   )
   np.testing.assert_array_equal(got[:, 0, 0, 0], [0.5, 0.5, 0.25])
   assert (labels.tolist(), bool(any_filled)) == ([1, 1, 0], False)
@@ -185,10 +185,10 @@ def test_replayed_images_are_augmented_and_the_batch_replaces_an_empty_memory():
     replay_memory.ReplayMemory(
       jnp.full((1, *SHAPE), 40, jnp.uint8), jnp.array([0]), jnp.array([7.0])
     ),
-    key,
-    batch,
-    problem,
-    3,
+    key=key,
+    batch=batch,
+    problem=problem,
+    count=3,
   )
   np.testing.assert_allclose(got, np.full((3, *SHAPE), 4.1), rtol=1e-6)
   assert (labels.tolist(), extra.tolist(), bool(any_filled)) == ([0, 0, 0], [7.0] * 3, True)

@@ -81,7 +81,9 @@ def step(method, count=1):
 def end_task(method, learner, data):
   key = jax.random.key(int(learner.task), impl="rbg")
   learnt = int(learner.task) + 1
-  return training.end_task(method, OPTIMISER, learner, data, learnt=learnt, key=key)
+  ended = training.end_task(method, OPTIMISER, learner, data, learnt=learnt, key=key)
+  # Steps count training alone here: the end of a task would shift the keys of all later steps.
+  return ended.replace(step=learner.step)
 
 
 def learn(method, tasks=TASKS, steps=40, batch=8):

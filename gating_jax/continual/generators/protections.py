@@ -29,6 +29,7 @@ import numpy as np
 from gating_jax.continual import shared_net, units
 from gating_jax.continual.generators import shared as shared_generator
 from gating_jax.continual.generators import wgan
+from gating_jax.continual.method import MemoryNode
 from gating_jax.continual.methods import hat
 from gating_jax.models.generator import Generator
 from gating_jax.types import Array
@@ -40,13 +41,22 @@ _EMBEDDING_RATE = 10.0
 Tree = Any
 
 
+class FrozenFilters(MemoryNode):
+  """The state of `gated`.
+
+  Attributes:
+    frozen: mask of the shared parameters, as of `units.nothing_frozen`.
+    relevant: `[T, U]` bool, the units that each task needs.
+  """
+
+  frozen: Tree
+  relevant: Array
+
+
 def gated(
   generator: Generator, tasks: int, gates: units.ProtectionSettings
 ) -> shared_generator.Protection:
-  """Makes the protection; the patience of `gates` is in steps.
-
-  Its state: `frozen`, the mask of shared parameters as of `units.nothing_frozen`; `relevant` `[T,
-  U]`.
+  """Makes the protection by frozen filters; the patience of `gates` is in steps.
 
   Args:
     generator: for all tasks.
@@ -57,41 +67,45 @@ def gated(
 
   def init(shared):
     """Creates the state before any task: no filter is frozen."""
-    return {
-      "frozen": units.nothing_frozen(shared, records),
-      "relevant": jnp.zeros((tasks, sum(r.gates.shape[-1] for r in records)), bool),
-    }
+    relevant = jnp.zeros((tasks, units.count_units(records)), bool)
+    return FrozenFilters(units.nothing_frozen(shared, records), relevant)
 
   def begin(state, shared, fresh, key):
     """Returns a task's initial parameters: frozen filters, and fresh ones elsewhere."""
-    return {**fresh, "shared": units.reinitialise_free(state["frozen"], shared, fresh["shared"])}
+    return {**fresh, "shared": units.reinitialise_free(state.frozen, shared, fresh["shared"])}
 
   def training(state, step):
-    """Returns the keywords of a training step: masked updates and the gates' penalty."""
+    """Returns the hooks of a training step: masked updates and the gates' penalty."""
     # A generator does not grow: all units are available.
-    available = np.ones(state["relevant"].shape[1], bool)
+    available = np.ones(state.relevant.shape[1], bool)
     # An empty tree slows nothing.
-    free = jax.tree.map(jnp.logical_not, state["frozen"]) if gates.protect_updates else {}
-    return {
-      "update": lambda updates, params: shared_generator.slowed(updates, free),
-      "records_loss": lambda records: gates.price(step) * units.open_share(records, available),
-    }
+    free = jax.tree.map(jnp.logical_not, state.frozen) if gates.protect_updates else {}
+
+    def penalty(records):
+      """Returns the weighted fraction of open gates."""
+      return gates.sparsity_weight(step) * units.open_share(records, available)
+
+    def mask(updates, params):
+      """Zeroes the updates of frozen filters."""
+      return shared_generator.slowed(updates, free)
+
+    return wgan.GeneratorHooks(records_loss=penalty, update=mask)
 
   def finish(state, task, params, batch_stats, key):
     """Freezes the filters of relevant units and closes the other gates of the task."""
-    variables = {
-      "params": shared_net.merge(params["shared"], params["own"]),
-      "batch_stats": batch_stats,
-    }
+    own = params["own"]
+    variables = {"params": shared_net.merge(params["shared"], own), "batch_stats": batch_stats}
     # On latents of its own, since a generator has no validation images.
     relevant = open_rates(generator, variables, key) > gates.threshold
-    own = units.shut(params["own"], records, relevant) if gates.shut_gates else params["own"]
-    return {
-      "frozen": units.freeze(state["frozen"], records, relevant),
-      "relevant": state["relevant"].at[task].set(relevant),
-    }, own
+    if gates.shut_gates:
+      own = units.shut(own, records, relevant)
+    state = FrozenFilters(
+      frozen=units.freeze(state.frozen, records, relevant),
+      relevant=state.relevant.at[task].set(relevant),
+    )
+    return state, own
 
-  return shared_generator.Protection(init, begin, training, finish)
+  return shared_generator.Protection(init, begin, training=training, finish=finish)
 
 
 def open_rates(generator: Generator, variables: Tree, key: Array) -> np.ndarray:
@@ -104,24 +118,34 @@ def open_rates(generator: Generator, variables: Tree, key: Array) -> np.ndarray:
   Returns:
     `[U]`.
   """
-  counts = sum(
-    np.asarray(_opened(generator, variables, jax.random.fold_in(key, i)))
-    for i in range(_PROBE_BATCHES)
-  )
+  counts = np.zeros(units.count_units(shared_generator.records(generator)), np.float32)
+  for i in range(_PROBE_BATCHES):
+    counts += np.asarray(_count_opened(generator, variables, jax.random.fold_in(key, i)))
   return counts / (_PROBES * _PROBE_BATCHES)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _opened(generator: Generator, variables: Tree, key: Array) -> Array:
+def _count_opened(generator: Generator, variables: Tree, key: Array) -> Array:
+  """Counts the latents of a batch for which each gate opens, `[U]`."""
   labels = jnp.arange(_PROBES) % generator.classes
   _, records = generator.apply(variables, wgan.latents(key, _PROBES, generator.latent), labels)
   return jnp.sum(units.joined(records), axis=0)
 
 
+class UsedUnits(MemoryNode):
+  """The state of `masked`.
+
+  Attributes:
+    masks: `[T, U]`, those of the tasks learnt; 0 for tasks to come.
+  """
+
+  masks: Array
+
+
 def masked(
   generator: Generator, tasks: int, *, steps: int, steepness: float, sparsity: float
 ) -> shared_generator.Protection:
-  """Makes the protection; its state is `masks` `[T, U]`, 0 for tasks to come.
+  """Makes the protection by masks.
 
   Args:
     generator: with gates that are sigmoids of parameters.
@@ -136,38 +160,50 @@ def masked(
 
   def init(shared):
     """Creates the state before any task: masks `[T, U]` of 0."""
-    return {"masks": jnp.zeros((tasks, sum(r.gates.shape[-1] for r in records)))}
+    return UsedUnits(jnp.zeros((tasks, units.count_units(records))))
 
   def begin(state, shared, fresh, key):
     """Returns a task's initial parameters: the shared filters and drawn embeddings."""
     return {"shared": shared, "own": hat.drawn(fresh["own"], key)}
 
   def training(state, step):
-    """Returns the keywords of a training step, at this step's slope."""
+    """Returns the hooks of a training step, at this step's slope."""
     # The slope rises once, over all steps of the training.
     s = hat.slope(jnp.minimum(1, step / max(1, steps - 1)), steepness)
     # a^{<t}: the masks of later tasks are still 0.
-    used = jnp.max(state["masks"], axis=0)
+    used = jnp.max(state.masks, axis=0)
+
+    def view(params):
+      """Returns the parameters with which the generator makes the masks of this slope."""
+      return hat.at_slope(params, s)
+
+    def penalty(records):
+      """Returns the weighted regulariser of the masks."""
+      return sparsity * hat.regulariser(hat.masks(records), used)
+
+    def gradient(grads, params):
+      """Compensates the gradients of embeddings for the slope."""
+      return hat.compensated(grads, params, s=s, steepness=steepness)
 
     def update(updates, params):
       """Limits the embeddings and scales shared updates by their plasticity."""
       # The limits apply after the factor on the updates.
       updates = hat.limited(hat.of_embeddings(lambda u: _EMBEDDING_RATE * u, updates), params)
       shared = shared_generator.split(updates, records)["shared"]
-      return shared_generator.slowed(updates, hat.plasticity(shared, records, used, jnp.ones(())))
+      free = hat.plasticity(shared, records, used=used, started=jnp.ones(()))
+      return shared_generator.slowed(updates, free)
 
-    return {
-      "view": lambda params: hat.at_slope(params, s),
-      "records_loss": lambda records: sparsity * hat.regulariser(hat.masks(records), used),
-      "gradient": lambda grads, params: hat.compensated(grads, params, s, steepness),
-      "update": update,
-    }
+    return wgan.GeneratorHooks(view=view, records_loss=penalty, gradient=gradient, update=update)
 
   def finish(state, task, params, batch_stats, key):
     """Keeps the task's mask `[U]` at the largest slope."""
     mask = jax.nn.sigmoid(steepness * hat.embeddings(params["own"], records))
-    return {"masks": state["masks"].at[task].set(mask)}, params["own"]
+    return UsedUnits(state.masks.at[task].set(mask)), params["own"]
+
+  def view(params):
+    """Returns the parameters with which the generator makes the masks of the largest slope."""
+    return hat.at_slope(params, steepness)
 
   return shared_generator.Protection(
-    init, begin, training, finish, lambda params: hat.at_slope(params, steepness)
+    init=init, begin=begin, training=training, finish=finish, view=view
   )

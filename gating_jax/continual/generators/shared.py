@@ -20,15 +20,26 @@ from flax import traverse_util
 
 from gating_jax.continual import shared_net
 from gating_jax.continual.generators import wgan
-from gating_jax.continual.method import Batch, Problem, TaskData, tree_megabytes
+from gating_jax.continual.method import (
+  Batch,
+  MemoryNode,
+  Problem,
+  TaskData,
+  Variables,
+  first_tasks,
+  put_task,
+  stack_tasks,
+  task_entry,
+  tree_megabytes,
+)
 from gating_jax.continual.rehearsal import (
-  Memory,
   Rehearsal,
   Replay,
   check_images,
-  generated,
+  generate_tasks,
   replay_of_all,
 )
+from gating_jax.continual.units import gated_layers
 from gating_jax.models.generator import Critic, Generator
 from gating_jax.types import Array, Records
 
@@ -45,7 +56,7 @@ class Protection:
     init: `shared -> state`, before any task.
     begin: `(state, shared, fresh, key) -> params`, the initial parameters of a task, made from
       `fresh` ones and from the shared filters after the earlier tasks.
-    training: `(state, step) -> ` keywords of `wgan.make_train_step`.
+    training: `(state, step) -> ` hooks of the generator's training in this step.
     finish: `(state, task, params, batch_stats, key) -> (state, own)`, for a task whose generator is
       trained.
     view: maps whole parameters to those that the generator runs with, in evaluation.
@@ -53,9 +64,9 @@ class Protection:
 
   init: Callable[[Tree], Tree]
   begin: Callable[[Tree, Tree, Tree, Array], Tree]
-  training: Callable[[Tree, Array], Mapping[str, Any]]
+  training: Callable[[Tree, Array], wgan.GeneratorHooks]
   finish: Callable[[Tree, int, Tree, Tree, Array], tuple[Tree, Tree]]
-  view: Callable[[Tree], Tree] = lambda params: params
+  view: Callable[[Tree], Tree] = wgan.unchanged
 
 
 def shared_generative(
@@ -83,21 +94,36 @@ def shared_generative(
     ValueError: fewer `images` than classes of a task.
   """
   check_images(images, problem)
-  shared = _Shared(problem, generator, settings, protection, images, replayed, seed)
+  shared = _SharedGenerator(
+    problem,
+    generator,
+    settings=settings,
+    protection=protection,
+    images=images,
+    replayed=replayed,
+    seed=seed,
+  )
   return Rehearsal(
-    shared.init, shared.replay, shared.recall, shared.keep, shared.megabytes, shared.pretrain_step
+    init=shared.init,
+    replay=shared.replay,
+    recall=shared.recall,
+    keep=shared.keep,
+    megabytes=shared.megabytes,
+    pretrain_step=shared.pretrain_step,
   )
 
 
 def records(generator: Generator) -> Records:
   """Returns the records of one image, as shapes."""
-  z, label = (
-    jax.ShapeDtypeStruct((1, generator.latent), jnp.float32),
-    jax.ShapeDtypeStruct((1,), jnp.int32),
-  )
-  return jax.eval_shape(lambda *x: generator.init_with_output(jax.random.key(0), *x), z, label)[0][
-    1
-  ]
+  z = jax.ShapeDtypeStruct((1, generator.latent), jnp.float32)
+  label = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+  def init(z, label):
+    """Returns the generator's output and its fresh variables."""
+    return generator.init_with_output(jax.random.key(0), z, label)
+
+  (_, records), _ = jax.eval_shape(init, z, label)
+  return records
 
 
 def split(params: Tree, records: Records) -> dict[str, Tree]:
@@ -109,8 +135,8 @@ def split(params: Tree, records: Records) -> dict[str, Tree]:
   Returns:
     `{"shared", "own"}`.
   """
-  writers = {writer for r in records for writer in r.writers}
-  return shared_net.split(params, lambda path: path[:-1] in writers)
+  gated = gated_layers(records)
+  return shared_net.split(params, lambda path: path[:-1] in gated)
 
 
 def slowed(updates: Tree, free: Tree) -> Tree:
@@ -120,20 +146,30 @@ def slowed(updates: Tree, free: Tree) -> Tree:
     updates: any tree.
     free: factors by the same paths; updates without one stay.
   """
-  # `free` may lack paths, so the trees cannot be mapped together.
-  flat, free = (traverse_util.flatten_dict(tree) for tree in (updates, free))
-  return traverse_util.unflatten_dict(
-    {path: u * free[path] if path in free else u for path, u in flat.items()}
-  )
+  flat = traverse_util.flatten_dict(updates)
+  # `free` may lack paths, so the trees cannot be mapped at once.
+  for path, factor in traverse_util.flatten_dict(free).items():
+    flat[path] = flat[path] * factor
+  return traverse_util.unflatten_dict(flat)
+
+
+class SharedGeneratorMemory(MemoryNode):
+  """The memory of the rehearsal.
+
+  Attributes:
+    own: variables of every task, `[T, ...]`.
+    protection: state of the protection.
+    training: state of the current task's training, which also holds the shared filters.
+  """
+
+  own: Variables
+  protection: Any
+  training: wgan.WganState
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shared:
-  """The functions of the rehearsal.
-
-  Memory: `own`, every task's parameters and statistics, `[T, ...]`; `protection`, its state;
-  `training`, the state of the current task's training, which also holds the shared filters.
-  """
+class _SharedGenerator:
+  """The functions of the rehearsal."""
 
   problem: Problem
   generator: Generator
@@ -143,122 +179,128 @@ class _Shared:
   replayed: int
   seed: int
 
-  def init(self, key: Array) -> Memory:
+  def init(self, key: Array) -> SharedGeneratorMemory:
     """Initialises the memory for all tasks."""
     fresh = self._fresh(0)
     shared = self._split(fresh.average)["shared"]
     protection = self.protection.init(shared)
-    training = self._begun(fresh, protection, shared, 0)
     # Initial values for all tasks; each is replaced when its task ends.
-    own = {"params": self._split(training.average)["own"], "batch_stats": training.batch_stats}
-    return {
-      "own": shared_net.stack(own, self.problem.tasks),
-      "protection": protection,
-      "training": training,
-    }
+    training = self._begin(fresh, protection, shared, task=0)
+    own = Variables(self._split(training.average)["own"], training.batch_stats)
+    return SharedGeneratorMemory(stack_tasks(own, self.problem.tasks), protection, training)
 
   def pretrain_step(
-    self, memory: Memory, pixels: Array, labels: Array
-  ) -> tuple[Memory, Mapping[str, Array]]:
+    self, memory: SharedGeneratorMemory, pixels: Array, labels: Array
+  ) -> tuple[SharedGeneratorMemory, Mapping[str, Array]]:
     """Trains the generator for one step on `[N, H, W, D]` pixels and `[N]` labels."""
-    state = memory["training"]
+    state = memory.training
     step = wgan.make_train_step(
       self.generator,
       self._critic,
       self.settings,
       seed=self.seed,
+      # The hooks depend on the step, as slope and penalty do.
+      hooks=self.protection.training(memory.protection, state.step),
       axis_name=self.problem.axis_name,
-      # The keywords depend on the step, as slope and penalty do.
-      **self.protection.training(memory["protection"], state.step),
     )
     training, metrics = step(state, pixels, labels)
-    return {**memory, "training": training}, metrics
+    return memory.replace(training=training), metrics
 
-  def replay(self, memory: Memory, batch: Batch, task: Array, key: Array) -> Replay:
+  def replay(self, memory: SharedGeneratorMemory, batch: Batch, task: Array, key: Array) -> Replay:
     """Generates images of all tasks so far for one training batch."""
-    state = memory["training"]
+    state = memory.training
     params = self._split(state.average)
     # The current task has no entry of its own until it ends.
-    each = shared_net.put(
-      memory["own"], task, {"params": params["own"], "batch_stats": state.batch_stats}
-    )
-    make = lambda own, z, labels: wgan.to_pixels(
-      self.generator.apply(self._variables(params["shared"], own), z, labels)[0]
-    )
+    own = put_task(memory.own, task, Variables(params["own"], state.batch_stats))
+
+    def generate(own, z, labels):
+      """Generates uint8 pixels `[N, H, W, D]` from latents and `[N]` labels."""
+      variables = self._variables(params["shared"], own)
+      return wgan.to_pixels(self.generator.apply(variables, z, labels)[0])
+
     return replay_of_all(
-      make, each, self.problem, task, key, count=self.replayed, latent=self.generator.latent
+      generate,
+      own,
+      self.problem,
+      task=task,
+      key=key,
+      count=self.replayed,
+      latent=self.generator.latent,
     )
 
-  def recall(self, memory: Memory, data: TaskData, task: int, key: Array):
+  def recall(self, memory: SharedGeneratorMemory, data: TaskData, task: int, key: Array):
     """Generates pixels `[N, H, W, D]` and labels `[N]` of all tasks up to this one."""
-    memory = self._with_this(memory, task)
-    shared = self._split(memory["training"].average)["shared"]
+    memory = self._with_ending(memory, task)
+    shared = self._split(memory.training.average)["shared"]
 
-    each = (
-      self._variables(shared, jax.tree.map(lambda x, t=t: x[t], memory["own"]))
-      for t in range(task + 1)
-    )
-    return generated(self.generator, each, key, self.images)
+    def variables_of(task):
+      """Returns the variables of one task's generator."""
+      return self._variables(shared, task_entry(memory.own, task))
 
-  def keep(self, memory: Memory, data: TaskData, task: int, key: Array) -> Memory:
+    return generate_tasks(self.generator, variables_of, tasks=task + 1, images=self.images, key=key)
+
+  def keep(
+    self, memory: SharedGeneratorMemory, data: TaskData, task: int, key: Array
+  ) -> SharedGeneratorMemory:
     """Returns the memory with the ended task, and a fresh training state for the next."""
-    memory = self._with_this(memory, task)
+    memory = self._with_ending(memory, task)
     # Filters of ended tasks are protected: the current shared part serves all of them.
-    shared = self._split(memory["training"].average)["shared"]
-    return {
-      **memory,
-      # A fresh optimiser and critic for the next task; only the filters are passed on.
-      "training": self._begun(self._fresh(task + 1), memory["protection"], shared, task + 1),
-    }
+    shared = self._split(memory.training.average)["shared"]
+    # A fresh optimiser and critic for the next task; only the filters are passed on.
+    fresh = self._fresh(task + 1)
+    training = self._begin(fresh, memory.protection, shared, task=task + 1)
+    return memory.replace(training=training)
 
-  def megabytes(self, memory: Memory, learnt: int) -> float:
+  def megabytes(self, memory: SharedGeneratorMemory, learnt: int) -> float:
     """Returns the size, in 10**6 bytes, of the part needed after `learnt` tasks."""
     # The rest of the training state is needed only while a task is learnt.
-    own = jax.tree.map(lambda x: x[:learnt], memory["own"])
-    return tree_megabytes(
-      (self._split(memory["training"].average)["shared"], own, memory["protection"])
-    )
+    shared = self._split(memory.training.average)["shared"]
+    return tree_megabytes((shared, first_tasks(memory.own, learnt), memory.protection))
 
   @property
   def _critic(self) -> Critic:
+    """Returns the critic, which is of the generator's width."""
     return Critic(width=self.generator.width, classes=self.generator.classes)
 
   def _split(self, params: Tree) -> dict[str, Tree]:
+    """Splits parameters into `{"shared", "own"}`."""
     return split(params, records(self.generator))
 
-  def _variables(self, shared: Tree, own: Tree) -> Tree:
+  def _variables(self, shared: Tree, own: Variables) -> Tree:
     """Returns the variables of one task's generator, in evaluation."""
-    return {
-      "params": self.protection.view(shared_net.merge(shared, own["params"])),
-      "batch_stats": own["batch_stats"],
-    }
+    params = self.protection.view(shared_net.merge(shared, own.params))
+    return {"params": params, "batch_stats": own.batch_stats}
 
   def _key(self, task: int) -> Array:
+    """Returns the key of a task's protection."""
     return jax.random.fold_in(jax.random.key(self.seed), task)
 
   def _fresh(self, task: int) -> wgan.WganState:
-    return wgan.init_state(
-      # T seeds belong to the seed of a run: every task has its own.
-      self.generator,
-      self._critic,
-      self.settings,
-      self.seed * self.problem.tasks + task,
-    )
+    """Initialises the training of a task."""
+    # T seeds belong to the seed of a run: every task has its own.
+    seed = self.seed * self.problem.tasks + task
+    return wgan.init_state(self.generator, self._critic, self.settings, seed=seed)
 
-  def _begun(
-    self, fresh: wgan.WganState, protection: Tree, shared: Tree, task: int
+  def _begin(
+    self, fresh: wgan.WganState, protection: Tree, shared: Tree, *, task: int
   ) -> wgan.WganState:
     """Returns the state with which a task begins, from the shared filters after earlier tasks."""
-    params = self.protection.begin(protection, shared, self._split(fresh.average), self._key(task))
+    params = self.protection.begin(
+      protection, shared, fresh=self._split(fresh.average), key=self._key(task)
+    )
     params = shared_net.merge(params["shared"], params["own"])
     # A copy: a step donates its buffers, and none may be donated twice.
     return fresh.replace(generator=params, average=jax.tree.map(jnp.copy, params))
 
-  def _with_this(self, memory: Memory, task: int) -> Memory:
+  def _with_ending(self, memory: SharedGeneratorMemory, task: int) -> SharedGeneratorMemory:
     """Returns the memory with the ending task among those that are kept."""
-    state = memory["training"]
-    protection, own = self.protection.finish(
-      memory["protection"], task, self._split(state.average), state.batch_stats, self._key(task)
+    state = memory.training
+    protection, params = self.protection.finish(
+      memory.protection,
+      task,
+      params=self._split(state.average),
+      batch_stats=state.batch_stats,
+      key=self._key(task),
     )
-    own = shared_net.put(memory["own"], task, {"params": own, "batch_stats": state.batch_stats})
-    return {**memory, "own": own, "protection": protection}
+    own = put_task(memory.own, task, Variables(params, state.batch_stats))
+    return memory.replace(own=own, protection=protection)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -122,16 +122,40 @@ def init_state(
   return jax.tree.map(jnp.copy, init(jax.random.key(seed, impl="rbg")))
 
 
+def unchanged(params: Any) -> Any:
+  """Returns parameters as they are."""
+  return params
+
+
+def _first_unchanged(tree, params):
+  return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorHooks:
+  """Changes to the training of the generator, not of the critic.
+
+  Attributes:
+    view: maps the parameters that are trained to those that the generator runs with.
+    records_loss: added to the generator's loss, computed from a gated generator's records.
+    gradient: `(grads, params) -> grads`, changes the gradient before the optimiser.
+    update: `(updates, params) -> updates`, changes what the optimiser makes of it, for instance to
+      leave frozen filters alone.
+  """
+
+  view: Callable[[Any], Any] = unchanged
+  records_loss: Callable[[Records], Array] | None = None
+  gradient: Callable[[Any, Any], Any] = _first_unchanged
+  update: Callable[[Any, Any], Any] = _first_unchanged
+
+
 def make_train_step(
   generator: nn.Module,
   critic: nn.Module,
   settings: WganSettings,
   *,
   seed: int,
-  view: Callable[[Any], Any] = lambda params: params,
-  records_loss: Callable[[Records], Array] | None = None,
-  gradient: Callable[[Any, Any], Any] = lambda grads, params: grads,
-  update: Callable[[Any, Any], Any] = lambda updates, params: updates,
+  hooks: GeneratorHooks = GeneratorHooks(),
   axis_name: Hashable | None = None,
 ) -> Callable:
   """Makes a step: S updates of the critic, then one of the generator.
@@ -145,11 +169,7 @@ def make_train_step(
     critic: `(images, labels) -> scores [N]`.
     settings: as in `init_state`.
     seed: of all randomness.
-    view: maps the parameters that are trained to those that the generator runs with.
-    records_loss: added to the generator's loss, computed from a gated generator's records.
-    gradient: `(grads, params) -> grads`, changes the generator's gradient before the optimiser.
-    update: `(updates, params) -> updates`, changes what the optimiser makes of it, for instance to
-      leave frozen filters alone.
+    hooks: changes to the generator's training.
     axis_name: mapped device axis over which a batch is spread.
   Returns:
     `(state, pixels, labels) -> (state, metrics)`. `pixels` `[B * S, H, W, D]` are uint8 and real,
@@ -159,8 +179,34 @@ def make_train_step(
       over the S updates, and `generator_loss`.
   """
   return _Training(
-    generator, critic, settings, seed, view, records_loss, gradient, update, axis_name
+    generator, critic, settings=settings, seed=seed, hooks=hooks, axis_name=axis_name
   ).step
+
+
+class _Images(NamedTuple):
+  """Real images.
+
+  Attributes:
+    pixels: `[..., H, W, D]` uint8.
+    labels: `[...]`; None for networks that are not conditional.
+  """
+
+  pixels: Array
+  labels: Array | None
+
+
+class _Generated(NamedTuple):
+  """Generated images.
+
+  Attributes:
+    images: `[N, H, W, D]` in [-1, 1].
+    records: of the generator's gates.
+    batch_stats: the generator's new running statistics.
+  """
+
+  images: Array
+  records: Records
+  batch_stats: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,81 +217,111 @@ class _Training:
   critic: nn.Module
   settings: WganSettings
   seed: int
-  view: Callable[[Any], Any]
-  records_loss: Callable[[Records], Array] | None
-  gradient: Callable[[Any, Any], Any]
-  update: Callable[[Any, Any], Any]
+  hooks: GeneratorHooks
   axis_name: Hashable | None
 
   def step(
     self, state: WganState, pixels: Array, labels: Array | None = None
   ) -> tuple[WganState, dict[str, Array]]:
     """Takes one step on `[B * S, H, W, D]` pixels and `[B * S]` labels."""
-    key, turns = (
-      jax.random.fold_in(jax.random.key(self.seed), state.step),
-      self.settings.critic_steps,
-    )
+    key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+    turns = self.settings.critic_steps
+    if self.generator.classes is None:
+      labels = None
     # Each update of the critic has its own images.
-    parts = _in_turn((pixels, None if self.generator.classes is None else labels), turns)
-    body = lambda state, one: self._update_critic(state, jax.random.fold_in(key, one[0]), *one[1])
-    state, metrics = lax.scan(body, state, (jnp.arange(turns), parts))
-    n, labels = parts[0].shape[1], jax.tree.map(lambda labels: labels[-1], parts[1])
+    images = _in_turn(_Images(pixels, labels), turns)
+
+    def update_critic(state, turn):
+      """Updates the critic on the images of one turn."""
+      number, images = turn
+      return self._update_critic(state, images, jax.random.fold_in(key, number))
+
+    state, metrics = lax.scan(update_critic, state, (jnp.arange(turns), images))
     # Keys 0, ..., S - 1 are the critic's. The classes are those of the last update.
-    state, more = self._update_generator(state, jax.random.fold_in(key, turns), labels, n)
+    last = jax.tree.map(lambda x: x[-1], images)
+    state, more = self._update_generator(
+      state, labels=last.labels, count=len(last.pixels), key=jax.random.fold_in(key, turns)
+    )
     return state.replace(step=state.step + 1), {**jax.tree.map(jnp.mean, metrics), **more}
 
-  def _fakes(self, params: Any, state: WganState, key: Array, labels: Array | None, n: int):
-    z = latents(jax.random.fold_in(key, LATENT_STREAM), n, self.generator.latent, self.axis_name)
-    variables = {"params": self.view(params), "batch_stats": state.batch_stats}
-    rngs = {GATE_RNG: jax.random.fold_in(key, GATE_STREAM)}
+  def _generate(
+    self, params: Any, state: WganState, *, labels: Array | None, count: int, key: Array
+  ) -> _Generated:
+    """Generates images in training mode."""
+    latent_key = jax.random.fold_in(key, LATENT_STREAM)
+    z = latents(latent_key, count, size=self.generator.latent, axis_name=self.axis_name)
+    variables = {"params": self.hooks.view(params), "batch_stats": state.batch_stats}
     (images, records), updates = self.generator.apply(
-      variables, z, labels, train=True, mutable=["batch_stats"], rngs=rngs
+      variables,
+      z,
+      labels,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={GATE_RNG: jax.random.fold_in(key, GATE_STREAM)},
     )
-    return images, records, updates.get("batch_stats", {})
+    return _Generated(images, records, updates.get("batch_stats", {}))
 
-  def _update_critic(self, state, key, pixels, labels):
-    real = to_unit(pixels)
+  def _update_critic(
+    self, state: WganState, images: _Images, key: Array
+  ) -> tuple[WganState, dict[str, Array]]:
+    """Updates the critic on real images of one turn and as many generated ones."""
+    real, labels = to_unit(images.pixels), images.labels
     # Training mode, as for the generator's update; the new statistics are not kept here.
-    fake, *_ = self._fakes(state.generator, state, key, labels, real.shape[0])
-    mix = _uniform(jax.random.fold_in(key, MIX_STREAM), real.shape[0], self.axis_name)
+    fake = self._generate(state.generator, state, labels=labels, count=len(real), key=key).images
+    mix = _uniform(jax.random.fold_in(key, MIX_STREAM), len(real), self.axis_name)
 
     def loss(params):
       """Returns the critic's loss, a scalar, and its metrics."""
-      score = lambda images: self.critic.apply({"params": params}, images, labels)
-      return critic_loss(score, real, fake, mix, penalty=self.settings.penalty)
+
+      def score(images):
+        """Returns the `[N]` scores of images."""
+        return self.critic.apply({"params": params}, images, labels)
+
+      return critic_loss(score, real, fake, mix=mix, penalty=self.settings.penalty)
 
     (_, metrics), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(
       state.critic
     )
     metrics = mean_over_devices(metrics, self.axis_name)
     updates, opt = self.settings.adam().update(grads, state.critic_opt, state.critic)
-    return state.replace(critic=optax.apply_updates(state.critic, updates), critic_opt=opt), metrics
+    critic = optax.apply_updates(state.critic, updates)
+    return state.replace(critic=critic, critic_opt=opt), metrics
 
-  def _update_generator(self, state, key, labels, n):
+  def _update_generator(
+    self, state: WganState, *, labels: Array | None, count: int, key: Array
+  ) -> tuple[WganState, dict[str, Array]]:
+    """Updates the generator and its average."""
+
     def loss(params):
       """Returns the generator's loss, a scalar, with its metrics and new statistics."""
-      images, records, batch_stats = self._fakes(params, state, key, labels, n)
+      generated = self._generate(params, state, labels=labels, count=count, key=key)
       # The generator's loss: - mean critic(fake), plus that of the gates.
-      adversarial = -jnp.mean(self.critic.apply({"params": state.critic}, images, labels))
-      total = adversarial if self.records_loss is None else adversarial + self.records_loss(records)
-      return total, ({"generator_loss": total}, batch_stats)
+      scores = self.critic.apply({"params": state.critic}, generated.images, labels)
+      total = -jnp.mean(scores)
+      if self.hooks.records_loss is not None:
+        total = total + self.hooks.records_loss(generated.records)
+      return total, ({"generator_loss": total}, generated.batch_stats)
 
     (_, found), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(
       state.generator
     )
     # Running statistics are averaged too, so that all devices keep the same.
     metrics, batch_stats = mean_over_devices(found, self.axis_name)
-    # Both hooks change the generator alone, not the critic.
-    grads = self.gradient(grads, state.generator)
+    grads = self.hooks.gradient(grads, state.generator)
     updates, opt = self.settings.adam().update(grads, state.generator_opt, state.generator)
-    params = optax.apply_updates(state.generator, self.update(updates, state.generator))
-    # In this form a parameter that does not move stays the same, bit for bit.
-    average = jax.tree.map(
-      lambda a, p: a + (1 - self.settings.ema_decay) * (p - a), state.average, params
+    params = optax.apply_updates(state.generator, self.hooks.update(updates, state.generator))
+
+    def average(old, new):
+      """Moves the average; in this form it stays the same, bit for bit, where `new` does."""
+      return old + (1 - self.settings.ema_decay) * (new - old)
+
+    state = state.replace(
+      generator=params,
+      generator_opt=opt,
+      average=jax.tree.map(average, state.average, params),
+      batch_stats=batch_stats,
     )
-    return state.replace(
-      generator=params, generator_opt=opt, average=average, batch_stats=batch_stats
-    ), metrics
+    return state, metrics
 
 
 def critic_loss(
@@ -345,6 +421,7 @@ def to_pixels(images: Array) -> Array:
 
 
 def _uniform(key: Array, n: int, axis_name: Hashable | None) -> Array:
+  """Draws `[n]` numbers in [0, 1), each by its example's position in the whole batch."""
   return jax.vmap(jax.random.uniform)(example_keys(key, n, axis_name))
 
 

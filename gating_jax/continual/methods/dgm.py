@@ -17,7 +17,6 @@ continual learning", CVPR 2019.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,13 +27,25 @@ from gating_jax.continual.method import (
   Footprint,
   InitialState,
   LearnerState,
+  MemoryNode,
   Method,
   Network,
+  StepLoss,
   TaskData,
   tree_size,
 )
 from gating_jax.continual.rehearsal import Rehearsal, make_pretrain_step
 from gating_jax.types import Array
+
+
+class RehearsalMemory(MemoryNode):
+  """The memory of the method.
+
+  Attributes:
+    rehearsal: memory of the generator.
+  """
+
+  rehearsal: Any
 
 
 def dgm(network: Network, rehearsal: Rehearsal, *, real_weight: float) -> Method:
@@ -52,41 +63,37 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real_weight: float) -> Method
 
   def init(key: Array) -> InitialState:
     """Initialises the classifier and the generator's memory."""
-    net_key, key = jax.random.split(key)
-    return InitialState(*network.init(net_key), {"rehearsal": rehearsal.init(key)})
+    net_key, rehearsal_key = jax.random.split(key)
+    memory = RehearsalMemory(rehearsal.init(rehearsal_key))
+    return InitialState(*network.init(net_key), memory)
 
-  def loss(
-    params: Any, learner: LearnerState, batch: Batch
-  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the weighted cross-entropy on real and generated images."""
     noise, drawing = jax.random.split(batch.key)
-    x, labels, _ = rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
+    x, labels, _ = rehearsal.replay(learner.memory.rehearsal, batch, learner.task, key=drawing)
     # One batch, for BatchNorm; with r = 0 no real image goes through the network.
     if real_weight:
       x, labels = jnp.concatenate([x, batch.x]), jnp.concatenate([labels, batch.labels])
-    logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
+    logits, batch_stats = network.train_logits(params, learner.batch_stats, x, key=noise)
     each = network.cross_entropy(logits, labels, learner.task)
     if not real_weight:
       return jnp.mean(each), ({"replay": jnp.mean(each)}, batch_stats)
     # Generated images come first.
     new, replayed = jnp.mean(each[-len(batch.x) :]), jnp.mean(each[: -len(batch.x)])
     # L = r CE(images of the task) + (1 - r) CE(generated images)
-    return real_weight * new + (1 - real_weight) * replayed, (
-      {"cross_entropy": new, "replay": replayed},
-      batch_stats,
-    )
+    total = real_weight * new + (1 - real_weight) * replayed
+    return total, ({"cross_entropy": new, "replay": replayed}, batch_stats)
 
   def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Keeps the task's generator in the memory."""
     # The classifier keeps no images: the generator has learnt the task in the pretraining.
-    kept = rehearsal.keep(learner.memory["rehearsal"], data, int(learner.task), key)
-    return learner.replace(memory={"rehearsal": kept})
+    kept = rehearsal.keep(learner.memory.rehearsal, data, int(learner.task), key=key)
+    return learner.replace(memory=RehearsalMemory(kept))
 
   def footprint(learner: LearnerState) -> Footprint:
     """Measures the classifier's parameters and the generator's memory."""
-    return Footprint(
-      tree_size(learner.params), rehearsal.megabytes(learner.memory["rehearsal"], int(learner.task))
-    )
+    rehearsed_mb = rehearsal.megabytes(learner.memory.rehearsal, int(learner.task))
+    return Footprint(tree_size(learner.params), rehearsed_mb)
 
   return Method(
     init,

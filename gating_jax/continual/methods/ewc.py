@@ -1,6 +1,7 @@
 """Elastic weight consolidation: parameters are penalised in proportion to their importance.
 
-The importance is for the predictions of earlier tasks.
+The importance is for the predictions of earlier tasks. The penalty is on the squared distance to
+earlier parameters, with one weight per parameter:
 
     ewc          total = cross-entropy + lambda/2 sum_(s < t) sum_i F_si (theta_i - theta*_si)^2
     online_ewc   total = cross-entropy + lambda/2 sum_i F_i (theta_i - theta*_i)^2,
@@ -21,22 +22,16 @@ the task is learnt.
 The penalty is stiff: a step diverges if learning rate x lambda x F_i exceeds 2 (1 + momentum).
 Where gradients are clipped, it oscillates around the anchor instead, and the network learns little.
 
+`weighted_distance` and `anchored_loss` serve any such penalty, that of `methods.si` too.
+
 Axes: N examples, T tasks.
-Reference: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017;
-Schwarz et al., "Progress & compress", 2018, section 4 (online).
-
-A quadratic penalty on the distance to earlier parameters, with one weight per parameter.
-
-    total = cross-entropy + penalty,   penalty = strength sum_i w_i (theta_i - theta*_i)^2
-
-Methods differ in the weights w. The 1/2 of some methods belongs to their strength.
-
-Reference: Kirkpatrick et al., 2017, equation 3; Zenke, Poole and Ganguli, 2017, equation 4.
+Reference: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017,
+equation 3; Schwarz et al., "Progress & compress", 2018, section 4 (online).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,7 +40,17 @@ import numpy as np
 import optax
 from jax import lax
 
-from gating_jax.continual.method import Batch, InitialState, LearnerState, Method, Network, TaskData
+from gating_jax.continual.method import (
+  Batch,
+  InitialState,
+  LearnerState,
+  MemoryNode,
+  Method,
+  Network,
+  StepLoss,
+  TaskData,
+  put_task,
+)
 from gating_jax.types import Array
 
 
@@ -60,13 +65,13 @@ def ewc(network: Network, *, strength: float, examples: int) -> Method:
     ValueError: a setting breaks its rule.
   """
 
-  def keep(memory, fisher, params, task):
+  def keep(memory, task, of_task):
     """Stores the task's Fisher diagonal and anchor in its slot."""
     # A slot per task: the diagonals of earlier tasks are kept as they are.
-    put = lambda all_tasks, x: jax.tree.map(lambda a, x: a.at[task].set(x), all_tasks, x)
-    return {"fisher": put(memory["fisher"], fisher), "anchor": put(memory["anchor"], params)}
+    return put_task(memory, task, of_task)
 
-  return _consolidation(network, network.problem.tasks, keep, strength, examples)
+  slots = network.problem.tasks
+  return _consolidation(network, keep, slots=slots, strength=strength, examples=examples)
 
 
 def online_ewc(network: Network, *, strength: float, decay: float, examples: int) -> Method:
@@ -81,16 +86,14 @@ def online_ewc(network: Network, *, strength: float, decay: float, examples: int
   if not 0 <= decay <= 1:
     raise ValueError(f"decay must be in [0, 1]; got {decay}")
 
-  def keep(memory, fisher, params, task):
+  def keep(memory, task, of_task):
     """Adds the Fisher diagonal to the decayed one and replaces the anchor."""
-    one = lambda tree: jax.tree.map(lambda x: x[None], tree)
-    return {
-      # F <- gamma F + F_t
-      "fisher": jax.tree.map(lambda old, new: decay * old + new, memory["fisher"], one(fisher)),
-      "anchor": one(params),
-    }
+    in_slot = jax.tree.map(lambda x: x[None], of_task)
+    # F <- gamma F + F_t
+    fisher = jax.tree.map(lambda old, new: decay * old + new, memory.fisher, in_slot.fisher)
+    return in_slot.replace(fisher=fisher)
 
-  return _consolidation(network, 1, keep, strength, examples)
+  return _consolidation(network, keep, slots=1, strength=strength, examples=examples)
 
 
 def fisher_diagonal(
@@ -121,10 +124,35 @@ def fisher_diagonal(
   return jax.tree.map(lambda t: t / len(x), total)
 
 
-def _consolidation(network, slots, keep, strength, examples):
+class EwcMemory(MemoryNode):
+  """The memory of both methods, or what one task adds to it.
+
+  Attributes:
+    anchor: theta*, parameters at the end of a task.
+    fisher: diagonals of Fisher matrices, like `anchor`.
+  """
+
+  anchor: Any
+  fisher: Any
+
+
+def _consolidation(
+  network: Network,
+  keep: Callable[[EwcMemory, int, EwcMemory], EwcMemory],
+  *,
+  slots: int,
+  strength: float,
+  examples: int,
+) -> Method:
   """Makes the method from a rule that keeps Fisher diagonals and anchors.
 
-  Its memory is a Fisher diagonal and an anchor, `[slots, ...]`, zero until a task has ended.
+  Args:
+    network: to train.
+    keep: `(memory, task, of_task) -> memory`, adds what belongs to the task that ends.
+    slots: number of anchors; the arrays of the memory are `[slots, ...]`, 0 until a task has ended.
+    strength, examples: as in `ewc`.
+  Raises:
+    ValueError: a setting breaks its rule.
   """
   if not strength >= 0:
     raise ValueError(f"strength must be >= 0; got {strength}")
@@ -134,30 +162,35 @@ def _consolidation(network, slots, keep, strength, examples):
   def init(key):
     """Initialises the network, with empty slots for Fisher diagonals and anchors."""
     params, batch_stats = network.init(key)
-    empty = lambda: jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), params)
-    return InitialState(params, batch_stats, {"fisher": empty(), "anchor": empty()})
+
+    def empty():
+      """Creates empty slots: each use needs arrays of its own, as a step donates its buffers."""
+      return jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), params)
+
+    return InitialState(params, batch_stats, EwcMemory(anchor=empty(), fisher=empty()))
 
   def penalty(params, memory):
     """Computes the penalty over all slots, a scalar."""
     # lambda/2 sum_s sum_i F_si (theta_i - theta*_si)^2; slots without a task have F = 0.
-    return strength / 2 * weighted_distance(params, memory["anchor"], memory["fisher"])
+    return strength / 2 * weighted_distance(params, memory.anchor, memory.fisher)
 
   def end_task(learner, data, key):
     """Keeps the task's Fisher diagonal and its final parameters."""
-    fisher = _fisher_of_task(network, learner, data, key, examples)
-    return learner.replace(memory=keep(learner.memory, fisher, learner.params, int(learner.task)))
+    fisher = _fisher_of_task(network, learner, data, key=key, examples=examples)
+    of_task = EwcMemory(anchor=learner.params, fisher=fisher)
+    return learner.replace(memory=keep(learner.memory, int(learner.task), of_task))
 
   return Method(init, anchored_loss(network, penalty), end_task, network.predict)
 
 
 def _fisher_of_task(
-  network: Network, learner: LearnerState, data: TaskData, key: Array, examples: int
+  network: Network, learner: LearnerState, data: TaskData, *, key: Array, examples: int
 ) -> Any:
+  """Computes the Fisher diagonal of the task that ends, on at most so many of its images."""
   choice, drawing = jax.random.split(key)
   chosen = np.asarray(jax.random.permutation(choice, len(data.labels)))[:examples]
   # The labels only say which head an image belongs to.
   pixels, labels, task = data.pixels[chosen], data.labels[chosen], learner.task
-  params, batch_stats = learner.params, learner.batch_stats
 
   @jax.jit
   def diagonal(params, batch_stats, pixels, labels):
@@ -165,21 +198,22 @@ def _fisher_of_task(
 
     def log_prob(params, x, label):
       """Returns the log-probability of one image's label, a scalar."""
+      logits = network.logits(params, batch_stats, x[None])
       # log p(y | x) is minus the cross-entropy, in the task's own head whatever the network's
       # scope.
-      return -network.cross_entropy(
-        network.logits(params, batch_stats, x[None]), label[None], task, "own"
-      )[0]
+      return -network.cross_entropy(logits, label[None], task, scope="own")[0]
 
-    return fisher_diagonal(log_prob, params, network.problem.normalise(pixels), labels)
+    return fisher_diagonal(log_prob, params, x=network.problem.normalise(pixels), labels=labels)
 
-  logits = network.problem.in_batches(
-    lambda state, x: network.logits(*state, x), (params, batch_stats), pixels
-  )
+  def logits_of(learner, x):
+    """Returns `[N, K]` logits in evaluation."""
+    return network.logits(learner.params, learner.batch_stats, x)
+
+  logits = network.problem.in_batches(logits_of, learner, pixels)
   # y_n ~ p(y | x_n) among the classes of the task.
-  own = network.visible(jnp.asarray(labels), task, "own")
+  own = network.visible(jnp.asarray(labels), task, scope="own")
   drawn = jax.random.categorical(drawing, jnp.where(own, logits, -jnp.inf))
-  return diagonal(params, batch_stats, pixels, drawn)
+  return diagonal(learner.params, learner.batch_stats, pixels=pixels, labels=drawn)
 
 
 def weighted_distance(params: Any, anchor: Any, weight: Any) -> Array:
@@ -195,15 +229,17 @@ def weighted_distance(params: Any, anchor: Any, weight: Any) -> Array:
   >>> float(weighted_distance(params, anchor, {"a": jnp.array([4.0, 2.0])}))
   22.0
   """
-  return optax.tree.sum(
-    # A leading axis of anchors broadcasts against the parameters.
-    jax.tree.map(lambda p, a, w: jnp.sum(w * (p - a) ** 2), params, anchor, weight)
-  )
+
+  def distance(p, a, w):
+    """Sums over one array; a leading axis of anchors broadcasts against the parameters."""
+    return jnp.sum(w * (p - a) ** 2)
+
+  return optax.tree.sum(jax.tree.map(distance, params, anchor, weight))
 
 
 def anchored_loss(
   network: Network, penalty: Callable[[Any, Any], Array]
-) -> Callable[..., tuple[Array, Any]]:
+) -> Callable[[Any, LearnerState, Batch], StepLoss]:
   """Makes the `loss` of a method: the network's cross-entropy plus a penalty.
 
   Args:
@@ -211,13 +247,10 @@ def anchored_loss(
     penalty: `(params, memory) -> scalar`.
   """
 
-  def loss(
-    params: Any, learner: LearnerState, batch: Batch
-  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the cross-entropy plus the penalty, a scalar."""
     cross_entropy, (terms, batch_stats) = network.loss(params, learner, batch)
-    # total = cross-entropy + penalty
-    held = penalty(params, learner.memory)
-    return cross_entropy + held, ({**terms, "penalty": held}, batch_stats)
+    terms = {**terms, "penalty": penalty(params, learner.memory)}
+    return cross_entropy + terms["penalty"], (terms, batch_stats)
 
   return loss

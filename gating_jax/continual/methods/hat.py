@@ -17,7 +17,7 @@ Reference: Serra et al., "Overcoming catastrophic forgetting with hard attention
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -32,14 +32,20 @@ from gating_jax.continual.method import (
   Footprint,
   InitialState,
   LearnerState,
+  MemoryNode,
   Method,
   Prediction,
   Problem,
+  StepLoss,
   TaskData,
+  Variables,
+  first_tasks,
+  put_task,
+  stack_tasks,
   tree_megabytes,
   tree_size,
 )
-from gating_jax.continual.units import by_record, layer_name
+from gating_jax.continual.units import count_units, layer_name, places
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
 from gating_jax.types import Array, Records
@@ -68,7 +74,8 @@ def hat(
     ValueError: a setting breaks its rule.
   """
   check(steepness, sparsity)
-  return _Hat(shared_net.SharedNet(model, problem), counts, steepness, sparsity).method()
+  net = shared_net.SharedNet(model, problem)
+  return _Hat(net, counts, steepness=steepness, sparsity=sparsity).method()
 
 
 def check(steepness: float, sparsity: float) -> None:
@@ -140,11 +147,11 @@ def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> T
     a tree of factors that broadcast over the parameters.
   """
   out, into = {}, {}
-  for record, units in zip(records, by_record(used, records), strict=True):
-    out |= dict.fromkeys(record.writers, units)
-    into |= dict.fromkeys(record.readers, units)
+  for record, place in places(records):
+    out |= dict.fromkeys(record.writers, used[place])
+    into |= dict.fromkeys(record.readers, used[place])
 
-  def free(path, leaf):
+  def free(path, _):
     """Returns the factors of one parameter, which broadcast over it."""
     a_out = out.get(path[:-1], started)
     if path[-1] == "kernel":
@@ -154,8 +161,7 @@ def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> T
       return 1 - jnp.minimum(a_out, a_in[..., None])
     return 1 - a_out
 
-  flat = traverse_util.flatten_dict(shared)
-  return traverse_util.unflatten_dict({path: free(path, leaf) for path, leaf in flat.items()})
+  return traverse_util.path_aware_map(free, shared)
 
 
 def of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
@@ -165,13 +171,12 @@ def of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tr
     change: of an embedding and of the arrays at the same path in `others`.
     tree, others: trees with the same paths.
   """
-  flat, *others = (traverse_util.flatten_dict(t) for t in (tree, *others))
-  return traverse_util.unflatten_dict(
-    {
-      path: change(leaf, *(other[path] for other in others)) if is_gate_path(path) else leaf
-      for path, leaf in flat.items()
-    }
-  )
+  flat = traverse_util.flatten_dict(tree)
+  others = [traverse_util.flatten_dict(other) for other in others]
+  for path, leaf in flat.items():
+    if is_gate_path(path):
+      flat[path] = change(leaf, *[other[path] for other in others])
+  return traverse_util.unflatten_dict(flat)
 
 
 def drawn(params: Tree, key: Array) -> Tree:
@@ -180,7 +185,7 @@ def drawn(params: Tree, key: Array) -> Tree:
   return of_embeddings(lambda e: jax.random.normal(next(keys), e.shape), params)
 
 
-def compensated(grads: Tree, params: Tree, s: Array, steepness: float) -> Tree:
+def compensated(grads: Tree, params: Tree, *, s: Array, steepness: float) -> Tree:
   """Multiplies the gradients of embeddings by `compensation`, which undoes the slope.
 
   Args:
@@ -188,14 +193,22 @@ def compensated(grads: Tree, params: Tree, s: Array, steepness: float) -> Tree:
     s: slope of the step.
     steepness: s_max.
   """
-  return of_embeddings(lambda grad, e: grad * compensation(e, s, steepness), grads, params)
+
+  def compensate(grad, e):
+    """Multiplies the gradient of one embedding."""
+    return grad * compensation(e, s, steepness)
+
+  return of_embeddings(compensate, grads, params)
 
 
 def limited(updates: Tree, params: Tree) -> Tree:
   """Changes updates to keep every embedding within its limits."""
-  return of_embeddings(
-    lambda u, e: jnp.clip(e + u, -EMBEDDING_LIMIT, EMBEDDING_LIMIT) - e, updates, params
-  )
+
+  def limit(update, e):
+    """Returns the update that ends within the limits."""
+    return jnp.clip(e + update, -EMBEDDING_LIMIT, EMBEDDING_LIMIT) - e
+
+  return of_embeddings(limit, updates, params)
 
 
 def embeddings(params: Tree, records: Records) -> Array:
@@ -207,7 +220,8 @@ def embeddings(params: Tree, records: Records) -> Array:
   """
   flat = traverse_util.flatten_dict(params)
   # One gate module may decide for several records; its embeddings count once.
-  return jnp.concatenate([flat[*gate, "logits"] for gate in dict.fromkeys(r.gate for r in records)])
+  gates = dict.fromkeys(record.gate for record in records)
+  return jnp.concatenate([flat[*gate, "logits"] for gate in gates])
 
 
 def at_slope(params: Tree, s: Array | float) -> Tree:
@@ -217,16 +231,24 @@ def at_slope(params: Tree, s: Array | float) -> Tree:
 
 def masks(records: Records) -> Array:
   """Returns the `[U]` masks, which are the same for all examples."""
-  return jnp.concatenate([r.gates[0] for r in records])
+  return jnp.concatenate([record.gates[0] for record in records])
+
+
+class HatMemory(MemoryNode):
+  """The memory of the method.
+
+  Attributes:
+    own: embeddings, BatchNorm and head of every task, `[T, ...]`.
+    used: `[U]`, the cumulative mask a^{<=t}.
+  """
+
+  own: Variables
+  used: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class _Hat:
-  """The functions of the method, over the parameters and statistics of `SharedNet`.
-
-  Memory: `own`, every task's embeddings, BatchNorm and head, `[T, ...]`; `used` `[U]`, the
-  cumulative mask.
-  """
+  """The functions of the method, over `SharedNet`'s parameters and statistics and a `HatMemory`."""
 
   net: shared_net.SharedNet
   counts: ModelCounts
@@ -236,48 +258,50 @@ class _Hat:
   def method(self) -> Method:
     """Returns the functions as a `Method`."""
     return Method(
-      self.init, self.loss, self.end_task, self.predict, self.gradient, self.update, self.footprint
+      init=self.init,
+      loss=self.loss,
+      end_task=self.end_task,
+      predict=self.predict,
+      gradient=self.gradient,
+      update=self.update,
+      footprint=self.footprint,
     )
+
+  @property
+  def records(self) -> Records:
+    """Returns the records of the network, as shapes."""
+    return self.net.shapes[0]
 
   def init(self, key: Array) -> InitialState:
     """Initialises parameters and statistics, and a cumulative mask `[U]` of 0."""
     params, batch_stats = self._fresh(key)
-    records, _ = self.net.shapes
-    own = {"params": params["own"], "batch_stats": batch_stats["own"]}
-    return InitialState(
-      params,
-      batch_stats,
-      {
-        "own": shared_net.stack(own, self.net.problem.tasks),
-        "used": jnp.zeros(sum(r.gates.shape[-1] for r in records)),
-      },
-    )
+    own = stack_tasks(shared_net.own_part(params, batch_stats), self.net.problem.tasks)
+    return InitialState(params, batch_stats, HatMemory(own, jnp.zeros(count_units(self.records))))
 
-  def loss(
-    self, params: Tree, learner: LearnerState, batch: Batch
-  ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+  def loss(self, params: Tree, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the cross-entropy plus the regulariser, at this step's slope."""
     s = slope(batch.place, self.steepness)
-    logits, _, records, batch_stats = self.net.apply(
-      at_slope(params, s), learner.batch_stats, batch.x, train=True
+    forward = self.net.apply(at_slope(params, s), learner.batch_stats, batch.x, train=True)
+    terms = shared_net.head_terms(
+      forward.logits, batch.labels, task=learner.task, problem=self.net.problem
     )
-    terms = shared_net.head_terms(logits, batch.labels, learner.task, self.net.problem)
-    taken = regulariser(masks(records), learner.memory["used"])
-    return terms["cross_entropy"] + self.sparsity * taken, (
-      {**terms, "sparsity": taken},
-      batch_stats,
-    )
+    terms["sparsity"] = regulariser(masks(forward.records), learner.memory.used)
+    total = terms["cross_entropy"] + self.sparsity * terms["sparsity"]
+    return total, (terms, forward.batch_stats)
 
   def gradient(self, grads: Tree, learner: LearnerState, batch: Batch) -> Tree:
     """Compensates the gradients of embeddings for the slope."""
     s = slope(batch.place, self.steepness)
-    return compensated(grads, learner.params, s, self.steepness)
+    return compensated(grads, learner.params, s=s, steepness=self.steepness)
 
-  def update(self, updates: Tree, grads: Tree, learner: LearnerState) -> tuple[Tree, Tree]:
+  def update(self, updates: Tree, grads: Tree, learner: LearnerState) -> tuple[Tree, HatMemory]:
     """Scales shared updates by their plasticity and limits the embeddings."""
     # The update, not the gradient: momentum and weight decay would still move used weights.
     free = plasticity(
-      updates["shared"], self.net.shapes[0], learner.memory["used"], jnp.float32(learner.task > 0)
+      updates["shared"],
+      self.records,
+      used=learner.memory.used,
+      started=jnp.float32(learner.task > 0),
     )
     updates = {**updates, "shared": jax.tree.map(jnp.multiply, updates["shared"], free)}
     return limited(updates, learner.params), learner.memory
@@ -286,15 +310,15 @@ class _Hat:
     """Stores the task's own part and adds its mask to the cumulative one."""
     fresh_key, settle_key = jax.random.split(key)
     batch_stats = self._settled(learner, data.pixels, settle_key)
-    own = {"params": learner.params["own"], "batch_stats": batch_stats["own"]}
+    own = shared_net.own_part(learner.params, batch_stats)
     # At s_max, as in evaluation.
-    masks = jax.jit(self._masks_at_rest)(learner.params, batch_stats)
+    mask = jax.jit(self._mask_at_rest)(learner.params, batch_stats)
     fresh, fresh_stats = self._fresh(fresh_key)
-    memory = {
-      "own": shared_net.put(learner.memory["own"], int(learner.task), own),
+    memory = HatMemory(
+      own=put_task(learner.memory.own, int(learner.task), own),
       # a^{<=t} = max(a^{<=t-1}, a^t)
-      "used": jnp.maximum(learner.memory["used"], masks),
-    }
+      used=jnp.maximum(learner.memory.used, mask),
+    )
     return learner.replace(
       params={**learner.params, "own": fresh["own"]},
       memory=memory,
@@ -303,32 +327,38 @@ class _Hat:
 
   def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the classes of `[N, H, W, D]` images at the largest slope."""
-    own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
+    own = first_tasks(learner.memory.own, seen)
     # Embeddings are kept without the slope, which belongs to the pass.
-    own["params"] = at_slope(own["params"], self.steepness)
-    stream = self.net.side_by_side(learner.params, learner.batch_stats, own, x)
-    macs = shared_net.macs(stream, self.counts, self.net.problem.classes)
-    return shared_net.prediction(self.net.problem, stream.logits, task, macs, macs.sum(0))
+    own = own.replace(params=at_slope(own.params, self.steepness))
+    forward = self.net.run_tasks(learner, own, x)
+    macs = shared_net.forward_macs(forward, self.counts, self.net.problem.classes)
+    return shared_net.prediction(
+      self.net.problem, forward.logits, task=task, macs=macs, agnostic_macs=macs.sum(0)
+    )
 
   def footprint(self, learner: LearnerState) -> Footprint:
     """Measures the storage of the tasks learnt so far, and the units they use."""
-    learnt, records = int(learner.task), self.net.shapes[0]
-    own = jax.tree.map(lambda x: x[:learnt], learner.memory["own"]["params"])
-    masks = (
-      jax.vmap(lambda own: embeddings(own["net"], records))(learner.memory["own"]["params"]) > 0
-    )
+    kept = learner.memory.own.params
+    # All tasks learnt are in `kept`; the part for the next one does not count.
+    learnt = first_tasks(kept, int(learner.task))
+    # At s_max a unit is in use where its embedding is positive.
+    used = jax.vmap(lambda net: embeddings(net, self.records))(kept["net"]) > 0
+    relevant = {}
+    for record, place in places(self.records):
+      relevant[layer_name(record)] = np.asarray(used[:, place])
     return Footprint(
-      # All tasks learnt are in `own`; the part for the next one does not count.
-      tree_size((learner.params["shared"], own)),
-      tree_megabytes(learner.memory["used"]),
-      dict(zip(map(layer_name, records), map(np.asarray, by_record(masks, records)), strict=True)),
+      params=tree_size((learner.params["shared"], learnt)),
+      memory_mb=tree_megabytes(learner.memory.used),
+      relevant=relevant,
     )
 
   def _fresh(self, key: Array) -> tuple[Tree, Tree]:
+    """Initialises parameters and statistics, with drawn embeddings."""
     params, batch_stats = self.net.fresh(key)
     return drawn(params, jax.random.fold_in(key, 0)), batch_stats
 
-  def _masks_at_rest(self, params: Tree, batch_stats: Tree) -> Array:
+  def _mask_at_rest(self, params: Tree, batch_stats: Tree) -> Array:
+    """Returns the `[U]` mask of the current task at s_max."""
     x = jnp.zeros((1, *self.net.problem.shape))
     return masks(self.net.apply(at_slope(params, self.steepness), batch_stats, x).records)
 
@@ -336,18 +366,17 @@ class _Hat:
     """Computes the running statistics at s_max."""
     # Outside of the mapped step there is no device axis.
     net = dataclasses.replace(self.net, model=self.net.model.clone(axis_name=None))
-    params, size = (
-      at_slope(learner.params, self.steepness),
-      min(len(pixels), net.problem.batch_size),
-    )
+    params = at_slope(learner.params, self.steepness)
 
     @jax.jit
     def step(batch_stats, pixels):
       """Returns the running statistics after one batch of `[N, H, W, D]` pixels."""
       return net.apply(params, batch_stats, net.problem.normalise(pixels), train=True).batch_stats
 
-    batch_stats = learner.batch_stats
     # Batches of one size: one program.
-    for places in np.asarray(jax.random.choice(key, len(pixels), (_SETTLING_BATCHES, size))):
-      batch_stats = step(batch_stats, np.asarray(pixels)[places])
+    size = min(len(pixels), net.problem.batch_size)
+    chosen = jax.random.choice(key, len(pixels), (_SETTLING_BATCHES, size))
+    batch_stats, pixels = learner.batch_stats, np.asarray(pixels)
+    for of_batch in np.asarray(chosen):
+      batch_stats = step(batch_stats, pixels[of_batch])
     return batch_stats

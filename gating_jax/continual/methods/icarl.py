@@ -18,7 +18,7 @@ Reference: Rebuffi et al., "iCaRL: Incremental classifier and representation lea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -32,10 +32,13 @@ from gating_jax.continual.method import (
   Batch,
   InitialState,
   LearnerState,
+  MemoryNode,
   Method,
   Network,
   Prediction,
+  StepLoss,
   TaskData,
+  Variables,
 )
 from gating_jax.types import Array, Records
 
@@ -64,11 +67,24 @@ class Headed(nn.Module):
     return _unit(self.body(x)[0])
 
 
+class IcarlMemory(MemoryNode):
+  """The memory of the method.
+
+  Attributes:
+    exemplars: images of all classes so far, those of a class in the order of their choice.
+    means: `[K, F]`, of the exemplars of each class.
+    has_mean: `[K]` bool; classes to come have no mean, and cannot be chosen.
+    teacher: the network after the last task.
+  """
+
+  exemplars: replay_memory.ReplayMemory
+  means: Array
+  has_mean: Array
+  teacher: Variables
+
+
 def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
   """Makes the method, for a network whose model is `Headed`.
-
-  Memory: `exemplars`, a `replay_memory.ReplayMemory`; `means` `[K, F]`, of the exemplars of each class;
-  `has_mean` `[K]`; `teacher`, parameters and statistics after the last task.
 
   Args:
     network: to train.
@@ -91,55 +107,58 @@ def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
   def init(key: Array) -> InitialState:
     """Initialises the network and a memory without exemplars."""
     params, batch_stats = network.init(key)
-    return InitialState(
-      params,
-      batch_stats,
-      {
-        "exemplars": replay_memory.empty(replay.images, problem.shape),
-        "means": jnp.zeros((problem.all_classes, params["head"]["kernel"].shape[0])),
-        # Classes to come have no mean, and cannot be chosen.
-        "has_mean": jnp.zeros(problem.all_classes, bool),
-        "teacher": {"params": params, "batch_stats": batch_stats},
-      },
+    width = params["head"]["kernel"].shape[0]
+    memory = IcarlMemory(
+      exemplars=replay_memory.empty(replay.images, problem.shape),
+      means=jnp.zeros((problem.all_classes, width)),
+      has_mean=jnp.zeros(problem.all_classes, bool),
+      teacher=Variables(params, batch_stats),
     )
+    return InitialState(params, batch_stats, memory)
 
-  def loss(
-    params: Any, learner: LearnerState, batch: Batch
-  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the loss on the batch and on exemplars: new classes plus old ones."""
     noise, drawing = jax.random.split(batch.key)
-    x, labels, _, _ = replay_memory.draw_inputs(
-      learner.memory["exemplars"], drawing, batch, problem, replay.batch_size
+    drawn = replay_memory.draw_inputs(
+      learner.memory.exemplars, key=drawing, batch=batch, problem=problem, count=replay.batch_size
     )
-    x, labels = jnp.concatenate([batch.x, x]), jnp.concatenate([batch.labels, labels])
-    logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
+    x = jnp.concatenate([batch.x, drawn.x])
+    labels = jnp.concatenate([batch.labels, drawn.labels])
+    logits, batch_stats = network.train_logits(params, learner.batch_stats, x, key=noise)
     # s*: the outputs at the end of the last task, on the same images.
-    teacher = network.logits(**learner.memory["teacher"], x=x)
-    new, old = sigmoid_losses(logits, teacher, labels, learner.task, problem.classes)
+    teacher = learner.memory.teacher
+    taught = network.logits(teacher.params, teacher.batch_stats, x)
+    new, old = sigmoid_losses(logits, taught, labels, task=learner.task, classes=problem.classes)
     return new + old, ({"cross_entropy": new, "distillation": old}, batch_stats)
 
   def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Chooses the task's exemplars by herding, and computes all means again."""
     labels, of_images = np.asarray(data.labels), problem.in_batches(features, learner, data.pixels)
-    # Rounded up: a class has at most so many slots.
-    each = -(-replay.images // ((int(learner.task) + 1) * problem.classes))
-    places = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    order = np.concatenate([p[herd(of_images[p], each)] for p in places])
+    # A class has at most so many slots.
+    slots = math.ceil(replay.images / ((int(learner.task) + 1) * problem.classes))
+    ranked = []
+    for label in np.unique(labels):
+      of_class = np.flatnonzero(labels == label)
+      ranked.append(of_class[herd(of_images[of_class], slots)])
+    ranked = np.concatenate(ranked)
     exemplars = replay_memory.keep_first(
-      learner.memory["exemplars"], np.asarray(data.pixels)[order], labels[order]
+      learner.memory.exemplars, np.asarray(data.pixels)[ranked], labels[ranked]
     )
     # The features of all classes have changed with this task, so all means are computed again.
-    means, has_mean = class_means(
-      problem.in_batches(features, learner, exemplars.pixels), exemplars.labels, problem.all_classes
+    of_exemplars = problem.in_batches(features, learner, exemplars.pixels)
+    means, has_mean = class_means(of_exemplars, exemplars.labels, problem.all_classes)
+    memory = IcarlMemory(
+      exemplars=exemplars,
+      means=means,
+      has_mean=has_mean,
+      teacher=Variables(learner.params, learner.batch_stats),
     )
-    teacher = {"params": learner.params, "batch_stats": learner.batch_stats}
-    return learner.replace(
-      memory={"exemplars": exemplars, "means": means, "has_mean": has_mean, "teacher": teacher}
-    )
+    return learner.replace(memory=memory)
 
   def predict(learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the class of the nearest mean for `[N, H, W, D]` images."""
-    scores = nearest_mean(features(learner, x), learner.memory["means"], learner.memory["has_mean"])
+    memory = learner.memory
+    scores = nearest_mean(features(learner, x), memory.means, memory.has_mean)
     return network.prediction(scores, task, seen)
 
   return Method(init, loss, end_task, predict)
@@ -159,14 +178,15 @@ def sigmoid_losses(
     two scalars, for the classes of this task and of earlier ones.
   """
   of_class = jnp.arange(logits.shape[1]) // classes
-  # A sum over classes, then a mean over images, as in the paper's loss.
-  mean_sum = lambda target, counted: jnp.mean(
-    jnp.sum(optax.sigmoid_binary_cross_entropy(logits, target), axis=-1, where=counted)
-  )
-  return (
-    mean_sum(jax.nn.one_hot(labels, logits.shape[1]), of_class == task),
-    mean_sum(jax.nn.sigmoid(teacher), of_class < task),
-  )
+
+  def mean_sum(target, counted):
+    """Sums over some classes, then averages over images, as in the paper's loss."""
+    each = optax.sigmoid_binary_cross_entropy(logits, target)
+    return jnp.mean(jnp.sum(each, axis=-1, where=counted))
+
+  new = mean_sum(jax.nn.one_hot(labels, logits.shape[1]), of_class == task)
+  old = mean_sum(jax.nn.sigmoid(teacher), of_class < task)
+  return new, old
 
 
 def herd(features: np.ndarray, count: int) -> np.ndarray:

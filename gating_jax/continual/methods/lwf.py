@@ -12,16 +12,18 @@ Reference: Li and Hoiem, "Learning without forgetting", 2016, without its warm-u
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from gating_jax.continual.method import InitialState, Method, Network
+from gating_jax.continual.method import InitialState, Method, Network, Variables
 from gating_jax.types import Array
 
 
 def lwf(network: Network, *, weight: float, temperature: float) -> Method:
-  """Makes the method; its memory is the teacher, `params` and `batch_stats`.
+  """Makes the method; its memory is the `Variables` of the teacher.
 
   Args:
     network: to train.
@@ -43,15 +45,15 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
 
   def loss(params, learner, batch):
     """Computes the cross-entropy plus the distillation of old heads."""
-    logits, batch_stats = network.train_logits(params, learner.batch_stats, batch.x, batch.key)
+    logits, batch_stats = network.train_logits(params, learner.batch_stats, batch.x, key=batch.key)
     cross_entropy = jnp.mean(network.cross_entropy(logits, batch.labels, learner.task))
     # The teacher is in evaluation, on the same images.
-    taught = network.logits(learner.memory["params"], learner.memory["batch_stats"], batch.x)
-    distillation = jnp.mean(
-      old_heads_cross_entropy(
-        logits, taught, learner.task, classes=network.problem.classes, temperature=temperature
-      )
+    teacher = learner.memory
+    taught = network.logits(teacher.params, teacher.batch_stats, batch.x)
+    each = old_heads_cross_entropy(
+      logits, taught, learner.task, classes=network.problem.classes, temperature=temperature
     )
+    distillation = jnp.mean(each)
     terms = {"cross_entropy": cross_entropy, "distillation": distillation}
     return cross_entropy + weight * distillation, (terms, batch_stats)
 
@@ -84,12 +86,14 @@ def old_heads_cross_entropy(
   >>> float(old_heads_cross_entropy(old, old, 1, classes=2, temperature=2.0)[0])
   0.6931471824645996
   """
-  heads = lambda x: x.reshape(len(x), -1, classes) / temperature
-  each = optax.softmax_cross_entropy(heads(logits), jax.nn.softmax(heads(teacher)))
+  # `[N, T, C]`, softened.
+  logits = logits.reshape(len(logits), -1, classes) / temperature
+  teacher = teacher.reshape(len(teacher), -1, classes) / temperature
+  each = optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher))
   # Heads from the current task on have no teacher.
   return jnp.sum(each, axis=1, where=jnp.arange(each.shape[1]) < task)
 
 
-def _teacher(params, batch_stats):
-  # A step donates its buffers: teacher and network must not be one buffer.
-  return jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+def _teacher(params: Any, batch_stats: Any) -> Variables:
+  """Copies a network: a step donates its buffers, so the teacher must have its own."""
+  return jax.tree.map(jnp.copy, Variables(params, batch_stats))

@@ -16,7 +16,6 @@ Reference: Caruana, "Multitask learning", 1997; Abati et al., 2020 (the gates).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -30,12 +29,15 @@ from gating_jax.continual.method import (
   Footprint,
   InitialState,
   LearnerState,
+  MemoryNode,
   Method,
   Network,
   Prediction,
   Problem,
+  StepLoss,
   TaskData,
   TaskNet,
+  task_entry,
   tree_size,
 )
 from gating_jax.continual.methods.task_gates import TaskGatesSettings
@@ -86,19 +88,21 @@ def multitask_trunk(network: Network) -> Method:
     # The loss is a sum over tasks; `mean` is over the images of all of them, B of each.
     return tasks * mean, aux
 
+  def init(key):
+    """Initialises the network; nothing is kept."""
+    return InitialState(*network.init(key), ())
+
+  def end_task(learner, data, key):
+    """Returns the learner as it is: all tasks end at once."""
+    return learner
+
   def predict(learner, x, task, seen):
     """Predicts from the log-probabilities of all heads, `[N, T C]`."""
     heads = network.logits(learner.params, learner.batch_stats, x).reshape(-1, tasks, classes)
     # Log-probabilities within each head: only these can be compared between heads.
     return network.prediction(jax.nn.log_softmax(heads).reshape(-1, tasks * classes), task, seen)
 
-  return Method(
-    init=lambda key: InitialState(*network.init(key), ()),
-    loss=loss,
-    end_task=lambda learner, data, key: learner,
-    predict=predict,
-    simultaneous=True,
-  )
+  return Method(init, loss, end_task, predict, simultaneous=True)
 
 
 def by_task(batch: Array, tasks: int) -> Array:
@@ -111,11 +115,21 @@ def by_task(batch: Array, tasks: int) -> Array:
   return jnp.swapaxes(batch.reshape(-1, tasks, *batch.shape[1:]), 0, 1)
 
 
+class MultitaskMemory(MemoryNode):
+  """The memory of the method where the model is gated.
+
+  Attributes:
+    relevant: `[T, U]` bool, the units that each task needs.
+  """
+
+  relevant: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class _Multitask:
   """The functions of the method, over the parameters and statistics of `SharedNet`.
 
-  Own parts are `[T, ...]`. Memory, where the model is gated: `relevant` `[T, U]`.
+  The own parts in them are of all tasks, `[T, ...]`.
   """
 
   net: shared_net.SharedNet
@@ -125,10 +139,10 @@ class _Multitask:
   def method(self) -> Method:
     """Returns the functions as a `Method`."""
     return Method(
-      self.init,
-      self.loss,
-      self.end_task,
-      self.predict,
+      init=self.init,
+      loss=self.loss,
+      end_task=self.end_task,
+      predict=self.predict,
       footprint=self.footprint,
       simultaneous=True,
       task_net=self.task_net if self.settings else None,
@@ -141,24 +155,21 @@ class _Multitask:
 
   def init(self, key: Array) -> InitialState:
     """Initialises the shared part, and the own parts of all tasks."""
-    params, batch_stats = jax.lax.map(self.net.fresh, jax.random.split(key, self.problem.tasks))
     # Own parts for every task, from a key each; of the shared parts only the first.
-    of_first = lambda tree: {**tree, "shared": jax.tree.map(lambda x: x[0], tree["shared"])}
-    shape = (self.problem.tasks, self.counts.gates)
-    return InitialState(
-      of_first(params),
-      of_first(batch_stats),
-      {"relevant": jnp.zeros(shape, bool)} if self.settings else {},
-    )
+    params, batch_stats = jax.lax.map(self.net.fresh, jax.random.split(key, self.problem.tasks))
+    params["shared"] = task_entry(params["shared"], 0)
+    batch_stats["shared"] = task_entry(batch_stats["shared"], 0)
+    memory = {}
+    if self.settings:
+      memory = MultitaskMemory(jnp.zeros((self.problem.tasks, self.counts.gates), bool))
+    return InitialState(params, batch_stats, memory)
 
-  def loss(
-    self, params: Tree, learner: LearnerState, batch: Batch
-  ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+  def loss(self, params: Tree, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the sum of all tasks' losses, on `[B T, H, W, D]` images."""
 
     def of_task(task, own, own_stats, x, labels):
       """Returns one task's loss on `[B, H, W, D]` images, its terms and its statistics."""
-      stream = self.net.apply(
+      forward = self.net.apply(
         {**params, "own": own},
         {**learner.batch_stats, "own": own_stats},
         x,
@@ -166,14 +177,14 @@ class _Multitask:
         # Noise of its own for every task.
         rngs={GATE_RNG: jax.random.fold_in(batch.key, task)},
       )
-      terms = shared_net.head_terms(stream.logits, labels, task, self.problem)
-      if not self.settings:
-        return terms["cross_entropy"], terms, stream.batch_stats["own"]
-      # Nothing is protected, so all units are available to every task.
-      terms["sparsity"] = units.open_share(stream.records, np.ones(self.counts.gates, bool))
-      terms[CLOSED] = closed_share(stream.records, axis_name=self.problem.axis_name)
-      total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
-      return total, terms, stream.batch_stats["own"]
+      terms = shared_net.head_terms(forward.logits, labels, task=task, problem=self.problem)
+      total = terms["cross_entropy"]
+      if self.settings:
+        # Nothing is protected, so all units are available to every task.
+        terms["sparsity"] = units.open_share(forward.records, np.ones(self.counts.gates, bool))
+        terms[CLOSED] = closed_share(forward.records, axis_name=self.problem.axis_name)
+        total += self.settings.sparsity_weight(batch.epoch) * terms["sparsity"]
+      return total, terms, forward.batch_stats["own"]
 
     tasks = self.problem.tasks
     # All tasks have the same shapes: vmap runs them as one.
@@ -185,35 +196,34 @@ class _Multitask:
       by_task(batch.labels, tasks),
     )
     # L is a sum, so that a task's own parts get the gradient that they would get alone.
-    return jnp.sum(totals), (
-      jax.tree.map(jnp.mean, terms),
-      {**learner.batch_stats, "own": own_stats},
-    )
+    batch_stats = {**learner.batch_stats, "own": own_stats}
+    return jnp.sum(totals), (jax.tree.map(jnp.mean, terms), batch_stats)
 
   def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Finds the units relevant to each task, on its validation images."""
     if not self.settings:
       return learner
-    # `[M, T, U]`: gates of all tasks for each image.
-    gates = self.problem.in_batches(
-      lambda learner, x: jnp.moveaxis(units.joined(self._streams(learner, x).records), 0, 1),
-      learner,
-      data.validation_pixels,
-    )
-    of_task = np.asarray(data.validation_labels) // self.problem.classes
-    # A task's gates are measured on its own validation images.
-    rates = [
-      gates[of_task == t, t].mean(axis=0, dtype=np.float64) for t in range(self.problem.tasks)
-    ]
-    return learner.replace(
-      memory={"relevant": jnp.asarray(np.stack(rates) > self.settings.threshold)}
-    )
+
+    def gates_of(learner, x):
+      """Returns the gates of all tasks for each image, `[N, T, U]`."""
+      return jnp.moveaxis(units.joined(self._run_tasks(learner, x).records), 0, 1)
+
+    gates = self.problem.in_batches(gates_of, learner, data.validation_pixels)
+    task_of_image = self.problem.task_of(np.asarray(data.validation_labels))
+    rates = []
+    for task in range(self.problem.tasks):
+      # A task's gates are measured on its own validation images.
+      rates.append(gates[task_of_image == task, task].mean(axis=0, dtype=np.float64))
+    relevant = np.stack(rates) > self.settings.threshold
+    return learner.replace(memory=MultitaskMemory(jnp.asarray(relevant)))
 
   def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the classes of `[N, H, W, D]` images, with the task known and unknown."""
-    stream = self._streams(learner, x)
-    macs = shared_net.macs(stream, self.counts, self.problem.classes)
-    return shared_net.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
+    forward = self._run_tasks(learner, x)
+    macs = shared_net.forward_macs(forward, self.counts, self.problem.classes)
+    return shared_net.prediction(
+      self.problem, forward.logits, task=task, macs=macs, agnostic_macs=macs.sum(0)
+    )
 
   def footprint(self, learner: LearnerState) -> Footprint:
     """Measures the parameters, and the units that each task needs."""
@@ -221,15 +231,15 @@ class _Multitask:
     if not self.settings:
       return Footprint(params, 0.0)
     available = np.ones(self.counts.gates, bool)
-    return Footprint(
-      params, 0.0, units.used_by(learner.memory["relevant"], available, self.net.shapes[0])
-    )
+    relevant = units.used_by(learner.memory.relevant, available, self.net.shapes[0])
+    return Footprint(params, 0.0, relevant)
 
   def task_net(self, learner: LearnerState, task: Array) -> TaskNet:
     """Returns the gated network of a task."""
-    own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}
-    return self.net.net_of(learner.params, learner.batch_stats, own, task)
+    owns = shared_net.own_part(learner.params, learner.batch_stats)
+    return self.net.task_net(learner, owns, task)
 
-  def _streams(self, learner: LearnerState, x: Array) -> shared_net.TaskForward:
-    own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}
-    return self.net.side_by_side(learner.params, learner.batch_stats, own, x)
+  def _run_tasks(self, learner: LearnerState, x: Array) -> shared_net.TaskForward:
+    """Runs the networks of all tasks, which are learnt at once."""
+    owns = shared_net.own_part(learner.params, learner.batch_stats)
+    return self.net.run_tasks(learner, owns, x)

@@ -12,7 +12,6 @@ Reference: Rusu et al., "Progressive neural networks", 2016.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,7 +29,12 @@ from gating_jax.continual.method import (
   Method,
   Prediction,
   Problem,
+  StepLoss,
   TaskData,
+  Variables,
+  put_task,
+  stack_tasks,
+  task_entry,
   tree_size,
 )
 from gating_jax.models.columns import Column, column_macs, output_shapes
@@ -53,7 +57,7 @@ def progressive(column: Column, problem: Problem) -> Method:
 class _Progressive:
   """The functions of the method, over parameters and statistics of the column being trained.
 
-  Memory: `{"params", "batch_stats"}` of every task's column, `[T, ...]`.
+  The memory is the `Variables` of every task's column, `[T, ...]`.
   """
 
   column: Column
@@ -61,27 +65,31 @@ class _Progressive:
 
   def method(self) -> Method:
     """Returns the functions as a `Method`."""
-    return Method(self.init, self.loss, self.end_task, self.predict, footprint=self.footprint)
+    return Method(
+      init=self.init,
+      loss=self.loss,
+      end_task=self.end_task,
+      predict=self.predict,
+      footprint=self.footprint,
+    )
 
   def init(self, key: Array) -> InitialState:
     """Initialises the first column, and the memory of all columns."""
     column = self._fresh(key)
-    return InitialState(
-      column["params"], column["batch_stats"], shared_net.stack(column, self.problem.tasks)
-    )
+    memory = stack_tasks(column, self.problem.tasks)
+    return InitialState(column.params, column.batch_stats, memory)
 
-  def loss(
-    self, params: Tree, learner: LearnerState, batch: Batch
-  ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+  def loss(self, params: Tree, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the cross-entropy of the column being trained, on `[N, H, W, D]` images."""
-    before = self._none(len(batch.x))
 
     def fill(j, before):
       """Adds the layer outputs of column j."""
-      return self._put(before, j, self._run(learner.memory, j, batch.x, before)[1])
+      _, outputs = self._run(task_entry(learner.memory, j), batch.x, before)
+      return self._put(before, j, outputs)
 
     # There are at most J = T - 1 columns before, also when `task` is T.
-    before = lax.fori_loop(0, jnp.minimum(learner.task, self.problem.tasks - 1), fill, before)
+    columns = jnp.minimum(learner.task, self.problem.tasks - 1)
+    before = lax.fori_loop(0, columns, fill, self._no_outputs(len(batch.x)))
     # Earlier columns are in evaluation and get no gradient; only the last one trains.
     (logits, _), new = self.column.apply(
       {"params": params, "batch_stats": learner.batch_stats},
@@ -90,14 +98,16 @@ class _Progressive:
       train=True,
       mutable=["batch_stats"],
     )
-    terms = shared_net.head_terms(logits, batch.labels, learner.task, self.problem)
+    terms = shared_net.head_terms(logits, batch.labels, task=learner.task, problem=self.problem)
     return terms["cross_entropy"], (terms, new.get("batch_stats", {}))
 
   def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Stores the trained column and initialises the next one."""
-    column, fresh = {"params": learner.params, "batch_stats": learner.batch_stats}, self._fresh(key)
+    trained, fresh = Variables(learner.params, learner.batch_stats), self._fresh(key)
     return learner.replace(
-      **fresh, memory=shared_net.put(learner.memory, int(learner.task), column)
+      params=fresh.params,
+      batch_stats=fresh.batch_stats,
+      memory=put_task(learner.memory, int(learner.task), trained),
     )
 
   def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
@@ -105,19 +115,24 @@ class _Progressive:
 
     def one(before, j):
       """Adds the layer outputs of column j, and returns its `[N, C]` logits."""
-      logits, outputs = self._run(learner.memory, j, x, before)
+      logits, outputs = self._run(task_entry(learner.memory, j), x, before)
       return self._put(before, j, outputs), logits
 
     # Column by column: each needs the outputs of those before it.
-    _, logits = lax.scan(one, self._none(len(x)), jnp.arange(seen))
+    _, logits = lax.scan(one, self._no_outputs(len(x)), jnp.arange(seen))
+    # `[S, 2]`: the layers and the head of each column.
     macs = [column_macs(self.column, self.problem.shape, j) for j in range(seen)]
-    layers, heads = (np.array(column, np.float32) for column in zip(*macs, strict=True))
-    # Columns are ungated: every image costs the same.
-    every = lambda total: jnp.broadcast_to(total, logits.shape[:-1])
+    layers, heads = np.array(macs, np.float32).T
     # Column j needs the layers of all columns up to it, and its own head.
-    aware = every((np.cumsum(layers) + heads)[:, None])
+    aware = np.cumsum(layers) + heads
+    agnostic = layers.sum() + heads.sum()
+    # Columns are ungated: every image costs the same.
     return shared_net.prediction(
-      self.problem, logits, task, aware, every(layers.sum() + heads.sum())[0]
+      self.problem,
+      logits,
+      task=task,
+      macs=jnp.broadcast_to(aware[:, None], logits.shape[:-1]),
+      agnostic_macs=jnp.broadcast_to(agnostic, (len(x),)),
     )
 
   def footprint(self, learner: LearnerState) -> Footprint:
@@ -125,44 +140,45 @@ class _Progressive:
 
     Every column has adapters for all other columns; of column j only the j that are used count.
     """
-    learnt, places = int(learner.task), max(1, self.problem.tasks - 1)
-    adapters = sum(
-      leaf.size
-      for path, leaf in traverse_util.flatten_dict(learner.params).items()
-      if any("adapter" in name for name in path)
-    )
-    used = learnt * (tree_size(learner.params) - adapters) + learnt * (learnt - 1) // 2 * (
-      adapters // places
-    )
-    return Footprint(used, 0.0)
+    adapters = 0
+    for path, leaf in traverse_util.flatten_dict(learner.params).items():
+      if any("adapter" in name for name in path):
+        adapters += leaf.size
+    learnt = int(learner.task)
+    layers = learnt * (tree_size(learner.params) - adapters)
+    # Column j uses adapters for j columns: 0 + 1 + ... + (learnt - 1) of them in all.
+    pairs = learnt * (learnt - 1) // 2
+    return Footprint(layers + pairs * (adapters // self._places), 0.0)
 
-  def _fresh(self, key: Array) -> dict[str, Tree]:
-    variables = self.column.init(key, jnp.zeros((1, *self.problem.shape)), self._none(1))
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+  @property
+  def _places(self) -> int:
+    """Returns J, the number of earlier columns that a column has room for; at least 1."""
+    return max(1, self.problem.tasks - 1)
 
-  def _none(self, examples: int) -> tuple[Array, ...]:
-    """Returns the earlier outputs that the first column sees: zeros.
+  def _fresh(self, key: Array) -> Variables:
+    """Initialises a column."""
+    x = jnp.zeros((1, *self.problem.shape))
+    variables = self.column.init(key, x, self._no_outputs(1))
+    return Variables(variables["params"], variables.get("batch_stats", {}))
 
-    There is at least one place, where there is one task.
-    """
-    places = max(1, self.problem.tasks - 1)
-    return tuple(
-      jnp.zeros((places, examples, *shape), self.column.dtype)
-      for shape in output_shapes(self.column, self.problem.shape)
-    )
+  def _no_outputs(self, examples: int) -> tuple[Array, ...]:
+    """Returns the earlier outputs that the first column sees: zeros, `[J, N, ...]` per layer."""
+    shapes = output_shapes(self.column, self.problem.shape)
+    return tuple(jnp.zeros((self._places, examples, *s), self.column.dtype) for s in shapes)
 
   def _run(
-    self, columns: Tree, j: Array, x: Array, before: tuple[Array, ...]
+    self, column: Variables, x: Array, before: tuple[Array, ...]
   ) -> tuple[Array, tuple[Array, ...]]:
-    """Computes logits and layer outputs of column j in evaluation.
+    """Computes logits and layer outputs of a column in evaluation.
 
-    `before` has zeros for columns from j on.
+    `before` has zeros for columns from this one on.
     """
-    return self.column.apply(jax.tree.map(lambda tree: tree[j], columns), x, before)
+    variables = {"params": column.params, "batch_stats": column.batch_stats}
+    return self.column.apply(variables, x, before)
 
   def _put(
     self, before: tuple[Array, ...], j: Array, outputs: tuple[Array, ...]
   ) -> tuple[Array, ...]:
     """Puts the outputs of column j into `before`; those of the last column are never read."""
     # There is no place for the last column: its outputs are dropped.
-    return tuple(b.at[j].set(o, mode="drop") for b, o in zip(before, outputs, strict=True))
+    return jax.tree.map(lambda b, output: b.at[j].set(output, mode="drop"), before, outputs)

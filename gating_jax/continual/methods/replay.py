@@ -31,7 +31,6 @@ learning with A-GEM", 2019.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,7 +38,15 @@ import jax.numpy as jnp
 import optax
 
 from gating_jax.continual import replay_memory
-from gating_jax.continual.method import Batch, InitialState, LearnerState, Method, Network, TaskData
+from gating_jax.continual.method import (
+  Batch,
+  InitialState,
+  LearnerState,
+  Method,
+  Network,
+  StepLoss,
+  TaskData,
+)
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array
 
@@ -57,28 +64,27 @@ def er(network: Network, replay: replay_memory.ReplaySettings) -> Method:
     """Initialises the network and an empty memory."""
     return InitialState(*network.init(key), replay_memory.empty(replay.images, problem.shape))
 
-  def loss(
-    params: Any, learner: LearnerState, batch: Batch
-  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the mean cross-entropy over the batch and the replayed images."""
     noise, drawing = jax.random.split(batch.key)
     # Before the first task ends these are examples of the batch itself.
-    x, labels, _, _ = replay_memory.draw_inputs(
-      learner.memory, drawing, batch, problem, replay.batch_size
+    drawn = replay_memory.draw_inputs(
+      learner.memory, key=drawing, batch=batch, problem=problem, count=replay.batch_size
     )
     # One batch, for BatchNorm.
-    x, labels = jnp.concatenate([batch.x, x]), jnp.concatenate([batch.labels, labels])
-    logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
+    x = jnp.concatenate([batch.x, drawn.x])
+    labels = jnp.concatenate([batch.labels, drawn.labels])
+    logits, batch_stats = network.train_logits(params, learner.batch_stats, x, key=noise)
     each = network.cross_entropy(logits, labels, learner.task)
     new, old = jnp.split(each, [len(batch.x)])
     # The loss is a mean over all images; the two means are metrics.
-    return jnp.mean(each), ({"cross_entropy": jnp.mean(new), "replay": jnp.mean(old)}, batch_stats)
+    terms = {"cross_entropy": jnp.mean(new), "replay": jnp.mean(old)}
+    return jnp.mean(each), (terms, batch_stats)
 
   def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Adds the task's images to the memory."""
-    return learner.replace(
-      memory=replay_memory.add_task(learner.memory, data.pixels, data.labels, key)
-    )
+    memory = replay_memory.add_task(learner.memory, data.pixels, data.labels, key=key)
+    return learner.replace(memory=memory)
 
   return Method(init, loss, end_task, network.predict)
 
@@ -103,48 +109,51 @@ def derpp(
   def init(key: Array) -> InitialState:
     """Initialises the network and an empty memory with logits `[S, K]`."""
     logits = jnp.zeros((replay.images, problem.all_classes))
-    return InitialState(
-      *network.init(key), replay_memory.empty(replay.images, problem.shape, logits)
-    )
+    memory = replay_memory.empty(replay.images, problem.shape, logits)
+    return InitialState(*network.init(key), memory)
 
-  def loss(
-    params: Any, learner: LearnerState, batch: Batch
-  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
     """Returns the loss of a step, a scalar, with its terms and the new statistics."""
-    noise, one, other = jax.random.split(batch.key, 3)
-    drawn = lambda key: replay_memory.draw_inputs(
-      learner.memory, key, batch, problem, replay.batch_size
-    )
-    # The paper has independent draws for the two terms.
-    (x1, labels1, stored, filled), (x2, labels2, _, _) = drawn(one), drawn(other)
+    noise, first_key, second_key = jax.random.split(batch.key, 3)
+
+    def draw(key):
+      """Draws images for one of the two terms; the paper has independent draws."""
+      return replay_memory.draw_inputs(
+        learner.memory, key=key, batch=batch, problem=problem, count=replay.batch_size
+      )
+
+    def mean_cross_entropy(logits, labels):
+      """Averages the cross-entropy over some of the images."""
+      return jnp.mean(network.cross_entropy(logits, labels, learner.task))
+
+    first, second = draw(first_key), draw(second_key)
     # One pass, so that BatchNorm normalises all three parts alike.
-    logits, batch_stats = network.train_logits(
-      params, learner.batch_stats, jnp.concatenate([batch.x, x1, x2]), noise
-    )
-    new, old1, old2 = jnp.split(logits, [len(batch.x), len(batch.x) + len(x1)])
-    mean_cross_entropy = lambda z, labels: jnp.mean(network.cross_entropy(z, labels, learner.task))
+    x = jnp.concatenate([batch.x, first.x, second.x])
+    logits, batch_stats = network.train_logits(params, learner.batch_stats, x, key=noise)
+    ends = [len(batch.x), len(batch.x) + len(first.x)]
+    of_batch, of_first, of_second = jnp.split(logits, ends)
+    change = squared_gap(of_first, first.extra, network.seen_with(first.labels))
+    replayed = mean_cross_entropy(of_second, second.labels)
     terms = {
-      "cross_entropy": mean_cross_entropy(new, batch.labels),
+      "cross_entropy": mean_cross_entropy(of_batch, batch.labels),
       # Before the first task ends there are no stored logits and nothing to replay.
-      "logits": jnp.where(filled, squared_gap(old1, stored, network.seen_with(labels1)), 0.0),
-      "replay": jnp.where(filled, mean_cross_entropy(old2, labels2), 0.0),
+      "logits": jnp.where(first.filled, change, 0.0),
+      "replay": jnp.where(first.filled, replayed, 0.0),
     }
-    return terms["cross_entropy"] + alpha * terms["logits"] + beta * terms["replay"], (
-      terms,
-      batch_stats,
-    )
+    total = terms["cross_entropy"] + alpha * terms["logits"] + beta * terms["replay"]
+    return total, (terms, batch_stats)
 
   def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Adds the task's images and their logits to the memory."""
+
+    def logits_of(learner, x):
+      """Returns `[N, K]` logits in evaluation."""
+      return network.logits(learner.params, learner.batch_stats, x)
+
     # z* of every image, before it is known which the memory keeps.
-    logits = problem.in_batches(
-      lambda learner, x: network.logits(learner.params, learner.batch_stats, x),
-      learner,
-      data.pixels,
-    )
-    return learner.replace(
-      memory=replay_memory.add_task(learner.memory, data.pixels, data.labels, key, logits)
-    )
+    logits = problem.in_batches(logits_of, learner, data.pixels)
+    memory = replay_memory.add_task(learner.memory, data.pixels, data.labels, key=key, extra=logits)
+    return learner.replace(memory=memory)
 
   return Method(init, loss, end_task, network.predict)
 
@@ -177,21 +186,25 @@ def agem(network: Network, replay: replay_memory.ReplaySettings) -> Method:
   def gradient(grads: Any, learner: LearnerState, batch: Batch) -> Any:
     """Removes the part of the gradient that would increase the loss on the memory."""
     noise, drawing = jax.random.split(batch.key)
-    x, labels, _, filled = replay_memory.draw_inputs(
-      learner.memory, drawing, batch, problem, replay.batch_size
+    drawn = replay_memory.draw_inputs(
+      learner.memory, key=drawing, batch=batch, problem=problem, count=replay.batch_size
     )
-    remembered = batch._replace(x=x, labels=labels, key=noise)
-    loss = lambda params: network.loss(params, learner, remembered)[0]
+    remembered = batch._replace(x=drawn.x, labels=drawn.labels, key=noise)
+
+    def loss(params):
+      """Returns the loss on the memory, a scalar."""
+      return network.loss(params, learner, remembered)[0]
+
     # r: the gradient on the memory, over all devices as g is.
     _, reference = value_and_grad_over_devices(loss, problem.axis_name)(learner.params)
+    projected = project(grads, reference)
     # An empty memory constrains nothing.
-    return jax.tree.map(lambda g, p: jnp.where(filled, p, g), grads, project(grads, reference))
+    return jax.tree.map(lambda g, p: jnp.where(drawn.filled, p, g), grads, projected)
 
   def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Adds the task's images to the memory."""
-    return learner.replace(
-      memory=replay_memory.add_task(learner.memory, data.pixels, data.labels, key)
-    )
+    memory = replay_memory.add_task(learner.memory, data.pixels, data.labels, key=key)
+    return learner.replace(memory=memory)
 
   return Method(init, network.loss, end_task, network.predict, gradient=gradient)
 

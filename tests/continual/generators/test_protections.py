@@ -78,7 +78,7 @@ def rehearsed():
 
 
 def shared(memory):
-  return shared_generator.split(memory["training"].average, RECORDS)["shared"]
+  return shared_generator.split(memory.training.average, RECORDS)["shared"]
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_nothing_that_was_generated_is_ever_generated_otherwise(rehearsed):
 @pytest.mark.parametrize("removed", ["protect_updates", "shut_gates"])
 def test_every_protection_is_needed(removed):
   _, memories, recalled = learnt(**{removed: False})
-  relevant = np.asarray(memories[0]["protection"]["relevant"])[0]
+  relevant = np.asarray(memories[0].protection.relevant)[0]
   assert 0 < relevant.sum() < UNITS
   assert np.any(recalled[-1][0][:IMAGES] != recalled[0][0])
 
@@ -103,18 +103,18 @@ def test_every_protection_is_needed(removed):
 def test_frozen_filters_stay_and_the_others_begin_anew(rehearsed):
   method, memories, _ = rehearsed
   before, after = shared(memories[0]), shared(memories[1])
-  protection = memories[0]["protection"]
-  relevant = by_record(np.asarray(protection["relevant"][0]), RECORDS)
-  again = np.asarray(memories[1]["protection"]["relevant"][1])
+  protection = memories[0].protection
+  relevant = by_record(np.asarray(protection.relevant[0]), RECORDS)
+  again = np.asarray(memories[1].protection.relevant[1])
   for layer, mine, later in zip(("map1", "map2"), relevant, by_record(again, RECORDS), strict=True):
     old, new = (np.asarray(s[layer]["filters"]["kernel"]) for s in (before, after))
-    np.testing.assert_array_equal(protection["frozen"][layer]["filters"]["kernel"], mine)
+    np.testing.assert_array_equal(protection.frozen[layer]["filters"]["kernel"], mine)
     np.testing.assert_array_equal(new[..., mine], old[..., mine])
     bias = np.asarray(before[layer]["filters"]["bias"])
     assert np.all(bias[..., ~mine] == 0)  # not trained yet
     assert np.all(np.any(bias[..., mine].reshape(-1, mine.sum()) != 0, axis=0))
     assert np.all(old[..., ~mine & ~later] != new[..., ~mine & ~later])
-  assert tiny.bit_equal(memories[0]["training"].average, memories[0]["training"].generator)
+  assert tiny.bit_equal(memories[0].training.average, memories[0].training.generator)
 
 
 def test_a_batch_is_joined_by_all_classes_so_far_and_old_images_stay(rehearsed):
@@ -132,12 +132,12 @@ def test_a_batch_is_joined_by_all_classes_so_far_and_old_images_stay(rehearsed):
 
 def test_what_each_task_has_for_itself_is_kept_and_starts_fresh(rehearsed):
   method, memories, _ = rehearsed
-  parts = [shared_generator.split(m["training"].average, RECORDS)["own"] for m in memories]
+  parts = [shared_generator.split(m.training.average, RECORDS)["own"] for m in memories]
   assert set(parts[0]) == {"pixels", "map1", "map2"}
   assert set(parts[0]["map1"]) == set(parts[0]["map2"]) == {"gate"}
-  kept = jax.tree.map(lambda x: x[0], memories[-1]["own"])
-  assert tiny.bit_equal(kept, jax.tree.map(lambda x: x[0], memories[0]["own"]))
-  assert not tiny.bit_equal(kept["params"]["pixels"], parts[0]["pixels"])
+  kept = jax.tree.map(lambda x: x[0], memories[-1].own)
+  assert tiny.bit_equal(kept, jax.tree.map(lambda x: x[0], memories[0].own))
+  assert not tiny.bit_equal(kept.params["pixels"], parts[0]["pixels"])
 
 
 def test_units_whose_gates_open_often_are_relevant_and_other_gates_are_shut():
@@ -150,8 +150,8 @@ def test_units_whose_gates_open_often_are_relevant_and_other_gates_are_shut():
   parts = shared_generator.split(params["params"], RECORDS)
   gates = protection(threshold=0.5)
   state, own = gates.finish(gates.init(parts["shared"]), 1, parts, params["batch_stats"], KEY)
-  np.testing.assert_array_equal(state["relevant"][1], rates > 0.5)
-  assert not np.any(state["relevant"][jnp.array([0, 2])])
+  np.testing.assert_array_equal(state.relevant[1], rates > 0.5)
+  assert not np.any(state.relevant[jnp.array([0, 2])])
   np.testing.assert_array_equal(
     own["map1"]["gate"]["head"]["logits"]["bias"] < -100, [False, True] * 4
   )
@@ -164,7 +164,7 @@ def test_open_gates_cost_their_share_after_the_patience():
   shares = [np.mean(r.gates) for r in records]
   for step, price in ((2, 0.0), (3, 2.0)):
     np.testing.assert_allclose(
-      gates.training(state, step)["records_loss"](records), price * np.mean(shares), rtol=1e-6
+      gates.training(state, step).records_loss(records), price * np.mean(shares), rtol=1e-6
     )
 
 
@@ -172,9 +172,9 @@ def test_it_needs_the_filters_once_and_the_rest_of_every_task_learnt(rehearsed):
   method, memories, _ = rehearsed
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   filters = 4 * ((4 + 2) * 16 * 8 + 16 * 8 + 9 * 8 * 4 + 4)
-  own = size(shared_generator.split(memories[0]["training"].average, RECORDS)["own"])
-  statistics = size(memories[0]["training"].batch_stats)
-  state = size(memories[0]["protection"])
+  own = size(shared_generator.split(memories[0].training.average, RECORDS)["own"])
+  statistics = size(memories[0].training.batch_stats)
+  state = size(memories[0].protection)
   for tasks in (1, 3):
     assert method.megabytes(memories[-1], tasks) == pytest.approx(
       (filters + tasks * (own + statistics) + state) / 1e6

@@ -171,7 +171,9 @@ def gated_step(axis_name=None):
     SETTINGS,
     seed=0,
     axis_name=axis_name,
-    records_loss=lambda records: 5 * sum(jnp.mean(r.gates) for r in records),
+    hooks=wgan.GeneratorHooks(
+      records_loss=lambda records: 5 * sum(jnp.mean(r.gates) for r in records)
+    ),
   )
 
 
@@ -235,7 +237,9 @@ def test_an_update_may_leave_parameters_as_they_are_to_the_bit():
     "Dense_0": jax.tree.map(jnp.zeros_like, params["Dense_0"]),
   }
   state = start()
-  run = jax.jit(wgan.make_train_step(*PAIR, SETTINGS, seed=0, update=freeze))
+  run = jax.jit(
+    wgan.make_train_step(*PAIR, SETTINGS, seed=0, hooks=wgan.GeneratorHooks(update=freeze))
+  )
   new, _ = run(*(run(state, *images(8))[0], *images(8, seed=1)))
   for part in (new.generator, new.average):
     assert tiny.bit_equal(part["Dense_0"], state.generator["Dense_0"])
@@ -245,12 +249,12 @@ def test_an_update_may_leave_parameters_as_they_are_to_the_bit():
 def test_the_gradient_is_changed_before_the_optimiser_and_the_update_after_it():
   """Adam's first update is the sign of the gradient times the learning rate."""
   sign = lambda p: jnp.where(p > 0, 1.0, -1.0)
-  change = dict(
+  change = wgan.GeneratorHooks(
     gradient=lambda grads, params: jax.tree.map(sign, params),
     update=lambda updates, params: jax.tree.map(lambda u: 3 * u, updates),
   )
   state = start()
-  new, _ = jax.jit(wgan.make_train_step(*PAIR, SETTINGS, seed=0, **change))(state, *images(8))
+  new, _ = jax.jit(wgan.make_train_step(*PAIR, SETTINGS, seed=0, hooks=change))(state, *images(8))
   expected = jax.tree.map(lambda p: p - 3e-3 * sign(p), state.generator)
   assert tiny.relative_gap(new.generator, expected) < 1e-6
 
@@ -262,7 +266,9 @@ def test_the_generator_runs_with_a_view_of_its_parameters():
   """
   times = lambda factor: lambda params: jax.tree.map(lambda p: factor * p, params)
   halved = start().replace(generator=times(0.5)(start().generator))
-  run = jax.jit(wgan.make_train_step(*PAIR, SETTINGS, seed=0, view=times(2.0)))
+  run = jax.jit(
+    wgan.make_train_step(*PAIR, SETTINGS, seed=0, hooks=wgan.GeneratorHooks(view=times(2.0)))
+  )
   new, metrics = run(halved, *images(8))
   expected, same = step()(start(), *images(8))
   for name in same:
@@ -320,7 +326,7 @@ def test_images_must_divide_over_the_updates_of_the_critic():
     (dict(learning_rate=0.0), "learning_rate must be > 0; got 0.0"),
     (dict(beta1=1.0), r"beta1 must be in \[0, 1\); got 1.0"),
     (dict(beta2=-0.1), r"beta2 must be in \[0, 1\); got -0.1"),
-    (dict(average=1.0), r"average must be in \[0, 1\); got 1.0"),
+    (dict(ema_decay=1.0), r"ema_decay must be in \[0, 1\); got 1.0"),
   ],
 )
 def test_bad_settings_are_named(setting, message):

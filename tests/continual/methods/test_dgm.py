@@ -55,13 +55,12 @@ def learnt(protected=True):
 
   The second task's first mask is saturated.
   """
-  settings = wgan.WganSettings(critic_steps=1, learning_rate=1e-2, average=0.5)
+  settings = wgan.WganSettings(critic_steps=1, learning_rate=1e-2, ema_decay=0.5)
   protection = whole = masked()
   if not protected:
-    unmasked = lambda state, step: {
-      **whole.training(state, step),
-      "update": lambda updates, params: updates,
-    }
+    unmasked = lambda state, step: dataclasses.replace(
+      whole.training(state, step), update=lambda updates, params: updates
+    )
     protection = dataclasses.replace(whole, training=unmasked)
   method = shared.shared_generative(
     PROBLEM, GENERATOR, settings, protection, images=20, replayed=16, seed=0
@@ -73,7 +72,8 @@ def learnt(protected=True):
       memory, _ = step(memory, jnp.asarray(pixels, jnp.uint8), jnp.arange(16) % 2)
     if task == 0:
       push = lambda params: hat.of_embeddings(lambda e: jnp.where(e > 0, 6.0, -6.0), params)
-      memory["training"] = memory["training"].replace(average=push(memory["training"].average))
+      training = memory.training
+      memory = memory.replace(training=training.replace(average=push(training.average)))
     recalled.append(method.recall(memory, None, task, KEY))
     memory = method.keep(memory, None, task, KEY)
   return recalled, memory
@@ -82,7 +82,7 @@ def learnt(protected=True):
 @pytest.mark.slow
 def test_saturated_masks_keep_images_to_the_bit_and_without_protection_they_change():
   (first, both), memory = learnt()
-  masks = np.asarray(memory["protection"]["masks"])
+  masks = np.asarray(memory.protection.masks)
   assert set(masks[0].tolist()) == {0.0, 1.0}
   np.testing.assert_array_equal(both[0][:20], first[0])
   assert np.bincount(both[1]).tolist() == [10] * 4
@@ -94,7 +94,7 @@ def test_saturated_masks_keep_images_to_the_bit_and_without_protection_they_chan
 def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
   params = params_with([0] * 7 + [5.9], [0] * 4)
   used = jnp.zeros((2, UNITS)).at[0, 0].set(1).at[1, 1].set(0.25).at[0, 8].set(1)
-  change = masked().training({"masks": used}, 0)["update"]
+  change = masked().training(protections.UsedUnits(used), 0).update
   ones = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), params)
   updates = change(shared.shared_net.merge(**ones), shared.shared_net.merge(**params))
   free = lambda name: np.asarray(updates[name]["filters"]["kernel"]) / 0.1
@@ -109,22 +109,22 @@ def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
 
 def test_the_slope_rises_over_the_training_and_a_mask_costs_what_it_takes():
   params = shared.shared_net.merge(**params_with([0.01] * 8, [-0.01] * 4))
-  state = {"masks": jnp.zeros((2, UNITS)).at[0, :4].set(1)}
+  state = protections.UsedUnits(jnp.zeros((2, UNITS)).at[0, :4].set(1))
   for step, s in ((0, 1 / STEEPNESS), (STEPS - 1, STEEPNESS)):
     training = masked().training(state, step)
-    seen = training["view"](params)
+    seen = training.view(params)
     np.testing.assert_allclose(seen["map1"]["gate"]["logits"], 0.01 * s, rtol=1e-5)
     _, records = GENERATOR.apply({"params": seen}, jnp.zeros((3, 4)), jnp.zeros(3, int))
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     taken = (4 * sigmoid(0.01 * s) + 4 * sigmoid(-0.01 * s)) / 8
-    np.testing.assert_allclose(training["records_loss"](records), 0.5 * taken, rtol=1e-5)
+    np.testing.assert_allclose(training.records_loss(records), 0.5 * taken, rtol=1e-5)
 
 
 def test_a_finished_task_keeps_its_mask_at_the_full_slope_and_what_is_its_own():
   params = params_with([0.01] * 8, [-0.01] * 4)
-  state, own = masked().finish({"masks": jnp.zeros((2, UNITS))}, 1, params, {}, KEY)
+  state, own = masked().finish(protections.UsedUnits(jnp.zeros((2, UNITS))), 1, params, {}, KEY)
   expected = [special.expit(0.01 * STEEPNESS)] * 8 + [special.expit(-0.01 * STEEPNESS)] * 4
-  np.testing.assert_allclose(state["masks"], [[0] * UNITS, expected], rtol=1e-5)
+  np.testing.assert_allclose(state.masks, [[0] * UNITS, expected], rtol=1e-5)
   assert tiny.bit_equal(own, params["own"])
 
 
@@ -158,7 +158,7 @@ def method(real=0.0):
 def test_remembered_images_keep_all_classes_alive(real):
   learner = toy.learn(method(real))
   assert np.mean(toy.accuracies(method(real), learner)[1]) > 0.9
-  np.testing.assert_array_equal(learner.memory["rehearsal"], 3)
+  np.testing.assert_array_equal(learner.memory.rehearsal, 3)
   assert method().footprint(learner).memory_mb == 6.0
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert shapes(toy.start(method())) == shapes(learner)

@@ -67,7 +67,7 @@ def test_fisher_of_a_task_is_that_of_labels_drawn_from_its_own_head(make):
   p = 1 / (1 + np.exp(logits[:, 2] - logits[:, 3]))
   fisher = method.end_task(
     before, data._replace(labels=np.full(3000, 2)), jax.random.key(0)
-  ).memory["fisher"]
+  ).memory.fisher
   heads = jax.tree.map(lambda x: np.asarray(x)[-1], fisher)["heads"]
   np.testing.assert_array_equal(heads["bias"][:2], 0)
   np.testing.assert_array_equal(heads["kernel"][:, :2], 0)
@@ -79,9 +79,7 @@ def test_fisher_of_a_task_is_that_of_labels_drawn_from_its_own_head(make):
 def test_fisher_is_a_mean_over_as_many_examples_as_asked_for(make):
   """One example's Fisher diagonal has its gradient's rank-one form, F_kernel = x^2 F_bias."""
   fisher = (
-    make(examples=1)
-    .end_task(learner(make()), conflicting.task(0), jax.random.key(0))
-    .memory["fisher"]
+    make(examples=1).end_task(learner(make()), conflicting.task(0), jax.random.key(0)).memory.fisher
   )
   hidden = jax.tree.map(lambda x: np.asarray(x)[0], fisher)["hidden"]
   x = (conflicting.task(0).pixels.reshape(64, 4) / 127.5 - 1) ** 2
@@ -96,10 +94,10 @@ def test_penalty_of_two_tasks_by_hand():
     lambda x: x.at[:].set(jnp.reshape(jnp.array(values), (-1,) + (1,) * (x.ndim - 1))), tree
   )
   state = state.replace(
-    memory={
-      "fisher": fill(state.memory["fisher"], 3.0, 0.5),
-      "anchor": fill(state.memory["anchor"], 1.0, -1.0),
-    }
+    memory=state.memory.replace(
+      fisher=fill(state.memory.fisher, 3.0, 0.5),
+      anchor=fill(state.memory.anchor, 1.0, -1.0),
+    )
   )
   params = jax.tree.map(lambda x: jnp.full_like(x, 2.0), state.params)
   count = sum(x.size for x in jax.tree.leaves(params))
@@ -125,12 +123,18 @@ def test_ewc_keeps_a_fisher_and_an_anchor_for_every_task():
   later = state.replace(task=jnp.asarray(1), params=jax.tree.map(lambda x: x + 1, state.params))
   after = jax.device_get(method.end_task(later, conflicting.task(1), jax.random.key(1)).memory)
   for name, expected in (("anchor", later.params), ("fisher", None)):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), after[name], first[name])
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a[0], b[0]),
+      getattr(after, name),
+      getattr(first, name),
+    )
     if expected is not None:
-      jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b), after[name], expected)
-  assert first["fisher"]["hidden"]["kernel"][0].max() > 0
-  np.testing.assert_array_equal(first["fisher"]["hidden"]["kernel"][1], 0)
-  assert not np.array_equal(*after["fisher"]["hidden"]["kernel"])
+      jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a[1], b), getattr(after, name), expected
+      )
+  assert first.fisher["hidden"]["kernel"][0].max() > 0
+  np.testing.assert_array_equal(first.fisher["hidden"]["kernel"][1], 0)
+  assert not np.array_equal(*after.fisher["hidden"]["kernel"])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.25, 1.0])
@@ -143,11 +147,11 @@ def test_online_fisher_decays_and_its_anchor_is_the_latest(decay):
   new, alone = second(state), second(forgotten)
   jax.tree.map(
     lambda n, a, old: np.testing.assert_allclose(n, decay * old + a, rtol=1e-6),
-    new["fisher"],
-    alone["fisher"],
-    state.memory["fisher"],
+    new.fisher,
+    alone.fisher,
+    state.memory.fisher,
   )
-  jax.tree.map(lambda n, p: np.testing.assert_array_equal(n[0], p), new["anchor"], state.params)
+  jax.tree.map(lambda n, p: np.testing.assert_array_equal(n[0], p), new.anchor, state.params)
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_the_loss_is_cross_entropy_and_the_price_of_the_masks_of_its_slope():
   e = [0.5, -0.5, 0, 1], [0, 0.25, 0, -1, 1, 2]
   used = np.array([1, 0, 0, 0, 0.5, 0, 0, 0, 0, 1])
   learner = learner.replace(
-    params=with_embeddings(learner.params, *e), memory={**learner.memory, "used": used}
+    params=with_embeddings(learner.params, *e), memory=learner.memory.replace(used=used)
   )
   total, (terms, _) = jax.jit(method().loss)(
     learner.params, learner, batch(toys.task(0), place=0.01)
@@ -212,7 +212,7 @@ def after_one_task(norm=True, saturate=True):
 @pytest.mark.parametrize("norm", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_saturated_masks_keep_the_first_task_while_the_second_is_learnt(norm):
   state = after_one_task(norm)
-  used = np.asarray(state.memory["used"])
+  used = np.asarray(state.memory.used)
   assert set(used.tolist()) == {0.0, 1.0}
   before = toys.aware(method(norm), state, 0, 1)
   last = toys.end(method(norm), toys.train(method(norm), state, toys.task(1)), toys.task(1), seed=1)
@@ -233,7 +233,7 @@ def test_saturated_masks_keep_the_first_task_while_the_second_is_learnt(norm):
 @pytest.mark.slow
 def test_masking_the_gradient_in_place_of_the_update_would_move_what_is_protected():
   state = after_one_task()
-  state = state.replace(memory={**state.memory, "used": jnp.ones(10)})
+  state = state.replace(memory=state.memory.replace(used=jnp.ones(10)))
   masked = lambda grads, learner, batch: method().update(grads, grads, learner)[0]
   unmasked = dataclasses.replace(
     method(), gradient=masked, update=lambda updates, grads, learner: (updates, learner.memory)
@@ -261,12 +261,12 @@ def test_what_tasks_use_is_the_largest_of_their_masks_and_each_starts_anew():
   used = np.linspace(0, 1, 10)
   state = state.replace(
     params=with_embeddings(state.params, [0.001, -0.001, 1, -1], [0, 0.002, 1, 1, -1, -1]),
-    memory={**state.memory, "used": jnp.asarray(used, jnp.float32)},
+    memory=state.memory.replace(used=jnp.asarray(used, jnp.float32)),
   )
   ended = toys.end(method(), state, toys.task(0), seed=5)
   masks = special.expit(400 * np.array([0.001, -0.001, 1, -1, 0, 0.002, 1, 1, -1, -1]))
-  np.testing.assert_allclose(ended.memory["used"], np.maximum(masks, used), rtol=1e-5, atol=1e-7)
-  stored = embeddings(jax.tree.map(lambda tree: tree[0], {"own": ended.memory["own"]["params"]}))
+  np.testing.assert_allclose(ended.memory.used, np.maximum(masks, used), rtol=1e-5, atol=1e-7)
+  stored = embeddings(jax.tree.map(lambda tree: tree[0], {"own": ended.memory.own.params}))
   for kept, now, new in zip(
     stored, embeddings(state.params), embeddings(ended.params), strict=True
   ):
@@ -289,7 +289,7 @@ def test_running_statistics_of_a_finished_task_are_those_of_its_steepest_masks()
   ]["norm"]
   mean = lambda stats: np.asarray(stats["own"]["layer2"]["conv"]["norm"]["mean"])
   whole = (np.asarray(new["mean"]) - 0.9 * mean(state.batch_stats)) / 0.1
-  kept = jax.tree.map(lambda x: x[0], toys.end(method(), state, data).memory["own"]["batch_stats"])
+  kept = jax.tree.map(lambda x: x[0], toys.end(method(), state, data).memory.own.batch_stats)
   gap = lambda m: np.abs(m - whole).max()
   assert 3 * gap(mean({"own": kept})) < gap(mean(state.batch_stats))
 

@@ -101,15 +101,13 @@ def test_exemplars_are_those_of_herding(two_tasks):
   for c in range(2):
     of_class = data.pixels[data.labels == c]
     best = of_class[herd(unit_features(first, of_class), 6)]
-    kept = np.asarray(first.memory["exemplars"].pixels)[
-      np.asarray(first.memory["exemplars"].labels) == c
-    ]
+    kept = np.asarray(first.memory.exemplars.pixels)[np.asarray(first.memory.exemplars.labels) == c]
     assert sorted(x.tobytes() for x in kept) == sorted(x.tobytes() for x in best)
     np.testing.assert_array_equal(kept, best)
 
 
 def test_reduced_exemplars_are_the_first_in_their_order(two_tasks):
-  before, after = (learner.memory["exemplars"] for learner in two_tasks)
+  before, after = (learner.memory.exemplars for learner in two_tasks)
   for c in range(2):
     of_class = lambda memory, c=c: np.asarray(memory.pixels)[np.asarray(memory.labels) == c]
     assert (len(of_class(before)), len(of_class(after))) == (6, 3)
@@ -118,7 +116,7 @@ def test_reduced_exemplars_are_the_first_in_their_order(two_tasks):
 
 def test_the_nearest_mean_of_exemplars_decides_with_and_without_the_task(two_tasks):
   _, learner = two_tasks
-  exemplars, data = learner.memory["exemplars"], toy.images(1, seed=1)
+  exemplars, data = learner.memory.exemplars, toy.images(1, seed=1)
   features, labels = (
     unit_features(learner, np.asarray(exemplars.pixels)),
     np.asarray(exemplars.labels),
@@ -135,10 +133,10 @@ def test_the_nearest_mean_of_exemplars_decides_with_and_without_the_task(two_tas
 
 def test_the_teacher_is_the_network_at_the_end_of_the_last_task(two_tasks):
   m, (learner, _) = method(), two_tasks
-  jax.tree.map(np.testing.assert_array_equal, learner.memory["teacher"]["params"], learner.params)
+  jax.tree.map(np.testing.assert_array_equal, learner.memory.teacher.params, learner.params)
   data = toy.images(1)
   after, _ = toy.step(m)(learner, data.pixels[:8], data.labels[:8])
-  jax.tree.map(np.testing.assert_array_equal, after.memory["teacher"], learner.memory["teacher"])
+  jax.tree.map(np.testing.assert_array_equal, after.memory.teacher, learner.memory.teacher)
   assert not np.array_equal(after.params["head"]["kernel"], learner.params["head"]["kernel"])
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from gating_jax.continual.method import Batch
+from gating_jax.continual.method import Batch, Variables
 from gating_jax.continual.methods.fine_tuning import fine_tuning
 from gating_jax.continual.methods.lwf import lwf, old_heads_cross_entropy
 from tests.helpers import conflicting
@@ -103,22 +103,22 @@ def test_the_teacher_is_the_learner_after_the_last_task_and_stays_frozen():
   jax.tree.map(
     np.testing.assert_array_equal,
     teacher,
-    jax.device_get({"params": state.params, "batch_stats": state.batch_stats}),
+    jax.device_get(Variables(state.params, state.batch_stats)),
   )
   data = conflicting.task(1)
   for _ in range(3):
     state, _ = step(state, data.pixels, data.labels, 0.0)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.memory), teacher)
   for now, then in (
-    (state.params["hidden"], teacher["params"]["hidden"]),
-    (state.batch_stats["norm"], teacher["batch_stats"]["norm"]),
+    (state.params["hidden"], teacher.params["hidden"]),
+    (state.batch_stats["norm"], teacher.batch_stats["norm"]),
   ):
     assert all(
       not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (now, then)), strict=True)
     )
   jax.tree.map(
     np.testing.assert_array_equal,
-    method.end_task(state, data, jax.random.key(1)).memory["params"],
+    method.end_task(state, data, jax.random.key(1)).memory.params,
     state.params,
   )
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from gating_jax.continual import metrics, shared_net, units
-from gating_jax.continual.method import Batch, Network, TaskData
+from gating_jax.continual.method import Batch, Network, TaskData, put_task
 from gating_jax.continual.methods.multitask import multitask_gates, multitask_norms, multitask_trunk
 from gating_jax.continual.methods.task_gates import TaskGatesSettings
 from gating_jax.data import image_sets
@@ -127,7 +127,7 @@ def test_open_gates_cost_after_the_patience_and_every_task_pays_for_its_own():
   net = learner.params["own"]["net"]
   none = units.shut(jax.tree.map(lambda x: x[1], net), records, np.zeros(10, bool))
   learner = learner.replace(
-    params={**learner.params, "own": {**learner.params["own"], "net": shared_net.put(net, 1, none)}}
+    params={**learner.params, "own": {**learner.params["own"], "net": put_task(net, 1, none)}}
   )
   for epoch, price in ((1.25, 0.0), (1.5, 2.0)):
     total, (terms, _) = made.loss(learner.params, learner, batch_of(data, epoch))
@@ -178,12 +178,12 @@ def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
     for layer in ("layer1", "layer2"):
       logits = own[layer]["gate"]["head"]["logits"]
       logits["kernel"] = jnp.zeros_like(logits["kernel"])
-    net = shared_net.put(net, t, units.shut(own, records, kept[t]))
+    net = put_task(net, t, units.shut(own, records, kept[t]))
   learner = learner.replace(params={**learner.params, "own": {**learner.params["own"], "net": net}})
   ended = made.end_task(
     learner, data._replace(validation_pixels=data.pixels, validation_labels=data.labels), None
   )
-  np.testing.assert_array_equal(ended.memory["relevant"], kept)
+  np.testing.assert_array_equal(ended.memory.relevant, kept)
   used = made.footprint(ended).relevant
   np.testing.assert_array_equal(np.concatenate(list(used.values()), axis=1), kept)
   assert metrics.gate_overlap(np.concatenate(list(used.values()), axis=1))[0, 1] == 1 / 7

@@ -99,8 +99,8 @@ def test_parameters_are_those_of_the_columns_and_of_adapters_to_earlier_ones(kin
 def test_a_column_looks_at_the_older_ones_and_they_not_at_it(kind):
   def changed(task):
     learner = after(kind, 2)
-    memory = jax.tree.map(lambda x: x.at[task].multiply(1.5), learner.memory["params"])
-    learner = learner.replace(memory={**learner.memory, "params": memory})
+    memory = jax.tree.map(lambda x: x.at[task].multiply(1.5), learner.memory.params)
+    learner = learner.replace(memory=learner.memory.replace(params=memory))
     new, old = (
       [toys.aware(method(kind), of, j, 2) for j in (0, 1)] for of in (learner, after(kind, 2))
     )
@@ -121,8 +121,8 @@ def test_training_sees_what_prediction_does(kind):
   )
   wrong = toys.task(1).labels ^ 1
   loss, _ = jax.jit(evaluated.loss)(
-    own["params"],
-    learner.replace(batch_stats=own["batch_stats"]),
+    own.params,
+    learner.replace(batch_stats=own.batch_stats),
     batch()._replace(labels=jnp.asarray(wrong)),
   )
   log_probs = jax.nn.log_softmax(logits)

@@ -27,7 +27,7 @@ def network(name, axis_name=None):
 
 
 def episodes(name, learner):
-  return learner.memory["exemplars"] if name == "icarl" else learner.memory
+  return learner.memory.exemplars if name == "icarl" else learner.memory
 
 
 @every

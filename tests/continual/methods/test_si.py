@@ -7,7 +7,7 @@ import pytest
 from gating_jax.continual.method import Batch
 from gating_jax.continual.methods.ewc import weighted_distance
 from gating_jax.continual.methods.fine_tuning import fine_tuning
-from gating_jax.continual.methods.si import si
+from gating_jax.continual.methods.si import SiMemory, si
 from tests.helpers import conflicting
 
 NET = conflicting.network()
@@ -56,7 +56,7 @@ def test_path_integral_on_a_quadratic_is_the_drop_of_its_loss_for_every_paramete
   assert total(drop) > 0.3 * total(jax.tree.map(lambda a, p: a * p**2 / 2, curvature, start))
   jax.tree.map(
     lambda path, d: np.testing.assert_allclose(path, d, rtol=5e-3, atol=1e-7),
-    state.memory["path"],
+    state.memory.path,
     drop,
   )
 
@@ -66,7 +66,7 @@ def test_path_integral_leaves_out_the_penalty():
   method, optimiser = make(strength=0.5), optax.sgd(0.02)
   state = learner(method).replace(task=jnp.asarray(1))
   important = jax.tree.map(jnp.ones_like, state.params)
-  state = state.replace(memory=state.memory | {"importance": important})
+  state = state.replace(memory=state.memory.replace(importance=important))
   step, data = jax.jit(conflicting.step(method, NET, optimiser)), conflicting.task(1)
   at = lambda s: (
     float(NET.loss(s.params, s, whole_batch(1))[0]),
@@ -75,7 +75,7 @@ def test_path_integral_leaves_out_the_penalty():
   before = at(state)
   for _ in range(100):
     state, _ = step(state, data.pixels, data.labels, 0.0)
-  (cross_entropy, whole), path = np.subtract(before, at(state)), total(state.memory["path"])
+  (cross_entropy, whole), path = np.subtract(before, at(state)), total(state.memory.path)
   assert abs(cross_entropy - whole) > 0.1 * cross_entropy > 0
   assert path == pytest.approx(cross_entropy, rel=0.03)
 
@@ -89,7 +89,7 @@ def test_importance_by_hand_and_never_below_zero():
   old = jax.tree.map(lambda x: jnp.full_like(x, 0.25), state.params)
   anchor = jax.tree.map(lambda x: x - 1.0, state.params)
   after = method.end_task(
-    state.replace(memory={"path": path, "importance": old, "anchor": anchor}),
+    state.replace(memory=SiMemory(path=path, importance=old, anchor=anchor)),
     conflicting.task(0),
     jax.random.key(0),
   )
@@ -97,28 +97,27 @@ def test_importance_by_hand_and_never_below_zero():
     lambda found, p: np.testing.assert_allclose(
       found, np.where(p > 0, 0.25 + 3 / 1.5, 0.25), rtol=1e-5
     ),
-    after.memory["importance"],
+    after.memory.importance,
     path,
   )
-  jax.tree.map(np.testing.assert_array_equal, after.memory["anchor"], state.params)
-  assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(after.memory["path"]))
+  jax.tree.map(np.testing.assert_array_equal, after.memory.anchor, state.params)
+  assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(after.memory.path))
 
 
 def test_penalty_by_hand():
   method = make(strength=0.7)
   state = learner(method)
-  memory = {
-    **state.memory,
-    "importance": jax.tree.map(lambda x: jnp.full_like(x, 2.0), state.params),
-    "anchor": jax.tree.map(lambda x: x - 0.5, state.params),
-  }
+  memory = state.memory.replace(
+    importance=jax.tree.map(lambda x: jnp.full_like(x, 2.0), state.params),
+    anchor=jax.tree.map(lambda x: x - 0.5, state.params),
+  )
   state, count = state.replace(memory=memory), sum(x.size for x in jax.tree.leaves(state.params))
   held = lambda p: method.loss(p, state, whole_batch(0))[1][0]["penalty"]
   np.testing.assert_allclose(held(state.params), 0.7 * 2.0 * 0.25 * count, rtol=1e-5)
   for g in jax.tree.leaves(jax.grad(held)(state.params)):
     np.testing.assert_allclose(g, 2 * 0.7 * 2.0 * 0.5, rtol=1e-5)
   np.testing.assert_allclose(
-    weighted_distance(state.params, memory["anchor"], memory["importance"]), 0.5 * count, rtol=1e-5
+    weighted_distance(state.params, memory.anchor, memory.importance), 0.5 * count, rtol=1e-5
   )
 
 
@@ -132,7 +131,7 @@ def test_forgets_less_than_fine_tuning_and_keeps_its_shapes():
   assert held[1, 1] > 0.8
   shapes = [jax.tree.map(jnp.shape, s.memory) for s in (learner(method), *states)]
   assert shapes[0] == shapes[1] == shapes[2]
-  for leaf in jax.tree.leaves(states[1].memory["importance"]):
+  for leaf in jax.tree.leaves(states[1].memory.importance):
     assert (np.asarray(leaf) >= 0).all()
 
 

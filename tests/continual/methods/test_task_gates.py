@@ -74,10 +74,10 @@ class Run:
       PROBLEM,
       model_summary(model, SHAPE),
       gates,
-      remembering,
-      classifier,
-      network,
-      distillation,
+      rehearsal=remembering,
+      classifier_settings=classifier,
+      network=network,
+      distillation=distillation,
     )
     self.optimiser = optim.sgd(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-2)
     self.step = jax.jit(
@@ -170,18 +170,16 @@ def test_frozen_filters_stay_and_the_others_begin_anew():
   kernel = lambda: np.asarray(run.learner.params["shared"]["layer2"]["conv"]["conv"]["kernel"])
   begun = kernel()
   run.learn(0)
-  first, mask = kernel(), run.learner.memory["relevant"][0, 8:]
+  first, mask = kernel(), run.learner.memory.relevant[0, 8:]
   assert 0 < mask.sum() < 8
-  np.testing.assert_array_equal(
-    run.learner.memory["frozen"]["layer2"]["conv"]["conv"]["kernel"], mask
-  )
+  np.testing.assert_array_equal(run.learner.memory.frozen["layer2"]["conv"]["conv"]["kernel"], mask)
   assert not np.array_equal(first[..., mask], begun[..., mask])
   np.testing.assert_allclose(
     first[..., ~mask].std(), np.sqrt(2 / 72), rtol=0.3
   )  # he_normal, untrained
   run.learn(1)
   np.testing.assert_array_equal(kernel()[..., mask], first[..., mask])
-  later = np.asarray(run.learner.memory["relevant"][1, 8:]) & ~mask
+  later = np.asarray(run.learner.memory.relevant[1, 8:]) & ~mask
   assert later.any()
   assert (kernel()[..., later] != first[..., later]).all()
 
@@ -202,21 +200,21 @@ def test_a_unit_is_relevant_by_the_share_of_held_out_images_that_open_it():
   ).mean(0)
   assert ((rates(held_out[0]) > 0.5) != (rates(data(0)[0]) > 0.5)).any()
   ended = run.method.end_task(learner, TaskData(*data(0), *held_out), jax.random.key(1, impl="rbg"))
-  np.testing.assert_array_equal(ended.memory["relevant"][0], rates(held_out[0]) > 0.5)
+  np.testing.assert_array_equal(ended.memory.relevant[0], rates(held_out[0]) > 0.5)
 
 
 @pytest.mark.slow
 def test_what_no_gate_switches_is_frozen_after_the_first_task():
   *_, run, middle = learnt("resnet")
   stem = lambda learner: learner.params["shared"]["stem"]["conv"]["kernel"]
-  assert bool(middle.memory["frozen"]["stem"]["conv"]["kernel"])
+  assert bool(middle.memory.frozen["stem"]["conv"]["kernel"])
   np.testing.assert_array_equal(stem(run.learner), stem(middle))
 
 
 def test_units_that_are_not_relevant_never_open_again():
   *_, middle = learnt("vgg")
-  own = jax.tree.map(lambda x: x[0], middle.memory["own"]["params"]["net"])
-  mask = np.asarray(middle.memory["relevant"][0])
+  own = jax.tree.map(lambda x: x[0], middle.memory.own.params["net"])
+  mask = np.asarray(middle.memory.relevant[0])
   for layer, units in (("layer1", mask[:8]), ("layer2", mask[8:])):
     head = own[layer]["gate"]["head"]["logits"]
     assert (head["kernel"][:, ~units] == 0).all()
@@ -258,7 +256,7 @@ def test_a_full_layer_grows_and_nothing_is_forgotten(name, made, filters):
     )
     params.append(run.method.footprint(run.learner).params)
     there = np.concatenate([np.arange(n) < n * (2 + task) // 4 for n in made])
-    assert not np.asarray(run.learner.memory["relevant"])[task][~there].any()
+    assert not np.asarray(run.learner.memory.relevant)[task][~there].any()
     logits = run.logits(0, 256) if logits is None else logits
   assert open_units == [(made * 3 // 4).tolist(), made.tolist(), made.tolist()]
   assert shares[0] > 0.5  # of the active units, not of all that are allocated
@@ -289,7 +287,7 @@ def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
   for task in range(1, TASKS):
     run.learn(task)
   np.testing.assert_array_equal(run.logits(0, 256), logits)  # whatever the task classifier learns
-  assert sorted(np.bincount(run.learner.memory["rehearsal"]["episodes"].labels)) == [5] * 6
+  assert sorted(np.bincount(run.learner.memory.rehearsal.episodes.labels)) == [5] * 6
   right = []
   for task in range(TASKS):
     pixels, labels = data(task, 128, seed=99)
@@ -342,7 +340,7 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
   def results(old):
     replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
     made = dataclasses.replace(
-      episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed
+      episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_, key: replayed
     )
     run = Run("simple_cnn", made, network=NETWORK)
     learner = run.learner.replace(task=jnp.int32(1))
@@ -357,7 +355,7 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
     -1, *SHAPE
   )
   of_all, expected_stats = jax.jit(NETWORK.train_logits)(
-    learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0)
+    learner.params["router"], learner.batch_stats["router"], x, key=jax.random.key(0)
   )
   labels = np.concatenate([np.reshape(batch.labels, (16, 2)), replayed.labels[:, None]], axis=1)
   # Four classes are seen. Two of three images are the batch's: with 0.2 in place of 2/3 all classes
@@ -377,7 +375,9 @@ def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
   new, old = data(1, 32, seed=6), data(0, 16, seed=5)
   batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
   replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), 0.5)
-  made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
+  made = dataclasses.replace(
+    episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_, key: replayed
+  )
   found = {}
   for weight in (0.0, 3.0):
     run = Run("simple_cnn", made, network=NETWORK, distillation=weight)
@@ -402,7 +402,7 @@ def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
     -1, *SHAPE
   )
   of_all, _ = jax.jit(NETWORK.train_logits)(
-    learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0)
+    learner.params["router"], learner.batch_stats["router"], x, key=jax.random.key(0)
   )
   teacher = np.reshape(of_all, (16, 3, 6))[:, :2].reshape(32, 6)[
     :, 2:4
@@ -417,7 +417,7 @@ def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
 
 def test_rehearsal_without_anything_to_rehearse_is_an_error():
   with pytest.raises(
-    ValueError, match="rehearsal without a network needs router_settings; got None"
+    ValueError, match="rehearsal without a network needs classifier_settings; got None"
   ):
     Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)))
 
@@ -435,7 +435,9 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   """Earlier streams run in evaluation, the task's own in training; the batch has a weight."""
   old, new = data(0, 16, seed=5), data(1, 32, seed=6)
   replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
-  made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
+  made = dataclasses.replace(
+    episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_, key: replayed
+  )
   run = Run(
     "simple_cnn",
     made,
@@ -456,9 +458,9 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
     train=True,
     rngs={GATE_RNG: jax.random.split(batch.key)[0]},
   )
-  own = jax.tree.map(lambda tree: tree[0], learner.memory["own"])
-  earlier = net.of_task(learner.params, learner.batch_stats, own, x)
-  scores = task_inference.scores(
+  own = jax.tree.map(lambda tree: tree[0], learner.memory.own)
+  earlier = net.run_task(learner, own, x)
+  scores = task_inference.task_scores(
     learner.params["router"], jnp.stack([earlier.features, trained.features], axis=1)
   )
   each = -jax.nn.log_softmax(scores)[np.arange(48), np.tile([1, 1, 0], 16)].reshape(16, 3)
@@ -564,9 +566,9 @@ def test_two_devices_take_the_step_of_one(rehearsed, network):
     problem,
     model_summary(model, SHAPE),
     TaskGatesSettings(sparsity=0.5, patience=0.0),
-    remembering(problem),
-    settings,
-    network
+    rehearsal=remembering(problem),
+    classifier_settings=settings,
+    network=network
     and dataclasses.replace(network, model=PLAIN.clone(axis_name=devices.AXIS), problem=problem),
   )
   step = training.make_step(
@@ -598,7 +600,7 @@ def test_updates_of_frozen_filters_are_0_and_all_others_stay():
   method = task_gates(MODELS["vgg"], PROBLEM, None, settings)
   frozen = {"kernel": np.array([True, False]), "bias": np.array(False)}
   updates = {"shared": {"kernel": np.full((3, 2), 0.5), "bias": np.ones(4)}, "own": 7.0}
-  kept, _ = method.update(updates, None, SimpleNamespace(memory={"frozen": frozen}))
+  kept, _ = method.update(updates, None, SimpleNamespace(memory=SimpleNamespace(frozen=frozen)))
   np.testing.assert_array_equal(kept["shared"]["kernel"], [[0, 0.5]] * 3)
   np.testing.assert_array_equal(kept["shared"]["bias"], np.ones(4))
   assert kept["own"] == 7.0
