@@ -337,8 +337,14 @@ def _best(group: Group) -> _Pair | None:
 
 
 def _highest(runs: Sequence[Run], score: Score, *, ungated: bool) -> Run | None:
-  alike = [run for run in runs if run.ungated == ungated]
-  return max(alike, key=lambda run: run.numbers[score.share], default=None)
+  best = None
+  for run in runs:
+    if run.ungated != ungated:
+      continue
+    # The first of equals stays.
+    if best is None or run.numbers[score.share] > best.numbers[score.share]:
+      best = run
+  return best
 
 
 def _rank(group: Group) -> int:
@@ -501,7 +507,7 @@ def _styles(runs: Sequence[Run]) -> dict[str, _Style]:
 
 
 def _curves(group: Group, split: str, name: str, *, scale: int = 1) -> list[_Curve]:
-  """Returns the curve of each run, without points where its journal lacks the number.
+  """Returns the curve of each run whose journal has the number.
 
   Args:
     group: of runs.
@@ -516,7 +522,8 @@ def _curves(group: Group, split: str, name: str, *, scale: int = 1) -> list[_Cur
       if name in line:
         curve.steps.append(line["step"])
         curve.values.append(scale * line[name])
-    curves.append(curve)
+    if curve.steps:
+      curves.append(curve)
   return curves
 
 
@@ -617,16 +624,15 @@ def _draw_curves(
   """Draws a curve for each run, with a legend below.
 
   Args:
-    curves: of runs; one without points is left out.
+    curves: of runs.
     styles: of each run, by its name.
     ylabel: of the axis of values.
     meaning: defines the values.
     caption: of the picture.
     marked: marks the points.
   """
-  shown = [curve for curve in curves if curve.steps]
-  figure, axes = _axes(len(shown))
-  for curve in shown:
+  figure, axes = _axes(len(curves))
+  for curve in curves:
     style = styles[curve.run.name]
     axes.plot(
       curve.steps,

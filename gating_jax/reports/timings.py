@@ -203,7 +203,7 @@ def _page_table(timings: Mapping[str, Rows]) -> page.Table:
 
 
 def _page_rows(title: str, whole: Rows) -> list[list[str]]:
-  ungated = _ungated_seconds(whole)
+  ungated = _seconds_where(whole, "strategy", UNGATED)
   rows = []
   for row in whole:
     chosen = " ✓" if row["chosen"] else ""
@@ -263,10 +263,10 @@ def _single_examples(times: Times) -> list[_Pair]:
     if found is None or found[1] != "1":
       continue
     whole = _of_whole_net(rows)
-    compiled = [row["seconds"] for row in whole if row["chosen"]]
-    ungated = _ungated_seconds(whole)
-    if compiled and ungated is not None:
-      pairs.append(_Pair(compiled[0], ungated))
+    compiled = _seconds_where(whole, "chosen", True)
+    ungated = _seconds_where(whole, "strategy", UNGATED)
+    if compiled is not None and ungated is not None:
+      pairs.append(_Pair(compiled, ungated))
   return pairs
 
 
@@ -275,10 +275,10 @@ def _of_whole_net(rows: Rows) -> Rows:
   return [row for row in rows if row["part"] is None]
 
 
-def _ungated_seconds(whole: Rows) -> float | None:
-  """Returns the time of the ungated network; None where it was not measured."""
-  for row in whole:
-    if row["strategy"] == UNGATED:
+def _seconds_where(rows: Rows, field: str, value: Any) -> float | None:
+  """Returns the time of the first row whose field has the value; None where there is none."""
+  for row in rows:
+    if row[field] == value:
       return row["seconds"]
   return None
 
