@@ -59,6 +59,7 @@ def race(
   *,
   settle: bool = False,
   on_start: Callable[[], None] = lambda: None,
+  on_turn: Callable[[], None] = lambda: None,
 ) -> dict[Name, list[float]]:
   """Measures the seconds of each contender's calls, in turns and after a warm-up.
 
@@ -70,6 +71,7 @@ def race(
     settle: whether every turn begins with an untimed call, which finds the caches and the memory
       pool as the previous contender left them.
     on_start: called after the first call of each contender, which takes longest if it compiles.
+    on_turn: called after each turn of all contenders.
   Returns:
     the `repeats` times of each contender, in seconds.
   """
@@ -85,4 +87,5 @@ def race(
       start = time.perf_counter()
       jax.block_until_ready(run())
       times[name].append(time.perf_counter() - start)
+    on_turn()
   return times

@@ -14,3 +14,11 @@ def test_contenders_take_turns_after_a_warm_up(settle, calls):
   assert "".join(called) == calls
   assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
   assert all(second >= 0 for seconds in times.values() for second in seconds)
+
+
+def test_each_first_call_and_each_turn_is_told():
+  called = []
+  note = lambda name: lambda: called.append(name)
+  contenders = {"a": note("a"), "b": note("b")}
+  timing.race(contenders, 2, on_start=note("start"), on_turn=note("turn"))
+  assert called == ["a", "start", "b", "start", "a", "b", "turn", "a", "b", "turn"]

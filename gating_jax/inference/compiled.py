@@ -98,6 +98,7 @@ class CompiledImages(Compiled):
     device_bound: strategies in it that run on one kind of device only.
   """
 
+  # Programs of plain JAX run anywhere.
   device_bound: tuple[str, ...] = ()
 
   def __init__(
@@ -356,6 +357,7 @@ def runs_over(
   """Returns a function that runs over all batches, for each way to run the network."""
   runs = {}
   for name, program in programs.items():
+    # One program for both cases: its weights are arguments.
     calls = [(program.weights, x) for x in batches]
     runs[Way(name, all_open=False)] = functools.partial(run_over, program.run, calls)
     if program.open_weights is not None:
@@ -455,6 +457,7 @@ def choose_fastest(
   limit = max(max_slowdown_all_open, open_ratios[MASKED])
   allowed = [name for name in open_seconds if open_ratios[name] <= limit]
   best = min(allowed, key=seconds.get)
+  # A small gain may be noise, and computing everything has no bad case.
   if seconds[best] >= GAIN * seconds[MASKED]:
     best = MASKED
   return Choice(best, seconds, open_ratios)

@@ -110,6 +110,7 @@ class CompiledConditional(CompiledImages):
   ):
     self.strategies, self._settings = tuple(names), candidates.settings
     self.device_bound = tuple(sorted(set(names) - set(EXPORTABLE)))
+    # Parts as the candidates made them: making them again would search for clusters again.
     made = candidates.take(names)
     super().__init__(
       candidates.net,
@@ -314,6 +315,7 @@ class _Trial:
     Returns:
       The timings, by index of the part.
     """
+    # The gates and inputs that the whole network gives each part: times depend on what is open.
     seen = [part_inputs(self.candidates.net, x) for x in self.batches]
     timings = {}
     for i, fitting in enumerate(self.candidates.parts):
@@ -370,6 +372,7 @@ def _choose_by_timing(
   of_nets = 2 * (1 + len(candidates.fitting())) + 1
   advance = count_pieces(progress, of_parts + of_nets + options.repeats)
   trial = _Trial(candidates, batches, macs=macs, options=options, advance=advance)
+  # Parts first: their fastest strategies make up one of the whole programs.
   part_timings = trial.time_parts()
   mixtures = _mixtures(candidates, part_timings)
   choice = trial.time_nets(mixtures)
@@ -402,6 +405,7 @@ def _mixtures(
     # A part changes only for a clear gain.
     if best.time_ratio < GAIN:
       fastest[i] = best.strategy
+  # It may be one of the others; the same program is not timed twice.
   if fastest not in mixtures.values():
     mixtures[CHOSEN] = fastest
   return mixtures

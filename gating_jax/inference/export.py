@@ -219,6 +219,7 @@ def _split_weights(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, A
     return {}, lambda _, x: model(x)
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
   weights = {}
+  # Names such as `parts.1.convs.0.kernel`, which readers of safetensors show.
   for path, leaf in leaves:
     weights[jax.tree_util.keystr(path, simple=True, separator=".")] = leaf
   names = list(weights)

@@ -20,6 +20,7 @@ from gating_jax.inference.compiled import check_finite, check_images
 from gating_jax.inference.folded import FoldedNet, Group
 from gating_jax.ops.relaxations import threshold_gate
 
+# Images that a network takes at a time.
 BATCH = 128
 
 
@@ -84,6 +85,7 @@ def observed(net: FoldedNet, images: Any) -> Iterator[Observation]:
 
 def gates_of(net: FoldedNet, images: Any) -> tuple[np.ndarray, ...]:
   """Computes the gates of every group on images, `[M, U]` of 0 and 1; arguments as `observed`."""
+  # Logits only: outputs of all images could fill the memory.
   pieces = [observation.logits for observation in observed(net, images)]
   gates = []
   for of_group in zip(*pieces, strict=True):

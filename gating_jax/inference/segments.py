@@ -91,6 +91,7 @@ class CompiledSegments(Compiled):
       gates: `[B, T]`.
       pieces: numbers of chosen segments that the heavy net takes at a time.
     """
+    # `start`: the number of chosen segments that earlier pieces took.
     parts, start = [], 0
     for capacity in pieces:
       parts.append(self._encode(self.weights, inputs, gates, start, capacity=capacity))
@@ -159,6 +160,7 @@ def _check_inputs(inputs: Inputs) -> Inputs:
   )
   if "valid" not in inputs:
     raise ValueError(f"inputs must have 'valid'; got {', '.join(inputs)}")
+  # Once for all programs that take them.
   inputs = jax.device_put(dict(inputs))
   videos, segments = inputs["valid"].shape
   other = {name: x.shape for name, x in inputs.items() if x.shape[:2] != (videos, segments)}

@@ -229,6 +229,7 @@ class _Trial:
 
   def _compile(self, model: SegmentNet) -> Callable[[Inputs], Any]:
     """Compiles a network that computes every segment, as a function of a batch."""
+    # On the device once, so that no call times a copy.
     prepare, variables = self.experiment.prepare, jax.device_put(self.variables)
     whole = jax.jit(lambda variables, inputs: model.apply(variables, prepare(inputs))[0])
     return lambda inputs: whole(variables, inputs)
@@ -245,6 +246,7 @@ class _Trial:
     counts, reference = self.experiment.counts, self.experiment.reference
     valid = self.inputs["valid"]
     videos, segments = valid.shape
+    # Padding of shorter videos costs nothing in the baseline.
     dense = reference.all_valid(valid)
     opened = counts.per_video(done["gates"], valid, done["heavy_macs"]).mean()
     # `masked` computes the heavy net on every segment, with all channels and their gate networks.
