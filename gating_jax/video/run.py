@@ -152,7 +152,9 @@ class LongVideo(runner.Programme):
     result, behaviour = self._test(variables, say)
     result |= self._speed(variables)
     with working("drawing the report", "up to a minute"):
-      hosts.on_writer(report.write_report, self.experiment, result, behaviour, run_dir, step, notice)
+      hosts.on_writer(
+        report.write_report, self.experiment, result, behaviour, run_dir, step, notice
+      )
     return result
 
   def make_advance(self, phase: Phase, train: Any, first_step: int) -> Advance:
