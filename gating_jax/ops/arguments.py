@@ -237,25 +237,34 @@ def same_rank(*arrays: Array) -> tuple[Array, ...]:
   >>> [x.shape for x in same_rank(jnp.ones((2, 3)), jnp.ones(3), 0.5)]
   [(2, 3), (1, 3), (1, 1)]
   """
-  rank = max(jnp.ndim(x) for x in arrays)
-  return tuple(jnp.reshape(x, (1,) * (rank - jnp.ndim(x)) + jnp.shape(x)) for x in arrays)
+  rank = max(map(jnp.ndim, arrays))
+  return tuple(_at_rank(x, rank) for x in arrays)
 
 
 def aligned(x: Array, *parameters: Any) -> tuple[Any, ...]:
   """Returns `x` and its parameters, ready for elementwise operations.
 
-  Numbers stay as they are, since they take part in any type. Arrays get x's type, and one rank.
+  Numbers stay numbers, since they take part in any type. Arrays get x's type, and all get one rank.
   """
-  arrays = [jnp.asarray(p, x.dtype) for p in parameters if not _is_scalar(p)]
-  x, *arrays = same_rank(x, *arrays)
-  # Numbers and arrays return in the order in which they came.
-  lifted = iter(arrays)
-  return x, *(float(p) if _is_scalar(p) else next(lifted) for p in parameters)
+  rank = max(map(jnp.ndim, (x, *parameters)))
+  result = [_at_rank(x, rank)]
+  for parameter in parameters:
+    if _is_scalar(parameter):
+      result.append(float(parameter))
+    else:
+      result.append(_at_rank(jnp.asarray(parameter, x.dtype), rank))
+  return tuple(result)
+
+
+def _at_rank(x: Array, rank: int) -> Array:
+  """Returns x with axes of length 1 added in front."""
+  return jnp.reshape(x, (1,) * (rank - jnp.ndim(x)) + jnp.shape(x))
 
 
 def _is_real(dtype: Any) -> bool:
   try:
-    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    is_number = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return is_number or jnp.issubdtype(dtype, jnp.bool_)
   # A type of another library, unknown to JAX.
   except TypeError:
     return False

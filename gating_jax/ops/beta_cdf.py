@@ -121,12 +121,16 @@ def _cdf(z, a, b):
 # same in b with log sigmoid(-t) and E log(1 - X).
 def _cdf_jvp(primals, tangents):
   value, in_a, in_b = _integrals(*primals)
-  # Computed only where the tangent is not a symbolic zero: most callers differentiate in z alone.
-  slopes = (lambda: density(*primals), lambda: in_a, lambda: in_b)
-  parts = [
-    slope() * t for slope, t in zip(slopes, tangents, strict=True) if not isinstance(t, _ZERO)
-  ]
-  return value, sum(parts, jnp.zeros_like(value))
+  of_z, of_a, of_b = tangents
+  slope = jnp.zeros_like(value)
+  # Symbolic zeros are left out: most callers differentiate in z alone, or in a and b alone.
+  if not isinstance(of_z, _ZERO):
+    slope = slope + density(*primals) * of_z
+  if not isinstance(of_a, _ZERO):
+    slope = slope + in_a * of_a
+  if not isinstance(of_b, _ZERO):
+    slope = slope + in_b * of_b
+  return value, slope
 
 
 _ZERO = jax.custom_derivatives.SymbolicZero
@@ -160,11 +164,14 @@ def _integrals(z, a, b):
   z = jnp.clip(z, -_FAR, _FAR)
   # The upper tail of Beta(a, b) is the lower tail of Beta(b, a).
   mirrored = z > jnp.log(a) - jnp.log(b)
-  pick = lambda x, y: jnp.where(mirrored, y, x)
+
+  def pick(below, above):
+    """Returns `below` on the lower side of the mode, `above` on the upper one."""
+    return jnp.where(mirrored, above, below)
+
   z, a, b = pick(z, -z), pick(a, b), pick(b, a)
-  mass, in_a, in_b = _lower_tail(
-    z, a, b, pick(mean_log, mean_log_rest), pick(mean_log_rest, mean_log)
-  )
+  log_x, log_rest = pick(mean_log, mean_log_rest), pick(mean_log_rest, mean_log)
+  mass, in_a, in_b = _lower_tail(z, a, b, log_x=log_x, log_rest=log_rest)
   height = jnp.exp(_log_shape(z, a, b) - log_norm)
   mass, in_a, in_b = height * mass, height * in_a, height * in_b
   # The whole mass is 1 for all a and b, so the derivatives of the other side have the other sign.
@@ -175,8 +182,9 @@ def _integrals(z, a, b):
 def _totals(a, b):
   """Computes log B(a, b), E log X and E log(1 - X), from the tails on both sides of the mode."""
   mode = jnp.log(a) - jnp.log(b)
-  mass, log_x, log_rest = _lower_tail(mode, a, b, 0.0, 0.0)
-  mass_above, log_rest_above, log_x_above = _lower_tail(-mode, b, a, 0.0, 0.0)
+  mass, log_x, log_rest = _lower_tail(mode, a, b)
+  # Mirrored, x and 1 - x have changed places.
+  mass_above, log_rest_above, log_x_above = _lower_tail(-mode, b, a)
   mass = mass + mass_above
   return (
     _log_shape(mode, a, b) + jnp.log(mass),
@@ -185,7 +193,7 @@ def _totals(a, b):
   )
 
 
-def _lower_tail(z, a, b, log_x, log_rest):
+def _lower_tail(z, a, b, *, log_x=0.0, log_rest=0.0):
   """Integrates f(t) / f(z) over t <= z, for z <= mode, times each of three factors.
 
   The factors are 1, log sigmoid(t) - log_x and log sigmoid(-t) - log_rest. Gauss-Legendre in v with
@@ -198,17 +206,22 @@ def _lower_tail(z, a, b, log_x, log_rest):
   away, weight = v**2, weights * v
   # The integral does not depend on where the quadrature ends, so the span needs no gradient.
   at_z, span = _log_shape(z, a, b), lax.stop_gradient(_tail_span(z, a, b))
+  away, weight = jnp.asarray(away, at_z.dtype), jnp.asarray(weight, at_z.dtype)
 
-  def at(away, weight):
-    """Returns a node's terms of the three integrals, each of z's shape."""
-    t = z - span * away
-    part = weight * jnp.exp(_log_shape(t, a, b) - at_z)
+  def at(i):
+    """Returns node i's terms of the three integrals, each of z's shape."""
+    t = z - span * away[i]
+    part = weight[i] * jnp.exp(_log_shape(t, a, b) - at_z)
     return part, part * (jax.nn.log_sigmoid(t) - log_x), part * (jax.nn.log_sigmoid(-t) - log_rest)
 
-  away, weight = jnp.asarray(away, at_z.dtype), jnp.asarray(weight, at_z.dtype)
+  def add(i, sums):
+    """Adds node i's terms to the sums of those before it."""
+    (mass, in_x, in_rest), (more_mass, more_x, more_rest) = sums, at(i)
+    return mass + more_mass, in_x + more_x, in_rest + more_rest
+
   # A loop over the nodes needs no array of all nodes for every z.
-  add = lambda i, sums: tuple(s + p for s, p in zip(sums, at(away[i], weight[i]), strict=True))
-  return tuple(span * s for s in lax.fori_loop(1, _NODES, add, at(away[0], weight[0])))
+  mass, in_x, in_rest = lax.fori_loop(1, _NODES, add, at(0))
+  return span * mass, span * in_x, span * in_rest
 
 
 def _tail_span(z, a, b):

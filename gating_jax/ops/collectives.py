@@ -75,4 +75,5 @@ def example_keys(key: Array, n: int, axis_name: Hashable | None) -> Array:
   """
   # Devices hold equal, consecutive parts of the batch.
   first = 0 if axis_name is None else lax.axis_index(axis_name) * n
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(n, dtype=jnp.int32))
+  place = first + jnp.arange(n, dtype=jnp.int32)
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, place)

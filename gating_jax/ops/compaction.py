@@ -71,7 +71,8 @@ def scatter_back(values: Array, index: Array, taken: Array, size: int) -> Array:
     ValueError: the shapes do not fit together.
     TypeError: an array of another kind, such as an `index` that is not of whole numbers.
 
-  >>> scatter_back(jnp.array([5.0, 7.0, 9.0]), jnp.array([1, 3, 0]), jnp.array([True, True, False]), 4)
+  >>> index, taken = open_indices(jnp.array([0.0, 1.0, 0.0, 1.0]), 3)
+  >>> scatter_back(jnp.array([5.0, 7.0, 9.0]), index, taken, 4)
   Array([0., 5., 0., 7.], dtype=float32)
   """
   for name, array in (("values", values), ("index", index), ("taken", taken)):
@@ -87,12 +88,9 @@ def scatter_back(values: Array, index: Array, taken: Array, size: int) -> Array:
     raise TypeError(f"index must be whole numbers; got {shown(index)}")
   # Padding is sent to the place `size`, out of range, where `drop` ignores it: multiplying it by 0
   # instead would let NaN through.
-  taken = taken.astype(bool)
-  return (
-    jnp.zeros((size, *values.shape[1:]), values.dtype)
-    .at[jnp.where(taken, index, size)]
-    .add(values, mode="drop")
-  )
+  place = jnp.where(taken.astype(bool), index, size)
+  zeros = jnp.zeros((size, *values.shape[1:]), values.dtype)
+  return zeros.at[place].add(values, mode="drop")
 
 
 def capacity_for(count: int, sizes: Sequence[int]) -> int:
@@ -125,7 +123,8 @@ def pieces_for(count: int, sizes: Sequence[int]) -> tuple[int, ...]:
   arguments.whole_number("count", count, 0)
   sizes = _checked_sizes(sizes)
   filled, rest = divmod(count, max(sizes))
-  return (max(sizes),) * filled + ((capacity_for(rest, sizes),) if rest or not filled else ())
+  pieces = (max(sizes),) * filled
+  return (*pieces, capacity_for(rest, sizes)) if rest or not filled else pieces
 
 
 def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, ...]:
@@ -143,10 +142,13 @@ def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, .
   """
   for name, value in (("total", total), ("buckets", buckets), ("multiple", multiple)):
     arguments.whole_number(name, value)
-  # Rounded up, in whole numbers: the last one is exactly `total`.
-  shares = (-(-total * i // buckets) for i in range(1, buckets + 1))
   # A set, since rounding up can make sizes equal.
-  return tuple(sorted({-(-share // multiple) * multiple for share in shares}))
+  sizes = set()
+  for i in range(1, buckets + 1):
+    # Both divisions round up, in whole numbers: the last share is exactly `total`.
+    share = -(-total * i // buckets)
+    sizes.add(-(-share // multiple) * multiple)
+  return tuple(sorted(sizes))
 
 
 def open_backward(
@@ -213,15 +215,13 @@ def _open_backward_bwd(f, capacity, residuals, ct):
   # The forward pass of the open examples again: nothing of it was kept.
   _, pull = jax.vjp(f, variables, x[index])
   # Padding repeats example 0, whose cotangent must not count twice.
-  of_variables, of_x = pull(jnp.where(taken.reshape(-1, *[1] * (ct.ndim - 1)), ct[index], 0))
-  # Gradients of examples left out would be silently missing, so they become NaN.
+  taken_rows = taken.reshape(-1, *[1] * (ct.ndim - 1))
+  of_variables, of_open = pull(jnp.where(taken_rows, ct[index], 0))
+  of_x = scatter_back(of_open, index, taken, len(x))
+  # Gradients of examples left out would be silently missing, so all become NaN.
   fits = jnp.sum(as_float(gates) > 0) <= capacity
-  checked = lambda tree: jax.tree.map(lambda g: jnp.where(fits, g, jnp.nan), tree)
-  return (
-    checked(of_variables),
-    checked(scatter_back(of_x, index, taken, len(x))),
-    jnp.zeros_like(gates),
-  )
+  of_variables, of_x = jax.tree.map(lambda g: jnp.where(fits, g, jnp.nan), (of_variables, of_x))
+  return of_variables, of_x, jnp.zeros_like(gates)
 
 
 _open_backward.defvjp(_open_backward_fwd, _open_backward_bwd)

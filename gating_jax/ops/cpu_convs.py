@@ -13,8 +13,8 @@ Reference: Chellapilla et al., "High performance convolutional neural networks f
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +54,8 @@ def convolve_clips(
   x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
   frames = (x.shape[1] - taps) // strides[0] + 1
   # concat_t(x_(s f + t)) of the equation.
-  x = jnp.concatenate([_every(x, 1, t, strides[0], frames) for t in range(taps)], axis=-1)
+  by_tap = [_every(x, 1, first=t, stride=strides[0], count=frames) for t in range(taps)]
+  x = jnp.concatenate(by_tap, axis=-1)
   # Frames become examples, and concat_t(kernel_t) is one kernel of T C inputs.
   y = lax.conv_general_dilated(
     x.reshape(-1, *x.shape[2:]),
@@ -85,11 +86,9 @@ def convolve_images(
   Array([15., 27.], dtype=float32)
   """
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  size = [(x.shape[1 + i] - kernel.shape[i]) // strides[i] + 1 for i in (0, 1)]
-  rows = [_every(x, 1, i, strides[0], size[0]) for i in range(kernel.shape[0])]
-  # In the order of the kernel's first axes, which `reshape` joins below.
-  taps = [_every(row, 2, j, strides[1], size[1]) for row in rows for j in range(kernel.shape[1])]
-  return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+  # Taps come in the order of the kernel's first two axes, which `reshape` joins.
+  pixels = [tap.pixels for tap in _taps(x, kernel.shape[:2], strides)]
+  return jnp.concatenate(pixels, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def convolve_doubled(x: Array, kernel: Array) -> Array:
@@ -138,12 +137,10 @@ def convolve_depthwise(
          [12., 15.]], dtype=float32)
   """
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  size = [(x.shape[1 + i] - kernel.shape[i]) // strides[i] + 1 for i in (0, 1)]
   y = 0
-  for i in range(kernel.shape[0]):
-    rows = _every(x, 1, i, strides[0], size[0])
-    for j in range(kernel.shape[1]):
-      y = y + _every(rows, 2, j, strides[1], size[1]) * kernel[i : i + 1, j : j + 1]
+  for tap in _taps(x, kernel.shape[:2], strides):
+    # Slices keep the two axes, over which the product is broadcast.
+    y = y + tap.pixels * kernel[tap.row : tap.row + 1, tap.column : tap.column + 1]
   return y
 
 
@@ -163,15 +160,36 @@ def max_pool(x: Array, window: Sequence[int], strides: Sequence[int]) -> Array:
   Array([3., 2., 2.], dtype=float32)
   """
   # Axis by axis: a maximum over a box is one over its sides in turn, with far fewer operations.
-  for axis, (width, stride) in enumerate(zip(window, strides, strict=True), start=1):
+  for axis in range(1, x.ndim - 1):
+    width, stride = window[axis - 1], strides[axis - 1]
     count = -(-x.shape[axis] // stride)
     padding = [(0, 0)] * x.ndim
     padding[axis] = ((width - 1) // 2, width // 2)
-    x = jnp.pad(x, padding, constant_values=-jnp.inf)
-    x = functools.reduce(jnp.maximum, [_every(x, axis, i, stride, count) for i in range(width)])
+    padded = jnp.pad(x, padding, constant_values=-jnp.inf)
+    x = _every(padded, axis, first=0, stride=stride, count=count)
+    for i in range(1, width):
+      x = jnp.maximum(x, _every(padded, axis, first=i, stride=stride, count=count))
   return x
 
 
-def _every(x: Array, axis: int, first: int, stride: int, count: int) -> Array:
+class _Tap(NamedTuple):
+  """One tap of a window: its place, and the pixels that it reads, `[N, H', W', C]`."""
+
+  row: int
+  column: int
+  pixels: Array
+
+
+def _taps(x: Array, window: Sequence[int], strides: Sequence[int]) -> Iterator[_Tap]:
+  """Yields the taps of a window on a padded image, row after row."""
+  height = (x.shape[1] - window[0]) // strides[0] + 1
+  width = (x.shape[2] - window[1]) // strides[1] + 1
+  for i in range(window[0]):
+    rows = _every(x, 1, first=i, stride=strides[0], count=height)
+    for j in range(window[1]):
+      yield _Tap(i, j, _every(rows, 2, first=j, stride=strides[1], count=width))
+
+
+def _every(x: Array, axis: int, *, first: int, stride: int, count: int) -> Array:
   """Returns `count` slices of an axis, every `stride`-th from `first` on."""
   return lax.slice_in_dim(x, first, first + stride * (count - 1) + 1, stride, axis)

@@ -1,8 +1,8 @@
 """The empirical CDF of a batch, and losses that pull it towards a prior's CDF.
 
 Axes: N examples (the whole batch, over all devices), C independent features or gates.
-Rank convention: the i-th smallest of N values stands at i / (N + 1), i from 1; for ties see
-`ops/ranking.py`.
+Words: a value's place is its index in ascending order, from 0; its rank is one more. Its level is
+where the empirical CDF has it: i / (N + 1) for rank i, and for ties the mean of their levels.
 Reference: Bejnordi et al., 2020, section 3; Cramér (1928), von Mises.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ _LEAST_MEAN = 0.05
 
 
 def empirical_cdf(x: Array, axis: int = 0) -> Array:
-  """Computes each value's place in its column: `rank / (N + 1)`, without a gradient.
+  """Computes each value's level in its column: `rank / (N + 1)`, without a gradient.
 
   Tied values have their mean rank.
 
@@ -50,9 +51,9 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
   source, tied = ranking.argsort(x)
   first, last = ranking.tie_bounds(tied)
   # The mean of the ranks first + 1 .. last + 1 of a run of ties.
-  place = ((first + last) / 2 + 1).astype(x.dtype) / jnp.asarray(x.shape[0] + 1, x.dtype)
-  place = jnp.where(jnp.isnan(x).any(axis=0), jnp.nan, ranking.unsort(place, source))
-  return jnp.moveaxis(place, 0, axis)
+  rank = ((first + last) / 2 + 1).astype(x.dtype)
+  level = ranking.unsort(rank / jnp.asarray(x.shape[0] + 1, x.dtype), source)
+  return jnp.moveaxis(jnp.where(jnp.isnan(x).any(axis=0), jnp.nan, level), 0, axis)
 
 
 @ranking.reverse_mode_only
@@ -114,7 +115,9 @@ def batch_shaping_loss(
       f"prior must have a logit axis, so its support must be [0, 1]; got {prior.name}; "
       "use cdf_matching_loss"
     )
-  return _gap(logits, prior, prior.logit_cdf, "logits", axis, axis_name, weights, exchange)
+  one_of("exchange", exchange, EXCHANGES)
+  batch = _prepare("logits", logits, prior, cdf=prior.logit_cdf, axis=axis, weights=weights)
+  return _loss_over_devices(batch, axis_name=axis_name, exchange=exchange)
 
 
 @ranking.reverse_mode_only
@@ -143,7 +146,9 @@ def cdf_matching_loss(
   0.00 0.30
   """
   check_prior("prior", prior)
-  return _gap(x, prior, prior.cdf, "x", axis, axis_name, weights, exchange)
+  one_of("exchange", exchange, EXCHANGES)
+  batch = _prepare("x", x, prior, cdf=prior.cdf, axis=axis, weights=weights)
+  return _loss_over_devices(batch, axis_name=axis_name, exchange=exchange)
 
 
 def generalised_batch_shaping_loss(
@@ -180,9 +185,8 @@ def generalised_batch_shaping_loss(
   check_prior("hyperprior", hyperprior)
   mean_logits = as_float(mean_logits)
   mean = jnp.clip(jax.nn.sigmoid(mean_logits), _LEAST_MEAN, 1 - _LEAST_MEAN)
-  return batch_shaping_loss(logits, prior(mean), **options), batch_shaping_loss(
-    mean_logits, hyperprior
-  )
+  of_gates = batch_shaping_loss(logits, prior(mean), **options)
+  return of_gates, batch_shaping_loss(mean_logits, hyperprior)
 
 
 def noise_floor(n: int) -> float:
@@ -197,13 +201,31 @@ def noise_floor(n: int) -> float:
   return 1 / (6 * (n + 1))
 
 
-def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
-  one_of("exchange", exchange, EXCHANGES)
+class _Prepared(NamedTuple):
+  """The examples of this device, as the loss reads them.
+
+  Attributes:
+    keys: `[N, C]`, by which examples are ranked; without a gradient.
+    values: `[N, C]`, the prior's CDF at the keys.
+    weights: `[N, C]`, or None where all are 1.
+    columns: the shape of the loss, whose product is C.
+  """
+
+  keys: Array
+  values: Array
+  weights: Array | None
+  columns: tuple[int, ...]
+
+
+def _prepare(
+  name: str, x: Array, prior: Prior, *, cdf: Callable, axis: int, weights: Array | None
+) -> _Prepared:
+  """Computes the prior's CDF at each value, checks all shapes, and moves the batch axis first."""
   x, axis = _batch(x, axis, name)
   # Ranking works on the first axis; weights may still have the original shape.
   whole_shape, x = x.shape, jnp.moveaxis(x, axis, 0)
   if weights is not None:
-    weights = _whole_weights(weights, x, whole_shape, name, axis)
+    weights = _whole_weights(name, weights, x, whole_shape=whole_shape, axis=axis)
     x = _fill(x, weights != 0)
   columns = x.shape[1:]
   if not _fits(prior.shape, columns):
@@ -220,18 +242,28 @@ def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
     )
   # A NaN stays one, whatever the CDF returns for it.
   values = jnp.where(jnp.isnan(x), jnp.nan, values.astype(x.dtype))
-  over_devices = lambda share: [
-    v if v is None else share(v.reshape(v.shape[0], -1))
-    for v in (lax.stop_gradient(x), values, weights)
-  ]
+  # All axes but the first become one: each column is ranked on its own.
+  keys, values, weights = jax.tree.map(
+    lambda v: v.reshape(v.shape[0], -1), (lax.stop_gradient(x), values, weights)
+  )
+  return _Prepared(keys, values, weights, columns)
+
+
+def _loss_over_devices(batch: _Prepared, *, axis_name: Hashable | None, exchange: str) -> Array:
+  """Computes the loss of the whole batch, of which this device has a part."""
+  *arrays, columns = batch
   if axis_name is None:
-    loss = _mean_square_gap(*over_devices(lambda v: v))
+    loss = _mean_square_gap(*arrays)
   elif exchange == "gather":
-    loss = _mean_square_gap(*over_devices(lambda v: collectives.gather_batch(v, axis_name)))
+    # Every device ranks all columns of all examples.
+    gathered = jax.tree.map(lambda v: collectives.gather_batch(v, axis_name), arrays)
+    loss = _mean_square_gap(*gathered)
   else:
-    loss = _mean_square_gap(*over_devices(lambda v: collectives.exchange_columns(v, axis_name)))
-    # Each device has the losses of its columns; the last ones may be padding.
-    loss = collectives.gather_batch(loss, axis_name)[: math.prod(columns)]
+    # Every device ranks its part of the columns, for all examples.
+    own_columns = jax.tree.map(lambda v: collectives.exchange_columns(v, axis_name), arrays)
+    own_losses = _mean_square_gap(*own_columns)
+    # The last columns may be padding, which made the parts equal.
+    loss = collectives.gather_batch(own_losses, axis_name)[: math.prod(columns)]
   return loss.reshape(columns)
 
 
@@ -244,14 +276,17 @@ def _mean_square_gap(keys, values, weights):
 def _mean_square_gap_fwd(keys, values, weights):
   n = keys.shape[0]
   source, tied = ranking.argsort(keys)
+  # In sorted order: the weights w_(i), those before them W_(i) - w_(i), and their sum W. In the
+  # original order: each example's share of the mean.
   if weights is None:
     # Adds 0 times an array that varies over devices, since `shard_map` requires that this one does.
     before = jnp.arange(n, dtype=values.dtype)[:, None] + 0 * source.astype(values.dtype)
-    in_order, total = jnp.ones_like(before), jnp.asarray(n, values.dtype)
+    in_order = jnp.ones_like(before)
+    total = jnp.asarray(n, values.dtype)
     share = 1 / total
   else:
-    in_order, total = ranking.take(weights, source), jnp.sum(weights, axis=0, keepdims=True)
-    # W_(i) - w_(i) of the weighted equation, in sorted order.
+    in_order = ranking.take(weights, source)
+    total = jnp.sum(weights, axis=0, keepdims=True)
     before = jnp.cumsum(in_order, axis=0) - in_order
     share = weights / jnp.where(total == 0, 1, total)
   # (W_(i) - w_(i) / 2 + 1 / 2) / (W + 1); with weights 1 it is i / (N + 1).
@@ -266,16 +301,17 @@ def _mean_square_gap_fwd(keys, values, weights):
     gap = jnp.where(weights == 0, 0, gap)
   # Over a run of ties the mean of (F - e_i)^2 is (F - mean e)^2 plus the variance of e.
   spread = in_order * (jnp.square(level) - jnp.square(shared)) / jnp.where(total == 0, 1, total)
-  return jnp.sum(share * jnp.square(gap), axis=0) + jnp.sum(spread, axis=0), 2 * share * gap
+  loss = jnp.sum(share * jnp.square(gap), axis=0) + jnp.sum(spread, axis=0)
+  # The residual is dL/dF of the loss, which the backward pass scales.
+  return loss, 2 * share * gap
 
 
 def _level_of_run(level, tied, before, in_order, total):
   """Computes each place's mean level over its run of ties, from the weights before and in it."""
   first, last = ranking.tie_bounds(tied)
-  start, end = (
-    jnp.take_along_axis(before, first, 0),
-    jnp.take_along_axis(before + in_order, last, 0),
-  )
+  start = jnp.take_along_axis(before, first, 0)
+  end = jnp.take_along_axis(before + in_order, last, 0)
+  # A place on its own keeps its level, which the mean of a run of one would round differently.
   return jnp.where(first == last, level, (start + (end - start + 1) / 2) / (total + 1))
 
 
@@ -301,7 +337,7 @@ def _batch(x, axis, name):
   return x, axis
 
 
-def _whole_weights(weights, x, whole_shape, name, axis):
+def _whole_weights(name, weights, x, *, whole_shape, axis):
   """Returns `weights` in the shape of x, whose batch axis is the first, without a gradient.
 
   Negative weights become NaN.

@@ -99,16 +99,20 @@ def _interpolated_level(ordered: Array, x: Array) -> Array:
   left, right = ordered[jnp.maximum(upto - 1, 0)], ordered[jnp.minimum(upto, m - 1)]
   inside = (upto > 0) & (upto < m)
   # Halved, the difference of two finite values does not overflow.
-  between = jnp.where(inside, x / 2 - left / 2, 0) / jnp.where(
-    inside, jnp.maximum(right / 2 - left / 2, tiny), 1
-  )
+  above_left = jnp.where(inside, x / 2 - left / 2, 0)
+  between = above_left / jnp.where(inside, jnp.maximum(right / 2 - left / 2, tiny), 1)
   # At a step of t equal samples, F is the mean of their levels: (t - 1) / 2 below the last one's.
   on_step = jnp.maximum(upto - below - 1, 0).astype(x.dtype) / 2
   # A quarter of the range, halved like the distances below.
   scale = lax.stop_gradient(jnp.maximum(ordered[-1] / 8 - ordered[0] / 8, tiny))
-  tail = lambda distance: jnp.exp(-jnp.maximum(distance / scale, 0.0))
+
+  def tail(distance):
+    """Returns the mass beyond a point at half this distance outside, times M + 1."""
+    return jnp.exp(-jnp.maximum(distance / scale, 0.0))
+
+  lower = tail(ordered[0] / 2 - x / 2)
   inner = upto.astype(x.dtype) + between - on_step
-  lower, upper = tail(ordered[0] / 2 - x / 2), m + 1 - tail(x / 2 - ordered[-1] / 2) - on_step
+  upper = m + 1 - tail(x / 2 - ordered[-1] / 2) - on_step
   level = jnp.where(upto == 0, lower, jnp.where(upto == m, upper, inner))
   # NaN sorts last, so the last sample shows whether there is one.
   return jnp.where(jnp.isnan(ordered[-1]), jnp.nan, level / (m + 1))

@@ -27,7 +27,7 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
   >>> conv_macs((3, 3, 16, 32), (1, 8, 8, 32))
   294912
   """
-  for name, shape in (("kernel_shape", kernel_shape), ("output_shape", output_shape)):
+  for name, shape in {"kernel_shape": kernel_shape, "output_shape": output_shape}.items():
     for size in arguments.items(name, shape, "sizes"):
       arguments.whole_number(f"each of {name}", size, 0)
   # Every entry of the kernel is used once at every output place.
@@ -65,13 +65,15 @@ def expected_macs(records: Records) -> Array:
 
 def gated_macs(records: Records) -> int:
   """Computes the MACs per example with every gate open."""
-  records = checked_records(records)
-  # Only the last axes matter: records may be of different batches, such as images and segments.
-  units = [np.shape(r.gates)[-1] for r in records]
-  single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
-  return single + sum(
-    units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair
-  )
+  total = before = 0
+  for record in checked_records(records):
+    # Only the last axes matter: records may be of different batches, such as images and segments.
+    units = np.shape(record.gates)[-1]
+    total += units * record.macs_per_unit
+    if record.macs_per_pair:
+      total += before * units * record.macs_per_pair
+    before = units
+  return total
 
 
 def _open_units(gates: Array) -> Array:
@@ -89,6 +91,7 @@ def _wide(x: Array) -> Array:
 
 
 def _macs(records: Records, open_units: Sequence[Array]) -> Array:
+  """Computes the MACs of each example from the open units `[N]` of each record."""
   total = 0
   for i, record in enumerate(records):
     # The sum over l of the equation; in floats, since a count can exceed the range of int32.

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -180,26 +181,59 @@ def gated_chain(
     TypeError: an argument is no array of real numbers; also on differentiation.
   """
   strides = _strides((1,) * len(kernels) if strides is None else strides)
-  x, shortcut = _array("x", x), _array("shortcut", shortcut)
-  kernels = tuple(_array(f"kernels[{i}]", kernel) for i, kernel in enumerate(kernels))
-  biases = tuple(_array(f"biases[{i}]", bias) for i, bias in enumerate(biases))
-  # Gates may have any real type; the kernel reads float32.
-  gates = tuple(_array(f"gates[{i}]", gate, jnp.float32) for i, gate in enumerate(gates))
+  chain = _Chain(
+    x=_array("x", x),
+    kernels=_arrays("kernels", kernels),
+    biases=_arrays("biases", biases),
+    # Gates may have any real type; the kernel reads float32.
+    gates=_arrays("gates", gates, jnp.float32),
+    shortcut=_array("shortcut", shortcut),
+  )
   one_of("layout", layout, LAYOUTS)
   one_of("implementation", implementation, IMPLEMENTATIONS)
-  _check_rank(kernels)
+  _check_rank(chain.kernels)
   # Everything below reads the native kernel's layout.
   if layout == "HWIO":
-    kernels = tuple(map(packed, kernels))
-  _check(x, kernels, biases, gates, shortcut, strides)
+    chain = chain._replace(kernels=tuple(map(packed, chain.kernels)))
+  _check(chain, strides)
   if implementation == "native" and not available():
     raise RuntimeError(f"the native kernel is not available: {why_not()}")
   # The kernel is compiled for CPUs only; on any other backend "auto" stays in JAX.
   native = implementation == "native" or (
     implementation == "auto" and jax.default_backend() == "cpu" and available()
   )
-  arrays = (x, kernels, biases, gates, shortcut)
-  return _not_differentiable(_native if native else _in_jax, strides, relu, arrays)
+  return _not_differentiable(_native if native else _in_jax, strides, relu, chain)
+
+
+class _Step(NamedTuple):
+  """One convolution of a chain; `gate` is that of its output channels."""
+
+  kernel: Array
+  bias: Array
+  gate: Array | None
+  stride: int
+
+
+class _Chain(NamedTuple):
+  """The arrays of `gated_chain`, with kernels `[O, I, h, w]` once they are packed."""
+
+  x: Array
+  kernels: tuple[Array, ...]
+  biases: tuple[Array, ...]
+  gates: tuple[Array | None, ...]
+  shortcut: Array | None
+
+  def steps(self, strides: Sequence[int]) -> Iterator[_Step]:
+    """Yields the convolutions in their order."""
+    # The first gate is that of x.
+    for fields in zip(self.kernels, self.biases, self.gates[1:], strides, strict=True):
+      yield _Step(*fields)
+
+
+def _arrays(
+  name: str, values: Sequence[Array | None], dtype: jnp.dtype | None = None
+) -> tuple[Array | None, ...]:
+  return tuple(_array(f"{name}[{i}]", value, dtype) for i, value in enumerate(values))
 
 
 def _array(name: str, value: Array | None, dtype: jnp.dtype | None = None) -> Array | None:
@@ -219,8 +253,8 @@ def packed(kernel: Array) -> Array:
 
 # Both implementations refuse in the same words, although the twin alone could be differentiated.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _not_differentiable(compute, strides, relu, arrays):
-  return compute(strides, relu, *arrays)
+def _not_differentiable(compute, strides, relu, chain):
+  return compute(strides, relu, chain)
 
 
 @_not_differentiable.defjvp
@@ -231,20 +265,22 @@ def _refuse(compute, strides, relu, primals, tangents):
   )
 
 
-def _in_jax(strides, relu, x, kernels, biases, gates, shortcut):
+def _in_jax(strides, relu, chain):
   """Computes the twin in JAX: all channels, with closed ones replaced by zeros."""
-  x, last = _closed(x, gates[0]), len(kernels) - 1
-  for i, (kernel, bias, gate, stride) in enumerate(
-    zip(kernels, biases, gates[1:], strides, strict=True)
-  ):
-    pads = [(size // 2,) * 2 for size in kernel.shape[2:]]
+  x, last = _closed(chain.x, chain.gates[0]), len(chain.kernels) - 1
+  for i, step in enumerate(chain.steps(strides)):
+    pads = [(size // 2,) * 2 for size in step.kernel.shape[2:]]
     x = lax.conv_general_dilated(
-      x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "OIHW", "NHWC")
+      x,
+      step.kernel,
+      (step.stride, step.stride),
+      pads,
+      dimension_numbers=("NHWC", "OIHW", "NHWC"),
     )
     # The gate comes before the shortcut and ReLU after it, as in the equation of y.
-    x = _closed(x + bias[None, None, None], gate)
-    if i == last and shortcut is not None:
-      x += shortcut
+    x = _closed(x + step.bias[None, None, None], step.gate)
+    if i == last and chain.shortcut is not None:
+      x += chain.shortcut
     x = jax.nn.relu(x) if i < last or relu else x
   return x
 
@@ -254,35 +290,34 @@ def _closed(x: Array, gates: Array | None) -> Array:
   return x if gates is None else jnp.where(gates[:, None, None, :] > 0, x, 0)
 
 
-def _native(strides, relu, x, kernels, biases, gates, shortcut):
-  # The foreign call takes arrays only, so flags say which of the gates and shortcuts are there.
-  gated = [gate is not None for gate in gates]
-  open_where = [gate for gate in gates if gate is not None]
-  call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(_shape(x, kernels, strides), jnp.float32))
+def _native(strides, relu, chain):
+  """Calls the native kernel."""
+  shape = _shape(chain.x, chain.kernels, strides)
+  call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))
   return call(
-    x,
-    *kernels,
-    *biases,
-    *open_where,
-    *([] if shortcut is None else [shortcut]),
+    # Without the gates and shortcuts that are None: the call takes arrays only.
+    *jax.tree.leaves(chain),
     strides=np.array(strides, np.int64),
-    gated=np.array(gated, np.int64),
+    # Flags say which of them are there.
+    gated=np.array([gate is not None for gate in chain.gates], np.int64),
     relu=np.int64(relu),
-    shortcut=np.int64(shortcut is not None),
+    shortcut=np.int64(chain.shortcut is not None),
     isa=np.int64(_LANES),
   )
 
 
 def _shape(x, kernels, strides) -> tuple[int, ...]:
   """Returns the shape of the output."""
-  sizes = x.shape[1:3]
+  n, height, width, _ = x.shape
   for kernel, stride in zip(kernels, strides, strict=True):
-    sizes = [
-      # Padded by window // 2 on either side.
-      (size + window // 2 * 2 - window) // stride + 1
-      for size, window in zip(sizes, kernel.shape[2:], strict=True)
-    ]
-  return (x.shape[0], *sizes, kernels[-1].shape[0])
+    height = _places(height, kernel.shape[2], stride)
+    width = _places(width, kernel.shape[3], stride)
+  return (n, height, width, kernels[-1].shape[0])
+
+
+def _places(size: int, window: int, stride: int) -> int:
+  """Returns the places of a window along an axis padded by window // 2 on either side."""
+  return (size + window // 2 * 2 - window) // stride + 1
 
 
 def _strides(strides) -> tuple[int, ...]:
@@ -303,8 +338,9 @@ def _check_rank(kernels) -> None:
     )
 
 
-def _check(x, kernels, biases, gates, shortcut, strides) -> None:
+def _check(chain: _Chain, strides: tuple[int, ...]) -> None:
   """Raises an error unless the arguments fit each other; kernels are `[O, I, h, w]`."""
+  x, kernels, biases, gates, shortcut = chain
   if jnp.ndim(x) != 4:
     raise ValueError(f"x must be [N, H, W, I]; got shape {jnp.shape(x)}")
   count = len(kernels)
@@ -314,39 +350,38 @@ def _check(x, kernels, biases, gates, shortcut, strides) -> None:
       f"got {len(biases)} biases, {len(gates)} gates, {len(strides)} strides"
     )
   # I of x, then O of every kernel: what comes in and out of the chain's steps.
-  channels = (x.shape[3], *(kernel.shape[0] for kernel in kernels))
-  if (inputs := tuple(kernel.shape[1] for kernel in kernels)) != channels[:-1]:
+  shapes = [kernel.shape for kernel in kernels]
+  channels = (x.shape[3], *(outputs for outputs, *_ in shapes))
+  if (inputs := tuple(inputs for _, inputs, *_ in shapes)) != channels[:-1]:
     raise ValueError(
       "input channels of kernels must match the channels of x and of the kernel before, "
       f"{channels[:-1]}; got {inputs}"
     )
-  if min(*x.shape[1:], *channels, *(size for kernel in kernels for size in kernel.shape)) < 1:
-    raise ValueError(
-      f"x and kernels must not be empty; got {x.shape}, {[kernel.shape for kernel in kernels]}"
-    )
+  if 0 in x.shape[1:] or any(0 in shape for shape in shapes):
+    raise ValueError(f"x and kernels must not be empty; got {x.shape}, {shapes}")
   out = _shape(x, kernels, strides)
   if min(out[1:]) < 1:
-    raise ValueError(
-      f"x must be at least as large as the windows; got {x.shape}, {[k.shape for k in kernels]}"
-    )
-  for i, (bias, size) in enumerate(zip(biases, channels[1:], strict=True)):
+    raise ValueError(f"x must be at least as large as the windows; got {x.shape}, {shapes}")
+  for i, bias in enumerate(biases):
+    size = channels[i + 1]
     if jnp.shape(bias) != (size,):
       raise ValueError(f"biases[{i}] must be [{size}]; got shape {jnp.shape(bias)}")
-  for i, (gate, size) in enumerate(zip(gates, channels, strict=True)):
+  for i, gate in enumerate(gates):
+    size = channels[i]
     if gate is not None and jnp.shape(gate) != (x.shape[0], size):
       raise ValueError(
         f"gates[{i}] must be [{x.shape[0]}, {size}] or None; got shape {jnp.shape(gate)}"
       )
   if shortcut is not None and jnp.shape(shortcut) != out:
     raise ValueError(f"shortcut must have the output's shape {out}; got {jnp.shape(shortcut)}")
-  arrays = {"x": x, "kernels": kernels, "biases": biases, "shortcut": shortcut}
-  if other := {
-    name: str(leaf.dtype)
-    for name, tree in arrays.items()
-    for leaf in jax.tree.leaves(tree)
-    if leaf.dtype != jnp.float32
-  }:
-    raise ValueError(f"x, kernels, biases and shortcut must be float32; got {other}")
+  others = {}
+  # Gates have been converted already.
+  for name, tree in chain._replace(gates=())._asdict().items():
+    for leaf in jax.tree.leaves(tree):
+      if leaf.dtype != jnp.float32:
+        others[name] = str(leaf.dtype)
+  if others:
+    raise ValueError(f"x, kernels, biases and shortcut must be float32; got {others}")
 
 
 # Remembers a failure too: a build that failed is not tried again in this process.

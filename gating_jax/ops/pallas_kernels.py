@@ -20,6 +20,7 @@ Reference: Tillet et al., "Triton: an intermediate language and compiler for til
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -112,8 +113,12 @@ def gated_branch(
   branch, x, gates = _checked_branch(branch, x, gates)
   call = functools.partial(_gated_conv, precision=precision, tiles=tiles, interpret=interpret)
   # Closed hidden blocks hold whatever was in memory: the second call does not read them.
-  hidden = call(x, branch.kernel1, branch.bias1, None, gates, stride=stride, relu=True, fill=False)
-  return call(hidden, branch.kernel2, branch.bias2, gates, None, stride=1, relu=False, fill=False)
+  hidden = call(
+    x, branch.kernel1, branch.bias1, out_gates=gates, stride=stride, relu=True, fill=False
+  )
+  return call(
+    hidden, branch.kernel2, branch.bias2, in_gates=gates, stride=1, relu=False, fill=False
+  )
 
 
 def masked_branch(
@@ -163,9 +168,8 @@ def dispatched_branch(
   if capacity == len(x):
     return dispatch(branch, x, gates)
   masked = functools.partial(masked_branch, stride=stride, precision=precision)
-  return lax.cond(
-    jnp.max(jnp.sum(gates > 0, axis=0)) <= capacity, dispatch, masked, branch, x, gates
-  )
+  fits = jnp.max(jnp.sum(gates > 0, axis=0)) <= capacity
+  return lax.cond(fits, dispatch, masked, branch, x, gates)
 
 
 def gated_conv(
@@ -195,13 +199,15 @@ def gated_conv(
     out_gates: `[N, E / B']` or None.
     relu: whether act is ReLU.
   """
-  x, kernel, bias, in_gates, out_gates = _checked_conv(x, kernel, bias, in_gates, out_gates)
+  x, kernel, bias, in_gates, out_gates = _checked_conv(
+    x, kernel, bias, in_gates=in_gates, out_gates=out_gates
+  )
   return _gated_conv(
     x,
     kernel,
     bias,
-    in_gates,
-    out_gates,
+    in_gates=in_gates,
+    out_gates=out_gates,
     stride=stride,
     relu=relu,
     fill=True,
@@ -223,11 +229,14 @@ def masked_conv(
   precision: lax.PrecisionLike = None,
 ) -> Array:
   """Computes `gated_conv` by a dense convolution. Arguments are as there."""
-  x, kernel, bias, in_gates, out_gates = _checked_conv(x, kernel, bias, in_gates, out_gates)
+  x, kernel, bias, in_gates, out_gates = _checked_conv(
+    x, kernel, bias, in_gates=in_gates, out_gates=out_gates
+  )
   if in_gates is not None:
     # A choice and not a product: closed blocks may hold NaN.
     x = jnp.where(_per_channel(in_gates > 0, x.shape[-1]), x, 0)
-  y = _conv(x, kernel, stride, precision) + bias.astype(jnp.float32)[None, None, None]
+  y = _conv(x, kernel, stride=stride, precision=precision)
+  y = y + bias.astype(jnp.float32)[None, None, None]
   y = jnp.maximum(y, 0) if relu else y
   if out_gates is not None:
     y = y * _per_channel(jnp.where(out_gates > 0, out_gates, 0).astype(jnp.float32), y.shape[-1])
@@ -239,9 +248,11 @@ def _dispatch(
   branch: Branch, x: Array, gates: Array, *, capacity: int, stride: int, precision
 ) -> Array:
   blocks = gates.shape[1]
-  split = lambda a, axis: jnp.moveaxis(
-    a.reshape(*a.shape[:axis], blocks, a.shape[axis] // blocks, *a.shape[axis + 1 :]), axis, 0
-  )
+
+  def split(a, axis):
+    """Cuts an axis into the blocks' parts, `[blocks, ...]`."""
+    parts = (*a.shape[:axis], blocks, a.shape[axis] // blocks, *a.shape[axis + 1 :])
+    return jnp.moveaxis(a.reshape(parts), axis, 0)
 
   def add_block(y, block):
     """Adds a block's output on its open examples to y `[N, H, W, C]`, as `lax.scan` needs it."""
@@ -257,9 +268,8 @@ def _dispatch(
       relu=True,
       precision=precision,
     )
-    return y.at[jnp.where(taken, index, len(x))].add(
-      _conv(hidden, kernel2, 1, precision), mode="drop"
-    ), None
+    place = jnp.where(taken, index, len(x))
+    return y.at[place].add(_conv(hidden, kernel2, precision=precision), mode="drop"), None
 
   height, width = _out_size(x, stride)
   # Sums are in float32 and begin with bias2, as in the equation.
@@ -267,16 +277,54 @@ def _dispatch(
     branch.bias2.astype(jnp.float32), (len(x), height, width, len(branch.bias2))
   )
   # A scan and not a loop in Python: the program's size does not grow with the blocks.
-  y, _ = lax.scan(
-    add_block,
-    start,
-    (split(branch.kernel1, 3), split(branch.bias1, 0), split(branch.kernel2, 2), gates.T),
-  )
+  of_blocks = split(branch.kernel1, 3), split(branch.bias1, 0), split(branch.kernel2, 2), gates.T
+  y, _ = lax.scan(add_block, start, of_blocks)
   return y.astype(x.dtype)
 
 
+class _Statics(NamedTuple):
+  """Numbers and functions that a program of the kernel is compiled for.
+
+  Attributes:
+    size: H and W of x.
+    out_width: W'.
+    window: height and width.
+    stride, relu, fill, precision: as in `_gated_conv`.
+    pixels, inputs, outputs: of a tile.
+    pixel_tiles: of one example.
+    tiles_per_gate: tiles of output channels that share a gate.
+    load, store: of the backend.
+  """
+
+  size: tuple[int, int]
+  out_width: int
+  window: tuple[int, int]
+  stride: int
+  relu: bool
+  fill: bool
+  precision: lax.PrecisionLike
+  pixels: int
+  inputs: int
+  outputs: int
+  pixel_tiles: int
+  tiles_per_gate: int
+  load: Callable
+  store: Callable
+
+
 def _gated_conv(
-  x, kernel, bias, in_gates, out_gates, *, stride, relu, fill, precision, tiles, interpret
+  x,
+  kernel,
+  bias,
+  *,
+  in_gates=None,
+  out_gates=None,
+  stride,
+  relu,
+  fill,
+  precision,
+  tiles,
+  interpret,
 ):
   """Runs the kernel on one convolution.
 
@@ -288,9 +336,10 @@ def _gated_conv(
   if any(value < 1 or value & (value - 1) for value in tiles[:4]):
     raise ValueError(f"tiles must be powers of two; got {tiles}")
   interpret = jax.default_backend() != "gpu" if interpret is None else interpret
-  (n, h, w, d), e, (height, width) = x.shape, kernel.shape[-1], _out_size(x, stride)
-  inputs = _tile("in_gates", d, in_gates, tiles.inputs, interpret)
-  outputs = _tile("out_gates", e, out_gates, tiles.outputs, interpret)
+  (n, h, w, d), e = x.shape, kernel.shape[-1]
+  height, width = _out_size(x, stride)
+  inputs = _tile("in_gates", in_gates, channels=d, most=tiles.inputs, interpret=interpret)
+  outputs = _tile("out_gates", out_gates, channels=e, most=tiles.outputs, interpret=interpret)
   if out_gates is None:
     out_gates = jnp.ones((n, 1), jnp.float32)
   # Tiles of input channels: open ones come first in the order in which a program reads them.
@@ -298,23 +347,24 @@ def _gated_conv(
   if in_gates is not None:
     open_tiles = jnp.repeat(in_gates > 0, d // in_gates.shape[1] // inputs, axis=1)
   pixel_tiles, out_tiles = pl.cdiv(height * width, tiles.pixels), pl.cdiv(e, outputs)
-  program = functools.partial(
-    _program,
+  statics = _Statics(
     size=(h, w),
     out_width=width,
     window=kernel.shape[:2],
     stride=stride,
     relu=relu,
     fill=fill,
-    tiles=(tiles.pixels, inputs, outputs),
+    precision=precision,
+    pixels=tiles.pixels,
+    inputs=inputs,
+    outputs=outputs,
     pixel_tiles=pixel_tiles,
     tiles_per_gate=out_tiles // out_gates.shape[1],
-    precision=precision,
     load=functools.partial(triton.load, other=0.0),
     store=triton.store,
   )
   y = pl.pallas_call(
-    program,
+    functools.partial(_program, statics=statics),
     jax.ShapeDtypeStruct((n, height * width, e), x.dtype),
     grid=(n * pixel_tiles, out_tiles),
     interpret=interpret,
@@ -336,36 +386,20 @@ def _gated_conv(
 
 
 def _program(
-  count_ref,
-  order_ref,
-  gates_ref,
-  x_ref,
-  kernel_ref,
-  bias_ref,
-  y_ref,
-  *,
-  size,
-  out_width,
-  window,
-  stride,
-  relu,
-  fill,
-  tiles,
-  pixel_tiles,
-  tiles_per_gate,
-  precision,
-  load,
-  store,
+  count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref, *, statics: _Statics
 ):
   """Computes one tile of pixels of one example and one tile of its output channels."""
-  pixels, inputs, outputs = tiles
-  n = _quotient(pl.program_id(0), pixel_tiles)
-  pixel = _remainder(pl.program_id(0), pixel_tiles) * pixels + jnp.arange(pixels, dtype=jnp.int32)
-  channel = pl.program_id(1) * outputs + jnp.arange(outputs, dtype=jnp.int32)
+  s = statics
+  (h, w), (_, d, e) = s.size, kernel_ref.shape
+  n = _quotient(pl.program_id(0), s.pixel_tiles)
+  first = _remainder(pl.program_id(0), s.pixel_tiles) * s.pixels
+  pixel = first + jnp.arange(s.pixels, dtype=jnp.int32)
+  channel = pl.program_id(1) * s.outputs + jnp.arange(s.outputs, dtype=jnp.int32)
   # The input pixel in the middle of the window of each output pixel.
-  row, column = _quotient(pixel, out_width) * stride, _remainder(pixel, out_width) * stride
-  gate = gates_ref[n, _quotient(pl.program_id(1), tiles_per_gate)]
-  (h, w), (_, d, e), taps = size, kernel_ref.shape, window[0] * window[1]
+  row = _quotient(pixel, s.out_width) * s.stride
+  column = _remainder(pixel, s.out_width) * s.stride
+  gate = gates_ref[n, _quotient(pl.program_id(1), s.tiles_per_gate)]
+  taps = s.window[0] * s.window[1]
   # The last tiles may reach beyond the image and the channels, so every access is masked.
   place = y_ref.at[n, pixel[:, None], channel[None, :]]
   inside = (pixel < y_ref.shape[1])[:, None] & (channel < e)[None, :]
@@ -373,39 +407,35 @@ def _program(
   def add_tap(i, total):
     """Adds to the tile's sum `[pixels, outputs]` step i: one tap and one open input block."""
     # Taps are innermost, since they read the same rows up to a shift.
-    step, tap = (
-      _quotient(i, taps),
-      _remainder(i, taps),
-    )
-    k = order_ref[n, step] * inputs + jnp.arange(inputs, dtype=jnp.int32)
-    y = row + _quotient(tap, window[1]) - window[0] // 2
-    x = column + _remainder(tap, window[1]) - window[1] // 2
+    step, tap = _quotient(i, taps), _remainder(i, taps)
+    k = order_ref[n, step] * s.inputs + jnp.arange(s.inputs, dtype=jnp.int32)
+    y = row + _quotient(tap, s.window[1]) - s.window[0] // 2
+    x = column + _remainder(tap, s.window[1]) - s.window[1] // 2
     # Zeros outside the image are the symmetric padding.
     in_image = (y >= 0) & (y < h) & (x >= 0) & (x < w) & (pixel < y_ref.shape[1])
-    rows = load(
+    rows = s.load(
       x_ref.at[n, (y * w + x)[:, None], k[None, :]], mask=in_image[:, None] & (k < d)[None, :]
     )
-    weights = load(
+    weights = s.load(
       kernel_ref.at[tap, k[:, None], channel[None, :]],
       mask=(k < d)[:, None] & (channel < e)[None, :],
     )
-    return total + jnp.dot(rows, weights, preferred_element_type=jnp.float32, precision=precision)
+    return total + jnp.dot(rows, weights, preferred_element_type=jnp.float32, precision=s.precision)
 
   # A closed block's loads and dots are skipped, not masked: this is where time is saved.
   @pl.when(gate > 0)
   def _():
-    total = lax.fori_loop(
-      0, count_ref[n] * taps, add_tap, jnp.zeros((pixels, outputs), jnp.float32)
-    )
-    total += load(bias_ref.at[channel], mask=channel < e).astype(jnp.float32)[None, :]
-    total = (jnp.maximum(total, 0) if relu else total) * gate
-    store(place, total.astype(y_ref.dtype), mask=inside)
+    start = jnp.zeros((s.pixels, s.outputs), jnp.float32)
+    total = lax.fori_loop(0, count_ref[n] * taps, add_tap, start)
+    total += s.load(bias_ref.at[channel], mask=channel < e).astype(jnp.float32)[None, :]
+    total = (jnp.maximum(total, 0) if s.relu else total) * gate
+    s.store(place, total.astype(y_ref.dtype), mask=inside)
 
-  if fill:
+  if s.fill:
 
     @pl.when(~(gate > 0))
     def _():
-      store(place, jnp.zeros((pixels, outputs), y_ref.dtype), mask=inside)
+      s.store(place, jnp.zeros((s.pixels, s.outputs), y_ref.dtype), mask=inside)
 
 
 def _quotient(number: Array, by: int) -> Array:
@@ -429,12 +459,11 @@ def _open_first(open_tiles: Array) -> Array:
   # Unique keys: all open tiles before all closed ones, each in their order.
   key = jnp.where(open_tiles, number, number + len(number))
   rank = jnp.sum(key[:, :, None] > key[:, None, :], axis=2, dtype=jnp.int32)
-  return jnp.sum(
-    jnp.where(rank[:, :, None] == number[None, None], number[:, None], 0), axis=1, dtype=jnp.int32
-  )
+  of_rank = jnp.where(rank[:, :, None] == number[None, None], number[:, None], 0)
+  return jnp.sum(of_rank, axis=1, dtype=jnp.int32)
 
 
-def _tile(name: str, channels: int, gates: Array | None, most: int, interpret: bool) -> int:
+def _tile(name: str, gates: Array | None, *, channels: int, most: int, interpret: bool) -> int:
   """Returns the channels of a tile.
 
   It is a power of two that divides the gates' blocks, or that covers ungated channels.
@@ -451,7 +480,9 @@ def _tile(name: str, channels: int, gates: Array | None, most: int, interpret: b
   return tile
 
 
-def _conv(x: Array, kernel: Array, stride: int, precision: lax.PrecisionLike) -> Array:
+def _conv(
+  x: Array, kernel: Array, *, stride: int = 1, precision: lax.PrecisionLike = None
+) -> Array:
   y = lax.conv_general_dilated(
     x,
     kernel,
@@ -479,23 +510,26 @@ def _checked_branch(branch, x, gates):
     arguments.real_array(name, array)
   branch, x = jax.tree.map(jnp.asarray, (branch, x))
   gates = jnp.asarray(gates, jnp.float32)
-  _check_conv(x, branch.kernel1, branch.bias1, None, gates)
+  _check_conv(x, branch.kernel1, branch.bias1, out_gates=gates)
   # Only the hidden features' shape and type are checked; nothing is computed.
   hidden = jax.ShapeDtypeStruct((*x.shape[:-1], len(branch.bias1)), x.dtype)
-  _check_conv(hidden, branch.kernel2, branch.bias2, gates, None)
+  _check_conv(hidden, branch.kernel2, branch.bias2, in_gates=gates)
   return branch, x, gates
 
 
-def _checked_conv(x, kernel, bias, *gates):
+def _checked_conv(x, kernel, bias, *, in_gates, out_gates):
   for name, array in (("x", x), ("kernel", kernel), ("bias", bias)):
     arguments.real_array(name, array)
-  arrays = jax.tree.map(jnp.asarray, (x, kernel, bias))
-  gates = [None if g is None else jnp.asarray(g, jnp.float32) for g in gates]
-  _check_conv(*arrays, *gates)
-  return *arrays, *gates
+  x, kernel, bias = map(jnp.asarray, (x, kernel, bias))
+  if in_gates is not None:
+    in_gates = jnp.asarray(in_gates, jnp.float32)
+  if out_gates is not None:
+    out_gates = jnp.asarray(out_gates, jnp.float32)
+  _check_conv(x, kernel, bias, in_gates=in_gates, out_gates=out_gates)
+  return x, kernel, bias, in_gates, out_gates
 
 
-def _check_conv(x, kernel, bias, in_gates, out_gates) -> None:
+def _check_conv(x, kernel, bias, *, in_gates=None, out_gates=None) -> None:
   if x.ndim != 4 or not x.size or x.dtype not in (jnp.float32, jnp.bfloat16):
     raise ValueError(
       f"x must be [N, H, W, D], not empty, float32 or bfloat16; got {x.shape}, {x.dtype}"

@@ -35,10 +35,12 @@ def l0_loss(probs: Sequence[Array]) -> Array:
 
   Reference: Louizos et al., 2018; Bejnordi et al., 2020.
   """
-  probs = _checked_layers("probs", probs)
-  gates = sum(p.shape[-1] for p in probs)
-  # Every gate counts once, so large layers count more.
-  return sum(jnp.sum(collectives.batch_mean(p, None)) for p in probs) / gates
+  gates, expected_open = 0, 0
+  for layer in _checked_layers("probs", probs):
+    # Every gate counts once, so large layers count more.
+    gates += layer.shape[-1]
+    expected_open += jnp.sum(collectives.batch_mean(layer, None))
+  return expected_open / gates
 
 
 def target_rate_loss(
@@ -61,9 +63,12 @@ def target_rate_loss(
   Reference: Veit and Belongie, 2018 (ConvNet-AIG).
   """
   target = arguments.parameter("target", target, "in [0, 1]", lambda v: (v >= 0) & (v <= 1))
-  means = [collectives.batch_mean(g, axis_name) for g in _checked_layers("gates", gates)]
-  # Layers may differ in type, and the target takes that of each.
-  return sum(jnp.sum(jnp.square(mean - jnp.asarray(target, mean.dtype))) for mean in means)
+  total = 0
+  for layer in _checked_layers("gates", gates):
+    rate = collectives.batch_mean(layer, axis_name)
+    # Layers may differ in type, and the target takes that of each.
+    total += jnp.sum(jnp.square(rate - jnp.asarray(target, rate.dtype)))
+  return total
 
 
 def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -> Array:
@@ -81,9 +86,8 @@ def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -
   >>> print(f"{entropy_loss([jnp.array([[0.0, 1.0], [1.0, 1.0]])]):.4f}")
   0.5000
   """
-  return _certainty(
-    jnp.concatenate([collectives.batch_mean(p, axis_name) for p in _checked_layers("probs", probs)])
-  )
+  layers = _checked_layers("probs", probs)
+  return _certainty(jnp.concatenate([collectives.batch_mean(p, axis_name) for p in layers]))
 
 
 def decision_entropy_loss(probs: Sequence[Array]) -> Array:
@@ -198,9 +202,8 @@ def mac_budget_loss(
   # The value of `executed`, with the gradient of `expected`.
   mean = expected + lax.stop_gradient(executed - expected)
   # Of the whole network, not of its gated part: budgets of different models compare.
-  share = (number_as(never_gated_macs, like=mean) + mean) / number_as(
-    never_gated_macs + gated_macs(records), like=mean
-  )
+  all_macs = number_as(never_gated_macs + gated_macs(records), like=mean)
+  share = (number_as(never_gated_macs, like=mean) + mean) / all_macs
   budget = jnp.asarray(budget, share.dtype)
   return jnp.square(share - budget)
 

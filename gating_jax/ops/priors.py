@@ -34,10 +34,7 @@ from gating_jax.ops.arguments import aligned, as_float
 from gating_jax.types import Array
 
 # Range of Beta's a and b. Below it, tails reach logits whose sigmoid underflows in float64.
-_SMALLEST, _LARGEST = (
-  0.05,
-  10_000,
-)
+_SMALLEST, _LARGEST = 0.05, 10_000
 # Standard deviations beyond which Normal's CDF and slope are 0 or 1 in float64.
 _FAR = 40.0
 
@@ -106,11 +103,9 @@ def beta(a: float | Array, b: float | Array) -> Prior:
   >>> print(jax.grad(lambda a: beta(a, 0.4).logit_cdf(0.0))(0.6).round(4))
   -0.4791
   """
-  in_range = f"in [{_SMALLEST}, {_LARGEST}]", lambda v: (v >= _SMALLEST) & (v <= _LARGEST)
-  a, b = (
-    arguments.parameter("beta's a", a, *in_range),
-    arguments.parameter("beta's b", b, *in_range),
-  )
+  rule = f"in [{_SMALLEST}, {_LARGEST}]"
+  a = arguments.parameter("beta's a", a, rule, _in_beta_range)
+  b = arguments.parameter("beta's b", b, rule, _in_beta_range)
   # Known numbers have a table, which is faster; its cache also makes equal calls return one object.
   if isinstance(a, float) and isinstance(b, float):
     return _fixed_beta(a, b)
@@ -177,9 +172,8 @@ def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
   mean = arguments.parameter("normal's mean", mean, "finite", np.isfinite)
   std = arguments.parameter("normal's std", std, "positive", _is_positive)
   family = _Normal(mean, std)
-  return Prior(
-    _name("normal", mean, std), family.cdf, family.pdf, shape=_shape("normal", mean, std)
-  )
+  name, shape = _name("normal", mean, std), _shape("normal", mean, std)
+  return Prior(name, family.cdf, family.pdf, shape=shape)
 
 
 # Two priors are equal only if they are one object, so there is one.
@@ -191,11 +185,11 @@ def uniform() -> Prior:
   Array([0.  , 0.25, 1.  ], dtype=float32)
   """
   return Prior(
-    "uniform",
-    _Sloped(_uniform_cdf, _uniform_pdf),
-    _uniform_pdf,
-    _Sloped(_uniform_logit_cdf, _uniform_logit_pdf),
-    _uniform_logit_pdf,
+    name="uniform",
+    cdf=_Sloped(_uniform_cdf, _uniform_pdf),
+    pdf=_uniform_pdf,
+    logit_cdf=_Sloped(_uniform_logit_cdf, _uniform_logit_pdf),
+    logit_pdf=_uniform_logit_pdf,
   )
 
 
@@ -235,7 +229,7 @@ def from_cdf(
   _check_functions(cdf, pdf, logit_cdf, logit_pdf)
   # Plain functions have no slope rule yet, neither on the natural nor on the logit axis.
   logit_pair = None if logit_cdf is None else _Pair(logit_cdf, logit_pdf)
-  return Prior(name, _Pair(cdf, pdf), pdf, logit_pair, logit_pdf, shape)
+  return Prior(name, _Pair(cdf, pdf), pdf, logit_cdf=logit_pair, logit_pdf=logit_pdf, shape=shape)
 
 
 @functools.lru_cache(maxsize=64)
@@ -478,6 +472,10 @@ def _logit(inside: Array) -> Array:
   return jnp.log(inside) - jnp.log1p(-inside)
 
 
+def _in_beta_range(value: np.ndarray) -> np.ndarray:
+  return (value >= _SMALLEST) & (value <= _LARGEST)
+
+
 def _is_positive(value: np.ndarray) -> np.ndarray:
   return (value > 0) & np.isfinite(value)
 
@@ -500,25 +498,26 @@ def _check_functions(cdf: object, pdf: object, logit_cdf: object, logit_pdf: obj
 
 def _prior(prior: str, family: _OnUnitInterval, *parameters: Parameter) -> Prior:
   return Prior(
-    _name(prior, *parameters),
-    family.cdf,
-    family.pdf,
-    family.logit_cdf,
-    family.logit_pdf,
-    _shape(prior, *parameters),
+    name=_name(prior, *parameters),
+    cdf=family.cdf,
+    pdf=family.pdf,
+    logit_cdf=family.logit_cdf,
+    logit_pdf=family.logit_pdf,
+    shape=_shape(prior, *parameters),
   )
 
 
 def _name(prior: str, *parameters) -> str:
-  # Arrays are shown by their shape, since they may be traced.
-  show = lambda p: (
-    f"{p:g}"
-    if isinstance(p, numbers.Real)
-    else str(list(jnp.shape(p)))
-    if jnp.ndim(p)
-    else "scalar"
-  )
-  return f"{prior}({', '.join(map(show, parameters))})"
+  shown_parameters = []
+  for parameter in parameters:
+    if isinstance(parameter, numbers.Real):
+      shown_parameters.append(f"{parameter:g}")
+    elif jnp.ndim(parameter):
+      # Arrays are shown by their shape, since they may be traced.
+      shown_parameters.append(str(list(jnp.shape(parameter))))
+    else:
+      shown_parameters.append("scalar")
+  return f"{prior}({', '.join(shown_parameters)})"
 
 
 def _shape(prior: str, *parameters) -> tuple[int, ...]:

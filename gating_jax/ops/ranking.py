@@ -58,7 +58,8 @@ def reverse_mode_only(function: Callable) -> Callable:
 def sort_with_vjp(x: Array, axis: int = 0) -> Array:
   """Sorts in ascending order; each sorted value's gradient returns to the element it came from.
 
-  The losses of `ops/ecdf.py` do not use it: they have a rule of their own.
+  The losses of `ops/ecdf.py` do not go through it: they have a rule of their own, since they need
+  the places of values, not the sorted values.
 
   Args:
     x: real values, any shape. NaN sorts to no particular place, and affects no other column.
@@ -137,13 +138,12 @@ def unsort(values: Array, source: Array) -> Array:
   """
   n, *columns = source.shape
   # Column after column, which keeps the scatter's writes near each other.
-  by_column = lambda v: v.reshape(n, -1).T
   first = jnp.asarray(n, source.dtype) * jnp.arange(math.prod(columns), dtype=source.dtype)
-  index = by_column(source) + first[:, None]
-  flat = (
-    jnp.zeros(values.size, values.dtype)
-    .at[index.ravel()]
-    .set(by_column(values).ravel(), unique_indices=True, mode="promise_in_bounds")
+  index = source.reshape(n, -1).T + first[:, None]
+  by_column = values.reshape(n, -1).T
+  flat = jnp.zeros(values.size, values.dtype)
+  flat = flat.at[index.ravel()].set(
+    by_column.ravel(), unique_indices=True, mode="promise_in_bounds"
   )
   return flat.reshape(-1, n).T.reshape(values.shape)
 
@@ -181,8 +181,12 @@ def _columns(source):
 
   Sizes may be symbolic.
   """
-  sizes = lambda axis: [size if i == axis else 1 for i, size in enumerate(source.shape)]
-  return [lax.broadcasted_iota(source.dtype, sizes(axis), axis) for axis in range(1, source.ndim)]
+  indices = []
+  for axis in range(1, source.ndim):
+    shape = [1] * source.ndim
+    shape[axis] = source.shape[axis]
+    indices.append(lax.broadcasted_iota(source.dtype, shape, axis))
+  return indices
 
 
 @jax.custom_vjp
@@ -217,14 +221,19 @@ def _network_argsort(x):
   """Runs `_argsort_block` on a few columns at a time, which stay in a core's cache."""
   n, *columns = x.shape
   by_column = x.astype(jnp.float32).reshape(n, -1)
-  blocks = jnp.pad(by_column, ((0, 0), (0, -by_column.shape[1] % _BLOCK))).reshape(n, -1, _BLOCK)
+  count = by_column.shape[1]
+  blocks = jnp.pad(by_column, ((0, 0), (0, -count % _BLOCK))).reshape(n, -1, _BLOCK)
   # The network works on 64-bit integers, which JAX has only in this mode.
   with jax.enable_x64(True):
-    parts = lax.map(_argsort_block, jnp.swapaxes(blocks, 0, 1))
-  join = lambda v: jnp.swapaxes(v, 0, 1).reshape(v.shape[1], blocks.shape[1] * _BLOCK)[
-    :, : by_column.shape[1]
-  ]
-  return tuple(join(v).reshape(v.shape[1], *columns) for v in parts)
+    source, tied = lax.map(_argsort_block, jnp.swapaxes(blocks, 0, 1))
+
+  def join(parts):
+    """Joins blocks `[blocks, n, _BLOCK]` to `[n, *columns]`, without the padding."""
+    rows = parts.shape[1]
+    joined = jnp.swapaxes(parts, 0, 1).reshape(rows, blocks.shape[1] * _BLOCK)
+    return joined[:, :count].reshape(rows, *columns)
+
+  return join(source), join(tied)
 
 
 def _argsort_block(x):
@@ -264,13 +273,13 @@ def _network(x):
     distance, mirrored = block // 2, True
     while distance:
       steps = min(_STEPS_AT_A_TIME, distance.bit_length())
-      x = _compare_exchange(x, distance, steps, mirrored)
+      x = _compare_exchange(x, distance, steps=steps, mirrored=mirrored)
       distance, mirrored = distance >> steps, False
     block *= 2
   return x
 
 
-def _compare_exchange(x, distance, steps, mirrored):
+def _compare_exchange(x, distance, *, steps, mirrored):
   """Orders elements `distance` apart, then half that, and so on for `steps` steps.
 
   With `mirrored` the first step orders elements that mirror each other in a block of twice the
@@ -283,10 +292,18 @@ def _compare_exchange(x, distance, steps, mirrored):
   row = [apart[:, i] for i in range(rows)]
   half = rows // 2
   while half:
-    for i in (i for i in range(rows) if not i & half):
-      # A mirrored partner lies in the mirrored part, in reverse order.
-      partner, turn = (rows - 1 - i, lambda v: v[:, ::-1]) if mirrored else (i + half, lambda v: v)
-      low, high = row[i], turn(row[partner])
-      row[i], row[partner] = jnp.minimum(low, high), turn(jnp.maximum(low, high))
+    for i in range(rows):
+      # Each pair once, from its lower part.
+      if i & half:
+        continue
+      if mirrored:
+        # The partner lies in the mirrored part, in reverse order.
+        partner = rows - 1 - i
+        low, high = row[i], row[partner][:, ::-1]
+        row[i], row[partner] = jnp.minimum(low, high), jnp.maximum(low, high)[:, ::-1]
+      else:
+        partner = i + half
+        low, high = row[i], row[partner]
+        row[i], row[partner] = jnp.minimum(low, high), jnp.maximum(low, high)
     half, mirrored = half // 2, False
   return jnp.stack(row, axis=1).reshape(x.shape)

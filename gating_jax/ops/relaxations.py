@@ -125,7 +125,7 @@ def hard_concrete_open_prob(
   >>> print(f"{hard_concrete_open_prob(0.0):.4f}")
   0.8318
   """
-  return jax.nn.sigmoid(_moved(logits, temperature, stretch, -1))
+  return jax.nn.sigmoid(_moved(logits, temperature, stretch, sign=-1))
 
 
 def hard_concrete_location(
@@ -141,7 +141,7 @@ def hard_concrete_location(
   >>> print(f"{hard_concrete_open_prob(hard_concrete_location(0.0)):.4f}")
   0.5000
   """
-  return _moved(open_logits, temperature, stretch, 1)
+  return _moved(open_logits, temperature, stretch, sign=1)
 
 
 def hard_concrete_mean(
@@ -207,7 +207,7 @@ def _checked_temperature(temperature: float | Array) -> float | Array:
 
 
 def _moved(
-  logits: Array, temperature: float | Array, stretch: tuple[float, float], sign: int
+  logits: Array, temperature: float | Array, stretch: tuple[float, float], *, sign: int
 ) -> Array:
   """Moves logits between the gate that is above 1/2 and the one that is above 0.
 

@@ -83,9 +83,12 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
   length = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True, dtype=jnp.int32), 1)
   k = jnp.minimum(_column(k, valid.shape[0]), length)
   place = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
-  # (i + 1/2) n / k < x for ceil(k x / n - 1/2) whole numbers i >= 0; a segment is chosen where
-  # that number grows.
-  centres_before = lambda x: -((length - 2 * k * x) // (2 * length))
+
+  def centres_before(x):
+    """Counts the centres below x: (i + 1/2) n / k < x for ceil(k x / n - 1/2) numbers i >= 0."""
+    return -((length - 2 * k * x) // (2 * length))
+
+  # A segment is chosen where that number grows.
   return (valid & (centres_before(place + 1) > centres_before(place))).astype(jnp.float32)
 
 
@@ -99,9 +102,10 @@ def random_k(
   """
   arguments.prng_key("key", key)
   batch, segments = _checked_valid(valid).shape
-  draw = lambda key: jax.random.uniform(key, (segments,), jnp.float32)
+  keys = example_keys(key, batch, axis_name)
+  scores = jax.vmap(lambda key: jax.random.uniform(key, (segments,), jnp.float32))(keys)
   # The k largest of independent uniform numbers are a uniform random set.
-  return top_k(jax.vmap(draw)(example_keys(key, batch, axis_name)), valid, k)
+  return top_k(scores, valid, k)
 
 
 def first_k(valid: Array, k: int | Array) -> Array:
@@ -117,8 +121,10 @@ def first_k(valid: Array, k: int | Array) -> Array:
   ranks = np.zeros((segments + 1, segments), np.float32)
   for length in range(1, segments + 1):
     ranks[length, frame_exit_order(length)] = np.arange(length)
-  place = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-  return top_k(-jnp.asarray(ranks)[jnp.sum(valid, axis=1, keepdims=True), place], valid, k)
+  length, place = jnp.sum(valid, axis=1, keepdims=True), jnp.cumsum(valid, axis=1) - 1
+  rank = jnp.asarray(ranks)[length, jnp.maximum(place, 0)]
+  # The lowest ranks have the highest scores.
+  return top_k(-rank, valid, k)
 
 
 def budget_to_k(valid: Array, share: float) -> Array:
@@ -152,9 +158,9 @@ def budget_to_k(valid: Array, share: float) -> Array:
     counts = np.ceil(np.round(share * lengths, 9))
   else:
     raise ValueError(f"share must be in (0, 1], or an int number of segments; got {share}")
-  return jnp.asarray(np.clip(counts, 1, np.maximum(lengths, 1)) * (lengths > 0), jnp.int32)[
-    jnp.sum(valid, axis=1)
-  ]
+  # At least 1 and at most all; a video without a valid segment has none.
+  of_length = np.clip(counts, 1, np.maximum(lengths, 1)) * (lengths > 0)
+  return jnp.asarray(of_length, jnp.int32)[jnp.sum(valid, axis=1)]
 
 
 def frame_exit_order(segments: int) -> np.ndarray:
