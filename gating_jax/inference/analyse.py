@@ -306,7 +306,9 @@ def account(
   Returns:
     An `Account`, per image.
   """
-  gates = [np.concatenate(of_group) for of_group in zip(*batches, strict=True)]
+  gates = []
+  for of_group in zip(*batches, strict=True):
+    gates.append(np.concatenate(of_group))
   of_parts = folded.macs_by_part(net, shape, gates)
   walks = [list(folded.walk(net, gates)) for gates in batches]
   dense, opened, computed, heads = [], [], [], []

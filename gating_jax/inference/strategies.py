@@ -255,10 +255,12 @@ def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
 
   There is a number for each program.
   """
-  sizes = [bucket_sizes(group.width, buckets, multiple=CHANNELS) for group in groups]
-  count = max(map(len, sizes))
-  # A group with fewer sizes repeats its last one.
-  return [size + size[-1:] * (count - len(size)) for size in sizes]
+  of_groups = [bucket_sizes(group.width, buckets, multiple=CHANNELS) for group in groups]
+  programs, filled = max(map(len, of_groups)), []
+  for sizes in of_groups:
+    # A group with fewer sizes repeats its last one.
+    filled.append(sizes + sizes[-1:] * (programs - len(sizes)))
+  return filled
 
 
 def _smallest_program(count: Array, sizes: Sequence[int]) -> Array:
@@ -295,8 +297,11 @@ def _compact(part: Part, x: Array, kept: Sequence[_Kept]) -> Array:
   """Computes the part with some channels of each group; all others are closed."""
   if isinstance(part, Layer):
     return _compact_layer(part, x, kept)
-  convs = _subnet(part.convs, [channels.index for channels in kept])
-  branch = chain(convs, x, [channels.gates[None] for channels in kept])
+  indices, masks = [], []
+  for channels in kept:
+    indices.append(channels.index)
+    masks.append(channels.gates[None])
+  branch = chain(_subnet(part.convs, indices), x, masks)
   return jax.nn.relu(branch + part.shortcut(x))
 
 
@@ -315,8 +320,11 @@ def _compact_layer(layer: Layer, x: Array, kept: Sequence[_Kept]) -> Array:
 
 def _subnet(convs: Sequence[Conv], channels: Sequence[Array]) -> tuple[Conv, ...]:
   """Restricts convolutions to the given channels between them."""
-  ends = [None, *channels, None]
-  return tuple(conv.select(ends[i], ends[i + 1]) for i, conv in enumerate(convs))
+  # The first reads all channels, the last writes all.
+  ends, subnet = [None, *channels, None], []
+  for i, conv in enumerate(convs):
+    subnet.append(conv.select(inputs=ends[i], outputs=ends[i + 1]))
+  return tuple(subnet)
 
 
 def _spread(y: Array, index: Array, size: int) -> Array:
