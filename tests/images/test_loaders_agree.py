@@ -65,6 +65,10 @@ def test_loaders_train_the_same_net_on_made_images(tmp_path):
 @pytest.mark.real_data
 @pytest.mark.skipif(not REAL, reason="GATING_JAX_DATA_DIR names no folder of prepared sets")
 def test_loaders_train_the_same_net_on_cifar10(tmp_path):
-  splits = {"data.train_split": "train[:64]", "data.test_split": "test[:50]", "data.crop_padding": 4}
+  splits = {
+    "data.train_split": "train[:64]",
+    "data.test_split": "test[:50]",
+    "data.crop_padding": 4,
+  }
   result = check_loaders_agree(tmp_path, "cifar10", REAL, **splits)
   assert result["images"] == 50
