@@ -196,19 +196,15 @@ def unmix(tree: Any, new: int, replayed: int) -> tuple[Any, Any]:
   """
   groups = math.gcd(new, replayed)
 
-  def pick(part):
-    """Returns one part of each group, by its slice of the group."""
+  def separate(x):
+    """Separates one array."""
+    # Each group begins with its new examples, as in `mix`.
+    parts = jnp.split(x.reshape(groups, -1, *x.shape[1:]), [new // groups], axis=1)
+    return [part.reshape(-1, *x.shape[1:]) for part in parts]
 
-    def from_one(x):
-      """Picks from one array."""
-      grouped = x.reshape(groups, -1, *x.shape[1:])
-      return grouped[:, part].reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(from_one, tree)
-
-  # Each group begins with its new examples, as in `mix`.
-  new_per_group = new // groups
-  return pick(slice(new_per_group)), pick(slice(new_per_group, None))
+  pairs = jax.tree.map(separate, tree)
+  of_pair = jax.tree.structure([0, 0])
+  return tuple(jax.tree.transpose(jax.tree.structure(tree), of_pair, pairs))
 
 
 class Drawn(NamedTuple):
