@@ -227,10 +227,12 @@ class ChannelGate(nn.Module):
     units = [self._units(group.channels) for group in self.groups]
     # One head decides on the units of all groups, which are then split.
     logits = self._logits(x, sum(units), train)
+    # Before the splits: the order in which the logits' gradients add up is that of these lines.
+    probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
     ends = np.cumsum(units)[:-1]
     logits_of = jnp.split(logits, ends, axis=-1)
-    probs_of = jnp.split(jax.nn.sigmoid(logits), ends, axis=-1)
-    gates_of = jnp.split(self._gates(logits, train), ends, axis=-1)
+    probs_of = jnp.split(probs, ends, axis=-1)
+    gates_of = jnp.split(gates, ends, axis=-1)
     records = []
     # Costs per pair are with the record before, so the order of records matters: the first group's
     # are with the record of the block's input.
