@@ -437,8 +437,8 @@ INFERENCE = [
   Mutant(
     "overflow_dropped",
     "ops/pallas_kernels.py",
-    "jnp.max(jnp.sum(gates > 0, axis=0)) <= capacity, dispatch, masked, branch, x, gates",
-    "True, dispatch, masked, branch, x, gates",
+    "fits = jnp.max(jnp.sum(gates > 0, axis=0)) <= capacity",
+    "fits = True",
     "ops/test_pallas_kernels.py::test_a_dispatch_of_too_little_capacity_is_masked_and_right",
   ),
   Mutant(
