@@ -6,9 +6,12 @@ Values and names can come from anywhere, so their text is shortened and sanitise
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 
@@ -114,3 +117,27 @@ def printable(text: object, keep: str = "") -> str:
     else:
       letters.append("?")
   return "".join(letters)
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error's text; its type where it has none."""
+  return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def former_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
+  """Decorates a function so that it takes a keyword by its former name, too, and warns."""
+
+  def decorate(function: Callable) -> Callable:
+    """Returns the function that takes both names."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+      """Calls the function with the name of today."""
+      if old in keywords:
+        warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
+        keywords[new] = keywords.pop(old)
+      return function(*args, **keywords)
+
+    return call
+
+  return decorate

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 
 import gating_jax
@@ -33,6 +34,17 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
   assert new in gating_jax.__all__
   with pytest.warns(DeprecationWarning, match=f"gating_jax.{old} is now called gating_jax.{new}"):
     assert getattr(gating_jax, old) is getattr(gating_jax, new)
+
+
+def test_former_keywords_and_attributes_warn_and_work():
+  counts = gating_jax.model_summary(gating_jax.resnet("resnet8", 10, gating="channel"), (8, 8, 3))
+  with pytest.warns(DeprecationWarning, match="fixed is now called always_macs"):
+    assert counts.fixed == counts.always_macs
+  gates = np.ones((2, 3), np.float32)
+  record = gating_jax.GateRecord(logits=gates, probs=gates, gates=gates, macs_per_unit=5)
+  with pytest.warns(DeprecationWarning, match="fixed_macs is now called never_gated_macs"):
+    old = gating_jax.mac_budget_loss([record], fixed_macs=5, budget=0.5)
+  assert old == gating_jax.mac_budget_loss([record], never_gated_macs=5, budget=0.5)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -14,7 +14,6 @@ import functools
 import itertools
 import operator
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -172,25 +171,6 @@ def check_options(
     repeats=repeats,
     max_slowdown_all_open=max_slowdown_all_open,
   )
-
-
-def former_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
-  """Decorates a function so that it takes a keyword by its former name, too, and warns."""
-
-  def decorate(function: Callable) -> Callable:
-    """Returns the function that takes both names."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **keywords: Any) -> Any:
-      """Calls the function with the name of today."""
-      if old in keywords:
-        warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
-        keywords[new] = keywords.pop(old)
-      return function(*args, **keywords)
-
-    return call
-
-  return decorate
 
 
 def check_images(name: str, x: Any, shape: Sequence[int] | None = None) -> Array:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gating_jax.checks import one_of
+from gating_jax.checks import former_keyword, one_of
 from gating_jax.inference import folded
 from gating_jax.inference.analyse import Account, account
 from gating_jax.inference.compiled import (
@@ -30,7 +30,6 @@ from gating_jax.inference.compiled import (
   check_options,
   choose_fastest,
   count_pieces,
-  former_keyword,
   list_timings,
   run_over,
   runs_over,

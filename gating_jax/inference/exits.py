@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.checks import one_of
+from gating_jax.checks import former_keyword, one_of
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import (
   AUTO,
@@ -37,7 +37,6 @@ from gating_jax.inference.compiled import (
   check_options,
   choose_fastest,
   count_pieces,
-  former_keyword,
   runs_over,
   spread_batches,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,12 @@ class ModelCounts:
   def always_macs(self) -> int:
     """Returns the MACs per example that always run: the ungated part and the gate networks."""
     return self.never_gated_macs + self.gate_macs
+
+  @property
+  def fixed(self) -> int:
+    """Returns `always_macs`, by its former name."""
+    warnings.warn("fixed is now called always_macs", DeprecationWarning, stacklevel=2)
+    return self.always_macs
 
 
 def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:

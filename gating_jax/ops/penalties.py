@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import entr
 
+from gating_jax.checks import former_keyword
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float, number_as
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, gated_macs
@@ -169,6 +170,7 @@ def mac_loss(records: Records) -> Array:
   return mean / number_as(gated_macs(records), like=mean)
 
 
+@former_keyword("fixed_macs", "never_gated_macs")
 def mac_budget_loss(
   records: Records,
   never_gated_macs: int,

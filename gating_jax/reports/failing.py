@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from gating_jax.checks import printable
+from gating_jax.checks import first_line, printable
 from gating_jax.reports import opening, page
 from gating_jax.terminal import say, warn
 from gating_jax.training import rundir
@@ -42,7 +42,7 @@ def reported(
     # A failure before the first step, such as a wrong config, leaves no note. A `PeerError` is the
     # echo of another process' failure, which that process has reported.
     if _has_begun(run_dir) and not isinstance(error, PeerError):
-      failure = {"date": _now(), "reason": _first_line(error)}
+      failure = {"date": _now(), "reason": printable(first_line(error))}
       _record(run_dir, failure)
       # With several processes the test would wait for those that have failed.
       if jax.process_count() == 1:
@@ -92,7 +92,9 @@ def _report_failure(
     report(said)
   except Exception as error:
     configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
-    begin = page.Opening(text=f"No checkpoint could be tested: {_first_line(error)}", notice=said)
+    begin = page.Opening(
+      text=f"No checkpoint could be tested: {printable(first_line(error))}", notice=said
+    )
     try:
       page.write_page(
         run_dir.report,
@@ -107,7 +109,3 @@ def _report_failure(
 
 def _now() -> str:
   return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _first_line(error: Exception) -> str:
-  return printable((str(error).splitlines() or [type(error).__name__])[0])

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from gating_jax.checks import first_line
 from gating_jax.paths import HANDLES, check_storable, user_path
 from gating_jax.terminal import warn
 from gating_jax.training import devices, hosts
@@ -240,8 +241,7 @@ class Checkpoints:
 
   def _first_line(self, error: Exception) -> str:
     """Returns the first line of an error, with the directory under its own name."""
-    first, *_ = str(error).splitlines() or [type(error).__name__]
-    return first.replace(self._address, str(self._directory))
+    return first_line(error).replace(self._address, str(self._directory))
 
   def _put_aside(self, step: int) -> None:
     def rename():
