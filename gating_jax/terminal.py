@@ -18,7 +18,7 @@ from absl import logging
 from tqdm import tqdm
 
 # Called with the pieces done and their total.
-Advance = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 # Seconds until the first line of a piece of work, and between the lines that follow.
 _AFTER, _EVERY = 1.0, 10.0
 # The main program of a training, as messages name it.
@@ -111,7 +111,9 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> Iterator[Advance]:
+def working(
+  what: str, about: str = "", tell: Callable[[str], None] = say
+) -> Iterator[ReportProgress]:
   """Announces the work in the block, then reports every ten seconds how far it is.
 
   Work that ends within a second is silent.

@@ -41,7 +41,7 @@ from gating_jax.paths import quoted
 from gating_jax.reports import compile_report, conclusion, surroundings
 from gating_jax.reports.text import align_columns
 from gating_jax.reports.timings import timing_title
-from gating_jax.terminal import Advance, say, working
+from gating_jax.terminal import ReportProgress, say, working
 from gating_jax.timing import MASKED, device, race
 from gating_jax.training import rundir
 from gating_jax.types import Array
@@ -362,7 +362,7 @@ def _accuracy(experiment: Experiment, answer: Callable[[np.ndarray], Any]) -> fl
 def _milliseconds(
   programs: Mapping[str, Callable[[Any], Any]],
   images: np.ndarray,
-  progress: Advance,
+  progress: ReportProgress,
   sizes: Sequence[int] = _TIMED_BATCHES,
 ) -> dict[str, dict[str, float]]:
   """Measures milliseconds per batch: medians over calls, by program and batch size.

@@ -24,7 +24,7 @@ import numpy as np
 
 from gating_jax.inference import folded
 from gating_jax.ops import arguments
-from gating_jax.terminal import Advance
+from gating_jax.terminal import ReportProgress
 from gating_jax.timing import MASKED, UNGATED
 from gating_jax.types import Array
 
@@ -262,7 +262,7 @@ def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
     jax.block_until_ready(run(*args))
 
 
-def count_pieces(progress: Advance | None, total: int) -> Callable[[], None]:
+def count_pieces(progress: ReportProgress | None, total: int) -> Callable[[], None]:
   """Returns a function that tells `progress` of one more finished piece of `total` at each call."""
   done = itertools.count(1)
 

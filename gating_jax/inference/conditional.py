@@ -48,7 +48,7 @@ from gating_jax.inference.strategies import (
   why_not,
   worth_trying,
 )
-from gating_jax.terminal import Advance
+from gating_jax.terminal import ReportProgress
 from gating_jax.timing import CHOSEN, MASKED, UNGATED, race
 from gating_jax.types import Array
 
@@ -139,7 +139,7 @@ def compile_conditional(
   repeats: int = 20,
   candidates: Collection[str] | None = None,
   max_slowdown_all_open: float = MAX_SLOWDOWN_ALL_OPEN,
-  progress: Advance | None = None,
+  progress: ReportProgress | None = None,
 ) -> CompiledConditional:
   """Compiles a gated network into a program that skips closed units.
 
@@ -351,7 +351,11 @@ class _Trial:
 
 
 def _choose_by_timing(
-  candidates: Candidates, batches: Sequence[Array], *, options: Options, progress: Advance | None
+  candidates: Candidates,
+  batches: Sequence[Array],
+  *,
+  options: Options,
+  progress: ReportProgress | None,
 ) -> tuple[list[str], list[Timing]]:
   """Returns each part's strategy in the fastest whole program, and all timings."""
   macs = account(

@@ -45,7 +45,7 @@ from gating_jax.inference.folding import check, fold_conv, fold_stages
 from gating_jax.inference.strategies import example_sizes, for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
-from gating_jax.terminal import Advance
+from gating_jax.terminal import ReportProgress
 from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, race
 from gating_jax.types import Array
 
@@ -247,7 +247,7 @@ def compile_exits(
   calibration: Any = None,
   repeats: int = 20,
   max_slowdown_all_open: float = MAX_SLOWDOWN_ALL_OPEN,
-  progress: Advance | None = None,
+  progress: ReportProgress | None = None,
 ) -> CompiledExits:
   """Compiles a program that gathers, after each exit, the images that stay.
 

@@ -20,7 +20,7 @@ from gating_jax.inference.conditional import CompiledConditional
 from gating_jax.inference.strategies import why_not
 from gating_jax.reports import conclusion, page, surroundings
 from gating_jax.reports.timings import draw_timings, render_timings, timing_title
-from gating_jax.terminal import Advance, say, working
+from gating_jax.terminal import ReportProgress, say, working
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
 
@@ -97,7 +97,7 @@ def calibration_images(
 
 
 @contextlib.contextmanager
-def announce_timing(title: str) -> Iterator[Advance]:
+def announce_timing(title: str) -> Iterator[ReportProgress]:
   """Tells that each way to run so many examples is compiled and timed, and how far it is."""
   with working(f"compiling and timing each way to run {title}", "up to a few minutes") as progress:
     yield progress
