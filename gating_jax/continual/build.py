@@ -160,24 +160,24 @@ class ContinualExperiment:
 
 
 def build(
-  config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None
+  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
 ) -> ContinualExperiment:
   """Checks every setting, then reads the data.
 
   Args:
     config: of continual learning.
-    known: outlines of the tasks' training sets, to be used in place of the data.
+    outlines: of the tasks' training sets, to be used in place of the data.
   Raises:
     ValueError: a setting breaks its rule; the message names the field.
     DatasetNotPreparedError: the data set is not on disk.
   """
   data, training = config.data, config.optim
   _check(config)
-  if known is None:
+  if outlines is None:
     sequence = _read_tasks(config)
   else:
     # An outline has the length and the shape of a set: enough for every check.
-    sequence = tuple(image_sets.Task(train=each, validation=each, test=each) for each in known)
+    sequence = tuple(image_sets.Task(train=each, validation=each, test=each) for each in outlines)
   shape = sequence[0].train.shape
   settings.check_channels(data, shape[-1])
   # The smallest task sets the steps of an epoch, the same for all tasks.

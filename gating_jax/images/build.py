@@ -35,8 +35,8 @@ from gating_jax.training.objectives import (
 from gating_jax.training.rundir import Outline
 
 LOADERS = ("resident", "streaming")
-# Baselines that gate whole classifiers: they exclude gates of units and their settings.
-EXITS, EXPERTS = BASELINES = ("exits", "experts")
+# Gatings of whole classifiers, which exclude gates of units and their settings.
+EXITS, EXPERTS = CLASSIFIER_GATINGS = ("exits", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +76,21 @@ class Experiment:
     if self.noise_scale is not None:
       return float(self.noise_scale(step))
     model = self.config.model
-    return 0.0 if model.gating in BASELINES else GateSettings(**model.gate).drawn_noise_scale
+    if model.gating in CLASSIFIER_GATINGS:
+      return 0.0
+    return GateSettings(**model.gate).drawn_noise_scale
 
 
-def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
+def build(
+  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
+) -> Experiment:
   """Builds the experiment of a config of labelled images.
 
   Every setting is checked first, then the data are opened.
 
   Args:
     config: the config.
-    known: outlines of the training and the test set, in place of opening them.
+    outlines: of the training and the test set, in place of opening them.
   Raises:
     ValueError: a setting is wrong; the message names the field.
     DatasetNotPreparedError: the data are not where the config says.
@@ -97,7 +101,7 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
     choices={
       "data.loader": LOADERS,
       "model.name": (*RESNETS, *VGGS),
-      "model.gating": (*GATINGS, *BASELINES),
+      "model.gating": (*GATINGS, *CLASSIFIER_GATINGS),
     },
     at_least={
       "data.crop_padding": 0,
@@ -124,7 +128,7 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
     open_test=lambda: _open(config, data.test_split, training=False),
     network=network,
     objective=ExitObjective if config.model.gating == EXITS else ImageObjective,
-    known=known,
+    outlines=outlines,
   )
 
 
@@ -137,7 +141,7 @@ def assemble(
   network: Callable[[ml_collections.ConfigDict, int], nn.Module],
   objective: type[ImageObjective] = ImageObjective,
   train_shape: tuple[int, int, int] | None = None,
-  known: Sequence[Outline] | None = None,
+  outlines: Sequence[Outline] | None = None,
 ) -> Experiment:
   """Builds an experiment from checked settings.
 
@@ -148,13 +152,13 @@ def assemble(
     network: `(config.model, classes)` to the model.
     objective: the kind of the objective to minimise.
     train_shape: `(H, W, D)` of the training images, where it is not that of the test images.
-    known: outlines of the training and the test set, which are then not opened here.
+    outlines: of the training and the test set, which are then not opened here.
   Raises:
     ValueError: a setting does not fit the data; the message names the field.
   """
   data, training = config.data, config.optim
   # Schedules need the number of steps, and so that of the images, before these are read.
-  examples = len(known[0]) if known else size()
+  examples = len(outlines[0]) if outlines else size()
   if training.batch_size > examples:
     raise ValueError(
       f"optim.batch_size must be at most {examples}, the number of training images; "
@@ -172,8 +176,8 @@ def assemble(
     gate_lr_multiplier=training.gate_lr_multiplier,
   )
   noise_scale = _noise_schedule(config.model, total)
-  # Known outlines are those of the training set, then of the test set.
-  test = known[-1] if known else open_test()
+  # The outlines are those of the training set, then of the test set.
+  test = outlines[-1] if outlines else open_test()
   settings.check_channels(data, test.shape[-1])
   classes = len(test.class_names)
   model = network(config.model, classes)
@@ -398,7 +402,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if skips:
     demand("model.gating", "layer", "model.backward_share is below 1")
     demand("model.group_norm", True, "model.backward_share is below 1")
-  # The baselines have no gates that a regulariser could shape.
+  # A gating of the whole classifier has no gates that a regulariser could shape.
   if exits:
     demand("loss.regulariser", "none", f"model.gating is {model.gating!r}")
   if experts and loss.regulariser != "balance":
@@ -409,7 +413,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     demand("model.gating", EXPERTS, "loss.regulariser is 'balance'")
   # Without gates that draw noise, the schedule would be silently ignored.
   if model.noise.final is not None and (
-    model.gating in ("none", *BASELINES)
+    model.gating in ("none", *CLASSIFIER_GATINGS)
     or model.gate.context == "random"
     or model.gate.relaxation == "sigmoid"
   ):
@@ -419,7 +423,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     )
   if loss.sparsity.kind == "budget":
     _check_budget_acts(config)
-  if chain and model.gating in BASELINES:
+  if chain and model.gating in CLASSIFIER_GATINGS:
     raise ValueError(
       f"model.name must be a residual network where model.gating is {model.gating!r}; "
       f"got {model.name!r}"
@@ -447,5 +451,5 @@ def _check_budget_acts(config: ml_collections.ConfigDict) -> None:
       )
 
   refuse("model.gate.relaxation", ("sigmoid",))
-  refuse("model.gating", ("none", *BASELINES))
+  refuse("model.gating", ("none", *CLASSIFIER_GATINGS))
   refuse("loss.regulariser", set(REGULARISERS) - set(WITH_SPARSITY))

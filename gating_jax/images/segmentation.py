@@ -48,12 +48,14 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   runner.run(Segmentation(experiment), workdir, mode)
 
 
-def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
+def build(
+  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
+) -> Experiment:
   """Builds the experiment of a config of scenes.
 
   Args:
     config: the config.
-    known: outlines of the training and the test set, in place of opening them.
+    outlines: of the training and the test set, in place of opening them.
   Raises:
     ValueError, DatasetNotPreparedError: as in `images.build.build`.
   """
@@ -91,7 +93,7 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
     network=network,
     objective=pixels.PixelObjective,
     train_shape=sets.train_shape,
-    known=known,
+    outlines=outlines,
   )
 
 

@@ -23,8 +23,8 @@ from gating_jax.inference.quantise import check_float
 from gating_jax.inference.strategies import (
   STRATEGIES,
   PartBatch,
-  Setting,
-  settings_of,
+  PartContext,
+  contexts_of,
   switch,
 )
 from gating_jax.ops import arguments
@@ -193,16 +193,16 @@ def _switched(net: FoldedNet, buckets: int, shape: Shape, gates: AllGates, count
 
   Elsewhere `native`, which computes what is open, stands for a branch that runs or not.
   """
-  settings = settings_of(net, buckets)
+  contexts = contexts_of(net, buckets)
   names = []
-  for part, setting in zip(net.parts, settings, strict=True):
-    if switch(part, setting) is not None:
+  for part, context in zip(net.parts, contexts, strict=True):
+    if switch(part, context) is not None:
       names.append("switch")
     else:
       # Parts that no strategy of the two fits are computed whole.
       names.append("native" if part.layer_gate else MASKED)
-  known = [[name] for name in names]
-  found = account(net, shape, [gates], known=known, settings=settings, size=count)
+  strategies = [[name] for name in names]
+  found = account(net, shape, [gates], strategies=strategies, contexts=contexts, size=count)
   return found.of_program(names)
 
 
@@ -290,8 +290,8 @@ def account(
   shape: Shape,
   batches: Sequence[AllGates],
   *,
-  known: Sequence[Iterable[str]],
-  settings: Sequence[Setting],
+  strategies: Sequence[Iterable[str]],
+  contexts: Sequence[PartContext],
   size: int,
 ) -> Account:
   """Counts the MACs of a network on some batches of images.
@@ -300,8 +300,8 @@ def account(
     net: the network.
     shape: `(H, W, D)` of an image.
     batches: for each batch, `[N, U]` gates of every group of the network in order.
-    known: the strategies of each part.
-    settings: the setting of each part.
+    strategies: the strategies of each part.
+    contexts: the context of each part.
     size: N.
   Returns:
     An `Account`, per image.
@@ -317,9 +317,9 @@ def account(
     of_batches = []
     for walked in walks:
       _, own, before = walked[i]
-      of_batches.append(PartBatch(part, settings[i], shape, own, before, size))
+      of_batches.append(PartBatch(part, contexts[i], shape, own, before, size))
     by_strategy = {}
-    for name in known[i]:
+    for name in strategies[i]:
       total = sum(map(STRATEGIES[name].macs, of_batches))
       by_strategy[name] = total / (size * len(batches))
     computed.append(by_strategy)

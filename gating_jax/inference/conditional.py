@@ -43,8 +43,8 @@ from gating_jax.inference.strategies import (
   EXPORTABLE,
   STRATEGIES,
   CompiledPart,
-  Setting,
-  settings_of,
+  PartContext,
+  contexts_of,
   why_not,
   worth_trying,
 )
@@ -59,12 +59,12 @@ class Candidates:
 
   Attributes:
     net: the network.
-    settings: the setting of each part.
+    contexts: the context of each part.
     parts: for each part, what each strategy that fits makes of it, by name; `masked` always fits.
   """
 
   net: FoldedNet
-  settings: Sequence[Setting]
+  contexts: Sequence[PartContext]
   parts: Sequence[Mapping[str, CompiledPart]]
 
   def alone(self, name: str) -> list[str]:
@@ -107,7 +107,7 @@ class CompiledConditional(CompiledImages):
     options: Options,
     timings: Sequence[Timing] = (),
   ):
-    self.strategies, self._settings = tuple(names), candidates.settings
+    self.strategies, self._contexts = tuple(names), candidates.contexts
     self.device_bound = tuple(sorted(set(names) - set(EXPORTABLE)))
     # Parts as the candidates made them: making them again would search for clusters again.
     made = candidates.take(names)
@@ -121,8 +121,8 @@ class CompiledConditional(CompiledImages):
 
   def _weights_of(self, net: FoldedNet) -> FoldedNet:
     made = []
-    for part, name, setting in zip(net.parts, self.strategies, self._settings, strict=True):
-      made.append(STRATEGIES[name].make(part, setting))
+    for part, name, context in zip(net.parts, self.strategies, self._contexts, strict=True):
+      made.append(STRATEGIES[name].make(part, context))
     return _with_parts(net, made)
 
 
@@ -193,7 +193,7 @@ def compile_conditional(
     fitted, timed = fitted[::2], fitted[1::2]
   gates = () if fitted is None else gates_of(net, fitted)
   tried = _names_to_try(strategy, candidates)
-  found = _find_candidates(net, settings_of(net, buckets, gates), tried)
+  found = _find_candidates(net, contexts_of(net, buckets, gates), tried)
   if strategy == AUTO:
     batches = spread_batches(timed, batch_size)
     names, timings = _choose_by_timing(found, batches, options=options, progress=progress)
@@ -219,18 +219,18 @@ def _names_to_try(strategy: str, candidates: Collection[str] | None) -> list[str
 
 
 def _find_candidates(
-  net: FoldedNet, settings: Sequence[Setting], tried: Sequence[str]
+  net: FoldedNet, contexts: Sequence[PartContext], tried: Sequence[str]
 ) -> Candidates:
   """Makes each part by each of the strategies that fit it."""
   parts = []
-  for part, setting in zip(net.parts, settings, strict=True):
+  for part, context in zip(net.parts, contexts, strict=True):
     fitting = {}
     for name in tried:
-      made = STRATEGIES[name].make(part, setting)
+      made = STRATEGIES[name].make(part, context)
       if made is not None:
         fitting[name] = made
     parts.append(fitting)
-  return Candidates(net, settings, parts)
+  return Candidates(net, contexts, parts)
 
 
 def program(
@@ -362,8 +362,8 @@ def _choose_by_timing(
     candidates.net,
     options.input_shape,
     [gates_of(candidates.net, x) for x in batches],
-    known=candidates.parts,
-    settings=candidates.settings,
+    strategies=candidates.parts,
+    contexts=candidates.contexts,
     size=options.batch_size,
   )
   # Programs to compile: one for each choice of a part.

@@ -57,8 +57,8 @@ from gating_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-  """The setting with which a strategy is made for a part.
+class PartContext:
+  """The context of a part, for which a strategy is made.
 
   Attributes:
     buckets: largest number of programs.
@@ -73,19 +73,21 @@ class Setting:
   rectified: bool = False
 
 
-def settings_of(net: FoldedNet, buckets: int, gates: Sequence[np.ndarray] = ()) -> list[Setting]:
-  """Returns the setting of each part.
+def contexts_of(
+  net: FoldedNet, buckets: int, gates: Sequence[np.ndarray] = ()
+) -> list[PartContext]:
+  """Returns the context of each part.
 
   Args:
     net: the network.
     buckets: largest number of programs.
     gates: `[M, U]` of every group of the network in order, or none.
   """
-  settings, groups_before = [], ()
+  contexts, groups_before = [], ()
   for i, (part, own, _) in enumerate(walk(net, gates)):
-    settings.append(Setting(buckets, own, groups_before, rectified=i > 0))
+    contexts.append(PartContext(buckets, own, groups_before, rectified=i > 0))
     groups_before = output_groups(part, part.groups)
-  return settings
+  return contexts
 
 
 class CompiledPart(NamedTuple):
@@ -101,15 +103,15 @@ class PartBatch:
 
   Attributes:
     part: the part.
-    setting: the setting that a strategy was made with.
+    context: the context that a strategy was made for.
     shape: `(H, W, D)` of the part's input.
     gates: `[N, U]` of each of the part's groups.
-    before: `[N, U]` of each of `setting.groups_before`.
+    before: `[N, U]` of each of `context.groups_before`.
     count: N.
   """
 
   part: Part
-  setting: Setting
+  context: PartContext
   shape: Shape
   gates: Sequence[np.ndarray]
   before: Sequence[np.ndarray]
@@ -134,7 +136,7 @@ class PartBatch:
 
   def padded(self, is_open: np.ndarray) -> int:
     """Returns the number of examples that `for_open` computes for the open ones of `[N]`."""
-    sizes = example_sizes(len(is_open), self.setting.buckets)
+    sizes = example_sizes(len(is_open), self.context.buckets)
     return sizes[np.searchsorted(sizes, np.sum(is_open > 0))]
 
 
@@ -142,18 +144,18 @@ class Strategy(NamedTuple):
   """A way to run a part, and its cost.
 
   Attributes:
-    make: compiles a part for a setting; None where the strategy does not fit the part.
+    make: compiles a part in its context; None where the strategy does not fit the part.
     macs: computes the multiply-accumulates of a batch by the program made, including padding and
       wasted work; the gate network is left out.
   """
 
-  make: Callable[[Part, Setting], CompiledPart | None]
+  make: Callable[[Part, PartContext], CompiledPart | None]
   macs: Callable[[PartBatch], float]
 
 
-def masked(part: Part, setting: Setting) -> CompiledPart:
+def masked(part: Part, context: PartContext) -> CompiledPart:
   """Computes the whole part and multiplies closed units by 0."""
-  del setting
+  del context
   return CompiledPart(part, folded.masked)
 
 
@@ -174,27 +176,27 @@ class _Axis(NamedTuple):
   widths: tuple[int, ...]
 
 
-def _axes(inputs: Sequence[Group], part: Part, setting: Setting) -> list[_Axis]:
+def _axes(inputs: Sequence[Group], part: Part, context: PartContext) -> list[_Axis]:
   """Returns the axes of some groups of a part's input, and of the groups inside it."""
   groups = (*inputs, *part.inner_groups)
   axes = []
-  for group, widths in zip(groups, capacities(groups, setting.buckets), strict=True):
+  for group, widths in zip(groups, capacities(groups, context.buckets), strict=True):
     axes.append(_Axis(group, widths))
   return axes
 
 
-def _switched_inputs(part: Part, setting: Setting) -> tuple[Group, ...]:
+def _switched_inputs(part: Part, context: PartContext) -> tuple[Group, ...]:
   """Returns the groups of the input's channels that `switch` chooses from."""
   # A layer's input may be gated; a block's input goes through the shortcut, too, and stays whole.
-  return setting.groups_before if isinstance(part, Layer) else ()
+  return context.groups_before if isinstance(part, Layer) else ()
 
 
-def switch(part: Part, setting: Setting) -> CompiledPart | None:
+def switch(part: Part, context: PartContext) -> CompiledPart | None:
   """Computes with the weights of open channels only; None where no channel is gated."""
-  inputs = _switched_inputs(part, setting)
+  inputs = _switched_inputs(part, context)
   if not (inputs or part.inner_groups) or part.layer_gate or is_dead(part):
     return None
-  axes = _axes(inputs, part, setting)
+  axes = _axes(inputs, part, context)
 
   def run_one(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the part for one example, x `[1, H, W, D]`, by the smallest program that fits."""
@@ -229,8 +231,8 @@ def switch(part: Part, setting: Setting) -> CompiledPart | None:
 
 def switch_macs(batch: PartBatch) -> float:
   """Counts the channels of the program that each example takes."""
-  part, inputs = batch.part, _switched_inputs(batch.part, batch.setting)
-  axes = _axes(inputs, part, batch.setting)
+  part, inputs = batch.part, _switched_inputs(batch.part, batch.context)
+  axes = _axes(inputs, part, batch.context)
   opened = open_channels(inputs, batch.before[: len(inputs)])
   opened += open_channels(part.inner_groups, batch.gates[: len(part.inner_groups)])
   # The same program as `switch` runs: the smallest that holds the open channels of each axis.
@@ -335,12 +337,12 @@ def _spread(y: Array, index: Array, size: int) -> Array:
   return jnp.pad(y, [(0, 0)] * 3 + [(0, 1)])[..., source]
 
 
-def layer_dispatch(part: Part, setting: Setting) -> CompiledPart | None:
+def layer_dispatch(part: Part, context: PartContext) -> CompiledPart | None:
   """Runs the branch on the examples open for it, gathered; None without a gate of the branch."""
   if not part.layer_gate or not part.groups:
     return None
   # ReLU changes nothing in a shortcut that is the input and never below 0.
-  plain_shortcut = setting.rectified and part.project is None
+  plain_shortcut = context.rectified and part.project is None
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the block for x `[N, H, W, D]`, its branch on the open examples only."""
@@ -350,7 +352,7 @@ def layer_dispatch(part: Part, setting: Setting) -> CompiledPart | None:
       inputs=(x,),
       function=lambda x: chain(part.convs, x),
       y=part.shortcut(x),
-      buckets=setting.buckets,
+      buckets=context.buckets,
       after=jax.nn.relu,
       closed=_unchanged if plain_shortcut else jax.nn.relu,
     )
@@ -374,7 +376,7 @@ def _has_one_hidden_group(part: Part) -> bool:
   )
 
 
-def block_dispatch(part: Part, setting: Setting) -> CompiledPart | None:
+def block_dispatch(part: Part, context: PartContext) -> CompiledPart | None:
   """Runs each gate's channels on the examples open for it, gathered.
 
   It is None unless the part has two convolutions whose gates switch several channels each.
@@ -405,7 +407,7 @@ def block_dispatch(part: Part, setting: Setting) -> CompiledPart | None:
         inputs=(x,),
         function=functools.partial(run_span, part.convs, span),
         y=y,
-        buckets=setting.buckets,
+        buckets=context.buckets,
       )
     return jax.nn.relu(y)
 
@@ -506,16 +508,16 @@ class _Clustered(Block):
   subnets: tuple[tuple[Conv, ...], ...] = ()
 
 
-def cluster(part: Part, setting: Setting) -> CompiledPart | None:
+def cluster(part: Part, context: PartContext) -> CompiledPart | None:
   """Runs each example through the smallest of a few subnets that has all channels it opens.
 
   It is None without calibration data, or without gates of channels of a block.
   """
   if not isinstance(part, Block) or part.layer_gate or not part.inner_groups or is_dead(part):
     return None
-  if not setting.gates:
+  if not context.gates:
     return None
-  sets = _channel_sets(part, setting)
+  sets = _channel_sets(part, context)
   subnets = tuple(_subnet(part.convs, kept) for kept in sets)
 
   def run_masked(convs: Sequence[Conv], x: Array, *masks: Array) -> Array:
@@ -536,7 +538,7 @@ def cluster(part: Part, setting: Setting) -> CompiledPart | None:
         inputs=(x, *kept_masks),
         function=functools.partial(run_masked, convs),
         y=y,
-        buckets=setting.buckets,
+        buckets=context.buckets,
       )
       waiting &= ~taken
     return for_open(
@@ -544,18 +546,18 @@ def cluster(part: Part, setting: Setting) -> CompiledPart | None:
       inputs=(x, *masks),
       function=functools.partial(run_masked, part.convs),
       y=y,
-      buckets=setting.buckets,
+      buckets=context.buckets,
       after=jax.nn.relu,
     )
 
   return CompiledPart(_Clustered(**vars(part), subnets=subnets), run)
 
 
-def _channel_sets(block: Block, setting: Setting) -> list[list[np.ndarray]]:
+def _channel_sets(block: Block, context: PartContext) -> list[list[np.ndarray]]:
   """Returns the sets of channels that calibration data open together, smallest first."""
   groups = block.inner_groups
   # The last program computes all channels, so one bucket less is left for sets.
-  return unions(groups, setting.gates[: len(groups)], setting.buckets - 1)
+  return unions(groups, context.gates[: len(groups)], context.buckets - 1)
 
 
 def cluster_macs(batch: PartBatch) -> float:
@@ -566,14 +568,14 @@ def cluster_macs(batch: PartBatch) -> float:
   # The shortcut runs for all; an example waits until a set covers what it opens.
   total = batch.count * folded.shortcut_macs(part, batch.shape).macs
   waiting = np.ones(batch.count, bool)
-  for kept in [*_channel_sets(part, batch.setting), whole]:
+  for kept in [*_channel_sets(part, batch.context), whole]:
     taken = waiting & np.asarray(are_covered(masks, select_channels(masks, kept)))
     branch = folded.branch_macs(part, batch.shape, opened=[index.size for index in kept])
     total, waiting = total + batch.padded(taken) * branch, waiting & ~taken
   return float(total)
 
 
-def native(part: Part, setting: Setting) -> CompiledPart | None:
+def native(part: Part, context: PartContext) -> CompiledPart | None:
   """Fits any part that computes something, without dilation; XLA computes the projection."""
   convs = (part.conv,) if isinstance(part, Layer) else part.convs
   if not convs:
@@ -587,9 +589,9 @@ def native(part: Part, setting: Setting) -> CompiledPart | None:
 
   def gates_before(before: Gates) -> Array | None:
     """Expands the gates of the part's input to `[N, D]`; None where it has none."""
-    if not setting.groups_before:
+    if not context.groups_before:
       return None
-    (group,), (gates,) = setting.groups_before, before
+    (group,), (gates,) = context.groups_before, before
     return group.expand(gates)
 
   def run_layer(layer: Layer, x: Array, gates: Gates, before: Gates) -> Array:
@@ -637,16 +639,16 @@ def native_macs(batch: PartBatch) -> float:
   """Counts the open channels, and the shortcut whole."""
   opened = folded.opened_of(batch.part, batch.gates)
   # The input of a branch of one gate is computed whole.
-  inputs = () if batch.part.layer_gate else open_channels(batch.setting.groups_before, batch.before)
+  inputs = () if batch.part.layer_gate else open_channels(batch.context.groups_before, batch.before)
   return batch.total(*inputs, opened=opened)
 
 
-def pallas(part: Part, setting: Setting) -> CompiledPart | None:
+def pallas(part: Part, context: PartContext) -> CompiledPart | None:
   """Fits blocks of two convolutions whose gates switch several channels each.
 
   On a GPU that number is a multiple of 16.
   """
-  del setting
+  del context
   if not _has_one_hidden_group(part):
     return None
   (group,), (first, last) = part.inner_groups, part.convs

@@ -112,20 +112,20 @@ class VideoExperiment:
 
 
 def build(
-  config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None
+  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
 ) -> VideoExperiment:
   """Checks every setting, then opens the data.
 
   Args:
     config: the config of a run on long videos.
-    known: outlines of the training and the test set, in place of opening them.
+    outlines: of the training and the test set, in place of opening them.
   Raises:
     ValueError: a setting is wrong, or does not fit the data; the message names the field.
   """
   # Settings first: sets may take minutes to open.
   _check(config)
-  if known:
-    train, test = known[0], known[-1]
+  if outlines:
+    train, test = outlines[0], outlines[-1]
   else:
     train, test = sets.open_set(config, "train"), sets.open_set(config, "test")
   _check_data(config, train)

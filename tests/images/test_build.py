@@ -142,7 +142,7 @@ def with_budget(target):
   """Builds resnet20 for 32 x 32 images with this budget, and returns its objective."""
   config = common.apply_variants(common.image_config(), f"budget={target}")
   data = Outline(examples=256, class_names=tuple("abcdefghij"), shape=(32, 32, 3))
-  return build(config, known=[data, data]).objective
+  return build(config, outlines=[data, data]).objective
 
 
 def test_a_budget_is_checked_by_the_macs_that_the_loss_measures():

@@ -14,7 +14,7 @@ from gating_jax.inference import conditional, folded
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, FoldedNet, Group, Layer
 from gating_jax.inference.quantise import quantise
-from gating_jax.inference.strategies import STRATEGIES, Setting, for_open, why_not, worth_trying
+from gating_jax.inference.strategies import STRATEGIES, PartContext, for_open, why_not, worth_trying
 from tests.helpers.folded_nets import FEATURES, KINDS, SHAPE, basic, conv, images, net
 
 CASES = [
@@ -173,9 +173,9 @@ def test_blocks_that_the_kernel_for_gpus_cannot_take_are_left_out(monkeypatch):
     for part in net("blocks").parts
     if isinstance(part, Block) and part.head.groups[0].channels == 8
   )
-  assert STRATEGIES["pallas"].make(block, Setting(4)) is not None
+  assert STRATEGIES["pallas"].make(block, PartContext(4)) is not None
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert STRATEGIES["pallas"].make(block, Setting(4)) is None
+  assert STRATEGIES["pallas"].make(block, PartContext(4)) is None
 
 
 @pytest.mark.parametrize("kind", [pytest.param("blocks", marks=pytest.mark.slow), "layers"])
@@ -223,7 +223,7 @@ def clock(seconds, when_open=1.0):
 def test_strategies_are_timed_on_other_images_than_they_are_fitted_to(monkeypatch):
   seen = {"fitted": [], "timed": []}
 
-  def settings_of(net, buckets, gates):
+  def contexts_of(net, buckets, gates):
     seen["fitted"].append(len(gates[0]))
     return of_net(net, buckets, gates)
 
@@ -231,8 +231,8 @@ def test_strategies_are_timed_on_other_images_than_they_are_fitted_to(monkeypatc
     seen["timed"].append(np.asarray(images))
     return spread(images, size)
 
-  of_net, spread = conditional.settings_of, conditional.spread_batches
-  monkeypatch.setattr(conditional, "settings_of", settings_of)
+  of_net, spread = conditional.contexts_of, conditional.spread_batches
+  monkeypatch.setattr(conditional, "contexts_of", contexts_of)
   monkeypatch.setattr(conditional, "spread_batches", spread_batches)
   x = images(9)
   told = []

@@ -12,7 +12,7 @@ from gating_jax.inference.strategies import (
   STRATEGIES,
   PartBatch,
   capacities,
-  settings_of,
+  contexts_of,
   why_not,
 )
 from gating_jax.ops import native_kernels
@@ -27,17 +27,17 @@ CASES = [
 
 
 def prepared(kind, count, buckets=3):
-  """Returns network, settings from calibration images, and a batch's gates and inputs of parts."""
+  """Returns network, contexts from calibration images, and a batch's gates and inputs of parts."""
   of = net(kind)
   gates = gate_statistics.gates_of(of, images(6, seed=5))
-  return of, settings_of(of, buckets, gates), conditional.part_inputs(of, images(count))
+  return of, contexts_of(of, buckets, gates), conditional.part_inputs(of, images(count))
 
 
 @pytest.mark.thin(14)
 @pytest.mark.parametrize(("kind", "strategy"), CASES)
 @pytest.mark.parametrize("count", [1, 5])
 def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatch):
-  of, settings, seen = prepared(kind, count)
+  of, contexts, seen = prepared(kind, count)
   given = []
   convolve = folded.Conv.__call__
 
@@ -48,12 +48,12 @@ def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatc
 
   shape, compared = SHAPE, 0
   monkeypatch.setattr(folded.Conv, "__call__", counting)
-  for part, setting, (x, gates, before) in zip(of.parts, settings, seen, strict=True):
-    if (made := STRATEGIES[strategy].make(part, setting)) is not None:
+  for part, context, (x, gates, before) in zip(of.parts, contexts, seen, strict=True):
+    if (made := STRATEGIES[strategy].make(part, context)) is not None:
       given.clear()
       with jax.disable_jit():
         made[1](made[0], x, gates, before)
-      said = STRATEGIES[strategy].macs(PartBatch(part, setting, shape, gates, before, count))
+      said = STRATEGIES[strategy].macs(PartBatch(part, context, shape, gates, before, count))
       assert said == pytest.approx(sum(given), rel=1e-12)
       compared += 1
     shape, _ = folded.part_macs(part, shape)
@@ -64,7 +64,7 @@ def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatc
 @pytest.mark.skipif(bool(why_not("native")), reason=why_not("native"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
-  of, settings, seen = prepared(kind, 5)
+  of, contexts, seen = prepared(kind, 5)
   given, chain, convolve = [], native_kernels.gated_chain, folded.Conv.__call__
 
   def counting_chain(x, kernels, biases, gates, *args, strides, **kwargs):
@@ -85,11 +85,11 @@ def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
   monkeypatch.setattr(native_kernels, "gated_chain", counting_chain)
   monkeypatch.setattr(folded.Conv, "__call__", counting)
   shape, compared = SHAPE, 0
-  for part, setting, (x, gates, before) in zip(of.parts, settings, seen, strict=True):
-    if (made := STRATEGIES["native"].make(part, setting)) is not None:
+  for part, context, (x, gates, before) in zip(of.parts, contexts, seen, strict=True):
+    if (made := STRATEGIES["native"].make(part, context)) is not None:
       given.clear()
       made[1](made[0], x, gates, before)
-      batch = PartBatch(part, setting, shape, gates, before, 5)
+      batch = PartBatch(part, context, shape, gates, before, 5)
       assert STRATEGIES["native"].macs(batch) == sum(given)
       compared += 1
     shape, _ = folded.part_macs(part, shape)
@@ -106,19 +106,19 @@ def test_capacities_of_groups_that_switch_together():
 
 
 def test_ratios_of_parts_and_of_whole_programs():
-  of, settings, _ = prepared("blocks", 4)
-  known = [
+  of, contexts, _ = prepared("blocks", 4)
+  strategies = [
     [
       name
       for name in ("masked", "native", "pallas")
-      if STRATEGIES[name].make(part, setting) or name == "native"
+      if STRATEGIES[name].make(part, context) or name == "native"
     ]
-    for part, setting in zip(of.parts, settings, strict=True)
+    for part, context in zip(of.parts, contexts, strict=True)
   ]
   gates = gate_statistics.gates_of(of, images(6, seed=5))
   indices = np.array([[0, 2], [3, 5]])
   batches = [[g[index] for g in gates] for index in indices]
-  found = account(of, SHAPE, batches, known=known, settings=settings, size=2)
+  found = account(of, SHAPE, batches, strategies=strategies, contexts=contexts, size=2)
   heads = [folded.head_macs(part) for part in of.parts]
   dense = folded.macs_by_part(conditional.ungated(of), SHAPE)
   assert found.dense == dense
@@ -134,5 +134,5 @@ def test_ratios_of_parts_and_of_whole_programs():
   assert computed["masked"] == pytest.approx((total + sum(heads)) / total)
   saved = found.computed[1]["masked"] - found.computed[1]["native"]
   assert computed["mixed"] == pytest.approx(computed["masked"] - saved / total)
-  gates = [setting.gates[0][indices.ravel()] for setting in settings[1:]]
+  gates = [context.gates[0][indices.ravel()] for context in contexts[1:]]
   assert opened == pytest.approx(folded.macs(of, SHAPE, gates).mean() / total)
