@@ -21,8 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 from absl import flags
 
+from gating_jax import config_files
+from gating_jax.checks import near
 from gating_jax.continual import run as continual_run
-from gating_jax.continual.build import METHODS
+from gating_jax.continual.registry import METHODS
+from gating_jax.training import rundir
 
 
 def main():
@@ -90,15 +93,37 @@ def percent(shares):
 
 
 def configured(args, fields):
-  """Returns the config that the arguments name, with these fields."""
+  """Returns the config that the arguments name, with these fields.
+
+  Raises SystemExit where an argument sets a field that no config has: the run would be another
+  than the one asked for.
+  """
   name, _, variant = args.config.partition(":")
   config = importlib.import_module(f"configs.{name}").get_config(variant)
   changes = {}
   for argument in args.set:
     field, value = argument.split("=", 1)
-    changes[field] = json.loads(value)
+    changes[present_name(config, field)] = json.loads(value)
   config.update_from_flattened_dict(changes | fields)
   return config
+
+
+def present_name(config, field):
+  """Returns the name that a field has in a config; `field` may be its name of an earlier version.
+
+  Raises SystemExit where the config has no such field.
+  """
+  section, _, last = field.rpartition(".")
+  # `rename_fields` takes a section by its last name, as in a config.
+  fields = {last: None}
+  config_files.rename_fields(fields, section.rpartition(".")[2])
+  present = f"{section}.{next(iter(fields))}".lstrip(".")
+  names = rundir.flatten(config)
+  if present not in names:
+    close = near(present, names)
+    hint = f". Did you mean {close[0]!r}?" if close else ""
+    raise SystemExit(f"--set must name a field of the config; got {field!r}{hint}")
+  return present
 
 
 def run(args, method, seed):
