@@ -23,6 +23,7 @@ from gating_jax.models.summary import ModelCounts, VideoCounts, model_summary, v
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.models.vgg import VGG, vgg
 from gating_jax.models.video_backbones import heavy_net, light_net
+from gating_jax.ops.closed_share import closed_share
 from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, scatter_back
 from gating_jax.ops.ecdf import (
   batch_shaping_loss,
@@ -53,7 +54,6 @@ from gating_jax.ops.relaxations import (
   straight_through_gate,
   threshold_gate,
 )
-from gating_jax.training.closed_gates import closed_share
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import GateRecord
 from gating_jax.video.concepts import find_concepts

@@ -17,11 +17,12 @@ from jax import lax
 
 from gating_jax.checks import one_of
 from gating_jax.ops import collectives, penalties
+from gating_jax.ops.closed_share import closed_share
 from gating_jax.ops.ecdf import batch_shaping_loss, noise_floor
 from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.priors import Prior, beta
 from gating_jax.training import optim
-from gating_jax.training.closed_gates import CLOSED, closed_share
+from gating_jax.training.closed_gates import CLOSED
 from gating_jax.types import Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")

@@ -15,10 +15,11 @@ import ml_collections
 import optax
 
 from gating_jax.checks import one_of
+from gating_jax.ops.closed_share import LEAST_RATE
 from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.priors import Prior, beta
 from gating_jax.training import optim
-from gating_jax.training.closed_gates import LEAST_RATE, SEGMENTS_CLOSED
+from gating_jax.training.closed_gates import SEGMENTS_CLOSED
 from gating_jax.training.objectives import ImageObjective, weighted_mean
 from gating_jax.types import Array, Records
 
