@@ -73,7 +73,7 @@ def find_static_units(
   _check(net, gate_statistics, multiple, confidence, max_rate)
   found = []
   for counted in gate_statistics:
-    # The bound on the rate of what was never seen; units of which it says too little stay.
+    # Prune only if enough images were seen to bound the rate.
     if confidence is None or rate_bound(counted.images, confidence) <= max_rate:
       found.append(_mask_of(net, counted, multiple))
     else:
@@ -235,7 +235,7 @@ def _mask_of(net: FoldedNet, counted: GroupStatistics, multiple: int) -> PruneMa
   # Shortcuts need all channels of a block's output, in their order.
   if part.output_gate and counted.index == len(part.groups) - 1:
     return PruneMask.nothing(units)
-  # So does whatever reads a layer's channels but cannot do with fewer.
+  # The same holds for a layer whose reader needs all its channels.
   if isinstance(part, Layer) and _reader(net, counted.part) is None:
     # The last feature map loses its gate only as a whole, which leaves the order of its channels.
     whole = counted.part == len(net.parts) - 1 and bool(always.all())

@@ -176,7 +176,7 @@ def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
   return Prior(name, family.cdf, family.pdf, shape=shape)
 
 
-# Two priors are equal only if they are one object, so there is one.
+# Priors compare by identity, so return a single instance.
 @functools.lru_cache(maxsize=1)
 def uniform() -> Prior:
   """Returns the uniform distribution on [0, 1].

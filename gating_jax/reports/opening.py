@@ -37,7 +37,7 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True)
 class Surroundings:
-  """The context of a run's page, in addition to its result.
+  """The context of a run's page, in addition to its result, as `read_surroundings` fills it.
 
   Attributes:
     baseline: the ungated run to compare with; None where there is none.

@@ -111,7 +111,6 @@ VIDEOS = Kind(
   ignored=(
     "model.gate.",
     "model.segment_fraction",
-    "model.context",
     "model.heavy.gating",
     "model.heavy.gate.",
     "loss.",

@@ -113,7 +113,7 @@ def placed_nets(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
   # Networks on precomputed features have no trained nets.
   if nets is None:
     return {}
-  # By the place in the whole network: the net that stands there.
+  # Maps each slot of the whole network to the trained net that fills it.
   places = {"heavy": heavy_from(experiment.config)}
   if experiment.model.light is not None:
     places["light"] = "light"
