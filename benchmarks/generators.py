@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from sklearn.svm import SVC
 
-from gating_jax.continual import build
+from gating_jax.continual import build, registry
 from gating_jax.data import image_sets
 
 # Most images that the judge is trained on.
@@ -59,7 +59,7 @@ def report(kind, seed, experiment, judge):
   """Trains the generators of all tasks and prints a line."""
   start, config = time.perf_counter(), experiment.config
   problem, count = dataclasses.replace(experiment.problem, axis_name=None), config.generator.images
-  rehearsal = build.REHEARSALS[kind](config, problem)
+  rehearsal = registry.REHEARSALS[kind](config, problem)
   memory, key = rehearsal.init(experiment.key(0)), experiment.key(1)
   then = []
   for task in range(problem.tasks):

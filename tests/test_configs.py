@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from gating_jax.checks import one_of
-from gating_jax.continual import build
+from gating_jax.continual import registry
 from gating_jax.training import objectives, optim, settings
 from gating_jax.training.rundir import flatten
 from gating_jax.video import objectives as segment_objectives
@@ -18,7 +18,7 @@ def test_config_builds_and_names_known_choices(name):
   one_of("schedule", config.optim.schedule, optim.LEARNING_RATES)
   assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
   if config.experiment == "continual":
-    one_of("method", config.method, build.METHODS)
+    one_of("method", config.method, registry.METHODS)
     return
   videos = config.experiment == "long_video"
   shaping = config.loss.channels.batch_shaping if videos else config.loss.batch_shaping

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from gating_jax.continual.build import ContinualExperiment, build_network
+from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import LearnerState
+from gating_jax.continual.registry import build_network
 from gating_jax.inference import folding
 from gating_jax.inference.compiled import Timing
 from gating_jax.inference.conditional import compile_conditional

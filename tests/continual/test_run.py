@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from gating_jax import runner
-from gating_jax.continual import build, compile, run, training
+from gating_jax.continual import build, compile, registry, run, training
 from gating_jax.continual import report as continual_report
 from gating_jax.continual.method import LearnerState, Table
 from gating_jax.data.image_sets import Images
@@ -408,7 +408,7 @@ def test_what_a_method_holds_is_counted(method, config):
 @pytest.mark.parametrize(
   "changes",
   [
-    *({"method": method} for method in build.METHODS),
+    *({"method": method} for method in registry.METHODS),
     {"router.network": True, "model.name": "resnet8"},
     {"router.rehearsal": "generative"},
     {"router.rehearsal": "gated_generative"},
@@ -504,7 +504,7 @@ def test_what_other_methods_remember_is_part_of_the_checkpoint(method, config, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in build.METHODS if m != "gates"])
+@pytest.mark.parametrize("method", [m for m in registry.METHODS if m != "gates"])
 def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
   """Scores are finite, and better than chance with the task known.
 
@@ -538,7 +538,7 @@ def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
   first, second = accuracies[1] if together else np.diag(accuracies)
   assert first > 0.8
   assert second > 0.6
-  keep_nothing = ("fine_tuning", "progressive", *(m for m in build.METHODS if "multitask" in m))
+  keep_nothing = ("fine_tuning", "progressive", *(m for m in registry.METHODS if "multitask" in m))
   assert (result["memory_mb"] > 0) == (method not in keep_nothing)
   refused = "--mode=compile cannot time this run: method must have conditional gates"
   assert (refused in (tmp_path / "report.html").read_text()) == (method != "multitask_gates")

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from configs import split_digits
-from gating_jax.continual import build
+from gating_jax.continual import registry
 from gating_jax.reports import opening, page, surroundings
 from gating_jax.training import provenance
 from gating_jax.training.rundir import flatten
@@ -134,13 +134,13 @@ def test_methods_whose_network_is_built_without_gates_are_ungated(monkeypatch):
   def network(*_, gated, **__):
     raise Made(gated)
 
-  monkeypatch.setattr(build, "build_network", network)
-  monkeypatch.setattr(build, "column", functools.partial(network, gated=False))
+  monkeypatch.setattr(registry, "build_network", network)
+  monkeypatch.setattr(registry, "column", functools.partial(network, gated=False))
   config = split_digits.get_config()
-  for method in build.METHODS:
+  for method in registry.METHODS:
     config.method = method
     with pytest.raises(Made) as made:
-      build.build_method(config, tiny_tasks.problem())
+      registry.build_method(config, tiny_tasks.problem())
     assert (
       surroundings.is_ungated({"experiment": "continual", "method": method}) != made.value.args[0]
     ), method
