@@ -102,6 +102,7 @@ def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehear
 
   def init(key):
     """Creates an empty memory."""
+    # All slots from the start: the shapes of a learner never change.
     return EpisodicMemory(replay_memory.empty(settings.images, problem.shape))
 
   def replay(memory, batch, task, key):
@@ -348,6 +349,7 @@ def generate_tasks(
   """
   all_pixels, all_labels = [], []
   for task in range(tasks):
+    # A key per task: a task's images do not depend on how many tasks there are.
     of_task = jax.random.fold_in(key, task)
     pixels, classes = _sample(generator, variables_of(task), key=of_task, images=images)
     all_pixels.append(np.asarray(pixels))
@@ -362,6 +364,7 @@ def _sample(
   generator: Generator, variables: Any, *, key: Array, images: int
 ) -> tuple[Array, Array]:
   """Generates pixels `[M, H, W, D]` and their classes `[M]`."""
+  # The classes in turn, so that their counts differ by at most 1.
   classes = jnp.arange(images) % generator.classes
   z = wgan.latents(key, images, generator.latent)
   generated, _ = generator.apply(variables, z, classes)

@@ -159,6 +159,7 @@ class ContinualLearning(runner.Programme):
 
 def _pretrain_steps_left(experiment: ContinualExperiment, step: int) -> int:
   """Counts the pretraining steps of all stages from this step on."""
+  # Every stage has the same number of steps, its pretraining first.
   ended, within = divmod(step, experiment.steps_per_task)
   all_left = experiment.pretrain_steps * (len(experiment.stages) - ended)
   return all_left - min(within, experiment.pretrain_steps)
@@ -184,6 +185,7 @@ def _make_end_stage(
       for each in ended:
         counts |= make_counts(learner, each)
       free = report.free_units(experiment.method.footprint(learner), task + 1)
+    # The end of a stage is a step of its own: a resumed run does not repeat it.
     training.state, training.step = learner, training.step + 1
     scores = report.scores(learner)
     line = dict(scores)

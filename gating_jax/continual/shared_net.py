@@ -72,6 +72,7 @@ class SharedNet:
 
   def fresh(self, key: Array) -> tuple[Tree, Tree]:
     """Initialises parameters and statistics, split into their parts."""
+    # The head is no part of the model, so it needs a key of its own.
     network_key, head_key = jax.random.split(key)
     variables = self.model.init(network_key, jnp.zeros((1, *self.problem.shape)))
     _, features = self.shapes
@@ -200,6 +201,7 @@ def head_terms(logits: Array, labels: Array, *, task: Array, problem: Problem) -
     task: its index.
     problem: the learning problem.
   """
+  # The head numbers the classes of its task from 0.
   own = labels - task * problem.classes
   return {
     "cross_entropy": jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own)),

@@ -307,6 +307,7 @@ class NetworkClassifier:
     of_class = self.network.problem.task_of(jnp.arange(logits.shape[1]))
     of_current, of_earlier = _log_ratio(even, weight), _log_ratio(1 - even, 1 - weight)
     shift = jnp.where(of_class == learner.task, of_current, of_earlier)
+    # The shift is for training alone: at the test all classes are equally frequent.
     each = self.network.cross_entropy(logits + shift, labels, learner.task)
     loss = rehearsed.weighted_mean(each, even)
     distillation = self._distillation(rehearsed.separate(logits)[0], forward.logits, learner.task)
@@ -325,6 +326,7 @@ class NetworkClassifier:
       task: t.
     """
     classes = of_task.shape[-1]
+    # The columns of task t among the outputs of all classes.
     taught = lax.dynamic_slice_in_dim(of_network, task * classes, classes, axis=1)
     target = jax.nn.softmax(lax.stop_gradient(taught) / TEMPERATURE)
     return jnp.mean(optax.softmax_cross_entropy(of_task / TEMPERATURE, target))
@@ -459,6 +461,7 @@ def feature_classifier_macs(seen: int, features: int, hidden: int) -> int:
     features: F.
     hidden: width of the hidden layer.
   """
+  # The first layer reads the features of all tasks seen; the second has an output for each.
   return seen * features * hidden + hidden * seen
 
 

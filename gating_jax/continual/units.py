@@ -50,6 +50,7 @@ class ProtectionSettings:
 
   def sparsity_weight(self, elapsed: Array) -> Array:
     """Returns the penalty's weight, `elapsed` after the start of a task."""
+    # A penalty from the first step on would close gates before they have learnt anything.
     return self.sparsity * (elapsed >= self.patience)
 
 
@@ -209,6 +210,7 @@ def full_layers(records: Records, used: np.ndarray, available: np.ndarray) -> li
     records: of the network.
     used, available: `[U]` bool.
   """
+  # A unit can be learnt by the next task if it exists and no task needs it.
   free = available & ~used
   return [i for i, units in enumerate(by_record(free, records)) if not np.any(units)]
 

@@ -20,7 +20,9 @@ from gating_jax.ops.cpu_convs import convolve_doubled, convolve_images
 from gating_jax.types import Array, Path, Records
 
 GATINGS = ("none", "channel")
+# Sides from here on are halved; so the smallest map has at least 4, the critic's window.
 _SMALLEST_SIDE = 8
+# Without normalisation, only the initial weights keep the features' scale through the ReLUs.
 _INITIAL = nn.initializers.he_normal()
 
 
@@ -84,6 +86,7 @@ class Generator(nn.Module):
       )
       h, new = hidden(h, train)
       records += new
+    # Real images are scaled to [-1, 1] too.
     return jnp.tanh(_doubling(colours, "pixels")(h)), records
 
 
@@ -111,6 +114,7 @@ class Critic(nn.Module):
   def __call__(self, x: Array, labels: Array | None = None) -> Array:
     _check_labels(self.classes, labels)
     for i, (*_, features) in enumerate(reversed(_maps(x.shape[1:], self.width)), start=1):
+      # Leaky, so that the generator gets a gradient through every unit of the critic.
       x = nn.leaky_relu(_halving(features, f"conv{i}")(x), 0.2)
     # One output per class; an image is scored by the output of its label.
     scores = nn.Dense(self.classes or 1, name="score")(x.reshape(x.shape[0], -1))

@@ -63,6 +63,7 @@ class MobileNet(nn.Module):
         block = InvertedResidual(
           features=scaled(channels, self.width),
           expansion=expansion,
+          # Only the first block of a stage reduces the resolution.
           stride=stride if i == 1 else 1,
           name=f"stage{stage}_block{i}",
           **shared,

@@ -44,6 +44,7 @@ class _Stem(NamedTuple):
   pool: bool = False
 
 
+# Small images keep their resolution in the stem; large ones are reduced at once, to save MACs.
 _STEMS = {
   "cifar": _Stem((3, 3, 3), (1, 1, 1)),
   "small": _Stem((3, 3, 3), (1, 2, 2)),
@@ -273,6 +274,7 @@ class ResNet(nn.Module):
       group_norm=self.group_norm,
     )
     x = nn.relu(conv(x, train))
+    # A border of 1 on each side, so that the pool halves even sides.
     return nn.max_pool(x, (3,) * axes, (2,) * axes, ((1, 1),) * axes) if stem.pool else x
 
 

@@ -119,6 +119,7 @@ def reduced_macs(model: nn.Module, input_shape: Any) -> int:
   total = 0
   for call in _trace(model, input_shape).calls:
     if call.inputs and not is_gate_path(call.path):
+      # The MACs of a convolution are in proportion to its input channels.
       total += call.macs // call.inputs
   return total
 

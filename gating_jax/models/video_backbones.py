@@ -46,6 +46,7 @@ def _clip_resnet(name: str, **settings) -> tuple[type[nn.Module], dict[str, Any]
   return ResNet, dict(classes=None, **{**RESNETS[name]._asdict(), **settings})
 
 
+# (2+1)-D: every window over space, then over time (Tran et al., 2018).
 _FACTORISED = dict(stem="clip", convolution="factorised")
 
 # name: module, its fields

@@ -127,6 +127,7 @@ def open_rates(generator: Generator, variables: Tree, key: Array) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def _count_opened(generator: Generator, variables: Tree, key: Array) -> Array:
   """Counts the latents of a batch for which each gate opens, `[U]`."""
+  # The classes in turn: each has an equal part in the rates.
   labels = jnp.arange(_PROBES) % generator.classes
   _, records = generator.apply(variables, wgan.latents(key, _PROBES, generator.latent), labels)
   return jnp.sum(units.joined(records), axis=0)
@@ -197,6 +198,7 @@ def masked(
 
   def finish(state, task, params, batch_stats, key):
     """Keeps the task's mask `[U]` at the largest slope."""
+    # a^t = sigmoid(s_max e^t): the mask that the task keeps is almost binary.
     mask = jax.nn.sigmoid(steepness * hat.embeddings(params["own"], records))
     return UsedUnits(state.masks.at[task].set(mask)), params["own"]
 

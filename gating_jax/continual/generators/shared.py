@@ -136,6 +136,7 @@ def split(params: Tree, records: Records) -> dict[str, Tree]:
     `{"shared", "own"}`.
   """
   gated = gated_layers(records)
+  # The last name of a path is the kernel or the bias, the rest is the layer.
   return shared_net.split(params, lambda path: path[:-1] in gated)
 
 
@@ -268,6 +269,7 @@ class _SharedGenerator:
 
   def _variables(self, shared: Tree, own: Variables) -> Tree:
     """Returns the variables of one task's generator, in evaluation."""
+    # The protection may hold gates in another form than the generator runs them with.
     params = self.protection.view(shared_net.merge(shared, own.params))
     return {"params": params, "batch_stats": own.batch_stats}
 

@@ -226,6 +226,7 @@ class _Training:
     """Takes one step on `[B * S, H, W, D]` pixels and `[B * S]` labels."""
     key = jax.random.fold_in(jax.random.key(self.seed), state.step)
     turns = self.settings.critic_steps
+    # An unconditional network takes no labels, though the data have some.
     if self.generator.classes is None:
       labels = None
     # Each update of the critic has its own images.
@@ -342,10 +343,13 @@ def critic_loss(
   Returns:
     the loss, and a dict of it and its parts.
   """
+  # The Kantorovich-Rubinstein dual: the largest gap that a 1-Lipschitz critic finds.
   distance = jnp.mean(critic(real)) - jnp.mean(critic(fake))
   # One weight per image, broadcast over its pixels.
   share = mix.reshape(-1, *[1] * (real.ndim - 1))
+  # Between real and generated images, where an optimal critic has slope 1.
   steepness = gradient_penalty(critic, share * real + (1 - share) * fake)
+  # The critic maximises the distance, so its loss has the opposite sign.
   loss = penalty * steepness - distance
   return loss, {"critic_loss": loss, "distance": distance, "gradient_penalty": steepness}
 
@@ -408,6 +412,7 @@ def latents(key: Array, n: int, size: int, axis_name: Hashable | None = None) ->
 
 def to_unit(pixels: Array) -> Array:
   """Converts uint8 pixels to float32 in [-1, 1]."""
+  # 0 becomes -1 and 255 becomes 1, the range of the generator's tanh.
   return pixels.astype(jnp.float32) / 127.5 - 1
 
 

@@ -121,6 +121,7 @@ def fisher_diagonal(
     return jax.tree.map(lambda t, g: t + g**2, total, grads), None
 
   total, _ = lax.scan(add, jax.tree.map(jnp.zeros_like, params), (x, labels))
+  # F_ti: the mean over examples.
   return jax.tree.map(lambda t: t / len(x), total)
 
 
@@ -188,6 +189,7 @@ def _fisher_of_task(
 ) -> Any:
   """Computes the Fisher diagonal of the task that ends, on at most so many of its images."""
   choice, drawing = jax.random.split(key)
+  # A random subset, since the first images need not be like the rest.
   chosen = np.asarray(jax.random.permutation(choice, len(data.labels)))[:examples]
   # The labels only say which head an image belongs to.
   pixels, labels, task = data.pixels[chosen], data.labels[chosen], learner.task

@@ -107,6 +107,7 @@ def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
   def init(key: Array) -> InitialState:
     """Initialises the network and a memory without exemplars."""
     params, batch_stats = network.init(key)
+    # The kernel of the head is `[F, K]`.
     width = params["head"]["kernel"].shape[0]
     memory = IcarlMemory(
       exemplars=replay_memory.empty(replay.images, problem.shape),
@@ -177,6 +178,7 @@ def sigmoid_losses(
   Returns:
     two scalars, for the classes of this task and of earlier ones.
   """
+  # Classes are numbered task by task.
   of_class = jnp.arange(logits.shape[1]) // classes
 
   def mean_sum(target, counted):
@@ -239,9 +241,11 @@ def nearest_mean(features: Array, means: Array, has_mean: Array) -> Array:
   Returns:
     `[N, K]`.
   """
+  # `[N, 1, F]` minus `[K, F]`: every image with every mean.
   distance = jnp.sum(jnp.square(features[:, None] - means), axis=-1)
   return jnp.where(has_mean, -distance, -jnp.inf)
 
 
 def _unit(x: Array) -> Array:
+  # Features of 0 have no direction and stay 0.
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

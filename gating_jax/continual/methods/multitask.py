@@ -113,6 +113,7 @@ def by_task(batch: Array, tasks: int) -> Array:
   Array([[ 0,  1,  2],
          [10, 11, 12]], dtype=int32)
   """
+  # Position i T + t holds image i of task t.
   return jnp.swapaxes(batch.reshape(-1, tasks, *batch.shape[1:]), 0, 1)
 
 
@@ -215,6 +216,7 @@ class _Multitask:
     for task in range(self.problem.tasks):
       # A task's gates are measured on its own validation images.
       rates.append(gates[task_of_image == task, task].mean(axis=0, dtype=np.float64))
+    # A unit is relevant if its gate opens for more than this fraction of the images.
     relevant = np.stack(rates) > self.settings.threshold
     return learner.replace(memory=MultitaskMemory(jnp.asarray(relevant)))
 
@@ -222,6 +224,7 @@ class _Multitask:
     """Predicts the classes of `[N, H, W, D]` images, with the task known and unknown."""
     forward = self._run_tasks(learner, x)
     macs = shared_net.forward_macs(forward, self.counts, self.problem.classes)
+    # With the task unknown all networks run, so their costs add up.
     return shared_net.prediction(
       self.problem, forward.logits, task=task, macs=macs, agnostic_macs=macs.sum(0)
     )
