@@ -170,7 +170,7 @@ def _how_far(spent: float, pieces: Sequence[tuple[float, int, int]]) -> str:
 class Pace:
   """Messages on a training's pace: that its step is compiled, and how long the rest takes.
 
-  One instance serves trainings that follow each other, as of tasks. Each of their programs is
+  One instance serves trainings that follow each other, such as those of tasks. Each program is
   compiled, and timed, on its own.
 
   Args:

@@ -1,6 +1,6 @@
 """Statistics of gates and of multiply-accumulates over images: sums, correlations, histograms.
 
-Memory is that of one batch and of `[U, U]` counts for each group, whatever the number of images.
+Memory holds one batch and `[U, U]` counts for each group, for any number of images.
 
 Axes: M images, N of a batch, U units of a group.
 Reference: Bejnordi et al., 2020, section 5 (always open, always closed, conditional).

@@ -407,7 +407,7 @@ def task_scores(params: Any, features: Array) -> Array:
   """Computes the task logits of a `FeatureClassifier`.
 
   Args:
-    params: as of `init_feature_classifier`.
+    params: as `init_feature_classifier` returns them.
     features: `[N, S, F]` of the first S tasks.
   Returns:
     `[N, S]`.
@@ -423,7 +423,7 @@ def task_cross_entropy(params: Any, features: Array, tasks: Array, *, seen: Arra
   """Computes the cross-entropies over the tasks seen.
 
   Args:
-    params: as of `init_feature_classifier`.
+    params: as `init_feature_classifier` returns them.
     features: `[N, T, F]`, zeros for tasks not seen.
     tasks: `[N]`, the task of each image.
     seen: number of tasks seen.
@@ -476,7 +476,7 @@ def train_feature_classifier(
   """Trains on batches with all tasks in equal parts, by cross-entropy.
 
   Args:
-    params: as of `init_feature_classifier`.
+    params: as `init_feature_classifier` returns them.
     features: `[M, S, F]` of images of every task seen.
     tasks: `[M]`, the task of each.
     key: PRNG key of the batches.

@@ -231,7 +231,7 @@ def finish_task(
     experiment: of the run.
     learner: at the end of the stage's training.
     task: the last task of the stage.
-    evaluate: as of `make_evaluate`.
+    evaluate: as `make_evaluate` returns it.
   Returns:
     the learner with which the next stage begins.
   """
@@ -255,7 +255,7 @@ def test_tasks(learner: LearnerState, evaluate: TaskTest, learnt: int) -> Learne
 
   Args:
     learner: that has learnt the tasks.
-    evaluate: as of `make_evaluate`.
+    evaluate: as `make_evaluate` returns it.
     learnt: number of tasks learnt.
   Returns:
     the learner with the new table.

@@ -119,7 +119,7 @@ def reinitialise_free(frozen: Tree, old: Tree, fresh: Tree) -> Tree:
   """Returns shared parameters as they were where frozen, and initialised again elsewhere.
 
   Args:
-    frozen: mask as of `nothing_frozen`.
+    frozen: mask, as `nothing_frozen` makes it.
     old, fresh: shared parameters.
   """
   return jax.tree.map(jnp.where, frozen, old, fresh)
@@ -182,7 +182,7 @@ def freeze(frozen: Tree, records: Records, relevant: Array) -> Tree:
   """Freezes the filters of relevant units, and all convolutions without gates.
 
   Args:
-    frozen: mask as of `nothing_frozen`.
+    frozen: mask, as `nothing_frozen` makes it.
     records: of the network.
     relevant: `[U]` bool.
   Returns:

@@ -24,8 +24,7 @@ def normalise(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
   Returns:
     `[B, H, W, D]` float32.
   Raises:
-    ValueError: pixels of another type, which would be scaled as if they were uint8, or another
-      number of channels.
+    ValueError: pixels that are not uint8, or another number of channels.
   """
   if pixels.dtype != jnp.uint8:
     raise ValueError(

@@ -191,7 +191,7 @@ class PixelClasses:
 
 
 class ImageClass:
-  """Reader of the class of an image as an int, `UNLABELLED` where it has none.
+  """Reader of an image's class: an int, `UNLABELLED` where there is none.
 
   A ClassLabel has names, and -1 where there is no label. Whole numbers are classes from 0 to the
   largest, with the numbers as names. Texts are classes in their sorted order. Negative numbers and

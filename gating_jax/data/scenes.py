@@ -104,8 +104,8 @@ class Scenes(streaming.Stream):
 
   Attributes:
     size: H and W that every scene is resized to, images bilinearly, labels to the nearest pixel.
-    flip: whether to mirror half of the scenes in training, which sees a random part of `shape` of
-      each.
+    flip: whether to mirror half of the scenes in training. Training sees a random crop of `shape`
+      of each scene.
   """
 
   size: tuple[int, int] = ()

@@ -1,7 +1,7 @@
 """Images read from disk during training, with grain: for sets that do not fit on the device.
 
-The order is that of `data/batches.py`, a function of (seed, step) alone, so a restart needs no
-state and may use another number of workers.
+`data/batches.py` sets the order, a function of (seed, step) alone. So a restart needs no state and
+may use another number of workers.
 
 Axes: M images in the set, b images of this process per step, K steps per call, H and W pixels, D
 channels.

@@ -30,8 +30,7 @@ from gating_jax.data.videos import (
   timed_starts,
 )
 
-# Formats of files that hold all that they show: no playlist, no text that names other files, no
-# pattern of file names.
+# Formats of self-contained files: no playlists, no texts or patterns that name other files.
 _CONTAINERS = (
   "asf,avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,ogg,m4v,h264,hevc"
 )

@@ -1,7 +1,7 @@
 """Sets of videos, read from disk during training or whole in memory, and their segments.
 
-The order is that of `data/batches.py`, a function of (seed, step) alone, so a restart needs no
-state and may use another number of workers. A file that cannot be read never stops a run: its video
+`data/batches.py` sets the order, a function of (seed, step) alone. So a restart needs no state and
+may use another number of workers. A file that cannot be read never stops a run: its video
 has weight 0 and is named once. `data/video_files.py` decodes videos, `data/video_features.py` reads
 files of features.
 

@@ -157,7 +157,7 @@ def assemble(
     ValueError: a setting does not fit the data; the message names the field.
   """
   data, training = config.data, config.optim
-  # Schedules need the number of steps, and so that of the images, before these are read.
+  # Schedules need the number of steps, hence of images, before the images are read.
   examples = len(outlines[0]) if outlines else size()
   if training.batch_size > examples:
     raise ValueError(

@@ -60,7 +60,7 @@ class _Candidate(NamedTuple):
   Attributes:
     model: the network or program, as `export_model` takes it.
     program: computes the outputs of images `[N, H, W, D]`.
-    score: its accuracy and MACs, as of `_score`.
+    score: its accuracy and MACs, as `_score` returns them.
   """
 
   model: Any
@@ -117,8 +117,8 @@ def _summary(card: Mapping[str, Any]) -> str:
 def _load_command(path: str) -> str:
   """Returns a command that runs an export.
 
-  It is the example of the repository, which runs without this package, where that is at hand;
-  otherwise it loads the export by this package.
+  Where the repository is at hand, the command is its example, which does not need this package.
+  Otherwise it loads the export by this package.
   """
   example = config_files.folder().parent / "docs" / "examples" / "load_exported.py"
   if example.is_file():

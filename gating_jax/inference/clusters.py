@@ -1,4 +1,4 @@
-"""Clusters of examples, and the few sets of channels that each of them opens.
+"""Clusters of examples, and the set of channels that each cluster opens.
 
 An example can run with any set that holds all the channels it opens.
 

@@ -34,7 +34,7 @@ AUTO = "auto"
 GAIN = 0.97
 # Largest time with every unit open, relative to computing everything.
 MAX_SLOWDOWN_ALL_OPEN = 1.05
-# So many batches of calibration data are timed, or as many as hold so many images.
+# Calibration data for timing: 4 batches, or more of small batches until they hold 16 images.
 _BATCHES, _IMAGES = 4, 16
 
 
@@ -86,7 +86,7 @@ class CompiledImages(Compiled):
   """A compiled network of images: one program, for a fixed number of them.
 
   Args:
-    net, weights, timings: as of `Compiled`.
+    net, weights, timings: as in `Compiled`.
     options: of the compilation.
     program: `(weights, [batch_size, H, W, D]) -> outputs`, a tree of arrays `[batch_size, ...]`.
 

@@ -93,7 +93,7 @@ class CompiledConditional(CompiledImages):
   Args:
     candidates: the network and what strategies make of its parts.
     names: strategy of each part.
-    options, timings: as of `CompiledImages`.
+    options, timings: as in `CompiledImages`.
 
   Attributes:
     strategies: the name of each part's strategy.
@@ -160,9 +160,9 @@ def compile_conditional(
     repeats: number of timed calls of each program.
     candidates: strategies that `auto` may take in addition to `masked`, such as `EXPORTABLE`; None
       for all that run here.
-    max_slowdown_all_open: largest slowdown with every unit open: the time of a call of the program
-      that `auto` takes, divided by that of computing everything, with gates or without. Where
-      `masked` itself is slower, its slowdown is the limit; see `Timing.open_ratio`.
+    max_slowdown_all_open: largest slowdown with every unit open: the time of the program that
+      `auto` takes, over the time of computing everything, with gates or without. Where `masked`
+      itself is slower, its slowdown is the limit; see `Timing.open_ratio`.
     progress: called with the pieces of work that `auto` has done, and all of them: a piece is a
       program compiled, or each program of the whole network timed once.
   Returns:

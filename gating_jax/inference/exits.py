@@ -74,12 +74,12 @@ class ExitNet:
 class CompiledExits(CompiledImages):
   """A compiled network with early exits, made by `compile_exits`.
 
-  It maps `[N, H, W, D]` images, any N, to `(logits, stay)` as of `run`.
+  It maps `[N, H, W, D]` images, any N, to `(logits, stay)`, as in `run`.
 
   Args:
     net: the network.
     strategy: `exit_dispatch`, or `masked`.
-    options, timings: as of `CompiledImages`.
+    options, timings: as in `CompiledImages`.
 
   Attributes:
     strategy: `exit_dispatch`, or `masked` where everything is computed for all images.
@@ -130,7 +130,7 @@ def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Arra
     buckets: largest number of programs after each exit, one for each number of images; each of them
       has as many again after the next exit. None: everything is computed for all images.
   Returns:
-    `[N, K]` logits, and `[N, X]` as of `ops.confidence.stay_logits`, above 0 where an image stays.
+    `[N, K]` logits, and `[N, X]` as in `ops.confidence.stay_logits`, above 0 where an image stays.
     The exit at which an image leaves stands for the later ones.
   """
   least = jnp.full(len(x), jnp.inf, jnp.float32)
@@ -153,7 +153,7 @@ def _run_from(
     net: the network.
     x: `[n, H, W, D]` input of the stage.
     least: `[n]` the lowest value of `stay` at the exits so far.
-    buckets: as of `run`.
+    buckets: as in `run`.
   Returns:
     `[n, K]` logits, and for each exit to come `[n]` how unsure it is, at most `least`.
   """
@@ -208,7 +208,7 @@ def gathered_macs(
     net: the network.
     input_shape: `(H, W, D)` of an image.
     stay: `[N, X]` of `run`, for this batch.
-    buckets: as of `run`.
+    buckets: as in `run`.
   """
   taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
   for i, spent in enumerate(_stage_macs(net, input_shape)):
@@ -262,7 +262,7 @@ def compile_exits(
     buckets: largest number of programs after each exit, one for each number of images.
     calibration: `[M, H, W, D]`, M >= 1, images like those to come; `auto` needs them.
     repeats: number of timed calls of each program.
-    max_slowdown_all_open, progress: as of `compile_conditional`.
+    max_slowdown_all_open, progress: as in `compile_conditional`.
   Returns:
     A `CompiledExits`.
   Raises:

@@ -484,7 +484,7 @@ def part_macs(part: Part, shape: Shape, inputs: Any = None, *, opened: Sequence[
     part: the part.
     shape: `(H, W, D)` of its input.
     inputs: number of input channels that are computed with, `[N]` or one; None for all.
-    opened: as of `opened_of`; for a branch also the fraction of the examples for which it runs.
+    opened: as `opened_of` returns them; for a branch also the fraction of the examples that run it.
       Empty: all.
   """
   if isinstance(part, Layer):

@@ -252,7 +252,7 @@ def _is_constant(part: Part, counted: GroupStatistics) -> bool:
 
 
 def _removed(counted: GroupStatistics, multiple: int) -> np.ndarray:
-  """Returns which units to prune, `[U]`, so that a multiple of so many channels is left."""
+  """Returns the units to prune, `[U]`, such that a multiple of this many channels is left."""
   group, never = counted.group, counted.opened == 0
   open_units = int((~never).sum())
   needed = group.always + open_units * group.channels

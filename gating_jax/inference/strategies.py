@@ -496,7 +496,7 @@ def for_open(
 
 
 def example_sizes(total: int, buckets: int) -> tuple[int, ...]:
-  """Returns the numbers of open examples that the programs of `for_open` take, of `total`."""
+  """Returns the batch sizes that the programs of `for_open` take, out of `total` examples."""
   return (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
 
 

@@ -156,8 +156,8 @@ class _Hidden(nn.Module):
       # A channel of the first map reads the latent values, whatever is open.
       per_unit += height * width * x.shape[-1]
     else:
-      # A later channel costs 9 MACs a pixel for each open channel of the record before, which is
-      # that of the map before.
+      # A later channel costs 9 MACs a pixel for each open channel of the map before, whose record
+      # comes just before this one.
       per_pair = height * width * 9
     group = GatedChannels(
       channels=features,

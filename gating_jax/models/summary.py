@@ -252,8 +252,8 @@ def video_summary(
     model: a network whose nets return `(features, records)`.
     shapes: shapes of a video's inputs: `heavy` `(T, ...)`, `valid` `(T,)` and, where there is a
       light net, `light`.
-    made_elsewhere: MACs per segment that the inputs of the light and of the heavy net cost, where
-      they are precomputed features.
+    made_elsewhere: MACs per segment of making the light and the heavy net's inputs, where these
+      are precomputed features.
   Raises:
     TypeError: another network, or a shape that is missing.
   """

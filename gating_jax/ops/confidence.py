@@ -180,7 +180,7 @@ def step_threshold_for_budget(
   highest confidence so far, hence the search over these values is exact.
 
   Args:
-    step_logits, valid_counts, multi_label: as of `exit_steps`.
+    step_logits, valid_counts, multi_label: as in `exit_steps`.
     share: the budget: fraction of each video's own segments, mean over videos.
   Returns:
     The threshold; `NEVER` if all segments fit the budget.

@@ -349,7 +349,7 @@ def _check(chain: _Chain, strides: tuple[int, ...]) -> None:
       f"{count} kernels need a bias and a stride each, and {count + 1} gates (or None each); "
       f"got {len(biases)} biases, {len(gates)} gates, {len(strides)} strides"
     )
-  # I of x, then O of every kernel: what comes in and out of the chain's steps.
+  # Channels between the steps of the chain: those of x, then the outputs of every kernel.
   shapes = [kernel.shape for kernel in kernels]
   channels = (x.shape[3], *(outputs for outputs, *_ in shapes))
   if (inputs := tuple(inputs for _, inputs, *_ in shapes)) != channels[:-1]:

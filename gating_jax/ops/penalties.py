@@ -185,9 +185,9 @@ def mac_budget_loss(
   Both are fractions of the MACs with every gate open. Below the budget the loss opens gates: units
   that closed too much early in training would stay closed otherwise.
 
-  Its value is that of the gates as they are, its gradient that of the expected MACs, as if the two
-  were equal. On average they are equal for noise of scale 1; with another scale, a gate is not
-  drawn with its unit's probability. For gates that are never closed, such as those of `sigmoid`,
+  The value is of the gates as drawn; the gradient is of the expected MACs, as if the two were
+  equal. On average they are equal for noise of scale 1; with another scale, a gate is not drawn
+  with its unit's probability. For gates that are never closed, such as those of `sigmoid`,
   the value counts all MACs.
 
   Args:

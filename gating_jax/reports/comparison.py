@@ -537,7 +537,7 @@ def _draw_cost(
 ) -> page.Picture:
   """Draws runs as named points, the ungated ones joined by a line."""
   figure, axes = _axes(len(points))
-  # Sorted by MACs, so that the line of the ungated networks of several widths runs to the right.
+  # Sorted by MACs, so that the line through ungated networks never turns back.
   family = sorted((point.macs, point.percent) for point in points if point.run.ungated)
   if family:
     macs, percents = np.transpose(family)

@@ -55,7 +55,7 @@ def layer_names(layers: Sequence[tuple[str, int]]) -> list[str]:
 
 def _shared_folder(layers: Sequence[tuple[str, int]]) -> str:
   """Returns the first folder of several layers' names, with its slash; empty if they differ."""
-  # Names of layers are paths of modules, of which the first is often the same for all.
+  # Names of layers are paths of modules; the first module is often the same for all.
   first, slash, _ = layers[0][0].partition("/")
   if not slash or len(layers) == 1:
     return ""

@@ -8,7 +8,7 @@ from gating_jax.reports.page import Table
 
 MACS = "multiply-accumulate operations (MACs)"
 
-# By the beginning of a row's name, such as `IoU of` for that of each class (see `meaning`).
+# Keyed by the beginning of a row's name: `IoU of` serves the rows of all classes (see `meaning`).
 _MEANINGS = {
   "test accuracy": "Fraction of the test set whose most likely class is the true one.",
   "test mean average precision": "Mean over classes of the average precision of a ranking of the "

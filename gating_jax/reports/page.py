@@ -166,7 +166,7 @@ def save_figure(figure: Any, file: Path | IO[bytes]) -> None:
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
     # In memory first, so that a figure that cannot be drawn leaves no half-written file.
     content = io.BytesIO()
-    # Of the figure too, so that places that are measured in it are those of the picture.
+    # The figure gets the resolution of the picture: positions measured in it then hold for both.
     figure.set_dpi(DPI)
     figure.savefig(content, dpi=DPI)
   if isinstance(file, Path):
@@ -218,7 +218,7 @@ def write_page(
   subtitle: str = "",
   opening: Opening | None = None,
 ) -> None:
-  """Writes the page, whole or not at all; arguments as of `render_page`."""
+  """Writes the page, whole or not at all; arguments as in `render_page`."""
   write_atomically(path, render_page(title, sections, subtitle=subtitle, opening=opening))
 
 

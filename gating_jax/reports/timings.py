@@ -129,7 +129,7 @@ def time_number(
 def times_section(
   times: Times | None, noun: str, *, step: int | None = None, refused: str = ""
 ) -> page.Section:
-  """Returns the section of times of each way to run the network; arguments as of `time_number`."""
+  """Returns the section of times of each way to run the network; arguments as in `time_number`."""
   place = _place("times", step)
   if times is None:
     text = (
@@ -271,7 +271,7 @@ def _single_examples(times: Times) -> list[_Pair]:
 
 
 def _of_whole_net(rows: Rows) -> Rows:
-  """Returns the rows that are of the whole network, not of one of its parts."""
+  """Returns the rows of the whole network, without those of its parts."""
   return [row for row in rows if row["part"] is None]
 
 

@@ -46,7 +46,7 @@ _TERMS = {
 }
 # Not among the loss's terms; metrics.jsonl and TensorBoard have the norms.
 _NOT_SHOWN = ("loss", "gradient_norm", "state_norm")
-# Prefixes of the terms of a heavy net's gates, and of the names of layers.
+# Prefixes of metrics: terms of a heavy net's channel gates, and open rates of layers.
 _CHANNELS, _RATES = "channels_", "gate_rate/"
 
 

@@ -19,7 +19,7 @@ from gating_jax.training import hosts
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, describe_metrics
 
-# Metrics that are of all terms of the loss, or of all parameters.
+# Metrics over all terms of the loss, or over all parameters.
 _TOTALS = ("loss", "gradient_norm", "state_norm")
 
 

@@ -235,7 +235,7 @@ class ImageObjective:
       return penalties.mac_budget_loss(
         records, self.never_gated_macs, self.target, axis_name=axis_name
       )
-    # The rate is that of the gates as drawn, not of their probabilities.
+    # The rate counts the gates as drawn, not their probabilities.
     return penalties.target_rate_loss([r.gates for r in records], self.target, axis_name=axis_name)
 
 

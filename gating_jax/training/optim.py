@@ -1,7 +1,7 @@
 """Optimisers and schedules.
 
-Weight decay is on all parameters but those of gate networks. Schedules, of coefficients and of
-learning rates, have their corners as fractions of training.
+Weight decay is on all parameters but those of gate networks. The corners of
+schedules, of coefficients or learning rates, are fractions of training.
 """
 
 from __future__ import annotations

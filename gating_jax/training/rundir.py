@@ -357,5 +357,5 @@ def _find_wrong_field(outline: Outline) -> str | None:
 
 
 def _is_tuple_of(kind: type, values: Any) -> bool:
-  """Returns whether all values are of this type, and of none below it, as bool is of int."""
+  """Returns whether all values are of exactly this type: a bool is no int here."""
   return isinstance(values, tuple) and all(type(value) is kind for value in values)

@@ -300,7 +300,7 @@ def _training(
 
 
 def _backward_capacity(config: ml_collections.ConfigDict, model: SegmentNet, segments: int) -> int:
-  """Returns the number of segments, of a device's part of a batch, that have a backward pass."""
+  """Returns the largest number of segments on a device that have a backward pass."""
   videos = config.optim.batch_size // jax.device_count()
   if model.selection == "gate":
     return math.ceil(config.model.backward_share * videos * segments)
@@ -451,8 +451,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
 def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
   """Checks that skipping the backward pass leaves every gradient as it is.
 
-  A gradient is skipped only where it is exactly 0, and where the number of segments that have one
-  is known.
+  A gradient is skipped only where it is exactly 0. The number of the other segments must be known,
+  since it sets a shape.
   """
   model = config.model
   if not model.skip_backward:

@@ -32,7 +32,7 @@ def initial_state(phase: Phase, seed: int) -> steps.TrainState:
 
 
 def restore(phase: Phase, path: Path, seed: int) -> Checkpoint:
-  """Returns the newest checkpoint of a phase, or a fresh state as that of step 0."""
+  """Returns the newest checkpoint of a phase, or a fresh state, at step 0."""
   state = initial_state(phase, seed)
   found = restore_newest(path / rundir.CHECKPOINT_DIR, state)
   return Checkpoint(0, devices.replicate(state)) if found is None else found

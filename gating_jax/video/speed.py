@@ -49,7 +49,7 @@ def run(
 
   Raises:
     RunDirError: the tables exist, or another process writes them.
-    ValueError: as of `check`.
+    ValueError: as in `check`.
   """
   check(experiment)
   compile_report.write_times(run_dir, step, _tables(experiment, variables))

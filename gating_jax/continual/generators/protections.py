@@ -45,7 +45,7 @@ class FrozenFilters(MemoryNode):
   """The state of `gated`.
 
   Attributes:
-    frozen: mask of the shared parameters, as of `units.nothing_frozen`.
+    frozen: mask of the shared parameters, as `units.nothing_frozen` makes it.
     relevant: `[T, U]` bool, the units that each task needs.
   """
 

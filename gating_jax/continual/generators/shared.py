@@ -50,7 +50,7 @@ Tree = Any
 class Protection:
   """The protection of tasks, as pure functions over a state of its own.
 
-  Parameters are in two parts, as of `split`.
+  Parameters are in two parts, as `split` returns them.
 
   Attributes:
     init: `shared -> state`, before any task.
@@ -131,7 +131,7 @@ def split(params: Tree, records: Records) -> dict[str, Tree]:
 
   Args:
     params: of the generator.
-    records: as of `records`.
+    records: as `records` returns them.
   Returns:
     `{"shared", "own"}`.
   """

@@ -101,7 +101,7 @@ class TaskMemory(MemoryNode):
 
   Attributes:
     own: variables of every task, `[T, ...]`; entries of tasks to come are initial values.
-    frozen: mask of the shared parameters that stay as they are, as of `units.nothing_frozen`.
+    frozen: mask of the shared parameters that never change, as `units.nothing_frozen` makes it.
     relevant: `[T, U]` bool, the units that each task needs.
     available: `[U]` bool, the units that the current task may use.
   """
