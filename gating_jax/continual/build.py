@@ -216,6 +216,7 @@ def _build_problem(
 
   def crop_and_flip(key, pixels):
     """Changes pixels at random, as in training."""
+    # A key per example of the whole batch: the changes do not depend on the number of devices.
     return augment.crop_and_flip(
       key, pixels, pad=data.crop_padding, flip=data.flip, axis_name=devices.AXIS
     )

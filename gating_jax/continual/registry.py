@@ -152,6 +152,7 @@ def _wgan(config):
 def _generator(config, problem, gate):
   """Builds one generator for all tasks."""
   fields = config.generator
+  # Labels are the classes within a task; the task's own gates and pixel layer say which task.
   return Generator(
     problem.shape,
     latent=fields.latent,

@@ -102,6 +102,7 @@ def scores(learner: LearnerState) -> dict[str, float]:
 
   def mean(matrix):
     """Averages the entries of the last task learnt."""
+    # Row i is measured after task i; later columns are of tasks not learnt yet.
     return float(np.mean(np.asarray(matrix)[learnt - 1, :learnt]))
 
   return {

@@ -69,6 +69,7 @@ class ContinualLearning(runner.Programme):
         continue
       accuracy, forgetting = result[name]["average_accuracy"], result[name]["forgetting"]
       text = f"{100 * accuracy:.2f} %, mean of {learnt} tasks"
+      # A single task has nothing to forget.
       if forgetting is not None:
         text += f"; forgetting: {100 * forgetting:z.2f} points"
       numbers.append((f"accuracy, {words}", text))

@@ -236,6 +236,7 @@ def finish_task(
     the learner with which the next stage begins.
   """
   method = experiment.method
+  # Tasks that are learnt at once end together, on the images of all of them.
   ended = experiment.tasks if method.simultaneous else experiment.tasks[task : task + 1]
   train = image_sets.join([each.train for each in ended])
   validation = image_sets.join([each.validation for each in ended])

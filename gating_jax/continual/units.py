@@ -149,6 +149,7 @@ def shut(net: Tree, records: Records, kept: Array) -> Tree:
   flat = traverse_util.flatten_dict(net)
   for gate, parts in kept_by_gate.items():
     mask, path = jnp.concatenate(parts), (*gate, *LOGITS)
+    # Without a kernel no input can outweigh the bias.
     flat[*path, "kernel"] = jnp.where(mask, flat[*path, "kernel"], 0)
     flat[*path, "bias"] = jnp.where(mask, flat[*path, "bias"], SHUT)
   return traverse_util.unflatten_dict(flat)

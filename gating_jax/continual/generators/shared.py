@@ -122,6 +122,7 @@ def records(generator: Generator) -> Records:
     """Returns the generator's output and its fresh variables."""
     return generator.init_with_output(jax.random.key(0), z, label)
 
+  # Abstract: only shapes are computed, so that it may be called in a traced step.
   (_, records), _ = jax.eval_shape(init, z, label)
   return records
 
@@ -304,5 +305,6 @@ class _SharedGenerator:
       batch_stats=state.batch_stats,
       key=self._key(task),
     )
+    # `finish` may close gates: its `params` are the own parameters to keep.
     own = put_task(memory.own, task, Variables(params, state.batch_stats))
     return memory.replace(own=own, protection=protection)

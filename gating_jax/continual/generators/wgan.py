@@ -111,6 +111,7 @@ def init_state(
     return WganState(
       step=jnp.zeros((), jnp.int32),
       generator=params,
+      # The average starts at the parameters themselves, so it needs no correction of its bias.
       average=params,
       batch_stats=variables.get("batch_stats", {}),
       critic=critic_params,
@@ -251,6 +252,7 @@ class _Training:
     """Generates images in training mode."""
     latent_key = jax.random.fold_in(key, LATENT_STREAM)
     z = latents(latent_key, count, size=self.generator.latent, axis_name=self.axis_name)
+    # Gradients are with respect to `params`, through the view.
     variables = {"params": self.hooks.view(params), "batch_stats": state.batch_stats}
     (images, records), updates = self.generator.apply(
       variables,

@@ -186,7 +186,9 @@ def sigmoid_losses(
     each = optax.sigmoid_binary_cross_entropy(logits, target)
     return jnp.mean(jnp.sum(each, axis=-1, where=counted))
 
+  # - sum_(new y) [delta(y = y_n) log g_y + delta(y != y_n) log(1 - g_y)]
   new = mean_sum(jax.nn.one_hot(labels, logits.shape[1]), of_class == task)
+  # The same for earlier classes, with the teacher's outputs as targets: distillation.
   old = mean_sum(jax.nn.sigmoid(teacher), of_class < task)
   return new, old
 
