@@ -46,8 +46,9 @@ from gating_jax.timing import MASKED, device, race
 from gating_jax.training import rundir
 from gating_jax.types import Array
 
-_TRAINED, _SLIMMED, _INT8, _SKIPPING = "trained", "slimmed", "slimmed, int8", "slimmed, skipping"
-FOLDERS = {_SLIMMED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
+# Rows of tables and keys of files, where a pruned network is called slimmed.
+_TRAINED, _PRUNED, _INT8, _SKIPPING = "trained", "slimmed", "slimmed, int8", "slimmed, skipping"
+FOLDERS = {_PRUNED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
 # The most images to calibrate on, evenly over the training set.
 CALIBRATION = 2_000
 # As in --mode=compile, which times the same images: so both agree.
@@ -154,7 +155,7 @@ def _write(
   net = analysis.net
   static = find_static_units(net, analysis.gate_statistics)
   with working(
-    f"testing the net as trained, slimmed and in int8 on {len(experiment.test):,} images",
+    f"testing the net as trained, pruned and in int8 on {len(experiment.test):,} images",
     "up to a minute",
   ):
     # On test images: pruning was decided on training images.
@@ -162,7 +163,7 @@ def _write(
     pruned = apply_pruning(net, static)
     candidates = {
       _TRAINED: _candidate(experiment, net),
-      _SLIMMED: _candidate(experiment, pruned),
+      _PRUNED: _candidate(experiment, pruned),
       _INT8: _candidate(experiment, quantise(pruned)),
     }
   say(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
@@ -170,7 +171,7 @@ def _write(
   say("\n".join(_analysis_lines(analysis, layers)))
   say("\n".join(["", *_pruning_lines(analysis, effect), ""]))
   images = compile_report.calibration_images(train, experiment.normalise)
-  skipping = _skipping_candidate(experiment, candidates[_SLIMMED], images)
+  skipping = _skipping_candidate(experiment, candidates[_PRUNED], images)
   if skipping is not None:
     candidates[_SKIPPING] = skipping
   programs = {name: candidate.program for name, candidate in candidates.items()}
@@ -300,7 +301,7 @@ def _write_exits(
     "milliseconds": milliseconds,
   }
   with working("writing the net", "up to half a minute"):
-    path = export.export_model(made, folder / FOLDERS[_SLIMMED], input_shape=shape, card=card)
+    path = export.export_model(made, folder / FOLDERS[_PRUNED], input_shape=shape, card=card)
   say(f"\ncheckpoint of step {origin['step']}\n")
   say(
     "\n".join(align_columns([_head(), _row(made.strategy, score, export.load_exported(path).card)]))

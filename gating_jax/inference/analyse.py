@@ -31,7 +31,8 @@ from gating_jax.ops import arguments
 from gating_jax.timing import MASKED, UNGATED
 
 UNION, BLOCKS = 8, (16, 32, 64)
-EXECUTED, SLIMMED = "executed", "slimmed"
+# Keys of `Analysis.macs`, where a pruned network is called slimmed.
+EXECUTED, PRUNED = "executed", "slimmed"
 
 # `[N, U]` gates of every group of a network, in order.
 AllGates = Sequence[np.ndarray]
@@ -86,7 +87,7 @@ def analyse(
       ungated       every convolution whole, no gate networks
       masked        every convolution whole, and the gate networks
       executed      open units alone
-      slimmed       as masked, of `prune`
+      slimmed       as masked, after `prune`
       switch        each image alone: the open channels of a layer or block are gathered and padded
                     to one of `buckets` sizes, multiples of 16; branches of one gate run or not
       union of 8    channels open for any of 8 images in their order
@@ -133,7 +134,7 @@ def analyse(
     UNGATED: float(whole - heads),
     MASKED: float(whole),
     EXECUTED: per_image.pop(EXECUTED),
-    SLIMMED: float(folded.macs(small, shape)),
+    PRUNED: float(folded.macs(small, shape)),
     **per_image,
   }
   return Analysis(net, shape, images, gate_statistics, macs)
