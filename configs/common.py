@@ -4,7 +4,6 @@ No default is defined anywhere else.
 """
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import ml_collections
@@ -237,30 +236,25 @@ _EARLIER = {
 }
 
 
-def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
-  """Applies variants of image classification; see `apply_variants_of`."""
-  return apply_variants_of(config, arg, _VARIANTS, earlier=_EARLIER)
-
-
-def apply_variants_of(
+def apply_variants(
   config: ml_collections.ConfigDict,
   arg: str | None,
-  variants: Mapping[str, Variant],
-  *,
-  earlier: Mapping[str, Variant] = MappingProxyType({}),
+  variants: Mapping[str, Variant] | None = None,
 ) -> ml_collections.ConfigDict:
   """Applies variants such as `epochs=10,gates=layer`: short names for the most used settings.
 
   Args:
     config: changed in place.
     arg: variants as `name=value`, joined by commas; None or empty for none.
-    variants: by name.
-    earlier: those of earlier versions, by name.
+    variants: by name; None for those of image classification. A config of an earlier version has
+      `(field, type)`, or a table of the fields of each value, in place of a function.
   Returns:
     The config.
   Raises:
     ValueError: a name or a listed value is unknown.
   """
+  earlier = {} if variants else _EARLIER
+  variants = variants or _VARIANTS
   items = [item for item in (arg or "").split(",") if item]
   # `gates` comes first, since other variants change fields that it sets; the rest keep their order.
   for item in sorted(items, key=lambda item: not item.startswith("gates=")):
@@ -268,5 +262,17 @@ def apply_variants_of(
     variant = variants.get(name) or earlier.get(name)
     if not found or variant is None:
       raise ValueError(f"a variant must be one of {sorted(variants)} as name=value; got {item!r}")
-    config.update_from_flattened_dict(variant(value))
+    config.update_from_flattened_dict(_fields_of(name, variant, value))
   return config
+
+
+def _fields_of(name: str, variant: Any, value: str) -> Mapping[str, Any]:
+  """Returns the fields that a variant sets, by name; see `apply_variants`."""
+  if callable(variant):
+    return variant(value)
+  if not isinstance(variant, Mapping):
+    field, kind = variant
+    return {field: kind(value)}
+  if value not in variant:
+    raise ValueError(f"the variant {name} must be one of {sorted(variant)}; got {value!r}")
+  return variant[value]

@@ -158,5 +158,5 @@ _VARIANTS = {
 
 
 def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
-  """Applies variants such as `method=ewc,epochs=3`; see `common.apply_variants_of`."""
-  return common.apply_variants_of(config, arg, _VARIANTS)
+  """Applies variants such as `method=ewc,epochs=3`; see `common.apply_variants`."""
+  return common.apply_variants(config, arg, _VARIANTS)

@@ -134,6 +134,8 @@ def former_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
     def call(*args: Any, **keywords: Any) -> Any:
       """Calls the function with the name of today."""
       if old in keywords:
+        if new in keywords:
+          raise TypeError(f"{new} must be given once; got it as {old}, its former name, too")
         warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
         keywords[new] = keywords.pop(old)
       return function(*args, **keywords)

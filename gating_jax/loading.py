@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
-import ml_collections
 
 from gating_jax.paths import user_path
+
+if TYPE_CHECKING:
+  import ml_collections
 
 
 def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.ConfigDict]:

@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from tqdm import tqdm
 
-# Called with the pieces done and their total.
-ReportProgress = Callable[[int, int], None]
+if TYPE_CHECKING:
+  from gating_jax.timing import ReportProgress
+
 # Seconds until the first line of a piece of work, and between the lines that follow.
 _AFTER, _EVERY = 1.0, 10.0
 # The main program of a training, as messages name it.

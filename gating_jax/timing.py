@@ -25,6 +25,9 @@ MASKED, UNGATED, CHOSEN, SEGMENTS, EXIT_DISPATCH = (
   "exit_dispatch",
 )
 
+# Called with the pieces done and their total.
+ReportProgress = Callable[[int, int], None]
+
 Name = TypeVar("Name", bound=Hashable)
 
 

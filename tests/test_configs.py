@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from configs import common
 from gating_jax.checks import one_of
 from gating_jax.continual import registry
 from gating_jax.training import objectives, optim, settings
@@ -147,3 +148,18 @@ def test_continual_recipes_have_the_numbers_of_the_sheet():
   assert of("split_svhn") == (256, 0.01, 800, (0.5, 0.75), 0.5, 20)
   assert of("split_cifar10") == (64, 0.1, 200, (0.5, 0.75), 1, 10)
   assert of("split_imagenet50") == (64, 0.1, 200, (0.5, 0.75), 1, 0)
+
+
+def test_variants_of_a_config_of_an_earlier_version_are_pairs_and_tables():
+  variants = {
+    "rate": ("optim.learning_rate", float),
+    "gates": {"few": {"model.gate.block": 8}},
+    "short": lambda epochs: {"optim.epochs": int(epochs)},
+  }
+  config = common.apply_variants(common.image_config(), "rate=0.5,gates=few,short=2", variants)
+  found = (config.optim.learning_rate, config.model.gate.block, config.optim.epochs)
+  assert found == (0.5, 8, 2)
+  with pytest.raises(ValueError, match="the variant gates must be one of .*'few'.*; got 'many'"):
+    common.apply_variants(config, "gates=many", variants)
+  with pytest.raises(ValueError, match="a variant must be one of .*; got 'l0=1'"):
+    common.apply_variants(config, "l0=1", variants)

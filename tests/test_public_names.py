@@ -1,5 +1,7 @@
 """Names of the public API: those of former versions still import."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -45,6 +47,20 @@ def test_former_keywords_and_attributes_warn_and_work():
   with pytest.warns(DeprecationWarning, match="fixed_macs is now called never_gated_macs"):
     old = gating_jax.mac_budget_loss([record], fixed_macs=5, budget=0.5)
   assert old == gating_jax.mac_budget_loss([record], never_gated_macs=5, budget=0.5)
+  with pytest.raises(TypeError, match="never_gated_macs must be given once; got it as fixed_macs"):
+    gating_jax.mac_budget_loss([record], fixed_macs=5, never_gated_macs=5, budget=0.5)
+
+
+def test_the_package_loads_nothing_heavy_that_jax_and_flax_do_not_load():
+  program = (
+    "import sys, jax, flax.linen; before = set(sys.modules); import gating_jax; "
+    "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+    "print(*new - set(sys.stdlib_module_names))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+  )
+  assert set(done.stdout.split()) == {"gating_jax", "jax"}
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 OUTCOMES = ("always_open", "always_closed", "random_dropout", "conditional")
 # A gate is always open, or always closed, if it opens for more, or less, than this fraction of
@@ -84,6 +83,8 @@ def open_probs(logits: np.ndarray, noise_scale: float) -> np.ndarray:
   >>> open_probs(np.array([-1.0, 2.0]), 0.0)
   array([0., 1.])
   """
+  from scipy import special
+
   logits = logits.astype(np.float64)
   return special.expit(logits / noise_scale) if noise_scale else (logits > 0).astype(np.float64)
 
@@ -220,5 +221,8 @@ def _select(found: Diagnosis, gates: slice) -> Diagnosis:
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:
+  # Imported here: `import gating_jax` does without SciPy, which takes a while to load.
+  from scipy import special
+
   # In bits, of a gate that opens with probability p.
   return (special.entr(p) + special.entr(1 - p)) / np.log(2)

@@ -9,10 +9,10 @@ Reference: Bejnordi et al., 2020, section 5 (always open, always closed, conditi
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
 
 from gating_jax.analysis.outcomes import ALWAYS_CLOSED, ALWAYS_OPEN
 
@@ -60,6 +60,12 @@ class GateStatistics:
     They need not be conditional: noise may open them, too; see `outcomes.outcomes`.
     """
     return ~(self.always_open | self.always_closed)
+
+  @property
+  def conditional(self) -> np.ndarray:
+    """Returns `varies`, by its former name."""
+    warnings.warn("conditional is now called varies", DeprecationWarning, stacklevel=2)
+    return self.varies
 
   @property
   def correlation(self) -> np.ndarray:
@@ -129,6 +135,9 @@ def layer_histograms(
     open_rates: `[gates of the layer]` of each layer.
     group: prefix of the counts' names, such as `gates` for `gates/stage1_block1/conv1/probs`.
   """
+  # Imported here: `import gating_jax` does without SciPy, which takes a while to load.
+  from scipy import special
+
   counts = {}
   for layer, z, rates in zip(names, logits, open_rates, strict=True):
     counts[f"{group}/{layer}/probs"] = histogram(special.expit(z))

@@ -41,8 +41,8 @@ from gating_jax.paths import quoted
 from gating_jax.reports import compile_report, conclusion, surroundings
 from gating_jax.reports.text import align_columns
 from gating_jax.reports.timings import timing_title
-from gating_jax.terminal import ReportProgress, say, working
-from gating_jax.timing import MASKED, device, race
+from gating_jax.terminal import say, working
+from gating_jax.timing import MASKED, ReportProgress, device, race
 from gating_jax.training import rundir
 from gating_jax.types import Array
 
@@ -414,11 +414,18 @@ def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
   ways = [["way to run it", "MACs per image", "of ungated"]]
   for row in analysis.mac_rows():
     ways.append([row["strategy"], f"{row['macs']:,.0f}", f"{100 * row['ratio']:.1f} %"])
-  counted = ("always_open", "always_closed", "conditional", "open_on_all", "closed_on_all")
-  head = ["layer", "units", "open", *(name.replace("_", " ") for name in counted), "correlation"]
+  # Head and key of each count of units.
+  counted = {
+    "always open": "always_open",
+    "always closed": "always_closed",
+    "varies": "conditional",
+    "open on all": "open_on_all",
+    "closed on all": "closed_on_all",
+  }
+  head = ["layer", "units", "open", *counted, "correlation"]
   layers = [head]
   for name, row in zip(names, analysis.rows(), strict=True):
-    counts = [str(row[outcome]) for outcome in counted]
+    counts = [str(row[key]) for key in counted.values()]
     share, correlation = f"{100 * row['open']:.1f} %", f"{row['correlation']:.3f}"
     layers.append([name, str(row["units"]), share, *counts, correlation])
   if len(layers) == 1:

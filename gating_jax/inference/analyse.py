@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ class Analysis:
   @property
   def openings(self) -> tuple[GroupStatistics, ...]:
     """Returns the `gate_statistics`, by their former name."""
+    warnings.warn("openings is now called gate_statistics", DeprecationWarning, stacklevel=2)
     return self.gate_statistics
 
   def rows(self) -> list[dict[str, Any]]:

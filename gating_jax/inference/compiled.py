@@ -24,8 +24,7 @@ import numpy as np
 
 from gating_jax.inference import folded
 from gating_jax.ops import arguments
-from gating_jax.terminal import ReportProgress
-from gating_jax.timing import MASKED, UNGATED
+from gating_jax.timing import MASKED, UNGATED, ReportProgress
 from gating_jax.types import Array
 
 # The strategy that is chosen by timing.

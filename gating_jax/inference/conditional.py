@@ -48,8 +48,7 @@ from gating_jax.inference.strategies import (
   why_not,
   worth_trying,
 )
-from gating_jax.terminal import ReportProgress
-from gating_jax.timing import CHOSEN, MASKED, UNGATED, race
+from gating_jax.timing import CHOSEN, MASKED, UNGATED, ReportProgress, race
 from gating_jax.types import Array
 
 

@@ -45,8 +45,7 @@ from gating_jax.inference.folding import check, fold_conv, fold_stages
 from gating_jax.inference.strategies import example_sizes, for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
-from gating_jax.terminal import ReportProgress
-from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, race
+from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, ReportProgress, race
 from gating_jax.types import Array
 
 # A threshold below every entropy: no image leaves.

@@ -30,9 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
-from safetensors import SafetensorError
-from safetensors.numpy import load as read_tensors
-from safetensors.numpy import save as write_tensors
 
 from gating_jax.checks import one_of, shown
 from gating_jax.inference import folded
@@ -133,12 +130,14 @@ def export_model(
     batch_size = model.batch_size
   if isinstance(model, FoldedNet):
     folded.check_channels(model, input_shape[2])
+  from safetensors.numpy import save
+
   # Weights become an argument, so that the program holds no constants of their size.
   weights, function = _split_weights(model)
   program = _program(function, weights, _images(input_shape, batch_size), platforms)
   files = {
     PROGRAM: bytes(program.serialize()),
-    WEIGHTS: write_tensors({name: np.asarray(w) for name, w in weights.items()}),
+    WEIGHTS: save({name: np.asarray(w) for name, w in weights.items()}),
   }
   own = {
     "format": FORMAT,
@@ -182,12 +181,15 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
   Raises:
     ExportError: a file is missing, cut off, changed, or not what the program takes.
   """
+  # Imported here: only exports need it.
+  import safetensors.numpy
+
   directory = user_path(directory)
   card = _read_card(directory)
   data = {name: _read(directory, name, card) for name in (PROGRAM, WEIGHTS)}
   try:
-    weights = read_tensors(data[WEIGHTS])
-  except (SafetensorError, ValueError, KeyError) as error:
+    weights = safetensors.numpy.load(data[WEIGHTS])
+  except (safetensors.SafetensorError, ValueError, KeyError) as error:
     raise ExportError(f"{directory / WEIGHTS} is damaged: {error}") from None
   try:
     program = jax_export.deserialize(bytearray(data[PROGRAM]))

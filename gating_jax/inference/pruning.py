@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
+from gating_jax.checks import former_keyword
 from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer, Part, walk
 from gating_jax.inference.gate_statistics import GroupStatistics, observed, places
 from gating_jax.inference.quantise import check_folded
@@ -42,6 +42,7 @@ class PruneMask(NamedTuple):
     return ~(self.removed | self.ungated)
 
 
+@former_keyword("openings", "gate_statistics")
 def find_static_units(
   net: FoldedNet,
   gate_statistics: Sequence[GroupStatistics],
@@ -91,6 +92,9 @@ def rate_bound(images: int, confidence: float, *, events: int = 0) -> float:
   >>> round(rate_bound(299, 0.95), 5), round(rate_bound(2000, 0.95), 5)
   (0.00997, 0.0015)
   """
+  # Imported here: `import gating_jax` does without SciPy, which takes a while to load.
+  from scipy import stats
+
   return float(stats.beta.ppf(confidence, events + 1, images - events)) if events < images else 1.0
 
 

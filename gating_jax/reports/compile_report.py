@@ -20,7 +20,8 @@ from gating_jax.inference.conditional import CompiledConditional
 from gating_jax.inference.strategies import why_not
 from gating_jax.reports import conclusion, page, surroundings
 from gating_jax.reports.timings import draw_timings, render_timings, timing_title
-from gating_jax.terminal import ReportProgress, say, working
+from gating_jax.terminal import say, working
+from gating_jax.timing import ReportProgress
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
 

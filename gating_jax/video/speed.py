@@ -28,8 +28,7 @@ from gating_jax.models.timegate import Inputs, SegmentNet
 from gating_jax.ops import compaction
 from gating_jax.reports import compile_report
 from gating_jax.reports.timings import timing_title
-from gating_jax.terminal import ReportProgress
-from gating_jax.timing import MASKED, SEGMENTS, UNGATED, race
+from gating_jax.timing import MASKED, SEGMENTS, UNGATED, ReportProgress, race
 from gating_jax.training import rundir
 from gating_jax.video import evaluate, sets
 from gating_jax.video.build import LIGHT, VideoExperiment

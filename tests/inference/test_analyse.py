@@ -140,3 +140,10 @@ def test_a_last_smaller_batch_runs_in_the_same_program():
     (len(x), len(y), len(logits[0])) for x, y, logits in gate_statistics.observed(net, images(200))
   ]
   assert sizes == [(128, 128, 128), (72, 72, 72)]
+
+
+def test_former_attributes_of_statistics_warn_and_work(analysis):
+  with pytest.warns(DeprecationWarning, match="openings is now called gate_statistics"):
+    counted = analysis.openings[0]
+  with pytest.warns(DeprecationWarning, match="conditional is now called varies"):
+    assert counted.conditional.tolist() == counted.varies.tolist()
