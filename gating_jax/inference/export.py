@@ -182,14 +182,15 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
     ExportError: a file is missing, cut off, changed, or not what the program takes.
   """
   # Imported here: only exports need it.
-  import safetensors.numpy
+  from safetensors import SafetensorError
+  from safetensors.numpy import load as read_tensors
 
   directory = user_path(directory)
   card = _read_card(directory)
   data = {name: _read(directory, name, card) for name in (PROGRAM, WEIGHTS)}
   try:
-    weights = safetensors.numpy.load(data[WEIGHTS])
-  except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    weights = read_tensors(data[WEIGHTS])
+  except (SafetensorError, ValueError, KeyError) as error:
     raise ExportError(f"{directory / WEIGHTS} is damaged: {error}") from None
   try:
     program = jax_export.deserialize(bytearray(data[PROGRAM]))
