@@ -7,7 +7,7 @@ Reference: Bejnordi et al., 2020, section 5 (always open, always closed, conditi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -157,14 +157,6 @@ def places(net: FoldedNet) -> list[Place]:
     for j, group in enumerate(part.groups):
       found.append(Place(part=i, index=j, group=group, layer_gate=part.layer_gate))
   return found
-
-
-def count(net: FoldedNet, images: Iterable[Any] | Any) -> tuple[GroupStatistics, ...]:
-  """Computes the `GroupStatistics` of every group on `images`, as in `observed`."""
-  counter = NetCounter(net)
-  for x, _, logits in observed(net, images):
-    counter.add(logits, len(x))
-  return counter.result()
 
 
 # One compiled function for all calls: networks of the same shapes share a program.
