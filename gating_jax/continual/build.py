@@ -238,16 +238,8 @@ def _build_optimiser(
   """Builds the optimiser of one task."""
   training = config.optim
   with settings.named("optim"):
-    rate = optim.learning_rate(
-      training.schedule,
-      training.learning_rate,
-      training.epochs * steps_per_epoch,
-      warmup=training.warmup,
-      lr_drop_at=training.lr_drop_at,
-      factor=training.drop_factor,
-    )
     sgd = optim.sgd(
-      rate,
+      optim.configured_rate(training, training.epochs * steps_per_epoch),
       momentum=training.momentum,
       weight_decay=training.weight_decay,
       # HAT's masks are gate parameters too, and HAT sets their pace itself.

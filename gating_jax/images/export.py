@@ -26,7 +26,7 @@ from gating_jax.inference.compiled import (
   spread_indices,
 )
 from gating_jax.inference.conditional import compile_conditional
-from gating_jax.inference.folded import FoldedNet
+from gating_jax.inference.folded import FoldedNet, Gates
 from gating_jax.inference.pruning import (
   PruningEffect,
   apply_pruning,
@@ -60,7 +60,7 @@ class _Candidate(NamedTuple):
 
   Attributes:
     model: the network or program, as `export_model` takes it.
-    program: computes the outputs of images `[N, H, W, D]`.
+    program: computes the outputs and the gate logits of images `[N, H, W, D]`.
     score: its accuracy and MACs, as `_score` returns them.
   """
 
@@ -223,8 +223,8 @@ def _candidate(experiment: Experiment, net: FoldedNet) -> _Candidate:
 
 
 @jax.jit
-def _run_net(net: FoldedNet, x: Array) -> Array:
-  """Computes the outputs of images `[N, H, W, D]`, with float32 or int8 weights."""
+def _run_net(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
+  """Computes outputs and gate logits of images `[N, H, W, D]`, with float32 or int8 weights."""
   # Weights are an argument: as constants, int8 ones would be dequantised while compiling.
   return folded.run(dequantise(net), x)
 
