@@ -630,8 +630,6 @@ def _native_chain(
     masks,
     shortcut,
     strides=[conv.stride for conv in convs],
-    layout="OIHW",
-    implementation="native",
   )
 
 
