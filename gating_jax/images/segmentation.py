@@ -91,7 +91,7 @@ def build(
     open_train=sets.open_train,
     open_test=sets.open_test,
     network=network,
-    objective=pixels.PixelObjective,
+    fit=pixels.fit_pixels,
     train_shape=sets.train_shape,
     outlines=outlines,
   )

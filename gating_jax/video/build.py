@@ -38,7 +38,7 @@ from gating_jax.models.video_backbones import (
 )
 from gating_jax.ops import selection
 from gating_jax.training import devices, loop, optim, rundir, settings
-from gating_jax.training.objectives import REDUCTIONS, ImageObjective
+from gating_jax.training.objectives import REDUCTIONS, GatePenalties, ImageObjective, check_budget
 from gating_jax.training.objectives import SPARSITIES as CHANNEL_SPARSITIES
 from gating_jax.training.rundir import Outline
 from gating_jax.video import sets
@@ -145,6 +145,8 @@ def build(
   reference = video_summary(
     dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs)
   )
+  # The heavy net itself, also where the light net takes its place and `counts` are of that.
+  check_budget("loss.channels.sparsity", config.loss.channels.sparsity, reference.heavy)
   return VideoExperiment(
     config=config,
     train=train,
@@ -324,8 +326,11 @@ def _optimiser(config: ml_collections.ConfigDict, total: int) -> optax.GradientT
 
 def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int) -> ImageObjective:
   """Builds the penalties of the heavy net's channel gates."""
+  channels = config.loss.channels
   return ImageObjective.from_config(
-    config.loss.channels, total, never_gated_macs=counts.heavy.never_gated_macs
+    channels,
+    GatePenalties.from_config(channels, total),
+    never_gated_macs=counts.heavy.never_gated_macs,
   )
 
 
@@ -445,6 +450,12 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   ):
     raise ValueError(
       "pretrain.epochs must be >= 1 if training is 'two_stage' or pretrained is set; got 0"
+    )
+  # As for images: a budget of channels needs gates to act on.
+  if config.loss.channels.sparsity.kind == "budget" and config.model.heavy.gating == "none":
+    raise ValueError(
+      "model.heavy.gating='none' is incompatible with loss.channels.sparsity.kind='budget': the "
+      "budget would constrain nothing"
     )
 
 
