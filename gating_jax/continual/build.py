@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from gating_jax.continual.method import LearnerState, Method, Problem, Table
+from gating_jax.continual.method import LearnerState, Method, Problem, TaskTable
 from gating_jax.continual.registry import METHODS, REHEARSALS, build_method, build_network
 from gating_jax.data import augment, image_sets
 from gating_jax.models.resnet import RESNETS
@@ -132,7 +132,7 @@ class ContinualExperiment:
         batch_stats=start.batch_stats,
         opt_state=self.optimiser.init(start.params),
         memory=start.memory,
-        table=Table(*[untested() for _ in Table._fields]),
+        table=TaskTable(*[untested() for _ in TaskTable._fields]),
       )
 
     return init(self.key(0))

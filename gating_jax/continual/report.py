@@ -14,7 +14,7 @@ import numpy as np
 from gating_jax.analysis import statistics
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
-from gating_jax.continual.method import Footprint, LearnerState, Table
+from gating_jax.continual.method import Footprint, LearnerState, TaskTable
 from gating_jax.data import batches
 from gating_jax.data.image_sets import Images
 from gating_jax.models.summary import layer_names
@@ -45,7 +45,7 @@ def summary(experiment: ContinualExperiment, learner: LearnerState) -> dict[str,
     """Returns the `[S, S]` part of a table of the tasks learnt, in float64."""
     return np.asarray(matrix, np.float64)[:learnt, :learnt]
 
-  table = Table(*map(of_learnt, learner.table))
+  table = TaskTable(*map(of_learnt, learner.table))
   footprint = experiment.method.footprint(learner)
   result = {
     "method": experiment.config.method,
@@ -123,7 +123,7 @@ def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
   return metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
 
 
-def draw(
+def write_pictures(
   experiment: ContinualExperiment,
   learner: LearnerState,
   run_dir: rundir.RunDir,
@@ -229,7 +229,7 @@ def _make_look(experiment: ContinualExperiment) -> Callable[[LearnerState, int],
   return look
 
 
-def write(
+def write_report(
   experiment: ContinualExperiment,
   learner: LearnerState,
   run_dir: rundir.RunDir,

@@ -106,10 +106,10 @@ class ContinualLearning(runner.Programme):
         return None
       learner, step = training.state, training.step
       with working("drawing pictures", "up to a minute", training.say):
-        hosts.on_writer(report.draw, experiment, learner, run_dir, training.journal, step)
+        hosts.on_writer(report.write_pictures, experiment, learner, run_dir, training.journal, step)
     with working("writing the report", "up to a minute"):
       result = report.summary(experiment, learner)
-      report.write(experiment, learner, run_dir, step)
+      report.write_report(experiment, learner, run_dir, step)
     return result | {"step": step}
 
   def _learn(self, training: runner.Training) -> bool:
@@ -154,7 +154,7 @@ class ContinualLearning(runner.Programme):
   ) -> dict[str, Any]:
     """Writes the page of a learner, with the tests that followed each task."""
     with working("drawing the report", "up to a minute"):
-      report.write(self.experiment, learner, run_dir, step, notice)
+      report.write_report(self.experiment, learner, run_dir, step, notice)
     return report.summary(self.experiment, learner)
 
 

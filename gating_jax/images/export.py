@@ -55,7 +55,7 @@ CALIBRATION = 2_000
 _TIMED_BATCHES, _REPEATS = (1, 64), 20
 
 
-class _Candidate(NamedTuple):
+class _ExportCandidate(NamedTuple):
   """A network that is timed and, unless it is the one as trained, exported.
 
   Attributes:
@@ -217,9 +217,9 @@ def _analyse(experiment: Experiment, variables: Mapping[str, Any], train: Any) -
     return analyse(experiment.model, variables, _inputs(experiment, train, index))
 
 
-def _candidate(experiment: Experiment, net: FoldedNet) -> _Candidate:
+def _candidate(experiment: Experiment, net: FoldedNet) -> _ExportCandidate:
   """Tests a network that computes every unit."""
-  return _Candidate(net, functools.partial(_run_net, net), _score(experiment, net))
+  return _ExportCandidate(net, functools.partial(_run_net, net), _score(experiment, net))
 
 
 @jax.jit
@@ -230,8 +230,8 @@ def _run_net(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
 
 
 def _skipping_candidate(
-  experiment: Experiment, pruned: _Candidate, images: np.ndarray
-) -> _Candidate | None:
+  experiment: Experiment, pruned: _ExportCandidate, images: np.ndarray
+) -> _ExportCandidate | None:
   """Compiles and tests a program that skips closed units; None where skipping saves no time.
 
   Args:
@@ -260,7 +260,7 @@ def _skipping_candidate(
     "up to a minute",
   ):
     accuracy = _accuracy(experiment, lambda x: program(x)[0])
-  return _Candidate(program, program, {**pruned.score, "accuracy": accuracy})
+  return _ExportCandidate(program, program, {**pruned.score, "accuracy": accuracy})
 
 
 def _write_exits(
@@ -314,8 +314,8 @@ def _batches(
 ) -> Iterator[tuple[Any, Any]]:
   """Yields network inputs and labels, of all images or those at `index`."""
   index = np.arange(len(images)) if index is None else index
-  for start in range(0, len(index), gate_statistics.BATCH):
-    pixels, labels = images.read(index[start : start + gate_statistics.BATCH])
+  for start in range(0, len(index), gate_statistics.BATCH_SIZE):
+    pixels, labels = images.read(index[start : start + gate_statistics.BATCH_SIZE])
     yield np.asarray(experiment.normalise(pixels), np.float32), np.asarray(labels)
 
 
@@ -338,7 +338,7 @@ def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
       labels.append(of_batch)
       yield x
 
-  # Batches are of `BATCH` images, which `observed` takes one by one: labels stay in step.
+  # Batches are of `BATCH_SIZE` images, which `observed` takes one by one: labels stay in step.
   for x, outputs, logits in gate_statistics.observed(net, inputs()):
     correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
     macs = folded.macs(net, shape, [z > 0 for z in logits])

@@ -322,7 +322,7 @@ def _selective(run: ImageRun) -> page.Section:
     return page.Section(title, f"No gate is open for some {run.noun}s and closed for others.")
   parts, shown_layers = [], set()
   for gate in shown:
-    images = run.gates.firing[:, gate]
+    images = run.gates.most_open_images[:, gate]
     # -1 marks places without an image: fewer images open the gate.
     images = images[images >= 0]
     texts = [""] * len(images)

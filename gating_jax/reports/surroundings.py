@@ -233,7 +233,7 @@ def refresh_times(path: Path) -> bool:
   return page.fill_page(path / rundir.REPORT_FILE, [number, section])
 
 
-class _Candidate(NamedTuple):
+class _Neighbour(NamedTuple):
   """A neighbour that may be the baseline; the least one is the best.
 
   Attributes:
@@ -277,7 +277,7 @@ def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline |
     if _is_baseline(theirs, kind) and _differ_in_gates_alone(mine, theirs, kind):
       position = kind.baselines.index(theirs[kind.field])
       other_seed = theirs.get("seed") != mine.get("seed")
-      candidates.append(_Candidate(position, other_seed, folder.name, folder=folder))
+      candidates.append(_Neighbour(position, other_seed, folder.name, folder=folder))
   # The best candidate may be unfinished; then the next one is taken.
   for candidate in sorted(candidates):
     found = _read_baseline(candidate.folder)

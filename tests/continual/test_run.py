@@ -15,7 +15,7 @@ import pytest
 from gating_jax import runner
 from gating_jax.continual import build, compile, registry, run, training
 from gating_jax.continual import report as continual_report
-from gating_jax.continual.method import LearnerState, Table
+from gating_jax.continual.method import LearnerState, TaskTable
 from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
 from gating_jax.models import vgg
@@ -710,9 +710,11 @@ def test_every_task_begins_with_a_fresh_optimiser():
   )
   moving = jax.tree.map(lambda x: x + 5, optimiser.init(params))
   learner = LearnerState(
-    jnp.int32(7), jnp.int32(0), params, {}, moving, {}, Table(*[jnp.zeros((1, 1))] * 5)
+    jnp.int32(7), jnp.int32(0), params, {}, moving, {}, TaskTable(*[jnp.zeros((1, 1))] * 5)
   )
-  ended = training.finish_task(experiment, learner, 0, lambda *_: dict.fromkeys(Table._fields, 0.5))
+  ended = training.finish_task(
+    experiment, learner, 0, lambda *_: dict.fromkeys(TaskTable._fields, 0.5)
+  )
   assert tiny.bit_equal(ended.opt_state, optimiser.init(params))
   assert (int(ended.step), int(ended.task)) == (8, 1)
 
