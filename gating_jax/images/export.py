@@ -282,14 +282,14 @@ def _write_exits(
     """Returns logits `[N, K]` of images `[N, H, W, D]`; notes the MACs of each."""
     logits, stay = made(x)
     # An image costs what lies before the exit that it takes.
-    macs.append(exits.macs(net, shape, stay))
+    macs.append(folded.exit_macs(net, shape, stay))
     return logits
 
   with working(f"testing the program on {len(test):,} images, one at a time", "up to a minute"):
     accuracy = _accuracy(experiment, answer)
   score = {
     "accuracy": accuracy,
-    "macs": int(exits.macs(net, shape)),
+    "macs": int(folded.exit_macs(net, shape)),
     "executed_macs": float(np.mean(np.concatenate(macs))),
   }
   whole = functools.partial(exits.program(), net)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from gating_jax.checks import former_keyword, one_of
 from gating_jax.inference import folded
-from gating_jax.inference.analyse import Account, account
 from gating_jax.inference.compiled import (
   AUTO,
   GAIN,
@@ -42,8 +41,10 @@ from gating_jax.inference.quantise import check_float
 from gating_jax.inference.strategies import (
   EXPORTABLE,
   STRATEGIES,
+  Account,
   CompiledPart,
   PartContext,
+  account,
   contexts_of,
   why_not,
   worth_trying,
