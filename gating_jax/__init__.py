@@ -23,7 +23,6 @@ from gating_jax.models.summary import ModelCounts, VideoCounts, model_summary, v
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.models.vgg import VGG, vgg
 from gating_jax.models.video_backbones import heavy_net, light_net
-from gating_jax.ops.closed_share import closed_share
 from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, scatter_back
 from gating_jax.ops.ecdf import (
   batch_shaping_loss,
@@ -34,7 +33,13 @@ from gating_jax.ops.ecdf import (
 )
 from gating_jax.ops.empirical import empirical
 from gating_jax.ops.macs import executed_macs, expected_macs, gated_macs
-from gating_jax.ops.penalties import l0_loss, mac_budget_loss, mac_loss, target_rate_loss
+from gating_jax.ops.penalties import (
+  closed_share,
+  l0_loss,
+  mac_budget_loss,
+  mac_loss,
+  target_rate_loss,
+)
 from gating_jax.ops.priors import (
   Prior,
   beta,

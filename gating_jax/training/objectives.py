@@ -19,7 +19,6 @@ from jax import lax
 from gating_jax.checks import one_of
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops import collectives, penalties
-from gating_jax.ops.closed_share import closed_share
 from gating_jax.ops.ecdf import batch_shaping_loss, noise_floor
 from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.priors import Prior, beta
@@ -307,7 +306,7 @@ class ImageObjective:
     return total, {
       **terms,
       "mac_ratio": macs / float(self.never_gated_macs + gated_macs(records)),
-      CLOSED: closed_share(records, axis_name=axis_name),
+      CLOSED: penalties.closed_share(records, axis_name=axis_name),
       "gates/batch_shaping_mean": jnp.mean(per_gate),
       # The expectation of the loss for that many independent draws from the prior.
       "gates/batch_shaping_floor": jnp.asarray(noise_floor(examples)),

@@ -15,8 +15,8 @@ import ml_collections
 import optax
 
 from gating_jax.checks import one_of
-from gating_jax.ops.closed_share import LEAST_RATE
 from gating_jax.ops.ecdf import batch_shaping_loss
+from gating_jax.ops.penalties import LEAST_RATE
 from gating_jax.ops.priors import Prior
 from gating_jax.training.closed_gates import SEGMENTS_CLOSED
 from gating_jax.training.objectives import GatePenalties, ImageObjective, weighted_mean
