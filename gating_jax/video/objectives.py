@@ -22,7 +22,7 @@ from gating_jax.training.closed_gates import SEGMENTS_CLOSED
 from gating_jax.training.objectives import GatePenalties, ImageObjective, weighted_mean
 from gating_jax.types import Array, Records
 
-SPARSITIES = ("none", "mean", "target")
+SEGMENT_SPARSITIES = ("none", "mean", "target")
 Terms = Mapping[str, Array]
 
 
@@ -86,7 +86,7 @@ class VideoObjective:
     )
 
   def __post_init__(self):
-    one_of("loss.sparsity.kind", self.sparsity, SPARSITIES)
+    one_of("loss.sparsity.kind", self.sparsity, SEGMENT_SPARSITIES)
 
   def __call__(
     self,
