@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gating_jax import experiments
 from gating_jax.analysis import statistics
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
@@ -18,7 +19,7 @@ from gating_jax.continual.method import Footprint, LearnerState, TaskTable
 from gating_jax.data import batches
 from gating_jax.data.image_sets import Images
 from gating_jax.models.summary import layer_names
-from gating_jax.reports import conclusion, glossary, opening, page, surroundings, tables, tasks
+from gating_jax.reports import conclusion, opening, page, surroundings, tables, tasks
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import plain
 from gating_jax.training import hosts, rundir
@@ -251,7 +252,6 @@ def write_report(
   around = surroundings.read_surroundings(
     run_dir,
     config,
-    surroundings.TASKS,
     step=step,
     not_compiled=conclusion.refusal(compile.check, experiment),
   )
@@ -276,7 +276,7 @@ def write_report(
   begin = page.Opening(
     _numbers(result, around),
     pictures[shown],
-    opening.why_no_baseline(around, surroundings.TASKS.how),
+    opening.why_no_baseline(around, experiments.KINDS[config.experiment].how),
     notice,
   )
   # The contents need all processes, and are complete here.
@@ -297,7 +297,7 @@ def _result_section(result: Mapping[str, Any]) -> page.Section:
   parts = []
   for table in tables.task_tables(result):
     parts.append(page.Table(*table, terms=_COLUMNS + _measures(table)))
-  parts.append(glossary.defined_table(tables.task_rows(result)))
+  parts.append(tables.defined_table(tables.task_rows(result)))
   reasons = " ".join(f"{reason}." for reason in tables.task_reasons(result))
   return page.Section("Result", reasons, parts)
 
@@ -345,8 +345,8 @@ def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str]
   measures = [known]
   for name, *_ in rows:
     # Other rows are tasks, named by their classes.
-    if name in glossary.MEASURES:
-      measures.append((name, glossary.MEASURES[name]))
+    if name in tables.TASK_MEANINGS:
+      measures.append((name, tables.TASK_MEANINGS[name]))
   return tuple(measures)
 
 

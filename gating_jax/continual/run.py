@@ -15,7 +15,7 @@ import ml_collections
 from gating_jax import runner
 from gating_jax.continual import compile, report
 from gating_jax.continual.build import ContinualExperiment, build
-from gating_jax.continual.method import LearnerState
+from gating_jax.continual.method import LearnerState, Method
 from gating_jax.continual.training import finish_task, make_advance, make_evaluate, test_tasks
 from gating_jax.reports import conclusion, tables
 from gating_jax.terminal import TRAINING, say, working
@@ -47,6 +47,11 @@ class ContinualLearning(runner.Programme):
   experiment: ContinualExperiment
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.run}
   untrained: ClassVar[str] = "no task has been learnt"
+
+  @property
+  def model(self) -> Method:
+    """Returns the method, which has the networks."""
+    return self.experiment.method
 
   @property
   def title(self) -> str:

@@ -168,7 +168,6 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
 class Segmentation(Classification):
   """The classification of pixels: an image is a scene, without a class of its own."""
 
-  noun = "scene"
   score = ("mean_iou", "mean IoU")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.run}
 
