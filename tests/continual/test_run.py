@@ -61,8 +61,8 @@ def config():
 def resumable(monkeypatch):
   """Runs keep every checkpoint, and draw no reports, which take a third of their time."""
   monkeypatch.setattr(runner, "Checkpoints", functools.partial(Checkpoints, keep=100))
-  monkeypatch.setattr(continual_report, "draw", lambda *_: None)
-  monkeypatch.setattr(continual_report, "write", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write_pictures", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write_report", lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -383,8 +383,8 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_learner(
   finished, tmp_path, monkeypatch
 ):
   made, workdir, _ = finished
-  monkeypatch.setattr(continual_report, "draw", lambda *_: None)
-  monkeypatch.setattr(continual_report, "write", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write_pictures", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write_report", lambda *_: None)
   copy = shutil.copytree(workdir, tmp_path / "run")
   steps = sorted(int(folder.name) for folder in (copy / "checkpoints").iterdir())
   cut_back(copy, steps[-2])
