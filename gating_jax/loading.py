@@ -43,7 +43,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
   """
   # Imported here: `from gating_jax import *` would otherwise load what runs need.
   from gating_jax import runner
-  from gating_jax.training import rundir, settings
+  from gating_jax.training import outlines, rundir, settings
 
   run_dir = rundir.RunDir(user_path(workdir))
   config = settings.config_of(run_dir.path)
@@ -51,7 +51,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
   kind = experiments.KINDS[config.experiment]
   module = importlib.import_module(kind.module)
   # The outlines kept in the run directory stand in for the data, which need not be there.
-  experiment = module.build(config, rundir.read_outlines(run_dir.path))
+  experiment = module.build(config, outlines.read_outlines(run_dir.path))
   programme = getattr(module, kind.programme)(experiment)
   _, state = runner.newest(programme, run_dir)
   model = programme.model

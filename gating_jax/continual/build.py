@@ -20,7 +20,7 @@ from gating_jax.models.resnet import RESNETS
 from gating_jax.models.summary import model_summary, reduced_macs
 from gating_jax.models.vgg import VGGS
 from gating_jax.training import devices, loop, optim, settings
-from gating_jax.training.rundir import Outline
+from gating_jax.training.outlines import Outline
 
 
 @dataclasses.dataclass(frozen=True)

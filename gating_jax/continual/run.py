@@ -19,7 +19,7 @@ from gating_jax.continual.method import LearnerState, Method
 from gating_jax.continual.training import finish_task, make_advance, make_evaluate, test_tasks
 from gating_jax.reports import conclusion, tables
 from gating_jax.terminal import TRAINING, say, working
-from gating_jax.training import closed_gates, hosts, rundir
+from gating_jax.training import closed_gates, hosts, outlines
 from gating_jax.training.checkpoints import Checkpoint
 from gating_jax.training.rundir import RunDir
 
@@ -99,7 +99,7 @@ class ContinualLearning(runner.Programme):
   def train(self, run_dir: RunDir) -> dict[str, Any] | None:
     """Learns the tasks that are left; returns the result, or None where it was asked to stop."""
     experiment = self.experiment
-    rundir.write_outlines(run_dir.path, [task.train for task in experiment.tasks])
+    outlines.write_outlines(run_dir.path, [task.train for task in experiment.tasks])
     with working("making the network", "up to half a minute"):
       training = runner.Training(run_dir.path, self.fresh(), experiment.total_steps)
     with training:

@@ -37,7 +37,7 @@ from gating_jax.training.objectives import (
   fit_classes,
   fit_exits,
 )
-from gating_jax.training.rundir import Outline
+from gating_jax.training.outlines import Outline
 
 LOADERS = ("resident", "streaming")
 # Gatings of whole classifiers, which exclude gates of units and their settings.

@@ -29,7 +29,7 @@ from gating_jax.paths import user_path
 from gating_jax.reports import conclusion, page, surroundings, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.terminal import say, working
-from gating_jax.training import closed_gates, devices, evaluation, hosts, rundir, steps
+from gating_jax.training import closed_gates, devices, evaluation, hosts, outlines, rundir, steps
 from gating_jax.training.checkpoints import restore_newest
 from gating_jax.training.evaluation import Evaluation
 from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, read_lines
@@ -154,7 +154,7 @@ class Classification(runner.Programme):
     ):
       train = experiment.open_train()
       # Kept in the run directory, so that the model can be loaded without its data.
-      rundir.write_outlines(run_dir.path, [train, experiment.test])
+      outlines.write_outlines(run_dir.path, [train, experiment.test])
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
     with training:
       # A resumed run has its own parameters; only a fresh one starts from those of another.

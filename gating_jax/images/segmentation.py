@@ -28,7 +28,7 @@ from gating_jax.reports import images as image_pictures
 from gating_jax.reports import tables
 from gating_jax.terminal import working
 from gating_jax.training import devices, steps
-from gating_jax.training.rundir import Outline
+from gating_jax.training.outlines import Outline
 from gating_jax.training.steps import TrainState
 
 # Test scenes to draw.

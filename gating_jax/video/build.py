@@ -44,7 +44,7 @@ from gating_jax.training.objectives import (
   ImageObjective,
   check_budget,
 )
-from gating_jax.training.rundir import Outline
+from gating_jax.training.outlines import Outline
 from gating_jax.video import sets
 from gating_jax.video.objectives import SEGMENT_SPARSITIES, SegmentObjective, VideoObjective
 
