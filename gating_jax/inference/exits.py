@@ -35,17 +35,17 @@ from gating_jax.inference.compiled import (
   TimedProgram,
   Timing,
   check_options,
-  choose_fastest,
   count_pieces,
-  runs_over,
+  count_runs,
   spread_batches,
+  time_programs,
 )
 from gating_jax.inference.folded import ExitNet, FoldedNet, Layer
 from gating_jax.inference.folding import check, fold_conv, fold_stages
 from gating_jax.inference.strategies import exit_dispatch_macs, for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
-from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, ReportProgress, race
+from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, ReportProgress
 from gating_jax.types import Array
 
 # A threshold below every entropy: no image leaves.
@@ -223,11 +223,14 @@ def compile_exits(
     EXIT_DISPATCH: TimedProgram(programs[EXIT_DISPATCH], net, open_weights=staying),
     UNGATED: TimedProgram(jax.jit(folded.run), without_exits(net)),
   }
-  runs = runs_over(ways, batches)
   # A piece of work is a program compiled, or all of them timed once.
-  advance = count_pieces(progress, len(runs) + repeats)
-  times = race(runs, repeats, on_start=advance, on_turn=advance)
-  choice = choose_fastest(times, len(batches), max_slowdown_all_open)
+  choice = time_programs(
+    ways,
+    batches,
+    repeats=repeats,
+    max_slowdown_all_open=max_slowdown_all_open,
+    advance=count_pieces(progress, count_runs(ways) + repeats),
+  )
   # Both programs let the same images leave, so one of them tells the MACs of both.
   stays = [np.asarray(programs[MASKED](net, x)[1]) for x in batches]
   timings = choice.timings(_mac_ratios(net, stays, options))

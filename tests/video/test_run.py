@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gating_jax.analysis import statistics
-from gating_jax.inference.segments import compile_segments
+from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
 from gating_jax.models.resnet import ResNet
 from gating_jax.training import loop, rundir
@@ -499,7 +499,7 @@ def test_everything_open_is_every_segment(config):
   variables["params"]["gate"]["logits"]["bias"] -= 10.0
   chosen = [
     compile_segments(model, v, capacities=(8,), prepare=experiment.prepare)(inputs).chosen
-    for v in (variables, speed._opened(model, variables))
+    for v in (variables, opened_variables(model, variables))
   ]
   assert chosen[0] < chosen[1] == inputs["valid"].sum()
 
