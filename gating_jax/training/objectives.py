@@ -369,7 +369,8 @@ def batch_shaping_term(
 ) -> Array:
   """Computes the batch-shaping loss of every gate of a network, reduced to a scalar.
 
-  One sort serves all layers together.
+  One sort serves all layers together. It is the term alone, for losses of one's own and for
+  `benchmarks/training_step.py`; objectives need its parts by gate as well.
 
   Args:
     records: records of one forward pass, each with `[N, C]` logits.
