@@ -438,7 +438,7 @@ _MEANINGS = {
   "MACs per image, this net": f"The {_MACS} of one image, mean over the test set, of open units "
   "and gate networks; in parentheses the fraction of the ungated net's.",
   "MACs of the head": "The part of the MACs that gates cannot save.",
-  "budget": "The mean fraction of MACs that training aims at.",
+  "budget": "The mean fraction of MACs, gate networks left out, that training aims at.",
   "MACs over images": "The 10th and the 90th percentile over test images, and the standard "
   "deviation.",
   "MACs of easy and hard": "Mean MACs of the quarter of test images with the least loss, and of "
@@ -498,7 +498,7 @@ def meaning(name: str) -> str:
   """Returns the definition of a row of a table of results; empty if there is none.
 
   >>> meaning("budget")
-  'The mean fraction of MACs that training aims at.'
+  'The mean fraction of MACs, gate networks left out, that training aims at.'
   """
   # No beginning is that of another, so at most one fits.
   for start, definition in _MEANINGS.items():
