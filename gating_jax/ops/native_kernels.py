@@ -166,8 +166,8 @@ def _not_differentiable(compute, strides, relu, chain):
 @_not_differentiable.defjvp
 def _refuse(compute, strides, relu, primals, tangents):
   raise TypeError(
-    "gated_chain is for inference and has no derivatives; train with gating_jax.layers, which "
-    "multiply by the gates"
+    "gated_chain and its twin are for inference and have no derivatives; train with "
+    "gating_jax.layers, which multiply by the gates"
   )
 
 
