@@ -5,7 +5,8 @@ A network for long videos is counted part by part.
 The homes of MACs: layers describe them (`layers.mac_trace` the kernels, gate records the units),
 the summaries here count those of a network, with its gates open or as they are; `inference.folded`
 counts what the open units of a compiled network need, and `inference.strategies` what its programs
-compute, padding included.
+compute, padding included. What is no Flax module, as the task classifier of features, counts its
+own.
 
 Axes: N examples, M videos, T segments.
 """

@@ -217,7 +217,7 @@ class ImageObjective:
   def from_config(
     cls,
     loss: ml_collections.ConfigDict,
-    penalties: GatePenalties,
+    gate_penalties: GatePenalties,
     *,
     never_gated_macs: int,
     fit: FitLabels = fit_classes,
@@ -226,14 +226,14 @@ class ImageObjective:
 
     Args:
       loss: a section with `batch_shaping`, `sparsity` and, where there is a choice, `regulariser`.
-      penalties: those of the section.
+      gate_penalties: those of the section.
       never_gated_macs, fit: as in the class.
     Raises:
       ValueError: a field is out of its range.
     """
     regulariser = loss.get("regulariser", "batch_shaping")
     return cls(
-      **penalties._asdict(),
+      **gate_penalties._asdict(),
       reduction=loss.batch_shaping.reduction,
       sparsity=loss.sparsity.kind,
       never_gated_macs=never_gated_macs,

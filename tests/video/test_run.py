@@ -134,6 +134,11 @@ def test_whatever_takes_long_says_what_it_does(finished):
       "loss.light must be > 0 if model.selection is 'confidence'",
     ),
     ("pretrain.target", "unit", "pretrain.target must be one of label, units; got 'unit'"),
+    (
+      "loss.channels.sparsity.kind",
+      "budget",
+      "model.heavy.gating='none' is incompatible with loss.channels.sparsity.kind='budget'",
+    ),
   ],
 )
 def test_a_wrong_setting_is_named_before_a_directory_is_made(
@@ -142,6 +147,15 @@ def test_a_wrong_setting_is_named_before_a_directory_is_made(
   with pytest.raises(ValueError, match=message):
     run.run(config(**{field: value}), tmp_path / "run", "train")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_of_channels_is_refused_where_closing_all_would_not_meet_it(config):
+  changes = {"model.heavy.gating": "channel", "loss.channels.sparsity.kind": "budget"}
+  build.build(config(**changes, **{"loss.channels.sparsity.target": 1.0}))
+  with pytest.raises(
+    ValueError, match=r"loss.channels.sparsity.target must be above 0\.\d+, .*; got 0.001"
+  ):
+    build.build(config(**changes, **{"loss.channels.sparsity.target": 0.001}))
 
 
 def test_the_oracle_needs_to_know_which_segments_matter(config, tmp_path):
