@@ -160,7 +160,7 @@ def leaving(share, *, batch, size, channels):
     FoldedNet((blocks[0],), pooled=False),
     FoldedNet(tuple(blocks[1:]), (normal(channels, 10), normal(10))),
   )
-  net = exits.ExitNet(
+  net = folded.ExitNet(
     stages, (FoldedNet((Layer(conv(channels, 16)),), (normal(16, 10), normal(10))),), 0.5
   )
   x = images(batch, size, channels)
@@ -239,13 +239,13 @@ def measure(case, share, repeats):
   net, x = case.make(share)
   usual, calibration = case.make(0.5)
   # The threshold is part of the program, so the same network must get images that all stay.
-  if share == 1 and isinstance(net, exits.ExitNet):
+  if share == 1 and isinstance(net, folded.ExitNet):
     stay = exits.run(usual, jnp.asarray(calibration))[1][:, 0]
     net, x = usual, np.repeat(calibration[[int(jnp.argmax(stay))]], len(x), axis=0)
   x, shape, dense_run = jnp.asarray(x), x.shape[1:], program()
-  if isinstance(net, exits.ExitNet):
+  if isinstance(net, folded.ExitNet):
     run, dense = exits.program(), exits.without_exits(net)
-    spent = exits.macs(net, shape, run(net, x)[1])
+    spent = folded.exit_macs(net, shape, run(net, x)[1])
     compiled = exits.compile_exits
   else:
     run, dense = dense_run, ungated(net)

@@ -129,8 +129,12 @@ def stack(layers, strides, branch):
 
 def native_branch(*arguments):
   """Runs a branch by the native kernels."""
-  *arguments, stride = arguments
-  return native_kernels.open_branch(*arguments, stride=stride, implementation="native")
+  x, kernel1, bias1, kernel2, bias2, gates, shortcut, stride = arguments
+  # Weights are constants of the program, so they are packed once, when it is compiled.
+  kernels = [native_kernels.packed(kernel1), native_kernels.packed(kernel2)]
+  return native_kernels.gated_chain(
+    x, kernels, [bias1, bias2], [None, gates, None], shortcut, strides=(stride, 1)
+  )
 
 
 def in_xla_masked(x, kernel1, bias1, kernel2, bias2, gates, shortcut, stride):

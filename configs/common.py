@@ -80,9 +80,8 @@ def image_config() -> ml_collections.ConfigDict:
         "decision_entropy": {"coefficient": 0.5},
         "balance": {"coefficient": 0.01},  # images are to be spread evenly over experts
         "away_from_half": {"coefficient": 0.5},  # open probabilities are to differ from 1/2
-        "exit_weights": (
-          1.0,
-        ),  # of all exits but the last, whose weight is 1; one number is for all
+        # of all exits but the last, whose weight is 1; one number is for all
+        "exit_weights": (1.0,),
         "batch_shaping": {
           "coefficient": 0.75,  # at the start
           "fade_end": 0.2,  # falls linearly to 0 at this fraction

@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-
 # Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
 # of the letters of both.
 _CLOSE = 0.7
@@ -55,7 +53,7 @@ def shown(value: object) -> str:
   if callable(value) and hasattr(value, "__qualname__"):
     return f"the function {value.__qualname__}"
   # The repr of a tracer says nothing to a user, so it is never shown.
-  if is_array(value) and (isinstance(value, jax.core.Tracer) or math.prod(value.shape) > _MOST):
+  if is_array(value) and (_is_tracer(value) or math.prod(value.shape) > _MOST):
     return _type_and_shape(value)
   text = " ".join(repr(value).split())
   if len(text) <= _LONGEST:
@@ -68,6 +66,14 @@ def shown(value: object) -> str:
 def is_array(value: object) -> bool:
   """Returns whether a value is an array of NumPy, JAX or another library."""
   return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type)
+
+
+def _is_tracer(array: object) -> bool:
+  """Returns whether JAX traces an array, so that it has no values."""
+  # Imported here: the command checks its flags before it loads JAX.
+  import jax
+
+  return isinstance(array, jax.core.Tracer)
 
 
 def _type_and_shape(array) -> str:

@@ -13,7 +13,7 @@ from importlib import metadata
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gating_jax import config_files
+from gating_jax import config_files, experiments
 from gating_jax.checks import near, one_of, printable
 from gating_jax.paths import user_path
 from gating_jax.terminal import is_terminal, prepare_streams
@@ -28,14 +28,6 @@ MODES = {
   "export": "writes files that run without this package; image classifiers only",
   COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
 }
-
-# Each kind of experiment, with the module that runs it.
-EXPERIMENTS = {
-  "classification": "gating_jax.images.classification",
-  "continual": "gating_jax.continual.run",
-  "long_video": "gating_jax.video.run",
-  "segmentation": "gating_jax.images.segmentation",
-}
 _HELP_FLAGS = {"-h", "-help", "--help", "-?", "--helpshort"}
 _VERSION_FLAGS = {"-version", "--version"}
 
@@ -47,13 +39,7 @@ _HELP = """\
 gating-jax trains networks that decide, per input, what they compute, and shows what they learnt.
 
 Examples, one for each programme. No downloads are needed: the data ship with scikit-learn.
-  gating-jax --config=configs/digits_resnet20.py --workdir=runs/digits        images
-  gating-jax --config=configs/segmentation_digits.py --workdir=runs/scenes    a class for every \
-pixel
-  gating-jax --config=configs/split_digits.py --workdir=runs/split_digits     tasks, one after the \
-other
-  gating-jax --config=configs/composed_timegate.py --workdir=runs/timegate    segments of long \
-videos
+{examples}
 The same command resumes a run that was stopped. Then, for a trained run:
   gating-jax --workdir=runs/digits --mode=compile
 
@@ -147,7 +133,11 @@ def main() -> None:
 
 def _help() -> str:
   """Returns the text of --help."""
-  modes, configs, own_flags = [], [], []
+  examples, modes, configs, own_flags = [], [], [], []
+  for name in sorted(experiments.KINDS):
+    config, workdir, about = experiments.KINDS[name].example
+    command = f"gating-jax --config=configs/{config}.py --workdir=runs/{workdir}"
+    examples.append(f"  {command:<76}{about}")
   for name, does in MODES.items():
     modes.append(f"  --mode={name:<8}  {does}")
   for name, said in config_files.packaged().items():
@@ -156,6 +146,7 @@ def _help() -> str:
   for flag in _own_flags():
     own_flags.append(filled.fill(f"--{flag.name}: {flag.help}"))
   return _HELP.format(
+    examples="\n".join(examples),
     modes="\n".join(modes),
     configs="\n".join(configs),
     folder=config_files.folder(),
@@ -335,8 +326,8 @@ def _run_mode() -> None:
   # All modes but training can do without --config: the run directory keeps it.
   if config is None:
     config = settings.config_of(workdir)
-  one_of("experiment", config.experiment, EXPERIMENTS)
-  programme = importlib.import_module(EXPERIMENTS[config.experiment])
+  one_of("experiment", config.experiment, experiments.KINDS)
+  programme = importlib.import_module(experiments.KINDS[config.experiment].module)
   if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
     raise ValueError("coordinator must be given with processes and process; got none")
   if _COORDINATOR.value:

@@ -20,19 +20,13 @@ from typing import Any
 
 import ml_collections
 
+from gating_jax import experiments
 from gating_jax.checks import near
 from gating_jax.paths import user_path
 from gating_jax.terminal import warn
 
 # Config files import their shared parts under this name.
 _PACKAGE = "configs"
-# For each kind of experiment, the module and the function that list its fields.
-_BASES = {
-  "classification": ("common", "image_config"),
-  "segmentation": ("segmentation_common", "segmentation_config"),
-  "continual": ("continual_common", "continual_config"),
-  "long_video": ("video_common", "video_config"),
-}
 
 # Fields that had another name in an earlier version: (section, old name) -> new name.
 RENAMED_FIELDS = {
@@ -227,9 +221,10 @@ def rename_override(argument: str) -> str:
 
 def base(experiment: str) -> ml_collections.ConfigDict | None:
   """Returns every field of a config of this kind with its default; None for an unknown kind."""
-  if experiment not in _BASES:
+  kind = experiments.kind_of(experiment)
+  if kind is None:
     return None
-  module, function = _BASES[experiment]
+  module, function = kind.base
   with _own_package():
     return getattr(importlib.import_module(f"{_PACKAGE}.{module}"), function)()
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 
+from gating_jax import experiments
+from gating_jax.checks import one_of
 from gating_jax.paths import user_path
 
 if TYPE_CHECKING:
@@ -38,36 +41,24 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
       shapes of its data, and the data are not where the config says.
     ValueError: this version cannot read a field of the config; the message names it.
   """
-  # Imported here: `import gating_jax` would otherwise load every programme.
+  # Imported here: `from gating_jax import *` would otherwise load what runs need.
   from gating_jax import runner
-  from gating_jax.continual.run import ContinualLearning
-  from gating_jax.continual.run import build as build_continual
-  from gating_jax.images.classification import Classification
-  from gating_jax.images.classification import build as build_classification
-  from gating_jax.images.segmentation import Segmentation
-  from gating_jax.images.segmentation import build as build_segmentation
-  from gating_jax.training import rundir, settings
-  from gating_jax.video.run import LongVideo
-  from gating_jax.video.run import build as build_video
+  from gating_jax.training import outlines, rundir, settings
 
   run_dir = rundir.RunDir(user_path(workdir))
   config = settings.config_of(run_dir.path)
-  kinds = {
-    "classification": (build_classification, Classification),
-    "segmentation": (build_segmentation, Segmentation),
-    "continual": (build_continual, ContinualLearning),
-    "long_video": (build_video, LongVideo),
-  }
-  settings.one_of("experiment", config.experiment, kinds)
-  build, kind = kinds[config.experiment]
+  one_of("experiment", config.experiment, experiments.KINDS)
+  kind = experiments.KINDS[config.experiment]
+  module = importlib.import_module(kind.module)
   # The outlines kept in the run directory stand in for the data, which need not be there.
-  programme = kind(build(config, rundir.read_outlines(run_dir.path)))
+  experiment = module.build(config, outlines.read_outlines(run_dir.path))
+  programme = getattr(module, kind.programme)(experiment)
   _, state = runner.newest(programme, run_dir)
-  variables = programme.variables(state)
-  if config.experiment == "continual":
-    return programme.experiment.method, variables, config
-  # In training the model names the axis of a mapping over devices; outside one it must name none.
-  return _without_axis(programme.experiment.model), variables, config
+  model = programme.model
+  # In training a module names the axis of a mapping over devices; outside one it must name none.
+  if isinstance(model, nn.Module):
+    model = _without_axis(model)
+  return model, programme.variables(state), config
 
 
 def _without_axis(model: nn.Module) -> nn.Module:

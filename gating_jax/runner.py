@@ -17,7 +17,7 @@ import jax
 import ml_collections
 
 from gating_jax.checks import one_of
-from gating_jax.reports import conclusion, failing
+from gating_jax.reports import conclusion
 from gating_jax.terminal import TRAINING, Pace, lasting, say, working
 from gating_jax.training import hosts, loop, provenance, rundir
 from gating_jax.training.checkpoints import Checkpoint, Checkpoints, restore_newest
@@ -44,6 +44,11 @@ class Programme(abc.ABC):
   def config(self) -> ml_collections.ConfigDict:
     """Returns the config of the run."""
     return self.experiment.config
+
+  @property
+  def model(self) -> Any:
+    """Returns what is trained, as `load_run` returns it."""
+    return self.experiment.model
 
   @abc.abstractmethod
   def fresh(self) -> Any:
@@ -126,7 +131,7 @@ def run(programme: Programme, workdir: Path, mode: str) -> None:
   if mode == "evaluate":
     _evaluate(programme, run_dir)
   elif mode == "report":
-    _report(programme, run_dir, failing.notice(run_dir))
+    _report(programme, run_dir, conclusion.failure_notice(run_dir))
   else:
     _make(programme, run_dir, programme.modes[mode])
 
@@ -258,7 +263,7 @@ def _train(programme: Programme, run_dir: RunDir) -> None:
   hosts.on_writer(provenance.record_start, run_dir.path)
   started = time.monotonic()
   report = functools.partial(_report, programme, run_dir)
-  with failing.reported(run_dir, programme.config, report):
+  with conclusion.report_failures(run_dir, programme.config, report):
     result = programme.train(run_dir)
     # Asked to stop: the next start resumes the training.
     if result is None:

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from gating_jax import config_files
+from gating_jax import config_files, experiments
 from gating_jax.training import rundir
 from tests.helpers import ROOT
 from tests.helpers.config_files import FILES
@@ -157,7 +157,7 @@ def test_the_fields_of_configs_leave_a_package_of_the_caller_alone(monkeypatch):
 
 def test_fields_that_were_renamed_are_those_of_today():
   fields = set()
-  for kind in ("classification", "segmentation", "continual", "long_video"):
+  for kind in experiments.KINDS:
     for name in rundir.flatten(config_files.base(kind)):
       fields.add(tuple(name.split(".")[-2:]))
   for (section, old), new in config_files.RENAMED_FIELDS.items():

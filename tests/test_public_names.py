@@ -1,8 +1,10 @@
 """Names of the public API: those of former versions still import."""
 
+import ast
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +55,7 @@ def test_former_keywords_and_attributes_warn_and_work():
 
 def test_the_package_loads_nothing_heavy_that_jax_and_flax_do_not_load():
   program = (
-    "import sys, jax, flax.linen; before = set(sys.modules); import gating_jax; "
+    "import sys, jax, flax.linen; before = set(sys.modules); from gating_jax import *; "
     "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
     "print(*new - set(sys.stdlib_module_names))"
   )
@@ -61,6 +63,25 @@ def test_the_package_loads_nothing_heavy_that_jax_and_flax_do_not_load():
     [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
   )
   assert set(done.stdout.split()) == {"gating_jax", "jax"}
+
+
+@pytest.mark.parametrize("module", ["gating_jax", "gating_jax.cli", "gating_jax.config_files"])
+def test_neither_the_package_nor_the_command_loads_jax_before_it_is_used(module):
+  program = f"import sys, {module}; print('jax' in sys.modules)"
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.split() == ["False"]
+
+
+def test_type_checkers_and_dir_find_the_names_that_are_imported_when_used():
+  imported = {}
+  for node in ast.walk(ast.parse(Path(gating_jax.__file__).read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module.startswith("gating_jax."):
+      imported |= {alias.name: node.module for alias in node.names}
+  assert imported == gating_jax._MODULES
+  assert gating_jax.__all__ == sorted(imported)
+  assert set(gating_jax.__all__) <= set(dir(gating_jax))
 
 
 def test_an_unknown_name_is_an_attribute_error():

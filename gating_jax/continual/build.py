@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from gating_jax.continual.method import LearnerState, Method, Problem, Table
+from gating_jax.continual.method import LearnerState, Method, Problem, TaskTable
 from gating_jax.continual.registry import METHODS, REHEARSALS, build_method, build_network
 from gating_jax.data import augment, image_sets
 from gating_jax.models.resnet import RESNETS
 from gating_jax.models.summary import model_summary, reduced_macs
 from gating_jax.models.vgg import VGGS
 from gating_jax.training import devices, loop, optim, settings
-from gating_jax.training.rundir import Outline
+from gating_jax.training.outlines import Outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class ContinualExperiment:
         batch_stats=start.batch_stats,
         opt_state=self.optimiser.init(start.params),
         memory=start.memory,
-        table=Table(*[untested() for _ in Table._fields]),
+        table=TaskTable(*[untested() for _ in TaskTable._fields]),
       )
 
     return init(self.key(0))
@@ -238,16 +238,8 @@ def _build_optimiser(
   """Builds the optimiser of one task."""
   training = config.optim
   with settings.named("optim"):
-    rate = optim.learning_rate(
-      training.schedule,
-      training.learning_rate,
-      training.epochs * steps_per_epoch,
-      warmup=training.warmup,
-      lr_drop_at=training.lr_drop_at,
-      factor=training.drop_factor,
-    )
     sgd = optim.sgd(
-      rate,
+      optim.configured_rate(training, training.epochs * steps_per_epoch),
       momentum=training.momentum,
       weight_decay=training.weight_decay,
       # HAT's masks are gate parameters too, and HAT sets their pace itself.

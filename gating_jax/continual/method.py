@@ -40,7 +40,7 @@ from gating_jax.types import Array
 StepLoss = tuple[Array, tuple[Mapping[str, Array], Any]]
 
 
-class Table(NamedTuple):
+class TaskTable(NamedTuple):
   """Test results, `[T, T]` each.
 
   Row i holds the tests after task i, column j those on the test images of task j; entries above the
@@ -80,7 +80,7 @@ class LearnerState(struct.PyTreeNode):
   batch_stats: Any
   opt_state: Any
   memory: Any
-  table: Table
+  table: TaskTable
 
 
 @dataclass_transform(frozen_default=True)

@@ -9,9 +9,7 @@ Reference: Lopez-Paz and Ranzato, 2017 (the transfers); Chaudhry et al., 2018 (f
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +26,8 @@ class Summary:
     forgetting: mean over all tasks but the last of best minus final accuracy; negative where tasks
       gained.
     backward_transfer: mean over all tasks but the last of the gain since the task was learned.
-    forward_transfer: mean over all tasks but the first of the lead over a randomly initialised
-      network, just before the task is learned.
+    forward_transfer: always None: it is the lead over a randomly initialised network just before a
+      task is learned, and no run tests such a network. Results keep its name.
     reasons: why a number is None, by its name.
   """
 
@@ -37,22 +35,20 @@ class Summary:
   average_after: tuple[float | None, ...]
   forgetting: float | None
   backward_transfer: float | None
-  forward_transfer: float | None
+  forward_transfer: None
   reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> Summary:
+def summarise(accuracies: np.ndarray) -> Summary:
   """Computes the usual metrics of an accuracy matrix R.
 
       average    = mean_j R[T, j]
       forgetting = mean_(j<T) (max_(i<T) R[i, j] - R[T, j])
       backward   = mean_(j<T) (R[T, j] - R[j, j])
-      forward    = mean_(j>1) (R[j-1, j] - baseline[j])
 
   Args:
     accuracies: `[T, T]`, row i after learning task i, column j on task j, in [0, 1]; NaN is allowed
       above the diagonal, and in all rows but the last where all tasks are learned together.
-    baseline: `[T]` accuracies of a randomly initialised network.
   Raises:
     ValueError: a wrong shape, an accuracy outside [0, 1], or NaN on a learned task, with its
       position.
@@ -63,11 +59,9 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
           reasons={'forward_transfer': 'no accuracies of a randomly initialised network are given'})
   """
   accuracies = _checked_accuracies(accuracies)
-  if baseline is not None:
-    baseline = _checked_baseline(baseline, len(accuracies))
   # R[j, j] is the accuracy just after task j.
   last, learned = accuracies[-1], np.diag(accuracies)
-  forgetting = backward = forward = None
+  forgetting = backward = None
   reasons = {}
   if reason := _why_no_sequence(accuracies):
     reasons = dict.fromkeys(("forgetting", "backward_transfer"), reason)
@@ -75,11 +69,7 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
     # forgetting = mean_(j<T) (max_(i<T) R[i, j] - R[T, j]); R[i, j] is NaN for i < j.
     forgetting = float(np.mean(np.nanmax(accuracies[:-1, :-1], axis=0) - last[:-1]))
     backward = float(np.mean(last[:-1] - learned[:-1]))
-  if reason := _why_no_forward_transfer(accuracies, baseline):
-    reasons["forward_transfer"] = reason
-  else:
-    # forward = mean_(j>1) (R[j-1, j] - baseline[j]); the first superdiagonal holds R[j-1, j].
-    forward = float(np.mean(np.diag(accuracies, 1) - baseline[1:]))
+  reasons["forward_transfer"] = _why_no_forward_transfer(accuracies)
   average_after = []
   for i, row in enumerate(accuracies):
     # NaN where nothing was tested after task i.
@@ -89,27 +79,9 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
     average_after=tuple(average_after),
     forgetting=forgetting,
     backward_transfer=backward,
-    forward_transfer=forward,
+    forward_transfer=None,
     reasons=reasons,
   )
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
-  """Computes mean and standard deviation over seeds.
-
-  The deviation is that of the sample, N - 1; None for a single seed.
-
-  Raises:
-    ValueError: no values, or one that is not finite.
-
-  >>> over_seeds([0.5, 1.0, 0.75])
-  (0.75, 0.25)
-  """
-  if not len(values) or not all(map(math.isfinite, values)):
-    raise ValueError(
-      f"values must be finite numbers, one per seed, at least one; got {list(values)}"
-    )
-  return statistics.fmean(values), statistics.stdev(map(float, values)) if len(values) > 1 else None
 
 
 def gate_overlap(is_open: np.ndarray) -> np.ndarray:
@@ -206,15 +178,6 @@ def _check_none(accuracies: np.ndarray, wrong: np.ndarray, rule: str) -> None:
     raise ValueError(f"accuracies must be {rule}; got {accuracies[i, j]} in row {i}, column {j}")
 
 
-def _checked_baseline(baseline: np.ndarray, tasks: int) -> np.ndarray:
-  baseline = np.asarray(baseline, np.float64)
-  if baseline.shape != (tasks,) or not ((baseline >= 0) & (baseline <= 1)).all():
-    raise ValueError(
-      f"baseline must be [T] accuracies in [0, 1], T = {tasks}; got {baseline.tolist()}"
-    )
-  return baseline
-
-
 def _only_last(accuracies: np.ndarray) -> bool:
   return bool(np.isnan(accuracies[:-1]).all())
 
@@ -225,13 +188,13 @@ def _why_no_sequence(accuracies: np.ndarray) -> str | None:
   return "all tasks are learned together" if _only_last(accuracies) else None
 
 
-def _why_no_forward_transfer(accuracies: np.ndarray, baseline: np.ndarray | None) -> str | None:
+def _why_no_forward_transfer(accuracies: np.ndarray) -> str:
   if reason := _why_no_sequence(accuracies):
     return reason
   # R[j-1, j] needs a test before the task is learned.
   if np.isnan(np.diag(accuracies, 1)).any():
     return "a head is untrained before its task, so there is nothing to test"
-  return "no accuracies of a randomly initialised network are given" if baseline is None else None
+  return "no accuracies of a randomly initialised network are given"
 
 
 def _checked_units(name: str, units: np.ndarray) -> np.ndarray:

@@ -141,7 +141,7 @@ def even_choice(labels: np.ndarray, count: int) -> np.ndarray:
   return np.sort(np.lexsort((labels, rank))[:count])
 
 
-def draw(
+def draw_entries(
   memory: ReplayMemory, key: Array, count: int, *, axis_name: Hashable | None = None
 ) -> tuple[ReplayMemory, Array]:
   """Draws entries with replacement, every filled slot with the same probability.
@@ -239,7 +239,7 @@ def draw_inputs(
     count: entries over all devices.
   """
   places, changes = jax.random.split(key)
-  entries, filled = draw(memory, places, count, axis_name=problem.axis_name)
+  entries, filled = draw_entries(memory, places, count, axis_name=problem.axis_name)
   here = len(entries.labels)
   stand_ins = jnp.arange(here) * len(batch.x) // here
   # Both cases are computed: whether the memory holds anything is known only at run time.

@@ -1,4 +1,4 @@
-"""Reports of a continual-learning run: result, pictures and page.
+"""Pictures, histograms and the page of a continual-learning run.
 
 Axes: T tasks, N images of a task, U gated units of the network.
 """
@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gating_jax import experiments
 from gating_jax.analysis import statistics
-from gating_jax.continual import compile, metrics
+from gating_jax.continual import compile, metrics, results
 from gating_jax.continual.build import ContinualExperiment
-from gating_jax.continual.method import Footprint, LearnerState, Table
+from gating_jax.continual.method import LearnerState
 from gating_jax.data import batches
 from gating_jax.data.image_sets import Images
 from gating_jax.models.summary import layer_names
-from gating_jax.reports import conclusion, glossary, opening, page, surroundings, tables, tasks
+from gating_jax.reports import conclusion, opening, page, surroundings, tables, tasks
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import plain
 from gating_jax.training import hosts, rundir
@@ -30,100 +31,7 @@ _LOOKED_AT = 400
 _UNITS, _IMAGES, _TASKS = 6, 8, 6
 
 
-def summary(experiment: ContinualExperiment, learner: LearnerState) -> dict[str, Any]:
-  """Collects the result of the tasks learnt so far.
-
-  Args:
-    experiment: of the run.
-    learner: after one task or more.
-  Returns:
-    the result as `reports.tables.render_tasks` wants it.
-  """
-  learnt = int(learner.task)
-
-  def of_learnt(matrix):
-    """Returns the `[S, S]` part of a table of the tasks learnt, in float64."""
-    return np.asarray(matrix, np.float64)[:learnt, :learnt]
-
-  table = Table(*map(of_learnt, learner.table))
-  footprint = experiment.method.footprint(learner)
-  result = {
-    "method": experiment.config.method,
-    "task_names": experiment.task_names[:learnt],
-    "task_aware": _accuracy_metrics(table.aware),
-    "task_agnostic": _accuracy_metrics(table.agnostic),
-    "task_classifier_accuracy": float(table.task[-1].mean()),
-    "dense_macs": experiment.dense_macs,
-    "dense_macs_reduced": experiment.dense_macs_reduced,
-    "task_aware_macs": float(table.macs[-1].mean()),
-    "task_agnostic_macs": float(table.agnostic_macs[-1].mean()),
-    "params": footprint.params,
-    # Images that a cumulative method trains on again are a cost too.
-    "memory_mb": footprint.memory_mb + _kept_images(experiment, learnt),
-  }
-  if footprint.relevant:
-    result["free_units"] = free_units(footprint, learnt)
-    # Rows of later tasks use no unit yet: two of them would overlap fully.
-    overlap = _overlap(footprint.relevant)[:learnt, :learnt]
-    result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": metrics.mean_overlap(overlap)}
-  return result
-
-
-def free_units(footprint: Footprint, learnt: int) -> dict[str, tuple[int, int]]:
-  """Counts the units that no task learnt so far needs.
-
-  Args:
-    footprint: of the learner.
-    learnt: number of tasks learnt.
-  Returns:
-    `(free, all)` units by layer; empty where tasks own no units.
-  """
-  counts = {}
-  for layer, units in footprint.relevant.items():
-    free = metrics.filter_use(units[:learnt]).free[-1]
-    counts[layer] = (int(free), units.shape[1])
-  return counts
-
-
-def _accuracy_metrics(accuracies: np.ndarray) -> dict[str, Any]:
-  """Returns an accuracy matrix and its metrics, for the result."""
-  return {"accuracies": _with_nulls(accuracies), **vars(metrics.summarise(accuracies))}
-
-
-def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
-  """Measures, in 10**6 bytes, the images of earlier tasks that a method trains on again."""
-  earlier = experiment.tasks[: learnt - 1] if experiment.method.cumulative else ()
-  return sum(task.train.pixels.nbytes for task in earlier) / 1e6
-
-
-def scores(learner: LearnerState) -> dict[str, float]:
-  """Averages over the tasks learnt so far; names are those of the flattened result."""
-  learnt, table = int(learner.task), learner.table
-
-  def mean(matrix):
-    """Averages the entries of the last task learnt."""
-    # Row i is measured after task i; later columns are of tasks not learnt yet.
-    return float(np.mean(np.asarray(matrix)[learnt - 1, :learnt]))
-
-  return {
-    "task_aware.average_accuracy": mean(table.aware),
-    "task_agnostic.average_accuracy": mean(table.agnostic),
-    "task_aware_macs": mean(table.macs),
-    "task_agnostic_macs": mean(table.agnostic_macs),
-  }
-
-
-def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
-  """Converts a matrix to rows for JSON, which has no NaN."""
-  return np.where(np.isnan(matrix), None, matrix).tolist()
-
-
-def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
-  """Computes the `[T, T]` overlap over the units of all layers."""
-  return metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
-
-
-def draw(
+def write_pictures(
   experiment: ContinualExperiment,
   learner: LearnerState,
   run_dir: rundir.RunDir,
@@ -229,7 +137,7 @@ def _make_look(experiment: ContinualExperiment) -> Callable[[LearnerState, int],
   return look
 
 
-def write(
+def write_report(
   experiment: ContinualExperiment,
   learner: LearnerState,
   run_dir: rundir.RunDir,
@@ -247,11 +155,10 @@ def write(
     step: of the learner.
     notice: first line of the page, such as that the run has failed.
   """
-  config, result = experiment.config, summary(experiment, learner)
+  config, result = experiment.config, results.collect_result(experiment, learner)
   around = surroundings.read_surroundings(
     run_dir,
     config,
-    surroundings.TASKS,
     step=step,
     not_compiled=conclusion.refusal(compile.check, experiment),
   )
@@ -276,7 +183,7 @@ def write(
   begin = page.Opening(
     _numbers(result, around),
     pictures[shown],
-    opening.why_no_baseline(around, surroundings.TASKS.how),
+    opening.why_no_baseline(around, experiments.KINDS[config.experiment].how),
     notice,
   )
   # The contents need all processes, and are complete here.
@@ -297,7 +204,7 @@ def _result_section(result: Mapping[str, Any]) -> page.Section:
   parts = []
   for table in tables.task_tables(result):
     parts.append(page.Table(*table, terms=_COLUMNS + _measures(table)))
-  parts.append(glossary.defined_table(tables.task_rows(result)))
+  parts.append(tables.defined_table(tables.task_rows(result)))
   reasons = " ".join(f"{reason}." for reason in tables.task_reasons(result))
   return page.Section("Result", reasons, parts)
 
@@ -345,8 +252,8 @@ def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str]
   measures = [known]
   for name, *_ in rows:
     # Other rows are tasks, named by their classes.
-    if name in glossary.MEASURES:
-      measures.append((name, glossary.MEASURES[name]))
+    if name in tables.TASK_MEANINGS:
+      measures.append((name, tables.TASK_MEANINGS[name]))
   return tuple(measures)
 
 
@@ -399,7 +306,7 @@ def _pictures(experiment: ContinualExperiment, learner: LearnerState) -> dict[st
     )
     pictures["overlap"] = _Picture(
       "Fraction of the units used by either of two tasks that both of them use.",
-      tasks.draw_overlap(_overlap(relevant), task_names=names[:learnt]),
+      tasks.draw_overlap(results.unit_overlap(relevant), task_names=names[:learnt]),
     )
   return pictures
 

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import ml_collections
 
 from gating_jax import runner
-from gating_jax.continual import compile, report
+from gating_jax.continual import compile, report, results
 from gating_jax.continual.build import ContinualExperiment, build
-from gating_jax.continual.method import LearnerState
+from gating_jax.continual.method import LearnerState, Method
 from gating_jax.continual.training import finish_task, make_advance, make_evaluate, test_tasks
 from gating_jax.reports import conclusion, tables
 from gating_jax.terminal import TRAINING, say, working
-from gating_jax.training import closed_gates, hosts, rundir
+from gating_jax.training import closed_gates, hosts, outlines
 from gating_jax.training.checkpoints import Checkpoint
 from gating_jax.training.rundir import RunDir
 
@@ -47,6 +47,11 @@ class ContinualLearning(runner.Programme):
   experiment: ContinualExperiment
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.run}
   untrained: ClassVar[str] = "no task has been learnt"
+
+  @property
+  def model(self) -> Method:
+    """Returns the method, which has the networks."""
+    return self.experiment.method
 
   @property
   def title(self) -> str:
@@ -94,7 +99,7 @@ class ContinualLearning(runner.Programme):
   def train(self, run_dir: RunDir) -> dict[str, Any] | None:
     """Learns the tasks that are left; returns the result, or None where it was asked to stop."""
     experiment = self.experiment
-    rundir.write_outlines(run_dir.path, [task.train for task in experiment.tasks])
+    outlines.write_outlines(run_dir.path, [task.train for task in experiment.tasks])
     with working("making the network", "up to half a minute"):
       training = runner.Training(run_dir.path, self.fresh(), experiment.total_steps)
     with training:
@@ -106,10 +111,10 @@ class ContinualLearning(runner.Programme):
         return None
       learner, step = training.state, training.step
       with working("drawing pictures", "up to a minute", training.say):
-        hosts.on_writer(report.draw, experiment, learner, run_dir, training.journal, step)
+        hosts.on_writer(report.write_pictures, experiment, learner, run_dir, training.journal, step)
     with working("writing the report", "up to a minute"):
-      result = report.summary(experiment, learner)
-      report.write(experiment, learner, run_dir, step)
+      result = results.collect_result(experiment, learner)
+      report.write_report(experiment, learner, run_dir, step)
     return result | {"step": step}
 
   def _learn(self, training: runner.Training) -> bool:
@@ -147,15 +152,15 @@ class ContinualLearning(runner.Programme):
         f"testing on the images of {learnt} tasks", "programs are compiled first, up to a minute"
       ):
         learner = test_tasks(learner, make_evaluate(experiment), learnt)
-    return report.summary(experiment, learner)
+    return results.collect_result(experiment, learner)
 
   def report(
     self, run_dir: RunDir, step: int, learner: LearnerState, *, notice: str
   ) -> dict[str, Any]:
     """Writes the page of a learner, with the tests that followed each task."""
     with working("drawing the report", "up to a minute"):
-      report.write(self.experiment, learner, run_dir, step, notice)
-    return report.summary(self.experiment, learner)
+      report.write_report(self.experiment, learner, run_dir, step, notice)
+    return results.collect_result(self.experiment, learner)
 
 
 def _pretrain_steps_left(experiment: ContinualExperiment, step: int) -> int:
@@ -185,10 +190,10 @@ def _make_end_stage(
       counts = {}
       for each in ended:
         counts |= make_counts(learner, each)
-      free = report.free_units(experiment.method.footprint(learner), task + 1)
+      free = results.free_units(experiment.method.footprint(learner), task + 1)
     # The end of a stage is a step of its own: a resumed run does not repeat it.
     training.state, training.step = learner, training.step + 1
-    scores = report.scores(learner)
+    scores = results.scores(learner)
     line = dict(scores)
     text = (
       f"after task {task + 1}: accuracy {100 * scores['task_aware.average_accuracy']:.2f} % with "

@@ -34,7 +34,6 @@ from gating_jax.continual.method import (
 )
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.ops.macs import executed_macs
 from gating_jax.types import Array, Records
 
 Tree = Any
@@ -220,9 +219,8 @@ def forward_macs(forward: TaskForward, counts: ModelCounts, classes: int) -> Arr
     `[..., N]`.
   """
   # `counts` are of the features alone: the head is added, F C per image.
-  always = counts.always_macs + forward.features.shape[-1] * classes
-  always = jnp.full(forward.logits.shape[:-1], float(always))
-  return always + executed_macs(forward.records) if forward.records else always
+  head = forward.features.shape[-1] * classes
+  return counts.per_example(forward.records, forward.logits.shape[:-1], further=head)
 
 
 def prediction(

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from gating_jax.continual.build import ContinualExperiment
-from gating_jax.continual.method import Batch, LearnerState, Method, Table, TaskData
+from gating_jax.continual.method import Batch, LearnerState, Method, TaskData, TaskTable
 from gating_jax.data import batches, image_sets
 from gating_jax.data.image_sets import Images
 from gating_jax.ops.collectives import mean_over_devices
@@ -266,7 +266,7 @@ def test_tasks(learner: LearnerState, evaluate: TaskTest, learnt: int) -> Learne
   for name, column in learner.table._asdict().items():
     row = np.asarray([of_task[name] for of_task in tested], np.float32)
     columns[name] = np.asarray(column.at[learnt - 1, :learnt].set(row))
-  return learner.replace(table=devices.replicate(Table(**columns)))
+  return learner.replace(table=devices.replicate(TaskTable(**columns)))
 
 
 def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
@@ -306,7 +306,7 @@ def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
   def evaluate(learner, task, seen):
     """Returns the mean results on the test images of `task`."""
     run = mapped(seen)
-    values = {name: [] for name in Table._fields}
+    values = {name: [] for name in TaskTable._fields}
     for batch, count in batches.padded_batches(experiment.tasks[task].test, problem.batch_size):
       results = hosts.allgather(run(learner, *hosts.local_shard(batch), np.int32(task)))
       # The last batch is padded: only its first `count` images are new.

@@ -157,6 +157,23 @@ def _how_to_prepare(name: str, folder: str) -> str:
   )
 
 
+def _by_hand(name: str, folder: str) -> str:
+  """Returns TFDS's instructions on files to download by hand; empty where it downloads them all."""
+  import tensorflow_datasets as tfds
+
+  try:
+    instructions = tfds.builder_cls(_plain(name)).MANUAL_DOWNLOAD_INSTRUCTIONS
+  # A set that is known only by its folder has no builder.
+  except tfds.core.DatasetNotFoundError:
+    instructions = None
+  if not instructions:
+    return ""
+  text = f"TFDS cannot download all of its files. First put them into {folder}/downloads/manual:\n"
+  for line in instructions.strip().splitlines():
+    text += f"  {line.strip()}\n"
+  return text
+
+
 class Examples(Sequence):
   """TFDS source of pictures as uint8 and labels as numbers.
 
@@ -270,6 +287,9 @@ def _without_decoding(readers: Mapping[str, Any]) -> dict[str, Any]:
   return {feature: skip for feature, reader in readers.items() if reader.encoded}
 
 
+# Checks of a set's files, before TFDS reads them.
+
+
 def _check_features(folder: Path) -> None:
   """Refuses sets from which reading would run foreign code or leave the folder.
 
@@ -330,20 +350,3 @@ def _class_names(tree: Any) -> Iterator[str]:
         yield name
   for part in parts:
     yield from _class_names(part)
-
-
-def _by_hand(name: str, folder: str) -> str:
-  """Returns TFDS's instructions on files to download by hand; empty where it downloads them all."""
-  import tensorflow_datasets as tfds
-
-  try:
-    instructions = tfds.builder_cls(_plain(name)).MANUAL_DOWNLOAD_INSTRUCTIONS
-  # A set that is known only by its folder has no builder.
-  except tfds.core.DatasetNotFoundError:
-    instructions = None
-  if not instructions:
-    return ""
-  text = f"TFDS cannot download all of its files. First put them into {folder}/downloads/manual:\n"
-  for line in instructions.strip().splitlines():
-    text += f"  {line.strip()}\n"
-  return text

@@ -6,6 +6,7 @@ Every setting is checked before anything is compiled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -29,10 +30,14 @@ from gating_jax.training.objectives import (
   REGULARISERS,
   SPARSITIES,
   WITH_SPARSITY,
-  ExitObjective,
+  FitLabels,
+  GatePenalties,
   ImageObjective,
+  check_budget,
+  fit_classes,
+  fit_exits,
 )
-from gating_jax.training.rundir import Outline
+from gating_jax.training.outlines import Outline
 
 LOADERS = ("resident", "streaming")
 # Gatings of whole classifiers, which exclude gates of units and their settings.
@@ -118,6 +123,9 @@ def build(
       ),
     },
   )
+  fit = fit_classes
+  if config.model.gating == EXITS:
+    fit = functools.partial(fit_exits, exit_weights=config.loss.exit_weights)
   return assemble(
     config,
     # The size of a split is known without reading it.
@@ -127,7 +135,7 @@ def build(
     open_train=lambda: _open(config, data.train_split, training=True),
     open_test=lambda: _open(config, data.test_split, training=False),
     network=network,
-    objective=ExitObjective if config.model.gating == EXITS else ImageObjective,
+    fit=fit,
     outlines=outlines,
   )
 
@@ -139,7 +147,7 @@ def assemble(
   open_train: Callable[[], Any],
   open_test: Callable[[], Any],
   network: Callable[[ml_collections.ConfigDict, int], nn.Module],
-  objective: type[ImageObjective] = ImageObjective,
+  fit: FitLabels = fit_classes,
   train_shape: tuple[int, int, int] | None = None,
   outlines: Sequence[Outline] | None = None,
 ) -> Experiment:
@@ -150,7 +158,7 @@ def assemble(
     size: returns the number of training images.
     open_train, open_test: read the sets.
     network: `(config.model, classes)` to the model.
-    objective: the kind of the objective to minimise.
+    fit: as in `ImageObjective`.
     train_shape: `(H, W, D)` of the training images, where it is not that of the test images.
     outlines: of the training and the test set, which are then not opened here.
   Raises:
@@ -168,7 +176,7 @@ def assemble(
   per_epoch = examples // training.batch_size
   loops = loop.LoopSettings.from_config(config, epochs=training.epochs, steps_per_epoch=per_epoch)
   total = loops.total_steps
-  goal = objective.from_config(config.loss, total)
+  penalties = GatePenalties.from_config(config.loss, total)
   optimiser = optim.sgd(
     optim.configured_rate(training, total),
     momentum=training.momentum,
@@ -189,7 +197,7 @@ def assemble(
   counts = model_summary(model, test.shape)
   # The objective sees training images, whose MACs differ with their size.
   at_training = model_summary(model, train_shape) if train_shape else counts
-  _check_budget(config.loss.sparsity, at_training)
+  check_budget("loss.sparsity", config.loss.sparsity, at_training)
   return Experiment(
     config=config,
     open_train=open_train,
@@ -199,7 +207,9 @@ def assemble(
     noise_scale=noise_scale,
     counts=counts,
     optimiser=optimiser,
-    objective=dataclasses.replace(goal, never_gated_macs=at_training.never_gated_macs),
+    objective=ImageObjective.from_config(
+      config.loss, penalties, never_gated_macs=at_training.never_gated_macs, fit=fit
+    ),
     settings=loops,
   )
 
@@ -216,23 +226,6 @@ def _noise_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Sched
     ramp_end=noise.ramp_end,
     total_steps=total,
   )
-
-
-def _check_budget(sparsity: ml_collections.ConfigDict, counts: ModelCounts) -> None:
-  """Raises a ValueError where closing every gate would not meet the budget.
-
-  Args:
-    sparsity: the section `config.loss.sparsity`.
-    counts: the network, for a training image.
-  """
-  # `mac_budget_loss` measures the MACs without gate networks, and so does this check: a budget
-  # between the two fractions can be met.
-  least = counts.never_gated_macs / counts.macs
-  if sparsity.kind == "budget" and sparsity.target <= least:
-    raise ValueError(
-      f"loss.sparsity.target must be above {least:.3f}, the fraction of the ungated MACs that "
-      f"always runs; got {sparsity.target}"
-    )
 
 
 def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:

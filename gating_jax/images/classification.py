@@ -18,7 +18,7 @@ import jax
 import ml_collections
 from flax import traverse_util
 
-from gating_jax import runner
+from gating_jax import experiments, runner
 from gating_jax.analysis import outcomes
 from gating_jax.data import augment, batches, streaming
 from gating_jax.images import compile, export
@@ -29,7 +29,7 @@ from gating_jax.paths import user_path
 from gating_jax.reports import conclusion, page, surroundings, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.terminal import say, working
-from gating_jax.training import closed_gates, devices, evaluation, hosts, rundir, steps
+from gating_jax.training import closed_gates, devices, evaluation, hosts, outlines, rundir, steps
 from gating_jax.training.checkpoints import restore_newest
 from gating_jax.training.evaluation import Evaluation
 from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, read_lines
@@ -64,17 +64,20 @@ class Classification(runner.Programme):
 
   Attributes:
     experiment: the experiment of the run.
-    noun: the name of an example.
     score: key of the score among the result's numbers, and its name.
   """
 
   experiment: Experiment
-  noun: ClassVar[str] = "image"
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.run,
     "compile": compile.run,
   }
+
+  @property
+  def noun(self) -> str:
+    """Returns the word for an example."""
+    return experiments.KINDS[self.config.experiment].noun
 
   def prepare(self, key: jax.Array, pixels: jax.Array) -> jax.Array:
     """Augments and normalises uint8 pixels for training."""
@@ -151,7 +154,7 @@ class Classification(runner.Programme):
     ):
       train = experiment.open_train()
       # Kept in the run directory, so that the model can be loaded without its data.
-      rundir.write_outlines(run_dir.path, [train, experiment.test])
+      outlines.write_outlines(run_dir.path, [train, experiment.test])
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
     with training:
       # A resumed run has its own parameters; only a fresh one starts from those of another.
@@ -335,7 +338,6 @@ class Classification(runner.Programme):
     experiment, config = self.experiment, self.config
     result, images, gates = evaluated
     total, layers = experiment.settings.total_steps, experiment.counts.gate_layers
-    kind = surroundings.KINDS[config.experiment]
     # This test comes last: outside training the journal does not have it.
     tests = [*_tests_before(step, run_dir.path / METRICS_FILE), {"step": step, **result}]
     histograms = evaluation.histograms(gates, layers) if gates is not None else {}
@@ -369,11 +371,10 @@ class Classification(runner.Programme):
         around=surroundings.read_surroundings(
           run_dir,
           config,
-          kind,
           step=step,
           not_compiled=conclusion.refusal(compile.check, experiment.model),
         ),
-        how=kind.how,
+        how=experiments.KINDS[config.experiment].how,
         notice=notice,
       ),
     )

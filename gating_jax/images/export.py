@@ -26,7 +26,7 @@ from gating_jax.inference.compiled import (
   spread_indices,
 )
 from gating_jax.inference.conditional import compile_conditional
-from gating_jax.inference.folded import FoldedNet
+from gating_jax.inference.folded import FoldedNet, Gates
 from gating_jax.inference.pruning import (
   PruningEffect,
   apply_pruning,
@@ -55,12 +55,12 @@ CALIBRATION = 2_000
 _TIMED_BATCHES, _REPEATS = (1, 64), 20
 
 
-class _Candidate(NamedTuple):
+class _ExportCandidate(NamedTuple):
   """A network that is timed and, unless it is the one as trained, exported.
 
   Attributes:
     model: the network or program, as `export_model` takes it.
-    program: computes the outputs of images `[N, H, W, D]`.
+    program: computes the outputs and the gate logits of images `[N, H, W, D]`.
     score: its accuracy and MACs, as `_score` returns them.
   """
 
@@ -217,21 +217,21 @@ def _analyse(experiment: Experiment, variables: Mapping[str, Any], train: Any) -
     return analyse(experiment.model, variables, _inputs(experiment, train, index))
 
 
-def _candidate(experiment: Experiment, net: FoldedNet) -> _Candidate:
+def _candidate(experiment: Experiment, net: FoldedNet) -> _ExportCandidate:
   """Tests a network that computes every unit."""
-  return _Candidate(net, functools.partial(_run_net, net), _score(experiment, net))
+  return _ExportCandidate(net, functools.partial(_run_net, net), _score(experiment, net))
 
 
 @jax.jit
-def _run_net(net: FoldedNet, x: Array) -> Array:
-  """Computes the outputs of images `[N, H, W, D]`, with float32 or int8 weights."""
+def _run_net(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
+  """Computes outputs and gate logits of images `[N, H, W, D]`, with float32 or int8 weights."""
   # Weights are an argument: as constants, int8 ones would be dequantised while compiling.
   return folded.run(dequantise(net), x)
 
 
 def _skipping_candidate(
-  experiment: Experiment, pruned: _Candidate, images: np.ndarray
-) -> _Candidate | None:
+  experiment: Experiment, pruned: _ExportCandidate, images: np.ndarray
+) -> _ExportCandidate | None:
   """Compiles and tests a program that skips closed units; None where skipping saves no time.
 
   Args:
@@ -260,7 +260,7 @@ def _skipping_candidate(
     "up to a minute",
   ):
     accuracy = _accuracy(experiment, lambda x: program(x)[0])
-  return _Candidate(program, program, {**pruned.score, "accuracy": accuracy})
+  return _ExportCandidate(program, program, {**pruned.score, "accuracy": accuracy})
 
 
 def _write_exits(
@@ -282,14 +282,14 @@ def _write_exits(
     """Returns logits `[N, K]` of images `[N, H, W, D]`; notes the MACs of each."""
     logits, stay = made(x)
     # An image costs what lies before the exit that it takes.
-    macs.append(exits.macs(net, shape, stay))
+    macs.append(folded.exit_macs(net, shape, stay))
     return logits
 
   with working(f"testing the program on {len(test):,} images, one at a time", "up to a minute"):
     accuracy = _accuracy(experiment, answer)
   score = {
     "accuracy": accuracy,
-    "macs": int(exits.macs(net, shape)),
+    "macs": int(folded.exit_macs(net, shape)),
     "executed_macs": float(np.mean(np.concatenate(macs))),
   }
   whole = functools.partial(exits.program(), net)
@@ -314,8 +314,8 @@ def _batches(
 ) -> Iterator[tuple[Any, Any]]:
   """Yields network inputs and labels, of all images or those at `index`."""
   index = np.arange(len(images)) if index is None else index
-  for start in range(0, len(index), gate_statistics.BATCH):
-    pixels, labels = images.read(index[start : start + gate_statistics.BATCH])
+  for start in range(0, len(index), gate_statistics.BATCH_SIZE):
+    pixels, labels = images.read(index[start : start + gate_statistics.BATCH_SIZE])
     yield np.asarray(experiment.normalise(pixels), np.float32), np.asarray(labels)
 
 
@@ -338,7 +338,7 @@ def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
       labels.append(of_batch)
       yield x
 
-  # Batches are of `BATCH` images, which `observed` takes one by one: labels stay in step.
+  # Batches are of `BATCH_SIZE` images, which `observed` takes one by one: labels stay in step.
   for x, outputs, logits in gate_statistics.observed(net, inputs()):
     correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
     macs = folded.macs(net, shape, [z > 0 for z in logits])

@@ -1,4 +1,4 @@
-"""Objective and score of pixel classification; pixels labelled `IGNORED` are skipped.
+"""Fit and score of pixel classification; pixels labelled `IGNORED` are skipped.
 
 Axes: N examples, H and W pixels, K classes.
 Reference: Everingham et al., "The Pascal visual object classes challenge", 2015 (intersection over
@@ -7,7 +7,6 @@ union).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 
 import jax
@@ -16,30 +15,23 @@ import numpy as np
 import optax
 
 from gating_jax.data.scenes import IGNORED
-from gating_jax.training.objectives import ImageObjective, weighted_mean
+from gating_jax.training.objectives import Fit, weighted_mean
 from gating_jax.types import Array
 
 
-@dataclasses.dataclass(frozen=True)
-class PixelObjective(ImageObjective):
-  """`ImageObjective` of logits `[N, H, W, K]` and labels `[N, H, W]`.
+def fit_pixels(logits: Array, labels: Array, axis_name: Hashable | None = None) -> Fit:
+  """Computes the cross-entropy and the accuracy, means over the pixels that are not ignored.
 
-  Means are over all pixels of the batch that are not ignored.
+  It is the `fit` of an `ImageObjective`; the means are over the whole batch.
+
+  Args:
+    logits: `[N, H, W, K]`.
+    labels: `[N, H, W]` integers below K, or `IGNORED`.
+    axis_name: as in `batch_shaping_loss`.
   """
-
-  def fit(
-    self, logits: Array, labels: Array, axis_name: Hashable | None = None
-  ) -> tuple[Array, Array]:
-    """Computes the cross-entropy and the accuracy, means over the pixels that are not ignored.
-
-    Args:
-      logits: `[N, H, W, K]`.
-      labels: `[N, H, W]` integers below K, or `IGNORED`.
-      axis_name: as in `batch_shaping_loss`.
-    """
-    cross_entropy, correct, counted = _pixels(logits, labels)
-    mean_loss = weighted_mean(cross_entropy, counted, axis_name)
-    return mean_loss, weighted_mean(correct, counted, axis_name)
+  cross_entropy, correct, counted = _pixels(logits, labels)
+  mean_loss = weighted_mean(cross_entropy, counted, axis_name)
+  return Fit(mean_loss, weighted_mean(correct, counted, axis_name))
 
 
 def pixel_scores(logits: Array, labels: Array) -> dict[str, Array]:

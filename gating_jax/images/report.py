@@ -16,8 +16,8 @@ import numpy as np
 from gating_jax.analysis.outcomes import ALWAYS_CLOSED, by_layer
 from gating_jax.ops.priors import Prior
 from gating_jax.reports import gates as gate_pictures
-from gating_jax.reports import glossary, opening, page, tables
 from gating_jax.reports import images as image_pictures
+from gating_jax.reports import opening, page, tables
 from gating_jax.reports.text import format_count, plain
 from gating_jax.training.evaluation import GateBehaviour, ImageBehaviour
 
@@ -124,7 +124,7 @@ def make_sections(run: ImageRun) -> list[page.Section]:
 
   Sections without meaning for the run are left out.
   """
-  found = [page.Section("Result", parts=[glossary.defined_table(run.rows)]), _score(run)]
+  found = [page.Section("Result", parts=[tables.defined_table(run.rows)]), _score(run)]
   if run.pictures:
     parts = [page.embed_figure(figure, caption, photo=True) for figure, caption in run.pictures]
     found.append(page.Section(f"Some {run.noun}s", parts=parts))
@@ -322,7 +322,7 @@ def _selective(run: ImageRun) -> page.Section:
     return page.Section(title, f"No gate is open for some {run.noun}s and closed for others.")
   parts, shown_layers = [], set()
   for gate in shown:
-    images = run.gates.firing[:, gate]
+    images = run.gates.most_open_images[:, gate]
     # -1 marks places without an image: fewer images open the gate.
     images = images[images >= 0]
     texts = [""] * len(images)

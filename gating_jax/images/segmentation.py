@@ -28,7 +28,7 @@ from gating_jax.reports import images as image_pictures
 from gating_jax.reports import tables
 from gating_jax.terminal import working
 from gating_jax.training import devices, steps
-from gating_jax.training.rundir import Outline
+from gating_jax.training.outlines import Outline
 from gating_jax.training.steps import TrainState
 
 # Test scenes to draw.
@@ -91,7 +91,7 @@ def build(
     open_train=sets.open_train,
     open_test=sets.open_test,
     network=network,
-    objective=pixels.PixelObjective,
+    fit=pixels.fit_pixels,
     train_shape=sets.train_shape,
     outlines=outlines,
   )
@@ -168,7 +168,6 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
 class Segmentation(Classification):
   """The classification of pixels: an image is a scene, without a class of its own."""
 
-  noun = "scene"
   score = ("mean_iou", "mean IoU")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.run}
 

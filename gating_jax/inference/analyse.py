@@ -9,34 +9,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from gating_jax.inference import folded
-from gating_jax.inference.compiled import MacRatios
-from gating_jax.inference.folded import FoldedNet, Group, Shape
+from gating_jax.inference.folded import AllGates, FoldedNet, Group, Shape
 from gating_jax.inference.folding import fold
 from gating_jax.inference.gate_statistics import GroupStatistics, NetCounter, observed, places
 from gating_jax.inference.pruning import apply_pruning, find_static_units
 from gating_jax.inference.quantise import check_float
-from gating_jax.inference.strategies import (
-  STRATEGIES,
-  PartBatch,
-  PartContext,
-  contexts_of,
-  switch,
-)
+from gating_jax.inference.strategies import account, contexts_of, switch
 from gating_jax.ops import arguments
 from gating_jax.timing import MASKED, UNGATED
 
 UNION, BLOCKS = 8, (16, 32, 64)
 # Keys of `Analysis.macs`, where a pruned network is called slimmed.
 EXECUTED, PRUNED = "executed", "slimmed"
-
-# `[N, U]` gates of every group of a network, in order.
-AllGates = Sequence[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,91 +234,3 @@ def _row(counted: GroupStatistics) -> dict[str, Any]:
     "closed_on_all": int((counted.opened == 0).sum()),
     "correlation": float(np.abs(counted.correlation[others]).mean()) if units > 1 else 0.0,
   }
-
-
-@dataclasses.dataclass(frozen=True)
-class Account:
-  """MACs per image, on calibration data.
-
-  Attributes:
-    dense: of each part without gates.
-    opened: of each part, those of open units.
-    computed: of each part, those that each strategy computes, by name.
-    heads: of each part's gate network.
-    classifier: of the classifier.
-  """
-
-  dense: Sequence[float]
-  opened: Sequence[float]
-  computed: Sequence[Mapping[str, float]]
-  heads: Sequence[int]
-  classifier: int
-
-  def of_part(self, part: int) -> MacRatios:
-    """Returns the ratios of a part, without its gate network; 1 for a part without any MACs."""
-    dense = self.dense[part]
-    if not dense:
-      return MacRatios(1.0, dict.fromkeys(self.computed[part], 1.0))
-    computed = {name: macs / dense for name, macs in self.computed[part].items()}
-    return MacRatios(self.opened[part] / dense, computed)
-
-  def of_net(self, programs: Mapping[str, Sequence[str]]) -> MacRatios:
-    """Returns the ratios of whole programs, with gate networks and the classifier.
-
-    `programs` maps a name to the strategies of its parts.
-    """
-    dense = sum(self.dense) + self.classifier
-    opened = sum(self.opened) + sum(self.heads) + self.classifier
-    computed = {name: self.of_program(names) / dense for name, names in programs.items()}
-    return MacRatios(opened / dense, computed)
-
-  def of_program(self, names: Sequence[str]) -> float:
-    """Returns the MACs that a whole program computes, from the strategies of its parts."""
-    of_parts = sum(self.computed[part][name] for part, name in enumerate(names))
-    return of_parts + sum(self.heads) + self.classifier
-
-
-def account(
-  net: FoldedNet,
-  shape: Shape,
-  batches: Sequence[AllGates],
-  *,
-  strategies: Sequence[Iterable[str]],
-  contexts: Sequence[PartContext],
-  size: int,
-) -> Account:
-  """Counts the MACs of a network on some batches of images.
-
-  Args:
-    net: the network.
-    shape: `(H, W, D)` of an image.
-    batches: for each batch, `[N, U]` gates of every group of the network in order.
-    strategies: the strategies of each part.
-    contexts: the context of each part.
-    size: N.
-  Returns:
-    An `Account`, per image.
-  """
-  gates = []
-  for of_group in zip(*batches, strict=True):
-    gates.append(np.concatenate(of_group))
-  of_parts = folded.macs_by_part(net, shape, gates)
-  walks = [list(folded.walk(net, gates)) for gates in batches]
-  dense, opened, computed, heads = [], [], [], []
-  for i, part in enumerate(net.parts):
-    # Counted batch by batch: padding depends on how many examples of a batch are open.
-    of_batches = []
-    for walked in walks:
-      _, own, before = walked[i]
-      of_batches.append(PartBatch(part, contexts[i], shape, own, before, size))
-    by_strategy = {}
-    for name in strategies[i]:
-      total = sum(map(STRATEGIES[name].macs, of_batches))
-      by_strategy[name] = total / (size * len(batches))
-    computed.append(by_strategy)
-    # Gate networks are a field of their own.
-    heads.append(folded.head_macs(part))
-    opened.append(float(np.mean(of_parts[i])) - heads[i])
-    shape, macs = folded.part_macs(part, shape)
-    dense.append(macs)
-  return Account(dense, opened, computed, heads, folded.classifier_macs(net))

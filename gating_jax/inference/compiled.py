@@ -24,7 +24,7 @@ import numpy as np
 
 from gating_jax.inference import folded
 from gating_jax.ops import arguments
-from gating_jax.timing import MASKED, UNGATED, ReportProgress
+from gating_jax.timing import MASKED, UNGATED, ReportProgress, race
 from gating_jax.types import Array
 
 # The strategy that is chosen by timing.
@@ -320,28 +320,31 @@ class TimedProgram(NamedTuple):
   """A program of a whole network, and the weights to time it with.
 
   Attributes:
-    run: `(weights, images) -> outputs`.
+    run: `(weights, inputs) -> outputs`, of a batch.
     weights: those of the network.
-    open_weights: those with which every unit is open; None for the baseline, which has no gates.
+    open_weights: those with which every unit is open; None for a baseline, which has no gates.
+    open_run: the program for `open_weights`, where it is not `run`.
   """
 
-  run: Callable[[Any, Array], Any]
+  run: Callable[[Any, Any], Any]
   weights: Any
   open_weights: Any = None
+  open_run: Callable[[Any, Any], Any] | None = None
 
 
 def runs_over(
-  programs: Mapping[str, TimedProgram], batches: Sequence[Array]
+  programs: Mapping[str, TimedProgram], batches: Sequence[Any]
 ) -> dict[Way, Callable[[], None]]:
   """Returns a function that runs over all batches, for each way to run the network."""
   runs = {}
   for name, program in programs.items():
-    # One program for both cases: its weights are arguments.
+    # One program serves for both cases where it can: its weights are arguments.
     calls = [(program.weights, x) for x in batches]
     runs[Way(name, all_open=False)] = functools.partial(run_over, program.run, calls)
     if program.open_weights is not None:
       calls = [(program.open_weights, x) for x in batches]
-      runs[Way(name, all_open=True)] = functools.partial(run_over, program.run, calls)
+      run = program.open_run or program.run
+      runs[Way(name, all_open=True)] = functools.partial(run_over, run, calls)
   return runs
 
 
@@ -440,3 +443,34 @@ def choose_fastest(
   if seconds[best] >= GAIN * seconds[MASKED]:
     best = MASKED
   return Choice(best, seconds, open_ratios)
+
+
+def count_runs(programs: Mapping[str, TimedProgram]) -> int:
+  """Returns the number of runs that `time_programs` compiles."""
+  return sum(1 if program.open_weights is None else 2 for program in programs.values())
+
+
+def time_programs(
+  programs: Mapping[str, TimedProgram],
+  batches: Sequence[Any],
+  *,
+  repeats: int,
+  max_slowdown_all_open: float,
+  advance: Callable[[], None],
+) -> Choice:
+  """Times programs of a whole network by turns, and chooses one.
+
+  Args:
+    programs: by name; of those without gates, the fastest counts as `ungated`.
+    batches: inputs of each call.
+    repeats: number of timed calls of each program.
+    max_slowdown_all_open: of `compile_conditional`.
+    advance: called `count_runs(programs) + repeats` times.
+  """
+  times = race(runs_over(programs, batches), repeats, on_start=advance, on_turn=advance)
+  baselines = []
+  for name, program in programs.items():
+    if program.open_weights is None:
+      baselines.append(times.pop(Way(name, all_open=False)))
+  times[Way(UNGATED, all_open=False)] = min(baselines, key=statistics.median)
+  return choose_fastest(times, len(batches), max_slowdown_all_open)

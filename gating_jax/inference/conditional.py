@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from gating_jax.checks import former_keyword, one_of
 from gating_jax.inference import folded
-from gating_jax.inference.analyse import Account, account
 from gating_jax.inference.compiled import (
   AUTO,
   GAIN,
@@ -28,12 +27,11 @@ from gating_jax.inference.compiled import (
   TimedProgram,
   Timing,
   check_options,
-  choose_fastest,
   count_pieces,
   list_timings,
   run_over,
-  runs_over,
   spread_batches,
+  time_programs,
 )
 from gating_jax.inference.folded import FoldedNet, Gates, Head, Layer
 from gating_jax.inference.folding import fold
@@ -42,8 +40,10 @@ from gating_jax.inference.quantise import check_float
 from gating_jax.inference.strategies import (
   EXPORTABLE,
   STRATEGIES,
+  Account,
   CompiledPart,
   PartContext,
+  account,
   contexts_of,
   why_not,
   worth_trying,
@@ -344,9 +344,13 @@ class _Trial:
       weights = _with_parts(net, made)
       programs[name] = TimedProgram(program(made), weights, open_weights=opened(weights))
     programs[UNGATED] = TimedProgram(program(), ungated(net))
-    runs = runs_over(programs, self.batches)
-    times = race(runs, self.options.repeats, on_start=self.advance, on_turn=self.advance)
-    return choose_fastest(times, len(self.batches), self.options.max_slowdown_all_open)
+    return time_programs(
+      programs,
+      self.batches,
+      repeats=self.options.repeats,
+      max_slowdown_all_open=self.options.max_slowdown_all_open,
+      advance=self.advance,
+    )
 
 
 def _choose_by_timing(

@@ -35,39 +35,21 @@ from gating_jax.inference.compiled import (
   TimedProgram,
   Timing,
   check_options,
-  choose_fastest,
   count_pieces,
-  runs_over,
+  count_runs,
   spread_batches,
+  time_programs,
 )
-from gating_jax.inference.folded import FoldedNet, Layer
+from gating_jax.inference.folded import ExitNet, FoldedNet, Layer
 from gating_jax.inference.folding import check, fold_conv, fold_stages
-from gating_jax.inference.strategies import example_sizes, for_open
+from gating_jax.inference.strategies import exit_dispatch_macs, for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
-from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, ReportProgress, race
+from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, ReportProgress
 from gating_jax.types import Array
 
 # A threshold below every entropy: no image leaves.
 _NEVER = 1e-12
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ExitNet:
-  """Stages, and an exit after each but the last, which takes the stage's feature map.
-
-  The last stage ends with logits, the others with a feature map.
-
-  Attributes:
-    stages: X + 1 networks.
-    exits: X networks, each to `[N, K]` logits.
-    threshold: fraction of the largest entropy; an image leaves at an exit of less entropy.
-  """
-
-  stages: tuple[FoldedNet, ...]
-  exits: tuple[FoldedNet, ...]
-  threshold: float = dataclasses.field(metadata={"static": True})
 
 
 class CompiledExits(CompiledImages):
@@ -184,56 +166,6 @@ def _run_from(
   return logits, [stay, *later]
 
 
-def macs(net: ExitNet, input_shape: tuple[int, int, int], stay: Any = None) -> Any:
-  """Computes the multiply-accumulates of each image from `[N, X]` `stay` of `run`.
-
-  Without `stay`: of one image that no exit lets leave.
-  """
-  goes_on, total = 1, 0
-  for i, spent in enumerate(_stage_macs(net, input_shape)):
-    total = total + goes_on * spent
-    if stay is not None and i < len(net.exits):
-      # The stage after an exit costs nothing for images that left there or before.
-      goes_on = goes_on * (np.asarray(stay)[:, i] > 0)
-  return total
-
-
-def gathered_macs(
-  net: ExitNet, input_shape: tuple[int, int, int], stay: np.ndarray, buckets: int
-) -> float:
-  """Computes the MACs of `exit_dispatch` per image of a batch, padding included.
-
-  Args:
-    net: the network.
-    input_shape: `(H, W, D)` of an image.
-    stay: `[N, X]` of `run`, for this batch.
-    buckets: as in `run`.
-  """
-  taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
-  for i, spent in enumerate(_stage_macs(net, input_shape)):
-    total += taken * spent
-    if i < len(net.exits):
-      goes_on &= stay[:, i] > 0
-      # Sizes count from the images of the stage before, as its program is compiled for these.
-      sizes = example_sizes(taken, buckets) if taken else (0,)
-      taken = sizes[np.searchsorted(sizes, goes_on.sum())]
-  return total / len(stay)
-
-
-def _stage_macs(net: ExitNet, input_shape: tuple[int, int, int]) -> list[int]:
-  """Returns the multiply-accumulates of each stage with the exit that follows it."""
-  shape, found = (1, *input_shape), []
-  for i, stage in enumerate(net.stages):
-    spent = int(folded.macs(stage, shape[1:]))
-    if i < len(net.exits):
-      # The shape of the feature map, which the exit and the next stage take, is traced, not
-      # computed.
-      shape = jax.eval_shape(folded.run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
-      spent += int(folded.macs(net.exits[i], shape[1:]))
-    found.append(spent)
-  return found
-
-
 @former_keyword("open_limit", "max_slowdown_all_open")
 def compile_exits(
   model: Any,
@@ -291,11 +223,14 @@ def compile_exits(
     EXIT_DISPATCH: TimedProgram(programs[EXIT_DISPATCH], net, open_weights=staying),
     UNGATED: TimedProgram(jax.jit(folded.run), without_exits(net)),
   }
-  runs = runs_over(ways, batches)
   # A piece of work is a program compiled, or all of them timed once.
-  advance = count_pieces(progress, len(runs) + repeats)
-  times = race(runs, repeats, on_start=advance, on_turn=advance)
-  choice = choose_fastest(times, len(batches), max_slowdown_all_open)
+  choice = time_programs(
+    ways,
+    batches,
+    repeats=repeats,
+    max_slowdown_all_open=max_slowdown_all_open,
+    advance=count_pieces(progress, count_runs(ways) + repeats),
+  )
   # Both programs let the same images leave, so one of them tells the MACs of both.
   stays = [np.asarray(programs[MASKED](net, x)[1]) for x in batches]
   timings = choice.timings(_mac_ratios(net, stays, options))
@@ -312,12 +247,12 @@ def _mac_ratios(net: ExitNet, stays: Sequence[np.ndarray], options: Options) -> 
   """
   shape = options.input_shape
   # Padding depends on the images that share a batch, so MACs are counted batch by batch.
-  gathered = [gathered_macs(net, shape, stay, options.buckets) for stay in stays]
+  gathered = [exit_dispatch_macs(net, shape, stay, options.buckets) for stay in stays]
   dense = int(folded.macs(without_exits(net), shape))
   return MacRatios(
-    opened=float(np.mean(macs(net, shape, np.concatenate(stays)))) / dense,
+    opened=float(np.mean(folded.exit_macs(net, shape, np.concatenate(stays)))) / dense,
     computed={
-      MASKED: macs(net, shape) / dense,
+      MASKED: folded.exit_macs(net, shape) / dense,
       EXIT_DISPATCH: statistics.mean(gathered) / dense,
     },
   )

@@ -6,10 +6,10 @@
 
 Every faster program starts from it. `run` calls one function for each part, so that a strategy is a
 function of a part and nothing else. `macs` counts the multiply-accumulates of all units, or of open
-ones.
+ones; `exit_macs` those of a network with early exits.
 
 Axes: N examples, H and W pixels, D input channels, U gates of a group, each of which switches
-`channels` adjacent ones.
+`channels` adjacent ones, X exits before the last, K classes.
 Reference: Jacob et al., 2018, section 3.2 (folding); Bejnordi et al., 2020, sections 3 and 4 (MACs
 of gated layers).
 """
@@ -29,6 +29,8 @@ from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import Array
 
 Gates = tuple[Array, ...]
+# `[N, U]` gates of every group of a network in host memory, in order.
+AllGates = Sequence[np.ndarray]
 Shape = tuple[int, int, int]
 
 
@@ -245,6 +247,24 @@ class FoldedNet:
   pooled: bool = _static(True)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExitNet:
+  """Stages, and an exit after each but the last, which takes the stage's feature map.
+
+  The last stage ends with logits, the others with a feature map.
+
+  Attributes:
+    stages: X + 1 networks.
+    exits: X networks, each to `[N, K]` logits.
+    threshold: fraction of the largest entropy; an image leaves at an exit of less entropy.
+  """
+
+  stages: tuple[FoldedNet, ...]
+  exits: tuple[FoldedNet, ...]
+  threshold: float = dataclasses.field(metadata={"static": True})
+
+
 def output_groups(part: Part, per_group: Sequence[Any]) -> Sequence[Any]:
   """Selects, from values for each group of a part, those of its output's channels.
 
@@ -445,6 +465,34 @@ def macs_by_part(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) 
   for part, own, before in walk(net, opened):
     shape, part_cost = part_macs(part, shape, *before, opened=own)
     found.append(head_macs(part) + part_cost)
+  return found
+
+
+def exit_macs(net: ExitNet, input_shape: Shape, stay: Any = None) -> Any:
+  """Computes the multiply-accumulates of each image from `[N, X]` `stay` of `exits.run`.
+
+  Without `stay`: of one image that no exit lets leave.
+  """
+  goes_on, total = 1, 0
+  for i, spent in enumerate(stage_macs(net, input_shape)):
+    total = total + goes_on * spent
+    if stay is not None and i < len(net.exits):
+      # The stage after an exit costs nothing for images that left there or before.
+      goes_on = goes_on * (np.asarray(stay)[:, i] > 0)
+  return total
+
+
+def stage_macs(net: ExitNet, input_shape: Shape) -> list[int]:
+  """Returns the multiply-accumulates of each stage with the exit that follows it."""
+  shape, found = (1, *input_shape), []
+  for i, stage in enumerate(net.stages):
+    spent = int(macs(stage, shape[1:]))
+    if i < len(net.exits):
+      # The shape of the feature map, which the exit and the next stage take, is traced, not
+      # computed.
+      shape = jax.eval_shape(run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
+      spent += int(macs(net.exits[i], shape[1:]))
+    found.append(spent)
   return found
 
 

@@ -30,7 +30,7 @@ from gating_jax.ops.arguments import instance
 from gating_jax.types import Path
 
 _EPSILON = nn.BatchNorm.epsilon
-_STEM_POOL, _VGG_POOL = (3, 2, 1), (2, 2, 0)
+_VGG_POOL = (2, 2, 0)
 
 
 def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> FoldedNet:
@@ -161,8 +161,10 @@ def _rules_of(model: ResNet | VGG) -> list[_Rule]:
 def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]) -> tuple[Part, ...]:
   # The plan depends only on the number of axes, which is 4 for images.
   probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-  stem = fold_conv(flat, ("stem",), stride=1 if model.stem == "cifar" else 2)
-  parts = [Layer(stem, pool=_STEM_POOL if model.stem == "imagenet" else None)]
+  stem_plan = model.stem_plan
+  # The stride of images is the same along both sides.
+  stem = fold_conv(flat, ("stem",), stride=stem_plan.stride[-1])
+  parts = [Layer(stem, pool=stem_plan.pool)]
   channels = stem.bias.size
   for stage in model.plan(probe):
     for plan in stage.blocks:

@@ -7,7 +7,7 @@ Reference: Bejnordi et al., 2020, section 5 (always open, always closed, conditi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from gating_jax.inference.folded import FoldedNet, Group
 from gating_jax.ops.relaxations import threshold_gate
 
 # Images that a network takes at a time.
-BATCH = 128
+BATCH_SIZE = 128
 
 
 class Observation(NamedTuple):
@@ -70,14 +70,14 @@ def observed(net: FoldedNet, images: Any) -> Iterator[Observation]:
     net: the network.
     images: `[M, H, W, D]` float32 network inputs, or an iterable of such batches.
   Yields:
-    an `Observation` of `BATCH` images, last one of the rest.
+    an `Observation` of `BATCH_SIZE` images, last one of the rest.
   Raises:
     ValueError: no images, or images of another rank, of unlike shapes, in integers, or not finite.
   """
   for x in batches(images):
     folded.check_channels(net, x.shape[3])
     # A last batch that is nearly full is padded, so that it runs in the same program.
-    spare = -len(x) % BATCH if len(x) > BATCH // 2 else 0
+    spare = -len(x) % BATCH_SIZE if len(x) > BATCH_SIZE // 2 else 0
     padded = np.pad(x, [(0, spare), (0, 0), (0, 0), (0, 0)])
     outputs, logits = jax.device_get(_run(net, jnp.asarray(padded)))
     yield Observation(x, outputs[: len(x)], tuple(z[: len(x)] for z in logits))
@@ -94,7 +94,7 @@ def gates_of(net: FoldedNet, images: Any) -> tuple[np.ndarray, ...]:
 
 
 def batches(images: Any) -> Iterator[np.ndarray]:
-  """Yields `BATCH` images at a time, then the rest, whatever the batches of an iterable."""
+  """Yields `BATCH_SIZE` images at a time, then the rest, whatever the batches of an iterable."""
   pieces, waiting = _pieces(images), None
   for x in pieces:
     x = check_finite("images", check_images("images", x))
@@ -104,9 +104,9 @@ def batches(images: Any) -> Iterator[np.ndarray]:
       raise ValueError("images must be at least one image; got none")
     # Batches are made up across pieces, so that all but the last have one shape and program.
     waiting = x if waiting is None or not len(waiting) else np.concatenate([waiting, x])
-    while len(waiting) >= BATCH:
-      yield waiting[:BATCH]
-      waiting = waiting[BATCH:]
+    while len(waiting) >= BATCH_SIZE:
+      yield waiting[:BATCH_SIZE]
+      waiting = waiting[BATCH_SIZE:]
   if waiting is not None and len(waiting):
     yield waiting
 
@@ -117,8 +117,8 @@ def _pieces(images: Any) -> Iterator[Any]:
     yield from images
     return
   # At least one piece, so that an empty array is found to be empty.
-  for start in range(0, max(len(images), 1), BATCH):
-    yield images[start : start + BATCH]
+  for start in range(0, max(len(images), 1), BATCH_SIZE):
+    yield images[start : start + BATCH_SIZE]
 
 
 class NetCounter:
@@ -157,14 +157,6 @@ def places(net: FoldedNet) -> list[Place]:
     for j, group in enumerate(part.groups):
       found.append(Place(part=i, index=j, group=group, layer_gate=part.layer_gate))
   return found
-
-
-def count(net: FoldedNet, images: Iterable[Any] | Any) -> tuple[GroupStatistics, ...]:
-  """Computes the `GroupStatistics` of every group on `images`, as in `observed`."""
-  counter = NetCounter(net)
-  for x, _, logits in observed(net, images):
-    counter.add(logits, len(x))
-  return counter.result()
 
 
 # One compiled function for all calls: networks of the same shapes share a program.

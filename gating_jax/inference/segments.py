@@ -1,5 +1,9 @@
 """Inference that skips segments: the heavy net runs on the chosen ones of a whole batch only.
 
+    segments   the light net on all segments, the heavy net on chosen ones, gathered
+    masked     both nets on all segments
+    ungated    the heavy net alone, on all segments, as the baseline
+
 Axes: B videos, T segments, K segments that a program of the heavy net takes.
 Reference: Hussein et al., 2020 (TimeGate); Verelst and Tuytelaars, 2020 (gather, compute, scatter).
 """
@@ -12,19 +16,38 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from gating_jax.inference.compiled import Compiled
+from gating_jax.checks import one_of
+from gating_jax.inference.compiled import (
+  AUTO,
+  MAX_SLOWDOWN_ALL_OPEN,
+  Compiled,
+  MacRatios,
+  TimedProgram,
+  Timing,
+  count_pieces,
+  count_runs,
+  time_programs,
+)
+from gating_jax.layers.gate import GATE_NAME
+from gating_jax.models.summary import VideoCounts, video_summary
 from gating_jax.models.timegate import Inputs, Outputs, SegmentNet
 from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_indices, pieces_for, scatter_back
+from gating_jax.timing import MASKED, SEGMENTS, UNGATED, ReportProgress
 from gating_jax.types import Array, GateRecord, Records
+
+# Added to a gate's log-odds, it opens every segment.
+_ALWAYS = 1e4
 
 
 class Result(NamedTuple):
   """Outputs and segment counts of one batch.
 
-  The heavy net's records, `[B * T, ...]`, are zeros for segments that it did not see.
+  The heavy net's records, `[B * T, ...]`, are zeros for segments that it did not see. `masked`
+  sees all of them.
 
   Attributes:
     outputs, records: what the model returns.
@@ -38,21 +61,19 @@ class Result(NamedTuple):
   computed: int
 
 
-class CompiledSegments(Compiled):
-  """A compiled `SegmentNet` in evaluation, made by `compile_segments`.
+# From a batch's arrays to the model's inputs.
+Prepare = Callable[[Inputs], Inputs]
 
-  It maps a batch of videos' arrays to a `Result`. `load` takes other variables of the model.
+
+class SkippingProgram:
+  """Programs of a network that run its heavy net on chosen segments only.
+
+  Args:
+    model: the network.
+    prepare, capacities: as in `compile_segments`.
   """
 
-  def __init__(
-    self,
-    model: SegmentNet,
-    variables: Mapping[str, Any],
-    *,
-    capacities: Sequence[int],
-    prepare: Callable[[Inputs], Inputs],
-  ):
-    super().__init__(variables, self._weights_of(variables))
+  def __init__(self, model: SegmentNet, prepare: Prepare, capacities: Sequence[int]):
     self._capacities = tuple(capacities)
     # A program for each K, which is static; the start within the chosen segments is traced.
     self._choose = jax.jit(functools.partial(_choose, model, prepare))
@@ -60,33 +81,29 @@ class CompiledSegments(Compiled):
     self._join = jax.jit(functools.partial(jax.tree.map, jnp.add))
     self._classify = jax.jit(functools.partial(_classify, model))
 
-  def __call__(self, inputs: Inputs) -> Result:
-    """Runs on a batch of numpy or jax arrays.
-
-    As with any jitted function, the outputs may still be computed when it returns.
-    """
+  def __call__(self, variables: Mapping[str, Any], inputs: Inputs) -> Result:
+    """Runs on a batch."""
     inputs = _check_inputs(inputs)
-    record, outputs, count = self._choose(self.weights, inputs)
+    record, outputs, count = self._choose(variables, inputs)
     # The only wait for the device: the number of chosen segments decides which programs run.
     pieces = pieces_for(int(count), fitting_capacities(self._capacities, record.gates.size))
-    logits, records = self._finish(inputs, record.gates, pieces)
+    logits, records = self._finish(variables, inputs, record.gates, pieces=pieces)
     return Result({**outputs, "logits": logits}, (record, *records), int(count), sum(pieces))
 
-  def warm_up(self, inputs: Inputs) -> None:
+  def warm_up(self, variables: Mapping[str, Any], inputs: Inputs) -> None:
     """Compiles and runs every program that a batch of these shapes can need."""
     inputs = _check_inputs(inputs)
-    record, _, _ = self._choose(self.weights, inputs)
+    record, _, _ = self._choose(variables, inputs)
     every = fitting_capacities(self._capacities, record.gates.size)
-    jax.block_until_ready(self._finish(inputs, record.gates, every))
+    jax.block_until_ready(self._finish(variables, inputs, record.gates, pieces=every))
 
-  def _weights_of(self, net: Mapping[str, Any]) -> Mapping[str, Any]:
-    # On the device once, not in every call.
-    return jax.device_put(net)
-
-  def _finish(self, inputs: Inputs, gates: Array, pieces: Sequence[int]) -> tuple[Array, Records]:
+  def _finish(
+    self, variables: Mapping[str, Any], inputs: Inputs, gates: Array, *, pieces: Sequence[int]
+  ) -> tuple[Array, Records]:
     """Computes the logits, and the heavy net's records.
 
     Args:
+      variables: of the network.
       inputs: of the batch.
       gates: `[B, T]`.
       pieces: numbers of chosen segments that the heavy net takes at a time.
@@ -94,11 +111,75 @@ class CompiledSegments(Compiled):
     # `start`: the number of chosen segments that earlier pieces took.
     parts, start = [], 0
     for capacity in pieces:
-      parts.append(self._encode(self.weights, inputs, gates, start, capacity=capacity))
+      parts.append(self._encode(variables, inputs, gates, start, capacity=capacity))
       start += capacity
     # Each piece has zeros in the places of the others, so the sum holds all.
     features, records = functools.reduce(self._join, parts)
-    return self._classify(self.weights, features, gates), records
+    return self._classify(variables, features, gates), records
+
+
+class MaskedProgram:
+  """The program of a network that runs its heavy net on all segments.
+
+  Args:
+    model: the network.
+    prepare: as in `compile_segments`.
+  """
+
+  def __init__(self, model: SegmentNet, prepare: Prepare):
+    self._whole = jax.jit(functools.partial(_run_whole, model, prepare))
+
+  def __call__(self, variables: Mapping[str, Any], inputs: Inputs) -> Result:
+    """Runs on a batch."""
+    outputs, records, count = self._whole(variables, _check_inputs(inputs))
+    return Result(outputs, records, int(count), records[0].gates.size)
+
+  def warm_up(self, variables: Mapping[str, Any], inputs: Inputs) -> None:
+    """Compiles and runs the program for a batch of these shapes."""
+    jax.block_until_ready(self(variables, inputs).outputs)
+
+
+class CompiledSegments(Compiled):
+  """A compiled `SegmentNet` in evaluation, made by `compile_segments`.
+
+  It maps a batch of videos' arrays to a `Result`. `load` takes other variables of the model.
+
+  Args:
+    variables: of the network.
+    strategy: `segments` or `masked`.
+    program: `(variables, inputs) -> Result`.
+    timings: as in `Compiled`.
+
+  Attributes:
+    strategy: `segments`, or `masked` where the heavy net runs on all segments.
+    program: the call is `program(weights, inputs)`.
+  """
+
+  def __init__(
+    self,
+    variables: Mapping[str, Any],
+    *,
+    strategy: str,
+    program: SkippingProgram | MaskedProgram,
+    timings: Sequence[Timing] = (),
+  ):
+    super().__init__(variables, self._weights_of(variables), timings)
+    self.strategy, self.program = strategy, program
+
+  def __call__(self, inputs: Inputs) -> Result:
+    """Runs on a batch of numpy or jax arrays.
+
+    As with any jitted function, the outputs may still be computed when it returns.
+    """
+    return self.program(self.weights, inputs)
+
+  def warm_up(self, inputs: Inputs) -> None:
+    """Compiles and runs every program that a batch of these shapes can need."""
+    self.program.warm_up(self.weights, inputs)
+
+  def _weights_of(self, net: Mapping[str, Any]) -> Mapping[str, Any]:
+    # On the device once, not in every call.
+    return jax.device_put(net)
 
 
 def compile_segments(
@@ -106,7 +187,13 @@ def compile_segments(
   variables: Mapping[str, Any],
   *,
   capacities: Sequence[int],
-  prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+  prepare: Prepare = lambda inputs: inputs,
+  strategy: str = SEGMENTS,
+  calibration: Inputs | None = None,
+  counts: VideoCounts | None = None,
+  repeats: int = 20,
+  max_slowdown_all_open: float = MAX_SLOWDOWN_ALL_OPEN,
+  progress: ReportProgress | None = None,
 ) -> CompiledSegments:
   """Compiles programs whose cost follows the number of segments chosen.
 
@@ -128,6 +215,12 @@ def compile_segments(
     prepare: from a batch's arrays, all `[B, T, ...]`, to the model's inputs, each segment alone
       (normalised, its centre frame taken). It runs inside the programs; in the second one for the
       chosen segments only.
+    strategy: `segments`, which skips; `masked`, the heavy net on all segments; or `auto`, the
+      faster of the two on this machine, unless it is too slow where every segment is chosen.
+    calibration: a batch like those to come, which `auto` needs; its times are in `report`.
+    counts: `video_summary` of the network, for the MACs in `report`; None counts it here.
+    repeats: number of timed calls of each program.
+    max_slowdown_all_open, progress: as in `compile_conditional`.
   Returns:
     A `CompiledSegments`.
   Raises:
@@ -140,7 +233,139 @@ def compile_segments(
   is_number = [isinstance(capacity, int) and capacity >= 1 for capacity in capacities]
   if not is_number or not all(is_number):
     raise ValueError(f"capacities must be numbers >= 1, at least one; got {capacities}")
-  return CompiledSegments(model, variables, capacities=capacities, prepare=prepare)
+  one_of("strategy", strategy, (AUTO, MASKED, SEGMENTS))
+  arguments.whole_number("repeats", repeats)
+  arguments.number("max_slowdown_all_open", max_slowdown_all_open, "> 0", lambda value: value > 0)
+  network = _Network(model, variables, prepare=prepare, capacities=capacities)
+  if strategy != AUTO:
+    return CompiledSegments(variables, strategy=strategy, program=network.program(strategy))
+  if calibration is None:
+    raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
+  # Programs are timed on the arrays as they come, which may be in host memory.
+  _check_inputs(calibration)
+  programs = network.programs(calibration)
+  # A piece of work is a program compiled, or all of them timed once.
+  choice = time_programs(
+    programs,
+    [calibration],
+    repeats=repeats,
+    max_slowdown_all_open=max_slowdown_all_open,
+    advance=count_pieces(progress, count_runs(programs) + repeats),
+  )
+  timings = choice.timings(network.mac_ratios(calibration, counts))
+  return CompiledSegments(
+    variables, strategy=choice.strategy, program=programs[choice.strategy].run, timings=timings
+  )
+
+
+class _Network(NamedTuple):
+  """A network to compile, with the arguments of `compile_segments`."""
+
+  model: SegmentNet
+  variables: Mapping[str, Any]
+  prepare: Prepare
+  capacities: Sequence[int]
+
+  def program(self, strategy: str) -> SkippingProgram | MaskedProgram:
+    """Makes the program of a strategy."""
+    if strategy == MASKED:
+      return MaskedProgram(self.model, self.prepare)
+    return SkippingProgram(self.model, self.prepare, self.capacities)
+
+  def programs(self, inputs: Inputs) -> dict[str, TimedProgram]:
+    """Makes the programs to time on a batch."""
+    # The worst case: every segment is chosen.
+    all_open = self._replace(
+      model=self.model.clone(share=1.0), variables=opened_variables(self.model, self.variables)
+    )
+    # On the device once, so that no call times a copy.
+    weights, open_weights = jax.device_put((self.variables, all_open.variables))
+    programs = {}
+    for name in (SEGMENTS, MASKED):
+      programs[name] = TimedProgram(
+        self.program(name), weights, open_weights=open_weights, open_run=all_open.program(name)
+      )
+    return programs | dense_programs(self.model, weights, inputs, prepare=self.prepare)
+
+  def mac_ratios(self, inputs: Inputs, counts: VideoCounts | None) -> MacRatios:
+    """Computes the ratios of multiply-accumulates to those of the baseline.
+
+    The baseline is the heavy net on all segments and the classifier. What is computed includes the
+    heavy net on padding and on segments that are not chosen.
+
+    Args:
+      inputs: of a batch.
+      counts: as in `compile_segments`.
+    """
+    if counts is None:
+      prepared = jax.eval_shape(self.prepare, inputs)
+      counts = video_summary(self.model, {name: x.shape[1:] for name, x in prepared.items()})
+
+    def spend(variables: Mapping[str, Any], inputs: Inputs) -> tuple[Array, Array]:
+      """Returns the gates, and the heavy net's MACs on each segment, `[B, T]` both."""
+      _, (record, *channels) = self.model.apply(variables, self.prepare(inputs))
+      return record.gates, counts.heavy.per_example(tuple(channels), record.gates.shape)
+
+    gates, heavy_macs = jax.device_get(jax.jit(spend)(self.variables, inputs))
+    valid = np.asarray(inputs["valid"])
+    # Padding of shorter videos costs nothing in the baseline.
+    dense = counts.all_valid(valid)
+    opened = counts.per_video(gates, valid, heavy_macs).mean()
+    # Segments per video that `segments` computes, padding included.
+    sizes = fitting_capacities(self.capacities, valid.size)
+    taken = sum(pieces_for(int(np.sum(gates > 0)), sizes)) / len(valid)
+    return MacRatios(
+      opened=float(opened) / dense,
+      computed={
+        MASKED: counts.computed(valid) / dense,
+        SEGMENTS: counts.computed(valid, taken) / dense,
+        UNGATED: counts.all_segments / dense,
+      },
+    )
+
+
+def dense_programs(
+  model: SegmentNet, variables: Mapping[str, Any], inputs: Inputs, *, prepare: Prepare
+) -> dict[str, TimedProgram]:
+  """Makes the programs of the heavy net on all segments of a batch, without light net and gate.
+
+  They take all videos at once, or one after the other.
+
+  Args:
+    model, variables, prepare: as in `compile_segments`.
+    inputs: of the batch.
+  """
+  dense = model.clone(selection="all", light=None, light_head=False)
+  whole = jax.jit(lambda variables, inputs: dense.apply(variables, prepare(inputs))[0])
+  # On the device once, so that no call times a copy.
+  weights = jax.device_put(variables)
+  videos = [_take_video(inputs, i) for i in range(len(inputs["valid"]))]
+
+  def run_one_by_one(variables: Mapping[str, Any], inputs: Inputs) -> list[Outputs]:
+    """Runs on the videos of the batch, which are taken apart beforehand."""
+    del inputs
+    return [whole(variables, video) for video in videos]
+
+  return {
+    "at once": TimedProgram(whole, weights),
+    "one by one": TimedProgram(run_one_by_one, weights),
+  }
+
+
+def opened_variables(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the variables with a bias of a learned gate at which every segment is chosen."""
+  # Fixed selections take every segment with `share` 1, and have no gate.
+  if model.selection != "gate":
+    return variables
+  gate = variables["params"][GATE_NAME]
+  bias = gate["logits"]["bias"] + _ALWAYS
+  gate = {**gate, "logits": {**gate["logits"], "bias": bias}}
+  return {**variables, "params": {**variables["params"], GATE_NAME: gate}}
+
+
+def _take_video(inputs: Inputs, index: int) -> Inputs:
+  """Returns a batch of one of the videos."""
+  return jax.tree.map(lambda x: x[index : index + 1], inputs)
 
 
 def fitting_capacities(capacities: Sequence[int], segments: int) -> tuple[int, ...]:
@@ -169,6 +394,14 @@ def _check_inputs(inputs: Inputs) -> Inputs:
       f"inputs must all be [B, T, ...] like valid, {videos} x {segments}; got {other}"
     )
   return inputs
+
+
+def _run_whole(
+  model: SegmentNet, prepare: Callable, variables: Mapping[str, Any], inputs: Inputs
+) -> tuple[Outputs, Records, Array]:
+  """Computes outputs and records of all segments, and the number of chosen segments."""
+  outputs, records = model.apply(variables, prepare(inputs))
+  return outputs, records, jnp.sum(records[0].gates > 0)
 
 
 def _choose(

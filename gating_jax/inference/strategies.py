@@ -13,7 +13,8 @@
     pallas           our kernel for GPUs: closed blocks of channels are not computed; interpreted
                      elsewhere, slowly
 
-A `Strategy` says how to make a part's program and how many multiply-accumulates that computes.
+A `Strategy` says how to make a part's program and how many multiply-accumulates that computes;
+`account` sums these over the parts of a network.
 Every count has a program, the largest for all: no capacity overflows.
 
 Axes: N examples, U gates of a group, C channels, K channels or examples that a program takes.
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +36,12 @@ from jax import lax
 
 from gating_jax.inference import folded
 from gating_jax.inference.clusters import CHANNELS, are_covered, select_channels, unions
+from gating_jax.inference.compiled import MacRatios
 from gating_jax.inference.folded import (
+  AllGates,
   Block,
   Conv,
+  ExitNet,
   FoldedNet,
   Gates,
   Group,
@@ -500,6 +504,26 @@ def example_sizes(total: int, buckets: int) -> tuple[int, ...]:
   return (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
 
 
+def exit_dispatch_macs(net: ExitNet, input_shape: Shape, stay: np.ndarray, buckets: int) -> float:
+  """Computes the MACs of `exit_dispatch` per image of a batch, padding included.
+
+  Args:
+    net: the network.
+    input_shape: `(H, W, D)` of an image.
+    stay: `[N, X]` of `exits.run`, for this batch.
+    buckets: as in `exits.run`.
+  """
+  taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
+  for i, spent in enumerate(folded.stage_macs(net, input_shape)):
+    total += taken * spent
+    if i < len(net.exits):
+      goes_on &= stay[:, i] > 0
+      # Sizes count from the images of the stage before, as its program is compiled for these.
+      sizes = example_sizes(taken, buckets) if taken else (0,)
+      taken = sizes[np.searchsorted(sizes, goes_on.sum())]
+  return total / len(stay)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Clustered(Block):
@@ -630,8 +654,6 @@ def _native_chain(
     masks,
     shortcut,
     strides=[conv.stride for conv in convs],
-    layout="OIHW",
-    implementation="native",
   )
 
 
@@ -702,3 +724,91 @@ STRATEGIES: dict[str, Strategy] = {
   "native": Strategy(native, native_macs),
   "pallas": Strategy(pallas, pallas_macs),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+  """Multiply-accumulates per image of a network by each strategy, on calibration data.
+
+  Attributes:
+    dense: of each part without gates.
+    opened: of each part, those of open units.
+    computed: of each part, those that each strategy computes, by name.
+    heads: of each part's gate network.
+    classifier: of the classifier.
+  """
+
+  dense: Sequence[float]
+  opened: Sequence[float]
+  computed: Sequence[Mapping[str, float]]
+  heads: Sequence[int]
+  classifier: int
+
+  def of_part(self, part: int) -> MacRatios:
+    """Returns the ratios of a part, without its gate network; 1 for a part without any MACs."""
+    dense = self.dense[part]
+    if not dense:
+      return MacRatios(1.0, dict.fromkeys(self.computed[part], 1.0))
+    computed = {name: macs / dense for name, macs in self.computed[part].items()}
+    return MacRatios(self.opened[part] / dense, computed)
+
+  def of_net(self, programs: Mapping[str, Sequence[str]]) -> MacRatios:
+    """Returns the ratios of whole programs, with gate networks and the classifier.
+
+    `programs` maps a name to the strategies of its parts.
+    """
+    dense = sum(self.dense) + self.classifier
+    opened = sum(self.opened) + sum(self.heads) + self.classifier
+    computed = {name: self.of_program(names) / dense for name, names in programs.items()}
+    return MacRatios(opened / dense, computed)
+
+  def of_program(self, names: Sequence[str]) -> float:
+    """Returns the MACs that a whole program computes, from the strategies of its parts."""
+    of_parts = sum(self.computed[part][name] for part, name in enumerate(names))
+    return of_parts + sum(self.heads) + self.classifier
+
+
+def account(
+  net: FoldedNet,
+  shape: Shape,
+  batches: Sequence[AllGates],
+  *,
+  strategies: Sequence[Iterable[str]],
+  contexts: Sequence[PartContext],
+  size: int,
+) -> Account:
+  """Counts the MACs of a network on some batches of images.
+
+  Args:
+    net: the network.
+    shape: `(H, W, D)` of an image.
+    batches: for each batch, `[N, U]` gates of every group of the network in order.
+    strategies: the strategies of each part.
+    contexts: the context of each part.
+    size: N.
+  Returns:
+    An `Account`, per image.
+  """
+  gates = []
+  for of_group in zip(*batches, strict=True):
+    gates.append(np.concatenate(of_group))
+  of_parts = folded.macs_by_part(net, shape, gates)
+  walks = [list(folded.walk(net, gates)) for gates in batches]
+  dense, opened, computed, heads = [], [], [], []
+  for i, part in enumerate(net.parts):
+    # Counted batch by batch: padding depends on how many examples of a batch are open.
+    of_batches = []
+    for walked in walks:
+      _, own, before = walked[i]
+      of_batches.append(PartBatch(part, contexts[i], shape, own, before, size))
+    by_strategy = {}
+    for name in strategies[i]:
+      total = sum(map(STRATEGIES[name].macs, of_batches))
+      by_strategy[name] = total / (size * len(batches))
+    computed.append(by_strategy)
+    # Gate networks are a field of their own.
+    heads.append(folded.head_macs(part))
+    opened.append(float(np.mean(of_parts[i])) - heads[i])
+    shape, macs = folded.part_macs(part, shape)
+    dense.append(macs)
+  return Account(dense, opened, computed, heads, folded.classifier_macs(net))

@@ -35,6 +35,8 @@ LOGITS = ("head", "logits")
 GATE_RNG = "gate"
 # Collection that sets the noise of gates for one pass; see `noise_scales`.
 NOISE = "noise"
+# Gatings of networks whose only gates are those of channels.
+CHANNEL_GATINGS = ("none", "channel")
 CONTEXTS = ("pooled", "none", "random")
 _SCALE = "scale"
 RELAXATIONS = ("straight_through", "hard_concrete", "sigmoid")

@@ -15,15 +15,13 @@ from collections.abc import Hashable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_RNG, GateSettings, check_examples, check_gate_settings
 from gating_jax.ops import arguments, collectives, relaxations, selection
-from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array, GateRecord
 
-CONTEXTS = ("none", "attention", "convolution")
+SEGMENT_CONTEXTS = ("none", "attention", "convolution")
 
 
 def _clipped_sigmoid(key: Array, logits: Array, temperature: float, *, noise_scale: float) -> Array:
@@ -31,13 +29,12 @@ def _clipped_sigmoid(key: Array, logits: Array, temperature: float, *, noise_sca
   return relaxations.clipped_sigmoid(logits)
 
 
-RELAXATIONS = {
+SEGMENT_RELAXATIONS = {
   "straight_through": relaxations.straight_through_gate,
   "soft": relaxations.binary_concrete,
   "clipped_sigmoid": _clipped_sigmoid,
 }
 POLICIES = ("all", "uniform", "random", "oracle", "prefix")
-POOLINGS = ("max", "mean", "attention")
 # Name of the layer whose kernel has the concepts as its columns.
 CONCEPTS = "concepts"
 # Segments that the convolution over time sees.
@@ -64,8 +61,8 @@ class SegmentGateSettings:
   gate: GateSettings = GateSettings(hidden=64, initial_open=0.5)
 
   def __post_init__(self):
-    one_of("gate context", self.context, CONTEXTS)
-    one_of("gate relaxation", self.relaxation, RELAXATIONS)
+    one_of("gate context", self.context, SEGMENT_CONTEXTS)
+    one_of("gate relaxation", self.relaxation, SEGMENT_RELAXATIONS)
     arguments.whole_number("gate concepts", self.concepts)
     check_gate_settings("gate", self.gate)
 
@@ -122,7 +119,7 @@ class SegmentGate(nn.Module):
 
   def _sample(self, logits: Array) -> Array:
     keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)
-    relax, gate = RELAXATIONS[self.settings.relaxation], self.settings.gate
+    relax, gate = SEGMENT_RELAXATIONS[self.settings.relaxation], self.settings.gate
 
     def sample(key, row):
       """Draws the gates of one video's segments, `[T]`."""
@@ -207,65 +204,3 @@ def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
   gates = jnp.asarray(gates)
   logits = jnp.where(gates > 0, jnp.full_like(gates, jnp.inf), -jnp.inf)
   return GateRecord(logits=logits, probs=gates, gates=gates, macs_per_unit=macs_per_unit)
-
-
-def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) -> Array:
-  """Pools the chosen segments of each video to one vector.
-
-  Args:
-    features: `[B, T, C]`, finite; those of closed segments do not change the value.
-    gates: `[B, T]`, at least one above 0 in every row.
-    kind: `max`, `mean` or `attention`.
-    scores: `[B, T]` logits of the attention.
-  Returns:
-    `[B, C]`, at least float32.
-
-  >>> pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1.0, 1.0, 0.0]]), "mean")
-  Array([[2.]], dtype=float32)
-  """
-  one_of("pooling", kind, POOLINGS)
-  arguments.real_array("features", features, "[B, T, C]")
-  arguments.real_array("gates", gates, "[B, T]")
-  if np.shape(features)[:2] != np.shape(gates):
-    raise ValueError(
-      f"gates must be [B, T] for features [B, T, C]; got {np.shape(gates)}, {np.shape(features)}"
-    )
-  features = as_float(features)
-  weights = jnp.asarray(gates)[..., None].astype(features.dtype)
-  open_ = weights > 0
-  if kind == "max":
-    # Minus infinity and not 0, which could be the maximum of negative features.
-    return jnp.max(jnp.where(open_, features * weights, -jnp.inf), axis=1)
-  if kind == "attention":
-    gates, scores = arguments.one_shape("[B, T]", gates=gates, scores=scores)
-    scores = scores[..., None].astype(features.dtype)
-    # Softmax is the same for shifted scores; shifted by the largest open one, it is finite.
-    top = jnp.max(jnp.where(open_, scores, -jnp.inf), axis=1, keepdims=True)
-    # Closed segments have weight 0, but their gates' gradients see the exponential: scores above
-    # the largest open one would overflow, and count as if they were equal to it.
-    shifted = jnp.where(open_ | (scores < top), scores - top, 0)
-    weights = weights * jnp.exp(shifted)
-  return jnp.sum(features * weights, axis=1) / jnp.sum(weights, axis=1)
-
-
-class Dropout(nn.Module):
-  """Dropout whose draws do not depend on how the batch is spread over devices.
-
-  The draw of an example depends on its place in the whole batch.
-  """
-
-  rate: float
-  axis_name: Hashable | None = None
-
-  @nn.compact
-  def __call__(self, x: Array, train: bool = False) -> Array:
-    arguments.number("rate", self.rate, "in [0, 1)", lambda v: 0 <= v < 1)
-    check_examples(x, train)
-    if not train or not self.rate:
-      return x
-    # One key per example; flax's own Dropout has one for the batch of a device.
-    keys = collectives.example_keys(self.make_rng("dropout"), x.shape[0], self.axis_name)
-    # The draw takes the type of its probability: float32, also with `jax_enable_x64`.
-    probability = jnp.float32(1 - self.rate)
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, probability, x.shape[1:]))(keys)
-    return jnp.where(kept, x / float(1 - self.rate), 0)

@@ -15,11 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.gate import GATE_NAME, ChannelGate, GatedChannels, GateSettings, apply_gates
+from gating_jax.layers.gate import (
+  CHANNEL_GATINGS,
+  GATE_NAME,
+  ChannelGate,
+  GatedChannels,
+  GateSettings,
+  apply_gates,
+)
 from gating_jax.ops.cpu_convs import convolve_doubled, convolve_images
 from gating_jax.types import Array, Path, Records
 
-GATINGS = ("none", "channel")
 # Sides from here on are halved; so the smallest map has at least 4, the critic's window.
 _SMALLEST_SIDE = 8
 # Without normalisation, only the initial weights keep the features' scale through the ReLUs.
@@ -141,7 +147,7 @@ class _Hidden(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> tuple[Array, Records]:
-    one_of("gating", self.gating, GATINGS)
+    one_of("gating", self.gating, CHANNEL_GATINGS)
     height, width, features = self.size
     from_latents = x.ndim == 2
     if from_latents:

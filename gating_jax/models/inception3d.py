@@ -1,4 +1,4 @@
-"""Inception networks for clips, and the conversion of image networks to clip networks.
+"""Inception networks for clips.
 
 Axes: N examples, F frames, H and W pixels, D channels, C features.
 Reference: Carreira and Zisserman, "Quo vadis, action recognition? A new model and the Kinetics
@@ -8,10 +8,8 @@ dataset", 2017.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
@@ -127,44 +125,3 @@ class InceptionModule(nn.Module):
     branch3 = conv(conv(x, "branch3_reduce", reduce3), "branch3", three, window=3)
     branch4 = conv(max_pool(x, (3,) * axes, (1,) * axes), "branch4", four)
     return jnp.concatenate([branch1, branch2, branch3, branch4], axis=-1)
-
-
-def inflate(images: Any, clips: Any) -> Any:
-  """Converts the variables of a network for images to those of its twin for clips.
-
-  The twin answers a still clip as the network for images answers its frame:
-
-      kernel[t] = kernel_2d / T   for each of the T temporal taps; everything else is the same
-
-  This is exact wherever no window reaches over the first or last frame.
-
-  Args:
-    images: variables, or parameters, of the network for images.
-    clips: the same tree of its twin for clips; only shapes are read, so the result of
-      `jax.eval_shape` of `init` is enough.
-  Returns:
-    A tree like `clips`.
-  Raises:
-    ValueError: the trees are not those of twins.
-
-  >>> inflate({"kernel": jnp.array([[6.0]])}, {"kernel": jnp.zeros((3, 1, 1))})["kernel"].ravel()
-  Array([2., 2., 2.], dtype=float32)
-  """
-  if jax.tree.structure(images) != jax.tree.structure(clips):
-    raise ValueError(
-      f"images and clips must hold the same names; got {jax.tree.structure(images)} and "
-      f"{jax.tree.structure(clips)}"
-    )
-  return jax.tree_util.tree_map_with_path(_inflate, images, clips)
-
-
-def _inflate(path, image: Array, clip: Array) -> Array:
-  if image.shape == clip.shape:
-    return image
-  if image.shape != clip.shape[1:]:
-    raise ValueError(
-      f"{jax.tree_util.keystr(path)} must have the same shape in clips, or one more leading axis; "
-      f"got {image.shape} in images, {clip.shape} in clips"
-    )
-  # T taps of kernel_2d / T add up to kernel_2d on a still clip.
-  return jnp.broadcast_to(image / clip.shape[0], clip.shape)

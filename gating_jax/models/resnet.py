@@ -33,23 +33,26 @@ class NamedResNet(NamedTuple):
   shortcut: str
 
 
-class _Stem(NamedTuple):
-  """First layers: a convolution, and whether a max pool follows.
+class StemPlan(NamedTuple):
+  """The first layers of a `ResNet`: a convolution and, with `imagenet`, a max pool.
 
-  Window and stride are over frames, height and width, of which images use the last two.
+  Attributes:
+    window, stride: over frames, height and width, of which images use the last two.
+    pool: `(window, stride, padding)` of the max pool, the same on every axis; None without.
   """
 
   window: tuple[int, int, int]
   stride: tuple[int, int, int]
-  pool: bool = False
+  pool: tuple[int, int, int] | None = None
 
 
 # Small images keep their resolution in the stem; large ones are reduced at once, to save MACs.
 _STEMS = {
-  "cifar": _Stem((3, 3, 3), (1, 1, 1)),
-  "small": _Stem((3, 3, 3), (1, 2, 2)),
-  "clip": _Stem((3, 7, 7), (1, 2, 2)),
-  "imagenet": _Stem((7, 7, 7), (1, 2, 2), pool=True),
+  "cifar": StemPlan((3, 3, 3), (1, 1, 1)),
+  "small": StemPlan((3, 3, 3), (1, 2, 2)),
+  "clip": StemPlan((3, 7, 7), (1, 2, 2)),
+  # A border of 1 on each side, so that the pool halves even sides.
+  "imagenet": StemPlan((7, 7, 7), (1, 2, 2), pool=(3, 2, 1)),
 }
 # ResNet-(6n + 2) has n blocks of two convolutions in each of three stages, a stem and a classifier.
 _CIFAR = {
@@ -206,6 +209,16 @@ class ResNet(nn.Module):
   def _channels(self, multiple: int) -> int:
     return scaled(self.features * multiple, self.width)
 
+  @property
+  def stem_plan(self) -> StemPlan:
+    """Returns the plan of the layers before the first stage.
+
+    Raises:
+      ValueError: an unknown stem.
+    """
+    one_of("stem", self.stem, _STEMS)
+    return _STEMS[self.stem]
+
   def plan(self, x: Array) -> tuple[StagePlan, ...]:
     """Returns the stages and their blocks, for inputs of x's rank.
 
@@ -236,9 +249,9 @@ class ResNet(nn.Module):
     strides = [1 if stage == 0 else 2 for stage in range(len(self.blocks))]
     if self.output_stride is None:
       return strides, [1] * len(strides)
-    stem = _STEMS[self.stem]
+    stem = self.stem_plan
     # Pixels of the image, along a side, to one of the feature map so far.
-    coarse = stem.stride[-1] * (2 if stem.pool else 1)
+    coarse = stem.stride[-1] * (stem.pool[1] if stem.pool else 1)
     if x.ndim != 4 or self.output_stride < coarse:
       raise ValueError(
         f"output_stride must be None or, for images, at least the stem's {coarse}; "
@@ -259,10 +272,9 @@ class ResNet(nn.Module):
         f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}"
       )
     x = x.astype(self.dtype)
-    one_of("stem", self.stem, _STEMS)
+    stem = self.stem_plan
     one_of("convolution", self.convolution, CONVOLUTIONS)
     axes = x.ndim - 2
-    stem = _STEMS[self.stem]
     # Images use the last two of three axes.
     conv = CONVOLUTIONS[self.convolution](
       features=self._channels(1),
@@ -274,8 +286,10 @@ class ResNet(nn.Module):
       group_norm=self.group_norm,
     )
     x = nn.relu(conv(x, train))
-    # A border of 1 on each side, so that the pool halves even sides.
-    return nn.max_pool(x, (3,) * axes, (2,) * axes, ((1, 1),) * axes) if stem.pool else x
+    if stem.pool is None:
+      return x
+    window, stride, pad = stem.pool
+    return nn.max_pool(x, (window,) * axes, (stride,) * axes, ((pad, pad),) * axes)
 
 
 def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **settings) -> ResNet:

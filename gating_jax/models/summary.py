@@ -2,7 +2,13 @@
 
 A network for long videos is counted part by part.
 
-Axes: M videos, T segments.
+The homes of MACs: layers describe them (`layers.mac_trace` the kernels, gate records the units),
+the summaries here count those of a network, with its gates open or as they are; `inference.folded`
+counts what the open units of a compiled network need, and `inference.strategies` what its programs
+compute, padding included. What is no Flax module, as the task classifier of features, counts its
+own.
+
+Axes: N examples, M videos, T segments.
 """
 
 from __future__ import annotations
@@ -24,8 +30,8 @@ from gating_jax.layers.gate import is_gate_path
 from gating_jax.layers.mac_trace import Call, kernel_calls
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import arguments
-from gating_jax.ops.macs import gated_macs
-from gating_jax.types import GateRecord, Records
+from gating_jax.ops.macs import executed_macs, gated_macs
+from gating_jax.types import Array, GateRecord, Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,17 @@ class ModelCounts:
   def always_macs(self) -> int:
     """Returns the MACs per example that always run: the ungated part and the gate networks."""
     return self.never_gated_macs + self.gate_macs
+
+  def per_example(self, records: Records, shape: tuple[int, ...], *, further: int = 0) -> Array:
+    """Computes the MACs of each example of a forward pass, gate networks included.
+
+    Args:
+      records: those of the pass; empty for a network without gates.
+      shape: of the result, with one entry for each example.
+      further: MACs per example to add, of what is no part of the model, such as a head.
+    """
+    always = jnp.full(shape, float(self.always_macs + further))
+    return always + executed_macs(records).reshape(shape) if records else always
 
   @property
   def fixed(self) -> int:
@@ -238,6 +255,23 @@ class VideoCounts:
     share = np.sum(valid, axis=1) / self.segments
     heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
     return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
+
+  def computed(self, valid: np.ndarray, taken: float | None = None) -> float:
+    """Computes the mean over videos of the MACs of programs that mask channels.
+
+    The heavy net has every channel and its gate networks, and runs on padding and on segments that
+    are not chosen, too.
+
+    Args:
+      valid: `[M, T]` bool.
+      taken: segments per video that the heavy net runs on; None for all T.
+    Raises:
+      ValueError: as in `per_video`.
+    """
+    heavy = float(self.heavy.macs + self.heavy.gate_macs)
+    every = np.ones(np.shape(valid))
+    masked = float(self.per_video(every, valid, heavy * every).mean())
+    return masked if taken is None else masked - (self.segments - taken) * heavy
 
 
 def video_summary(

@@ -19,21 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.layers.gate import GATE_NAME
+from gating_jax.layers.gate import GATE_NAME, check_examples
 from gating_jax.layers.segment_gate import (
   POLICIES,
-  Dropout,
   Policy,
   SegmentGate,
   SegmentGateSettings,
   deterministic_record,
-  pool,
 )
-from gating_jax.ops import arguments, selection
+from gating_jax.ops import arguments, collectives, selection
+from gating_jax.ops.arguments import as_float
 from gating_jax.ops.compaction import open_backward
 from gating_jax.types import Array, GateRecord, Records
 
 SELECTIONS = ("gate", "confidence", *POLICIES)
+POOLINGS = ("max", "mean", "attention")
 # Of `Classifier`: hidden units, Dropout's probability, slope of LeakyReLU.
 _HIDDEN, _DROPOUT, _LEAK = 512, 0.25, 0.2
 
@@ -222,6 +222,68 @@ class Classifier(nn.Module):
     )(h)
     h = Dropout(_DROPOUT, self.axis_name, name="dropout2")(nn.leaky_relu(h, _LEAK), train)
     return nn.Dense(self.classes, name="logits")(h)
+
+
+def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) -> Array:
+  """Pools the chosen segments of each video to one vector.
+
+  Args:
+    features: `[B, T, C]`, finite; those of closed segments do not change the value.
+    gates: `[B, T]`, at least one above 0 in every row.
+    kind: `max`, `mean` or `attention`.
+    scores: `[B, T]` logits of the attention.
+  Returns:
+    `[B, C]`, at least float32.
+
+  >>> pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1.0, 1.0, 0.0]]), "mean")
+  Array([[2.]], dtype=float32)
+  """
+  one_of("pooling", kind, POOLINGS)
+  arguments.real_array("features", features, "[B, T, C]")
+  arguments.real_array("gates", gates, "[B, T]")
+  if np.shape(features)[:2] != np.shape(gates):
+    raise ValueError(
+      f"gates must be [B, T] for features [B, T, C]; got {np.shape(gates)}, {np.shape(features)}"
+    )
+  features = as_float(features)
+  weights = jnp.asarray(gates)[..., None].astype(features.dtype)
+  open_ = weights > 0
+  if kind == "max":
+    # Minus infinity and not 0, which could be the maximum of negative features.
+    return jnp.max(jnp.where(open_, features * weights, -jnp.inf), axis=1)
+  if kind == "attention":
+    gates, scores = arguments.one_shape("[B, T]", gates=gates, scores=scores)
+    scores = scores[..., None].astype(features.dtype)
+    # Softmax is the same for shifted scores; shifted by the largest open one, it is finite.
+    top = jnp.max(jnp.where(open_, scores, -jnp.inf), axis=1, keepdims=True)
+    # Closed segments have weight 0, but their gates' gradients see the exponential: scores above
+    # the largest open one would overflow, and count as if they were equal to it.
+    shifted = jnp.where(open_ | (scores < top), scores - top, 0)
+    weights = weights * jnp.exp(shifted)
+  return jnp.sum(features * weights, axis=1) / jnp.sum(weights, axis=1)
+
+
+class Dropout(nn.Module):
+  """Dropout whose draws do not depend on how the batch is spread over devices.
+
+  The draw of an example depends on its place in the whole batch.
+  """
+
+  rate: float
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    arguments.number("rate", self.rate, "in [0, 1)", lambda v: 0 <= v < 1)
+    check_examples(x, train)
+    if not train or not self.rate:
+      return x
+    # One key per example; flax's own Dropout has one for the batch of a device.
+    keys = collectives.example_keys(self.make_rng("dropout"), x.shape[0], self.axis_name)
+    # The draw takes the type of its probability: float32, also with `jax_enable_x64`.
+    probability = jnp.float32(1 - self.rate)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, probability, x.shape[1:]))(keys)
+    return jnp.where(kept, x / float(1 - self.rate), 0)
 
 
 class SegmentClassifier(nn.Module):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import (
+  CHANNEL_GATINGS,
   GATE_NAME,
   ChannelGate,
   GatedChannels,
@@ -27,7 +28,6 @@ from gating_jax.ops.cpu_convs import max_pool
 from gating_jax.types import Array, Path, Records
 
 POOL = "pool"
-GATINGS = ("none", "channel")
 # Channels of each convolution, and `POOL` after those that a max pool follows.
 _VGG16 = (
   *(64, 64, POOL),
@@ -77,7 +77,7 @@ class VGG(nn.Module):
     if x.ndim != 4:
       raise ValueError(f"images must be [N, H, W, D]; got shape {x.shape}")
     check_gate_settings("gate", self.gate)
-    one_of("gating", self.gating, GATINGS)
+    one_of("gating", self.gating, CHANNEL_GATINGS)
     x, records = x.astype(self.dtype), ()
     # `chain` mixes convolutions with pools; layers are numbered by their convolutions alone.
     convs = [i for i, channels in enumerate(self.chain) if channels != POOL]

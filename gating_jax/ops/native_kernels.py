@@ -3,8 +3,8 @@
 Each example has its own channel masks, so nothing is gathered over the batch. The native kernel
 (C++ in `gating_jax.native`, through JAX's foreign function interface) reads the open rows of the
 weights in place, and keeps the hidden channels of a residual branch compact between its
-convolutions. It is an optional extra: where it is missing (`why_not()` gives the reason), or on an
-accelerator, the plain JAX twin below computes all channels and masks them.
+convolutions. It is an optional extra for CPUs: where it is missing, `why_not()` gives the reason.
+Its plain JAX twin computes all channels and masks them.
 
 Gates only choose here, as [gate > 0]; `gated_branch` of `ops.pallas_kernels` also multiplies by
 them.
@@ -31,8 +31,7 @@ from gating_jax.checks import one_of, shown
 from gating_jax.native import build
 from gating_jax.types import Array
 
-IMPLEMENTATIONS = ("auto", "native", "jax")
-LAYOUTS = ("HWIO", "OIHW")
+IMPLEMENTATIONS = ("native", "jax")
 _TARGET = "gating_jax_gated_chain"
 # Lanes of the widest vectors to use; 0 for those of the processor.
 _LANES = 0
@@ -51,91 +50,6 @@ def why_not() -> str:
   return _register()
 
 
-def open_branch(
-  x: Array,
-  kernel1: Array,
-  bias1: Array,
-  kernel2: Array,
-  bias2: Array,
-  gates: Array | None,
-  shortcut: Array | None = None,
-  *,
-  stride: int = 1,
-  relu: bool = True,
-  layout: str = "HWIO",
-  implementation: str = "auto",
-) -> Array:
-  """Computes the branch of a gated residual block of two convolutions, and the block's end.
-
-      y = act(conv2(g * ReLU(conv1(x) + b1)) + b2 + shortcut),   g = 1 where gates > 0, else 0
-
-  Args:
-    x, shortcut, relu, layout, implementation: as in `gated_chain`.
-    kernel1, bias1, kernel2, bias2: of the two convolutions.
-    gates: `[N, O1]`, of the channels between them.
-    stride: of the first convolution.
-  Returns:
-    `[N, H', W', O2]`.
-  Raises:
-    ValueError, RuntimeError, TypeError: as in `gated_chain`.
-  """
-  return gated_chain(
-    x,
-    (kernel1, kernel2),
-    (bias1, bias2),
-    (None, gates, None),
-    shortcut,
-    strides=(stride, 1),
-    relu=relu,
-    layout=layout,
-    implementation=implementation,
-  )
-
-
-def open_conv(
-  x: Array,
-  kernel: Array,
-  bias: Array,
-  shortcut: Array | None = None,
-  *,
-  in_gates: Array | None = None,
-  out_gates: Array | None = None,
-  stride: int = 1,
-  relu: bool = False,
-  layout: str = "HWIO",
-  implementation: str = "auto",
-) -> Array:
-  """Computes one convolution between gated channels.
-
-      y = act(g_out * (conv(g_in * x) + b) + shortcut),   g = 1 where gates > 0, else 0
-
-  Args:
-    x, shortcut, stride, relu, layout, implementation: as in `gated_chain`, for one convolution.
-    kernel, bias: of the convolution.
-    in_gates, out_gates: `[N, I]` and `[N, O]`; None where all channels are open.
-  Returns:
-    `[N, H', W', O]`.
-  Raises:
-    ValueError, RuntimeError, TypeError: as in `gated_chain`.
-
-  >>> x, kernel = jnp.full((1, 1, 1, 2), 3.0), jnp.ones((1, 1, 2, 3))
-  >>> in_gates, out_gates = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 0.0, 1.0]])
-  >>> open_conv(x, kernel, jnp.zeros(3), in_gates=in_gates, out_gates=out_gates)
-  Array([[[[3., 0., 3.]]]], dtype=float32)
-  """
-  return gated_chain(
-    x,
-    (kernel,),
-    (bias,),
-    (in_gates, out_gates),
-    shortcut,
-    strides=(stride,),
-    relu=relu,
-    layout=layout,
-    implementation=implementation,
-  )
-
-
 def gated_chain(
   x: Array,
   kernels: Sequence[Array],
@@ -145,8 +59,7 @@ def gated_chain(
   *,
   strides: Sequence[int] | None = None,
   relu: bool = True,
-  layout: str = "HWIO",
-  implementation: str = "auto",
+  implementation: str = "native",
 ) -> Array:
   """Computes convolutions with ReLU between, each on the open channels of each example only.
 
@@ -160,7 +73,7 @@ def gated_chain(
 
   Args:
     x: `[N, H, W, I]` float32.
-    kernels: L of `[h, w, I, O]`, or `[O, I, h, w]`, see `layout`; float32.
+    kernels: L of `[O, I, h, w]` float32, as `packed` makes them: the layout of the native kernel.
     biases: L of `[O]` float32.
     gates: L + 1 of `[N, channels]`, of any real dtype: those of x, and of each convolution's
       output; None where all channels are open.
@@ -168,11 +81,7 @@ def gated_chain(
       none.
     strides: L numbers; None for 1 everywhere.
     relu: whether the last activation is ReLU, or none.
-    layout: `"HWIO"`, or `"OIHW"` for kernels that `packed` has transposed, which is the layout of
-      the native kernel. Under `jit`, kernels that are constants are transposed once, when the
-      program is compiled; those that are arguments, in every call.
-    implementation: `"auto"` is the native kernel where it exists and the default backend is a CPU,
-      else the JAX twin; `"native"` and `"jax"` force one of them.
+    implementation: `"native"` is the kernel in C++, `"jax"` its twin, which runs anywhere.
   Returns:
     `[N, H', W', O]` float32.
   Raises:
@@ -189,20 +98,13 @@ def gated_chain(
     gates=_arrays("gates", gates, jnp.float32),
     shortcut=_array("shortcut", shortcut),
   )
-  one_of("layout", layout, LAYOUTS)
   one_of("implementation", implementation, IMPLEMENTATIONS)
   _check_rank(chain.kernels)
-  # Everything below reads the native kernel's layout.
-  if layout == "HWIO":
-    chain = chain._replace(kernels=tuple(map(packed, chain.kernels)))
   _check(chain, strides)
   if implementation == "native" and not available():
     raise RuntimeError(f"the native kernel is not available: {why_not()}")
-  # The kernel is compiled for CPUs only; on any other backend "auto" stays in JAX.
-  native = implementation == "native" or (
-    implementation == "auto" and jax.default_backend() == "cpu" and available()
-  )
-  return _not_differentiable(_native if native else _in_jax, strides, relu, chain)
+  compute = _native if implementation == "native" else _in_jax
+  return _not_differentiable(compute, strides, relu, chain)
 
 
 class _Step(NamedTuple):
@@ -215,7 +117,7 @@ class _Step(NamedTuple):
 
 
 class _Chain(NamedTuple):
-  """The arrays of `gated_chain`, with kernels `[O, I, h, w]` once they are packed."""
+  """The arrays of `gated_chain`."""
 
   x: Array
   kernels: tuple[Array, ...]
@@ -247,7 +149,11 @@ def _array(name: str, value: Array | None, dtype: jnp.dtype | None = None) -> Ar
 
 
 def packed(kernel: Array) -> Array:
-  """Returns a kernel `[h, w, I, O]` as `[O, I, h, w]`, for `layout="OIHW"`."""
+  """Returns a kernel `[h, w, I, O]` as `[O, I, h, w]`, for `gated_chain`.
+
+  Under `jit`, a kernel that is a constant is transposed once, when the program is compiled; one
+  that is an argument, in every call.
+  """
   return jnp.transpose(kernel, (3, 2, 0, 1))
 
 
@@ -260,8 +166,8 @@ def _not_differentiable(compute, strides, relu, chain):
 @_not_differentiable.defjvp
 def _refuse(compute, strides, relu, primals, tangents):
   raise TypeError(
-    "gated_chain, open_branch and open_conv are for inference and have no derivatives; train "
-    "with gating_jax.layers, which multiply by the gates"
+    "gated_chain and its twin are for inference and have no derivatives; train with "
+    "gating_jax.layers, which multiply by the gates"
   )
 
 
@@ -339,7 +245,7 @@ def _check_rank(kernels) -> None:
 
 
 def _check(chain: _Chain, strides: tuple[int, ...]) -> None:
-  """Raises an error unless the arguments fit each other; kernels are `[O, I, h, w]`."""
+  """Raises an error unless the arguments fit each other."""
   x, kernels, biases, gates, shortcut = chain
   if jnp.ndim(x) != 4:
     raise ValueError(f"x must be [N, H, W, I]; got shape {jnp.shape(x)}")

@@ -113,12 +113,8 @@ def gated_branch(
   branch, x, gates = _checked_branch(branch, x, gates)
   call = functools.partial(_gated_conv, precision=precision, tiles=tiles, interpret=interpret)
   # Closed hidden blocks hold whatever was in memory: the second call does not read them.
-  hidden = call(
-    x, branch.kernel1, branch.bias1, out_gates=gates, stride=stride, relu=True, fill=False
-  )
-  return call(
-    hidden, branch.kernel2, branch.bias2, in_gates=gates, stride=1, relu=False, fill=False
-  )
+  hidden = call(x, branch.kernel1, branch.bias1, out_gates=gates, stride=stride, relu=True)
+  return call(hidden, branch.kernel2, branch.bias2, in_gates=gates, stride=1, relu=False)
 
 
 def masked_branch(
@@ -129,10 +125,10 @@ def masked_branch(
   Arguments are as there.
   """
   branch, x, gates = _checked_branch(branch, x, gates)
-  hidden = masked_conv(
+  hidden = _masked_conv(
     x, branch.kernel1, branch.bias1, out_gates=gates, stride=stride, relu=True, precision=precision
   )
-  return masked_conv(hidden, branch.kernel2, branch.bias2, precision=precision)
+  return _masked_conv(hidden, branch.kernel2, branch.bias2, precision=precision)
 
 
 def dispatched_branch(
@@ -172,69 +168,20 @@ def dispatched_branch(
   return lax.cond(fits, dispatch, masked, branch, x, gates)
 
 
-def gated_conv(
+def _masked_conv(
   x: Array,
   kernel: Array,
   bias: Array,
   *,
-  in_gates: Array | None = None,
   out_gates: Array | None = None,
   stride: int = 1,
   relu: bool = False,
   precision: lax.PrecisionLike = None,
-  tiles: Tiles = DEFAULT_TILES,
-  interpret: bool | None = None,
 ) -> Array:
-  """Computes one convolution by the kernel, on open blocks only.
+  """Computes one convolution on all channels.
 
-      y = g_out * act(conv(x) + bias),   x taken as 0 where g_in is closed, act = ReLU or identity
-
-  Closed input blocks are not read; closed output blocks are 0 and not computed.
-
-  Args:
-    x, stride, precision, tiles, interpret: as in `gated_branch`.
-    kernel, bias: `[h, w, D, E]` with odd h and w, and `[E]`.
-    in_gates: `[N, D / B]` or None. They choose what is read and multiply nothing, since x is a
-      gated layer's output.
-    out_gates: `[N, E / B']` or None.
-    relu: whether act is ReLU.
+  y = g_out * act(conv(x) + bias),   act = ReLU or identity
   """
-  x, kernel, bias, in_gates, out_gates = _checked_conv(
-    x, kernel, bias, in_gates=in_gates, out_gates=out_gates
-  )
-  return _gated_conv(
-    x,
-    kernel,
-    bias,
-    in_gates=in_gates,
-    out_gates=out_gates,
-    stride=stride,
-    relu=relu,
-    fill=True,
-    precision=precision,
-    tiles=tiles,
-    interpret=interpret,
-  )
-
-
-def masked_conv(
-  x: Array,
-  kernel: Array,
-  bias: Array,
-  *,
-  in_gates: Array | None = None,
-  out_gates: Array | None = None,
-  stride: int = 1,
-  relu: bool = False,
-  precision: lax.PrecisionLike = None,
-) -> Array:
-  """Computes `gated_conv` by a dense convolution. Arguments are as there."""
-  x, kernel, bias, in_gates, out_gates = _checked_conv(
-    x, kernel, bias, in_gates=in_gates, out_gates=out_gates
-  )
-  if in_gates is not None:
-    # A choice and not a product: closed blocks may hold NaN.
-    x = jnp.where(_per_channel(in_gates > 0, x.shape[-1]), x, 0)
   y = _conv(x, kernel, stride=stride, precision=precision)
   y = y + bias.astype(jnp.float32)[None, None, None]
   y = jnp.maximum(y, 0) if relu else y
@@ -259,7 +206,7 @@ def _dispatch(
     kernel1, bias1, kernel2, of_examples = block
     # The examples that open this block; the padding is dropped below.
     index, taken = open_indices(of_examples, capacity)
-    hidden = masked_conv(
+    hidden = _masked_conv(
       x[index],
       kernel1,
       bias1,
@@ -289,7 +236,7 @@ class _Statics(NamedTuple):
     size: H and W of x.
     out_width: W'.
     window: height and width.
-    stride, relu, fill, precision: as in `_gated_conv`.
+    stride, relu, precision: as in `_gated_conv`.
     pixels, inputs, outputs: of a tile.
     pixel_tiles: of one example.
     tiles_per_gate: tiles of output channels that share a gate.
@@ -301,7 +248,6 @@ class _Statics(NamedTuple):
   window: tuple[int, int]
   stride: int
   relu: bool
-  fill: bool
   precision: lax.PrecisionLike
   pixels: int
   inputs: int
@@ -321,14 +267,16 @@ def _gated_conv(
   out_gates=None,
   stride,
   relu,
-  fill,
   precision,
   tiles,
   interpret,
 ):
-  """Runs the kernel on one convolution.
+  """Computes one convolution by the kernel, on open blocks only.
 
-  With `fill`, closed output blocks are written as zeros; without, not at all.
+      y = g_out * act(conv(x) + bias),   x taken as 0 where g_in is closed, act = ReLU or identity
+
+  Closed input blocks are not read, and closed output blocks are not written. `in_gates` choose what
+  is read and multiply nothing, since x is a gated layer's output.
   """
   # Imported here: the other forms work with a JAX that lacks this backend.
   from jax.experimental.pallas import triton
@@ -353,7 +301,6 @@ def _gated_conv(
     window=kernel.shape[:2],
     stride=stride,
     relu=relu,
-    fill=fill,
     precision=precision,
     pixels=tiles.pixels,
     inputs=inputs,
@@ -430,12 +377,6 @@ def _program(
     total += s.load(bias_ref.at[channel], mask=channel < e).astype(jnp.float32)[None, :]
     total = (jnp.maximum(total, 0) if s.relu else total) * gate
     s.store(place, total.astype(y_ref.dtype), mask=inside)
-
-  if s.fill:
-
-    @pl.when(~(gate > 0))
-    def _():
-      s.store(place, jnp.zeros((s.pixels, s.outputs), y_ref.dtype), mask=inside)
 
 
 def _quotient(number: Array, by: int) -> Array:
@@ -515,18 +456,6 @@ def _checked_branch(branch, x, gates):
   hidden = jax.ShapeDtypeStruct((*x.shape[:-1], len(branch.bias1)), x.dtype)
   _check_conv(hidden, branch.kernel2, branch.bias2, in_gates=gates)
   return branch, x, gates
-
-
-def _checked_conv(x, kernel, bias, *, in_gates, out_gates):
-  for name, array in (("x", x), ("kernel", kernel), ("bias", bias)):
-    arguments.real_array(name, array)
-  x, kernel, bias = map(jnp.asarray, (x, kernel, bias))
-  if in_gates is not None:
-    in_gates = jnp.asarray(in_gates, jnp.float32)
-  if out_gates is not None:
-    out_gates = jnp.asarray(out_gates, jnp.float32)
-  _check_conv(x, kernel, bias, in_gates=in_gates, out_gates=out_gates)
-  return x, kernel, bias, in_gates, out_gates
 
 
 def _check_conv(x, kernel, bias, *, in_gates=None, out_gates=None) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gating_jax import experiments
+from gating_jax.experiments import Score
 from gating_jax.paths import user_path
 from gating_jax.reports import surroundings
 from gating_jax.reports.text import plain
@@ -78,22 +80,8 @@ class Run:
     return max(newest, self.result["step"]) if self.result else newest
 
 
-class Score(NamedTuple):
-  """A measure of a kind of run: names of its score, a fraction, and of its MACs."""
-
-  label: str
-  share: str
-  macs: str
-
-
 # In the order of priority for a group's large numbers.
-SCORES = (
-  Score("mean IoU", "mean_iou", "macs"),
-  Score("accuracy", "accuracy", "macs"),
-  Score("mean average precision", "mean_average_precision", "macs"),
-  Score("accuracy, task known", "task_aware.average_accuracy", "task_aware_macs"),
-  Score("accuracy, task unknown", "task_agnostic.average_accuracy", "task_agnostic_macs"),
-)
+SCORES = experiments.all_scores()
 
 
 class Group(NamedTuple):

@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gating_jax.experiments import Score, example_noun
 from gating_jax.reports import conclusion, opening, page
 from gating_jax.reports.compared_runs import (
   MISSING,
   SCORES,
   Group,
   Run,
-  Score,
   differing_settings,
   group_runs,
   read_runs,
 )
-from gating_jax.reports.opening import example_noun
 from gating_jax.reports.text import (
   align_columns,
   capitalise,

@@ -9,12 +9,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating_jax.reports import glossary, page, timings
+from gating_jax.reports import page, timings
 from gating_jax.reports.text import capitalise, format_count, format_percent, plain
 from gating_jax.reports.timings import Times
 
 _NOT_RECORDED = "not recorded"
 _LETTERS = 500  # of a cell, at most
+_SETTINGS = (
+  (
+    "setting",
+    "a field of the config, its sections joined by dots; the comments in the config files "
+    "explain each",
+  ),
+  ("value", "the one that this run was started with"),
+)
 _ABOUT = (
   ("started", "the date of the first start, in UTC"),
   ("commit", "of the code; “dirty” where files differ from it"),
@@ -155,15 +163,6 @@ def time_number(noun: str, around: Surroundings) -> page.Number:
   )
 
 
-def example_noun(experiment: Any) -> str:
-  """Returns the word for an example of a kind of experiment.
-
-  >>> example_noun("segmentation")
-  'scene'
-  """
-  return {"long_video": "video", "segmentation": "scene"}.get(experiment, "image")
-
-
 def times_section(noun: str, around: Surroundings) -> page.Section:
   """Returns the section of times of each way to run the network."""
   return timings.times_section(around.times, noun, step=around.step, refused=around.not_compiled)
@@ -171,7 +170,8 @@ def times_section(noun: str, around: Surroundings) -> page.Section:
 
 def settings_section(rows: Sequence[tuple[str, str]]) -> page.Section:
   """Returns the section of a run's settings."""
-  return page.Section("Settings", parts=[glossary.settings_table(rows)])
+  table = page.Table(("setting", "value"), rows, numeric=False, terms=_SETTINGS)
+  return page.Section("Settings", parts=[table])
 
 
 def about_section(around: Surroundings) -> page.Section:

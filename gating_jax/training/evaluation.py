@@ -17,7 +17,7 @@ from gating_jax.analysis import statistics
 from gating_jax.models.summary import ModelCounts
 
 # Images kept for each gate.
-FIRING = 8
+MOST_OPEN = 8
 # Images whose logits are kept, for histograms and pictures.
 _KEPT_EXAMPLES = 2048
 
@@ -49,14 +49,14 @@ class GateBehaviour:
     logits: `[<= 2048, G]`, of the first images.
     class_rates: `[K, G]`, the fraction of each class's images for which each gate is open; NaN for
       a class without images. None where an image has no class.
-    firing: `[<= 8, G]`, the numbers of the images with the largest logits of each gate, largest
-      first; -1 where the gate is closed.
+    most_open_images: `[<= 8, G]`, the numbers of the images with the largest logits of each gate,
+      largest first; -1 where the gate is closed.
   """
 
   diagnosis: gate_outcomes.Diagnosis
   logits: np.ndarray
   class_rates: np.ndarray | None
-  firing: np.ndarray
+  most_open_images: np.ndarray
 
 
 class Evaluation(NamedTuple):
@@ -220,7 +220,7 @@ class _GateResults:
       diagnosis=gate_outcomes.diagnose(self.tally),
       logits=np.concatenate(self._logits)[:_KEPT_EXAMPLES],
       class_rates=class_rates,
-      firing=np.where(self._largest.logits > -np.inf, self._largest.images, -1),
+      most_open_images=np.where(self._largest.logits > -np.inf, self._largest.images, -1),
     )
 
 
@@ -239,7 +239,7 @@ def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[
 
 
 class _Largest(NamedTuple):
-  """The largest logits of each gate, and the numbers of their images, `[<= FIRING, G]` each."""
+  """The largest logits of each gate, and the numbers of their images, `[<= MOST_OPEN, G]` each."""
 
   logits: np.ndarray
   images: np.ndarray
@@ -258,7 +258,7 @@ def _add_largest(before: _Largest | None, logits: np.ndarray, first: int) -> _La
     logits = np.concatenate([before.logits, logits])
     images = np.concatenate([before.images, images])
   # A stable sort keeps the order of equal logits.
-  order = np.argsort(-logits, axis=0, kind="stable")[:FIRING]
+  order = np.argsort(-logits, axis=0, kind="stable")[:MOST_OPEN]
   return _Largest(
     np.take_along_axis(logits, order, axis=0), np.take_along_axis(images, order, axis=0)
   )

@@ -29,9 +29,10 @@ _ACCURACIES = {
   "light_accuracy": "accuracy of the light net",
   "heavy_accuracy": "accuracy of the heavy net",
 }
+# As a budget counts them; the `mac_ratio` of a test includes the gate networks.
 _COSTS = {
-  "mac_ratio": "MACs",
-  "channels_mac_ratio": "MACs of the heavy net",
+  "mac_ratio": "MACs without gate networks",
+  "channels_mac_ratio": "MACs of the heavy net without gate networks",
   "share": "segments chosen",
 }
 _TERMS = {
@@ -264,7 +265,7 @@ def describe_metrics(means: Mapping[str, float]) -> str:
   >>> means |= {"gate_rate/layer1/conv": 0.5, "gradient_norm": 2.0}
   >>> print(describe_metrics(means).replace(" (", "\\n("))
   accuracy 87.5 %, loss 0.8125
-  (cross-entropy 0.5, batch-shaping 0.25), MACs 53.1 %, open gates 50.0 %
+  (cross-entropy 0.5, batch-shaping 0.25), MACs without gate networks 53.1 %, open gates 50.0 %
   """
   terms, rates = [], []
   for name, value in means.items():

@@ -1,6 +1,6 @@
 """Objectives of gated classifiers: cross-entropy, batch-shaping and a penalty on open gates.
 
-Axes: N examples, C gates of one layer.
+Axes: N examples, C gates of one layer, X exits before the last.
 Reference: Bejnordi et al., 2020, section 3.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import ml_collections
@@ -16,8 +17,8 @@ import optax
 from jax import lax
 
 from gating_jax.checks import one_of
+from gating_jax.models.summary import ModelCounts
 from gating_jax.ops import collectives, penalties
-from gating_jax.ops.closed_share import closed_share
 from gating_jax.ops.ecdf import batch_shaping_loss, noise_floor
 from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.priors import Prior, beta
@@ -40,6 +41,141 @@ REGULARISERS = (
 )
 
 
+class Fit(NamedTuple):
+  """The part of an objective that compares outputs with labels.
+
+  Attributes:
+    cross_entropy: scalar, the loss before the gates' terms.
+    accuracy: scalar.
+    further: other metrics, by name.
+  """
+
+  cross_entropy: Array
+  accuracy: Array
+  further: Mapping[str, Array] = MappingProxyType({})
+
+
+# `(logits, labels, axis_name) -> Fit`; `axis_name` as in `batch_shaping_loss`.
+FitLabels = Callable[[Array, Array, Hashable | None], Fit]
+
+
+def fit_classes(logits: Array, labels: Array, axis_name: Hashable | None = None) -> Fit:
+  """Computes the cross-entropy and the accuracy of one class for each example.
+
+  Args:
+    logits: `[N, classes]`.
+    labels: `[N]` integers.
+    axis_name: unused here; for fits whose means weight their examples.
+  """
+  del axis_name
+  # The mean of this device's examples; `value_and_grad_over_devices` averages over devices.
+  cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+  return Fit(cross_entropy, jnp.mean(jnp.argmax(logits, -1) == labels))
+
+
+def fit_exits(
+  logits: Array,
+  labels: Array,
+  axis_name: Hashable | None = None,
+  *,
+  exit_weights: tuple[float, ...],
+) -> Fit:
+  """Computes the weighted cross-entropies of all exits, and the accuracy of the last.
+
+      CE = sum_x weight_x * CE_x
+
+  The accuracies of the exits before it are further metrics.
+
+  Args:
+    logits: `[N, X + 1, classes]`.
+    labels: `[N]` integers.
+    axis_name: as in `fit_classes`.
+    exit_weights: weights of the exits before the last, whose own is 1; one number is for all.
+  Raises:
+    ValueError: the weights do not fit the number of exits.
+
+  Reference: Teerapittayanon et al., 2016 (BranchyNet), section 3.
+  """
+  del axis_name
+  exits = logits.shape[1] - 1
+  if len(exit_weights) not in (1, exits):
+    raise ValueError(
+      f"exit_weights must hold 1 number, or one for each of {exits} exits before the last; "
+      f"got {exit_weights}"
+    )
+  # The equation above; the last exit, the network itself, has the weight 1.
+  weights = jnp.append(jnp.broadcast_to(jnp.asarray(exit_weights), exits), 1.0)
+  of_exits = jnp.broadcast_to(labels[:, None], logits.shape[:2])
+  cross_entropy = jnp.mean(
+    optax.softmax_cross_entropy_with_integer_labels(logits, of_exits), axis=0
+  )
+  right = jnp.argmax(logits[:, -1], -1) == labels
+  accuracies = jnp.mean(jnp.argmax(logits, -1) == labels[:, None], axis=0)
+  further = {}
+  # The accuracy of the last exit is `accuracy`.
+  for i, accuracy in enumerate(accuracies[:-1], start=1):
+    further[f"exits/accuracy{i}"] = accuracy
+  return Fit(jnp.sum(weights * cross_entropy), jnp.mean(right), further)
+
+
+class GatePenalties(NamedTuple):
+  """Settings of batch-shaping and sparsity, the same for gates of channels and of segments.
+
+  Attributes:
+    prior: the distribution that open probabilities should follow.
+    target: fraction in (0, 1] that some kinds of sparsity aim at.
+    batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
+  """
+
+  prior: Prior
+  target: float
+  batch_shaping_coefficient: Callable[[Array], Array]
+  sparsity_coefficient: Callable[[Array], Array]
+
+  @classmethod
+  def from_config(cls, loss: ml_collections.ConfigDict, total_steps: int) -> GatePenalties:
+    """Returns the settings in a section of a config with `batch_shaping` and `sparsity`.
+
+    Args:
+      loss: the section.
+      total_steps: steps of the training, for the schedules.
+    Raises:
+      ValueError: a field is out of its range.
+    """
+    shaping, sparsity = loss.batch_shaping, loss.sparsity
+    return cls(
+      prior=beta(shaping.a, shaping.b),
+      target=sparsity.target,
+      batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total_steps),
+      sparsity_coefficient=optim.fade_in(
+        sparsity.coefficient,
+        ramp_start=sparsity.ramp_start,
+        ramp_end=sparsity.ramp_end,
+        total_steps=total_steps,
+      ),
+    )
+
+
+def check_budget(name: str, sparsity: ml_collections.ConfigDict, counts: ModelCounts) -> None:
+  """Raises a ValueError where closing every gate would not meet the budget.
+
+  Args:
+    name: of the section in the config, such as `loss.sparsity`.
+    sparsity: the section; only the kind `budget` is checked.
+    counts: the network, for a training example.
+  """
+  if sparsity.kind != "budget":
+    return
+  # `mac_budget_loss` measures the MACs without gate networks, and so does this check: a budget
+  # between the two fractions can be met.
+  least = counts.never_gated_macs / counts.macs
+  if sparsity.target <= least:
+    raise ValueError(
+      f"{name}.target must be above {least:.3f}, the fraction of the ungated MACs that always "
+      f"runs; got {sparsity.target}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageObjective:
   """Training objective of a gated classifier.
@@ -57,12 +193,13 @@ class ImageObjective:
     target: fraction in (0, 1], for `budget` and `target_rate`.
     batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
     never_gated_macs: MACs per example of everything that is never gated, without gate networks, for
-      `budget`; set once the network is counted.
+      `budget` and `mac_ratio`.
     regulariser: `batch_shaping`, with sparsity; `sparsity` alone; `entropy`, which asks that gates
       be open for half of the examples; `decision_entropy`, that each be open with probability 1/2;
       `away_from_half`, that probabilities differ from that; `balance`, that examples are spread
       evenly over experts; `none`.
     coefficient: strength of any regulariser but the first two, the same at every step.
+    fit: computes CE and the accuracy from outputs and labels.
   """
 
   prior: Prior
@@ -71,41 +208,39 @@ class ImageObjective:
   target: float
   batch_shaping_coefficient: Callable[[Array], Array]
   sparsity_coefficient: Callable[[Array], Array]
-  never_gated_macs: int = 0
+  never_gated_macs: int
   regulariser: str = "batch_shaping"
   coefficient: float = 0.0
+  fit: FitLabels = fit_classes
 
   @classmethod
   def from_config(
-    cls, loss: ml_collections.ConfigDict, total_steps: int, **fields: Any
+    cls,
+    loss: ml_collections.ConfigDict,
+    gate_penalties: GatePenalties,
+    *,
+    never_gated_macs: int,
+    fit: FitLabels = fit_classes,
   ) -> ImageObjective:
     """Returns the objective that a section of a config describes.
 
     Args:
       loss: a section with `batch_shaping`, `sparsity` and, where there is a choice, `regulariser`.
-      total_steps: steps of the training, for the schedules.
-      fields: further fields of the objective.
+      gate_penalties: those of the section.
+      never_gated_macs, fit: as in the class.
     Raises:
       ValueError: a field is out of its range.
     """
-    shaping, sparsity = loss.batch_shaping, loss.sparsity
     regulariser = loss.get("regulariser", "batch_shaping")
     return cls(
-      prior=beta(shaping.a, shaping.b),
-      reduction=shaping.reduction,
-      sparsity=sparsity.kind,
-      target=sparsity.target,
-      batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total_steps),
-      sparsity_coefficient=optim.fade_in(
-        sparsity.coefficient,
-        ramp_start=sparsity.ramp_start,
-        ramp_end=sparsity.ramp_end,
-        total_steps=total_steps,
-      ),
+      **gate_penalties._asdict(),
+      reduction=loss.batch_shaping.reduction,
+      sparsity=loss.sparsity.kind,
+      never_gated_macs=never_gated_macs,
       regulariser=regulariser,
       # Each regulariser with one strength has a section of its own name.
       coefficient=loss[regulariser].coefficient if regulariser in loss else 0.0,
-      **fields,
+      fit=fit,
     )
 
   def __post_init__(self):
@@ -124,32 +259,17 @@ class ImageObjective:
     """Computes `(total, terms)`; the terms are before their coefficients.
 
     Args:
-      logits: `[N, classes]`.
-      labels: `[N]` integers.
+      logits, labels: what `fit` compares; `[N, classes]` and `[N]` integers for `fit_classes`.
       records: records of the same forward pass; `()` for an ungated net, which has the
         cross-entropy alone.
       step: the step of the schedules.
       axis_name: as in `batch_shaping_loss`.
     """
-    cross_entropy, accuracy = self.fit(logits, labels, axis_name)
+    cross_entropy, accuracy, further = self.fit(logits, labels, axis_name)
     # Terms are logged without coefficients, so that runs with different ones can be compared.
     terms = {"cross_entropy": cross_entropy, "accuracy": accuracy}
     regulariser, gate_terms = self.gate_terms(records, step, axis_name)
-    return cross_entropy + regulariser, {**terms, **gate_terms}
-
-  def fit(
-    self, logits: Array, labels: Array, axis_name: Hashable | None = None
-  ) -> tuple[Array, Array]:
-    """Computes the cross-entropy, the loss before the gates' terms, and the accuracy.
-
-    Args:
-      logits: `[N, classes]`.
-      labels: `[N]` integers.
-      axis_name: unused here; for objectives whose means weight their examples.
-    """
-    # The mean of this device's examples; `value_and_grad_over_devices` averages over devices.
-    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-    return cross_entropy, jnp.mean(jnp.argmax(logits, -1) == labels)
+    return cross_entropy + regulariser, {**terms, **gate_terms, **further}
 
   def gate_terms(
     self, records: Records, step: Array, axis_name: Hashable | None = None
@@ -158,7 +278,8 @@ class ImageObjective:
 
     Without gates they are 0 and none. With any regulariser the terms include:
 
-    - `mac_ratio`: executed MACs as a fraction of the ungated ones, without gate networks;
+    - `mac_ratio`: executed MACs as a fraction of the ungated ones, without gate networks, as
+      `budget` counts them; the `mac_ratio` of a test includes the gate networks;
     - `gates/closed`: see `closed_share`;
     - `gates/batch_shaping_mean`: the batch-shaping loss, mean over all gates;
     - `gates/batch_shaping_floor`: its expectation for independent draws from the prior.
@@ -185,7 +306,7 @@ class ImageObjective:
     return total, {
       **terms,
       "mac_ratio": macs / float(self.never_gated_macs + gated_macs(records)),
-      CLOSED: closed_share(records, axis_name=axis_name),
+      CLOSED: penalties.closed_share(records, axis_name=axis_name),
       "gates/batch_shaping_mean": jnp.mean(per_gate),
       # The expectation of the loss for that many independent draws from the prior.
       "gates/batch_shaping_floor": jnp.asarray(noise_floor(examples)),
@@ -239,82 +360,6 @@ class ImageObjective:
     return penalties.target_rate_loss([r.gates for r in records], self.target, axis_name=axis_name)
 
 
-@dataclasses.dataclass(frozen=True)
-class ExitObjective(ImageObjective):
-  """`ImageObjective` of the logits of all exits, `[N, X + 1, classes]`.
-
-      CE = sum_x weight_x * CE_x
-
-  Attributes:
-    exit_weights: weights of the exits before the last, whose own is 1; one number is for all.
-
-  Reference: Teerapittayanon et al., 2016 (BranchyNet), section 3.
-  """
-
-  exit_weights: tuple[float, ...] = (1.0,)
-
-  @classmethod
-  def from_config(
-    cls, loss: ml_collections.ConfigDict, total_steps: int, **fields: Any
-  ) -> ExitObjective:
-    """Returns the objective that a section of a config describes, as `ImageObjective` does.
-
-    Args:
-      loss: as in `ImageObjective.from_config`, with `exit_weights`.
-      total_steps, fields: as in `ImageObjective.from_config`.
-    """
-    return super().from_config(loss, total_steps, exit_weights=loss.exit_weights, **fields)
-
-  def __call__(
-    self,
-    logits: Array,
-    labels: Array,
-    records: Records,
-    step: Array,
-    axis_name: Hashable | None = None,
-  ) -> tuple[Array, Mapping[str, Array]]:
-    """Computes `(total, terms)`, with the accuracy of each exit before the last.
-
-    Args:
-      logits: `[N, X + 1, classes]`.
-      labels, records, step, axis_name: as in `ImageObjective`.
-    """
-    total, terms = super().__call__(logits, labels, records, step, axis_name)
-    accuracies = jnp.mean(jnp.argmax(logits, -1) == labels[:, None], axis=0)
-    of_exits = {}
-    # The accuracy of the last exit is `accuracy`.
-    for i, accuracy in enumerate(accuracies[:-1], start=1):
-      of_exits[f"exits/accuracy{i}"] = accuracy
-    return total, {**terms, **of_exits}
-
-  def fit(
-    self, logits: Array, labels: Array, axis_name: Hashable | None = None
-  ) -> tuple[Array, Array]:
-    """Computes the weighted sum of cross-entropies, and the accuracy of the last exit.
-
-    Args:
-      logits: `[N, X + 1, classes]`.
-      labels: `[N]` integers.
-      axis_name: as in `ImageObjective.fit`.
-    Raises:
-      ValueError: the weights do not fit the number of exits.
-    """
-    exits = logits.shape[1] - 1
-    if len(self.exit_weights) not in (1, exits):
-      raise ValueError(
-        f"exit_weights must hold 1 number, or one for each of {exits} exits before the last; "
-        f"got {self.exit_weights}"
-      )
-    # Equation of the class; the last exit, the network itself, has the weight 1.
-    weights = jnp.append(jnp.broadcast_to(jnp.asarray(self.exit_weights), exits), 1.0)
-    labels = jnp.broadcast_to(labels[:, None], logits.shape[:2])
-    cross_entropy = jnp.mean(
-      optax.softmax_cross_entropy_with_integer_labels(logits, labels), axis=0
-    )
-    right = jnp.argmax(logits[:, -1], -1) == labels[:, -1]
-    return jnp.sum(weights * cross_entropy), jnp.mean(right)
-
-
 def batch_shaping_term(
   records: Records,
   prior: Prior,
@@ -324,7 +369,8 @@ def batch_shaping_term(
 ) -> Array:
   """Computes the batch-shaping loss of every gate of a network, reduced to a scalar.
 
-  One sort serves all layers together.
+  One sort serves all layers together. It is the term alone, for losses of one's own and for
+  `benchmarks/training_step.py`; objectives need its parts by gate as well.
 
   Args:
     records: records of one forward pass, each with `[N, C]` logits.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from gating_jax import experiments
 from gating_jax.data import features, image_sets, scenes
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.training import settings
@@ -20,24 +21,11 @@ _OF_A_CLASS = {"train": 50, "test": 25}
 _VIDEOS = 32
 # Pixels of a scene's longer side.
 _SIDE = 128
-# Fields that a run's time grows with, and their largest value.
+# Fields of several kinds of experiments that a run's time grows with, and their largest value;
+# `experiments.KINDS` has those of one kind.
 _AT_MOST = {
   "data.image_size": 64,
-  "data.size": 32,
-  "data.segments": 16,
   "data.workers": 1,
-  "data.train_scenes": 64,
-  "data.test_scenes": 16,
-  "data.train_videos": 32,
-  "data.test_videos": 16,
-  "tasks.count": 2,
-  "router.steps": 10,
-  "generator.steps": 4,
-  "generator.images": 64,
-  "ewc.examples": 64,
-  "online_ewc.examples": 64,
-  "replay.images": 64,
-  "optim.eval_batch_size": 64,
   "log_every": 5,
   "devices.steps_per_dispatch": 1,
 }
@@ -56,7 +44,8 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """
   small = config.copy_and_resolve_references().unlock()
   _shrink_scenes(small)
-  for name, most in _AT_MOST.items():
+  kind = experiments.kind_of(small.get("experiment"))
+  for name, most in {**_AT_MOST, **(kind.small if kind else {})}.items():
     _lower(small, name, most)
   phases = ["optim"]
   # With `pretrained`, the first training is that of another run, and stays as it was.

@@ -22,13 +22,12 @@ from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GateSettings
 from gating_jax.layers.segment_gate import (
   CONCEPTS,
-  CONTEXTS,
-  POOLINGS,
-  RELAXATIONS,
+  SEGMENT_CONTEXTS,
+  SEGMENT_RELAXATIONS,
   SegmentGateSettings,
 )
 from gating_jax.models.summary import VideoCounts, video_summary
-from gating_jax.models.timegate import SELECTIONS, SegmentClassifier, SegmentNet
+from gating_jax.models.timegate import POOLINGS, SELECTIONS, SegmentClassifier, SegmentNet
 from gating_jax.models.video_backbones import (
   HEAVY_NETS,
   LIGHT_NETS,
@@ -38,11 +37,16 @@ from gating_jax.models.video_backbones import (
 )
 from gating_jax.ops import selection
 from gating_jax.training import devices, loop, optim, rundir, settings
-from gating_jax.training.objectives import REDUCTIONS, ImageObjective
-from gating_jax.training.objectives import SPARSITIES as CHANNEL_SPARSITIES
-from gating_jax.training.rundir import Outline
+from gating_jax.training.objectives import (
+  REDUCTIONS,
+  SPARSITIES,
+  GatePenalties,
+  ImageObjective,
+  check_budget,
+)
+from gating_jax.training.outlines import Outline
 from gating_jax.video import sets
-from gating_jax.video.objectives import SPARSITIES, SegmentObjective, VideoObjective
+from gating_jax.video.objectives import SEGMENT_SPARSITIES, SegmentObjective, VideoObjective
 
 TRAININGS = ("two_stage", "end_to_end")
 TARGETS = ("units", "label")
@@ -145,6 +149,8 @@ def build(
   reference = video_summary(
     dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs)
   )
+  # The heavy net itself, also where the light net takes its place and `counts` are of that.
+  check_budget("loss.channels.sparsity", config.loss.channels.sparsity, reference.heavy)
   return VideoExperiment(
     config=config,
     train=train,
@@ -324,8 +330,11 @@ def _optimiser(config: ml_collections.ConfigDict, total: int) -> optax.GradientT
 
 def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int) -> ImageObjective:
   """Builds the penalties of the heavy net's channel gates."""
+  channels = config.loss.channels
   return ImageObjective.from_config(
-    config.loss.channels, total, never_gated_macs=counts.heavy.never_gated_macs
+    channels,
+    GatePenalties.from_config(channels, total),
+    never_gated_macs=counts.heavy.never_gated_macs,
   )
 
 
@@ -356,12 +365,12 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "model.heavy.gating": GATINGS,
       "model.pooling": POOLINGS,
       "model.dtype": settings.DTYPES,
-      "model.gate.context": CONTEXTS,
-      "model.gate.relaxation": RELAXATIONS,
+      "model.gate.context": SEGMENT_CONTEXTS,
+      "model.gate.relaxation": SEGMENT_RELAXATIONS,
       "pretrain.target": TARGETS,
-      "loss.sparsity.kind": SPARSITIES,
+      "loss.sparsity.kind": SEGMENT_SPARSITIES,
       "loss.channels.batch_shaping.reduction": REDUCTIONS,
-      "loss.channels.sparsity.kind": CHANNEL_SPARSITIES,
+      "loss.channels.sparsity.kind": SPARSITIES,
       "optim.kind": ("adam", "sgd"),
       "optim.schedule": optim.LEARNING_RATES,
       "devices.backend": devices.BACKENDS,
@@ -445,6 +454,12 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   ):
     raise ValueError(
       "pretrain.epochs must be >= 1 if training is 'two_stage' or pretrained is set; got 0"
+    )
+  # As for images: a budget of channels needs gates to act on.
+  if config.loss.channels.sparsity.kind == "budget" and config.model.heavy.gating == "none":
+    raise ValueError(
+      "model.heavy.gating='none' is incompatible with loss.channels.sparsity.kind='budget': the "
+      "budget would constrain nothing"
     )
 
 

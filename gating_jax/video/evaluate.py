@@ -18,7 +18,6 @@ from gating_jax.analysis import statistics
 from gating_jax.data import batches
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.ops import confidence, selection
-from gating_jax.ops.macs import executed_macs
 from gating_jax.training import devices, hosts
 from gating_jax.types import Array, Records
 from gating_jax.video import metrics, sets
@@ -121,7 +120,7 @@ def outcome(
     "logits": outputs["logits"],
     "gates": record.gates,
     "probs": record.probs,
-    "heavy_macs": _heavy_macs(experiment, channels, record.gates.shape),
+    "heavy_macs": experiment.counts.heavy.per_example(tuple(channels), record.gates.shape),
   }
   if channels:
     # Counts, not probabilities: a set has one of these for each channel, segment and video.
@@ -150,15 +149,6 @@ def bin_counts(probs: Array, chosen: Array) -> Array:
   # Cumulative counts up to each edge; their differences are the bins.
   up_to = jnp.concatenate([below, count(probs <= 1)[None]])
   return jnp.diff(up_to, axis=0, prepend=0).T
-
-
-def _heavy_macs(experiment: VideoExperiment, channels: Any, shape: tuple[int, int]) -> jax.Array:
-  """Computes the MACs of the heavy net on each segment, `[B, T]`."""
-  heavy = experiment.counts.heavy
-  executed = np.zeros(shape, np.float32) + heavy.gated
-  if channels:
-    executed = executed_macs(tuple(channels)).reshape(shape)
-  return executed + float(heavy.always_macs)
 
 
 class _Features(NamedTuple):
@@ -211,7 +201,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
       logits.append(model.apply(variables, features.of_net["heavy"], first, method="classify"))
     return {
       "steps": jnp.stack(logits, axis=1),
-      "heavy_macs": _heavy_macs(experiment, features.records, valid.shape),
+      "heavy_macs": experiment.counts.heavy.per_example(features.records, valid.shape),
     }
 
   train = _over(experiment, steps, variables, videos=experiment.train)

@@ -16,7 +16,7 @@ from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segment_gate import CONCEPTS
 from gating_jax.paths import user_path
 from gating_jax.training import devices, rundir, steps
-from gating_jax.training.checkpoints import Checkpoint, restore_newest
+from gating_jax.training.checkpoints import Checkpoint, resume_newest
 from gating_jax.video import evaluate
 from gating_jax.video.build import Phase, VideoExperiment, heavy_from
 from gating_jax.video.concepts import find_concepts
@@ -33,9 +33,7 @@ def initial_state(phase: Phase, seed: int) -> steps.TrainState:
 
 def restore(phase: Phase, path: Path, seed: int) -> Checkpoint:
   """Returns the newest checkpoint of a phase, or a fresh state, at step 0."""
-  state = initial_state(phase, seed)
-  found = restore_newest(path / rundir.CHECKPOINT_DIR, state)
-  return Checkpoint(0, devices.replicate(state)) if found is None else found
+  return resume_newest(path / rundir.CHECKPOINT_DIR, initial_state(phase, seed))
 
 
 def trained_nets(experiment: VideoExperiment, path: Path) -> Any:

@@ -15,15 +15,14 @@ import ml_collections
 import optax
 
 from gating_jax.checks import one_of
-from gating_jax.ops.closed_share import LEAST_RATE
 from gating_jax.ops.ecdf import batch_shaping_loss
-from gating_jax.ops.priors import Prior, beta
-from gating_jax.training import optim
+from gating_jax.ops.penalties import LEAST_RATE
+from gating_jax.ops.priors import Prior
 from gating_jax.training.closed_gates import SEGMENTS_CLOSED
-from gating_jax.training.objectives import ImageObjective, weighted_mean
+from gating_jax.training.objectives import GatePenalties, ImageObjective, weighted_mean
 from gating_jax.types import Array, Records
 
-SPARSITIES = ("none", "mean", "target")
+SEGMENT_SPARSITIES = ("none", "mean", "target")
 Terms = Mapping[str, Array]
 
 
@@ -78,25 +77,16 @@ class VideoObjective:
         sparsity penalty could train.
       channels: as in the class.
     """
-    shaping, sparsity = loss.batch_shaping, loss.sparsity
     return cls(
+      **GatePenalties.from_config(loss, total_steps)._asdict(),
       multi_label=multi_label,
-      sparsity=sparsity.kind if gated else "none",
-      target=sparsity.target,
-      sparsity_coefficient=optim.fade_in(
-        sparsity.coefficient,
-        ramp_start=sparsity.ramp_start,
-        ramp_end=sparsity.ramp_end,
-        total_steps=total_steps,
-      ),
-      batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total_steps),
-      prior=beta(shaping.a, shaping.b),
+      sparsity=loss.sparsity.kind if gated else "none",
       light_coefficient=loss.light,
       channels=channels,
     )
 
   def __post_init__(self):
-    one_of("loss.sparsity.kind", self.sparsity, SPARSITIES)
+    one_of("loss.sparsity.kind", self.sparsity, SEGMENT_SPARSITIES)
 
   def __call__(
     self,

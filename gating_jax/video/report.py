@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gating_jax import experiments
 from gating_jax.analysis import statistics
 from gating_jax.reports import (
   conclusion,
-  glossary,
   opening,
   page,
   surroundings,
@@ -89,14 +89,13 @@ def write_report(
   around = surroundings.read_surroundings(
     run_dir,
     config,
-    surroundings.VIDEOS,
     step=step,
     # The reason why `--mode=compile` cannot add times to this run, if there is one.
     not_compiled=conclusion.refusal(speed.check, experiment),
   )
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections = [
-    page.Section("Result", parts=[glossary.defined_table(tables.video_rows(result))]),
+    page.Section("Result", parts=[tables.defined_table(tables.video_rows(result))]),
     page.Section(
       "Segments",
       parts=[
@@ -171,7 +170,7 @@ def _make_opening(
   return page.Opening(
     numbers,
     _choices(experiment, tested),
-    opening.why_no_baseline(around, surroundings.VIDEOS.how),
+    opening.why_no_baseline(around, experiments.KINDS[experiment.config.experiment].how),
     notice,
   )
 

@@ -22,7 +22,7 @@ from gating_jax.data import batches
 from gating_jax.data.videos import VideoArrays
 from gating_jax.reports import tables
 from gating_jax.terminal import say, working
-from gating_jax.training import closed_gates, devices, hosts, rundir, steps
+from gating_jax.training import closed_gates, devices, hosts, outlines, steps
 from gating_jax.training.checkpoints import Checkpoint
 from gating_jax.training.journal import numbers
 from gating_jax.training.rundir import RunDir
@@ -100,7 +100,7 @@ class LongVideo(runner.Programme):
     """Trains the nets, then gate and classifier; returns the result, or None where it stopped."""
     experiment, phase = self.experiment, self.experiment.training
     # Lets the model of this run be loaded without the data.
-    rundir.write_outlines(run_dir.path, [experiment.train, experiment.test])
+    outlines.write_outlines(run_dir.path, [experiment.train, experiment.test])
     nets = None
     if self.config.pretrained:
       with working("loading the trained nets"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.continual.method import LearnerState, Table, Variables
+from gating_jax.continual.method import LearnerState, TaskTable, Variables
 from gating_jax.continual.methods.task_gates import RehearsedTaskMemory, TaskMemory
 from gating_jax.training import devices
 from gating_jax.training.checkpoints import Checkpoints
@@ -37,7 +37,7 @@ def new_memory(rehearsed):
 
 def learner(memory):
   zero = jnp.zeros((), jnp.int32)
-  return LearnerState(zero, zero, {"w": jnp.ones(2)}, {}, (), memory, Table(*[zero] * 5))
+  return LearnerState(zero, zero, {"w": jnp.ones(2)}, {}, (), memory, TaskTable(*[zero] * 5))
 
 
 @pytest.mark.parametrize("rehearsed", [False, True])

@@ -28,12 +28,6 @@ def test_summary_by_hand():
   )
 
 
-def test_forward_transfer_is_the_lead_over_a_random_net_before_a_task():
-  summary = metrics.summarise(FULL, baseline=np.array([0.3, 0.4, 0.6]))
-  assert summary.forward_transfer == pytest.approx((0.6 - 0.4 + 0.5 - 0.6) / 2)
-  assert summary.reasons == {}
-
-
 def test_forgetting_is_of_the_best_accuracy_and_backward_transfer_of_the_first():
   gained_then_lost = np.array([[0.5, 0, 0], [0.9, 0.6, 0], [0.8, 0.7, 0.4]])
   summary = metrics.summarise(gained_then_lost)
@@ -49,7 +43,7 @@ def test_what_was_kept_bit_for_bit_is_forgotten_by_exactly_zero():
 
 def test_one_task_has_an_average_only():
   reason = "there is only one task"
-  assert metrics.summarise(np.array([[0.5]]), baseline=np.array([0.1])) == metrics.Summary(
+  assert metrics.summarise(np.array([[0.5]])) == metrics.Summary(
     average_accuracy=0.5,
     average_after=(0.5,),
     forgetting=None,
@@ -62,7 +56,7 @@ def test_one_task_has_an_average_only():
 def test_tasks_learned_together_have_accuracies_at_the_end_only():
   together = np.where(np.arange(3)[:, None] == 2, FULL, NAN)
   reason = "all tasks are learned together"
-  assert metrics.summarise(together, baseline=np.zeros(3)) == metrics.Summary(
+  assert metrics.summarise(together) == metrics.Summary(
     average_accuracy=0.75,
     average_after=(None, None, 0.75),
     forgetting=None,
@@ -78,31 +72,27 @@ def test_tasks_learned_together_have_accuracies_at_the_end_only():
 
 
 @pytest.mark.parametrize(
-  ("accuracies", "baseline", "reason"),
+  ("accuracies", "reason"),
   [
-    (FULL, None, "no accuracies of a randomly initialised network are given"),
-    (LEARNED, None, NOTHING_TO_TEST),
-    (LEARNED, np.full(3, 0.5), NOTHING_TO_TEST),
-    (np.where(np.eye(3, k=1) * [0, 0, 1] > 0, NAN, FULL), np.full(3, 0.5), NOTHING_TO_TEST),
+    (FULL, "no accuracies of a randomly initialised network are given"),
+    (LEARNED, NOTHING_TO_TEST),
+    (np.where(np.eye(3, k=1) * [0, 0, 1] > 0, NAN, FULL), NOTHING_TO_TEST),
   ],
 )
-def test_why_there_is_no_forward_transfer(accuracies, baseline, reason):
-  summary = metrics.summarise(accuracies, baseline=baseline)
+def test_why_there_is_no_forward_transfer(accuracies, reason):
+  summary = metrics.summarise(accuracies)
   assert summary.forward_transfer is None
   assert summary.reasons == {"forward_transfer": reason}
 
 
 @given(st.integers(2, 8), st.integers(0, 10**6))
 def test_a_summary_agrees_with_loops_over_tasks(tasks, seed):
-  r, baseline = random_accuracies(tasks, seed), random_accuracies(tasks, seed + 1)[0]
-  summary, last = metrics.summarise(r, baseline=baseline), tasks - 1
+  r = random_accuracies(tasks, seed)
+  summary, last = metrics.summarise(r), tasks - 1
   lost = [max(r[i, j] for i in range(last)) - r[last, j] for j in range(last)]
   assert summary.forgetting == pytest.approx(sum(lost) / last)
   assert summary.backward_transfer == pytest.approx(
     sum(r[last, j] - r[j, j] for j in range(last)) / last
-  )
-  assert summary.forward_transfer == pytest.approx(
-    sum(r[j - 1, j] - baseline[j] for j in range(1, tasks)) / last
   )
   assert (
     summary.average_after[-1] == summary.average_accuracy == pytest.approx(sum(r[last]) / tasks)
@@ -147,30 +137,6 @@ def test_at_least_what_backward_transfer_lost_is_forgotten(tasks, seed):
 def test_what_is_no_accuracy_matrix_is_named(accuracies, message):
   with pytest.raises(ValueError, match=f"^{message}$"):
     metrics.summarise(accuracies)
-
-
-@pytest.mark.parametrize("accuracies", [FULL, LEARNED, FULL[:1, :1]])
-@pytest.mark.parametrize(
-  "baseline", [np.zeros(4), np.full((3, 1), 0.5), np.array([0, NAN, 0]), np.array([0, 0, 1.5])]
-)
-def test_what_is_no_baseline_is_named_even_where_it_is_not_needed(accuracies, baseline):
-  with pytest.raises(
-    ValueError, match=r"^baseline must be \[T\] accuracies in \[0, 1\], T = [13]; got \["
-  ):
-    metrics.summarise(accuracies, baseline=baseline)
-
-
-def test_spread_over_seeds_by_hand():
-  assert metrics.over_seeds(np.array([0.2, 0.4, 0.9])) == (
-    pytest.approx(0.5),
-    pytest.approx(np.sqrt(0.26 / 2)),
-  )
-  assert metrics.over_seeds([0.7]) == (0.7, None)
-  for bad in ([], [0.5, NAN]):
-    with pytest.raises(
-      ValueError, match="^values must be finite numbers, one per seed, at least one; got "
-    ):
-      metrics.over_seeds(bad)
 
 
 USED = np.array(

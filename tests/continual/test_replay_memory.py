@@ -139,14 +139,16 @@ def test_the_first_of_each_class_stay_in_their_order():
 
 
 def test_draw_is_uniform_over_filled_slots():
-  entries, any_filled = replay_memory.draw(filled([0, 1, 1, 2], 9), jax.random.key(0), 4000)
+  entries, any_filled = replay_memory.draw_entries(filled([0, 1, 1, 2], 9), jax.random.key(0), 4000)
   assert bool(any_filled)
   np.testing.assert_allclose(np.bincount(entries.pixels[:, 0, 0, 0]) / 4000, 1 / 4, atol=0.03)
   np.testing.assert_array_equal(entries.labels, np.array([0, 1, 1, 2])[entries.pixels[:, 0, 0, 0]])
 
 
 def test_draw_from_an_empty_memory_says_so():
-  entries, any_filled = replay_memory.draw(replay_memory.empty(3, SHAPE), jax.random.key(0), 4)
+  entries, any_filled = replay_memory.draw_entries(
+    replay_memory.empty(3, SHAPE), jax.random.key(0), 4
+  )
   assert not bool(any_filled)
   assert entries.labels.tolist() == [replay_memory.EMPTY] * 4
 
@@ -155,18 +157,20 @@ def test_draw_from_an_empty_memory_says_so():
 def test_a_draw_does_not_depend_on_the_number_of_devices(count):
   memory, key = filled([0] * 20, 30), jax.random.key(5)
   over_devices = devices.map_over_devices(
-    lambda memory, _: replay_memory.draw(memory, key, 12, axis_name=devices.AXIS)[0].pixels,
+    lambda memory, _: replay_memory.draw_entries(memory, key, 12, axis_name=devices.AXIS)[0].pixels,
     args=(devices.REPLICATED, devices.BATCH),
     results=devices.BATCH,
     devices=jax.devices()[:count],
   )
-  alone = replay_memory.draw(memory, key, 12)[0].pixels
+  alone = replay_memory.draw_entries(memory, key, 12)[0].pixels
   assert len(np.unique(alone)) > 3
   np.testing.assert_array_equal(over_devices(memory, np.zeros(count)), alone)
 
 
 def test_a_draw_must_divide_over_the_devices():
-  draw = functools.partial(replay_memory.draw, filled([0], 2), jax.random.key(0), 3, axis_name="d")
+  draw = functools.partial(
+    replay_memory.draw_entries, filled([0], 2), jax.random.key(0), 3, axis_name="d"
+  )
   with pytest.raises(ValueError, match="must be a multiple of the 2 devices; got 3"):
     jax.vmap(lambda _: draw(), axis_name="d")(jnp.zeros(2))
 

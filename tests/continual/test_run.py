@@ -15,7 +15,7 @@ import pytest
 from gating_jax import runner
 from gating_jax.continual import build, compile, registry, run, training
 from gating_jax.continual import report as continual_report
-from gating_jax.continual.method import LearnerState, Table
+from gating_jax.continual.method import LearnerState, TaskTable
 from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
 from gating_jax.models import vgg
@@ -61,8 +61,8 @@ def config():
 def resumable(monkeypatch):
   """Runs keep every checkpoint, and draw no reports, which take a third of their time."""
   monkeypatch.setattr(runner, "Checkpoints", functools.partial(Checkpoints, keep=100))
-  monkeypatch.setattr(continual_report, "draw", lambda *_: None)
-  monkeypatch.setattr(continual_report, "write", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write_pictures", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write_report", lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -383,8 +383,8 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_learner(
   finished, tmp_path, monkeypatch
 ):
   made, workdir, _ = finished
-  monkeypatch.setattr(continual_report, "draw", lambda *_: None)
-  monkeypatch.setattr(continual_report, "write", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write_pictures", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write_report", lambda *_: None)
   copy = shutil.copytree(workdir, tmp_path / "run")
   steps = sorted(int(folder.name) for folder in (copy / "checkpoints").iterdir())
   cut_back(copy, steps[-2])
@@ -710,9 +710,11 @@ def test_every_task_begins_with_a_fresh_optimiser():
   )
   moving = jax.tree.map(lambda x: x + 5, optimiser.init(params))
   learner = LearnerState(
-    jnp.int32(7), jnp.int32(0), params, {}, moving, {}, Table(*[jnp.zeros((1, 1))] * 5)
+    jnp.int32(7), jnp.int32(0), params, {}, moving, {}, TaskTable(*[jnp.zeros((1, 1))] * 5)
   )
-  ended = training.finish_task(experiment, learner, 0, lambda *_: dict.fromkeys(Table._fields, 0.5))
+  ended = training.finish_task(
+    experiment, learner, 0, lambda *_: dict.fromkeys(TaskTable._fields, 0.5)
+  )
   assert tiny.bit_equal(ended.opt_state, optimiser.init(params))
   assert (int(ended.step), int(ended.task)) == (8, 1)
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from gating_jax.continual import training
-from gating_jax.continual.method import LearnerState, Network, Problem, Table, TaskData
+from gating_jax.continual.method import LearnerState, Network, Problem, TaskData, TaskTable
 
 TASKS, CLASSES, SHAPE = 2, 2, (2, 2, 1)
 
@@ -51,7 +51,7 @@ def learner(method, optimiser, seed=0):
   start = method.init(jax.random.key(seed))
   zero = jnp.zeros((), jnp.int32)
   return LearnerState(
-    zero, zero, *start[:2], optimiser.init(start.params), start.memory, Table(*[()] * 5)
+    zero, zero, *start[:2], optimiser.init(start.params), start.memory, TaskTable(*[()] * 5)
   )
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
+from gating_jax.inference.gate_statistics import NetCounter, observed
 
 SHAPE = (5, 4, 3)
 FEATURES = 6
@@ -128,3 +129,11 @@ KINDS = {
 def images(count, seed=0):
   rng = np.random.default_rng(seed)
   return (rng.normal(0, 1, (count, *SHAPE)) + rng.normal(0, 2, (count, 1, 1, 3))).astype(np.float32)
+
+
+def count_gates(net, images):
+  """Returns the `GroupStatistics` of every group on images."""
+  counter = NetCounter(net)
+  for x, _, logits in observed(net, images):
+    counter.add(logits, len(x))
+  return counter.result()

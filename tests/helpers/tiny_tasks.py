@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from gating_jax.continual import training
-from gating_jax.continual.method import LearnerState, Problem, Table, TaskData
+from gating_jax.continual.method import LearnerState, Problem, TaskData, TaskTable
 
 TASKS, CLASSES, SHAPE = 2, 2, (4, 4, 1)
 
@@ -49,7 +49,7 @@ def learner(method, number=0, seed=0):
     *start[:2],
     optimiser().init(start.params),
     start.memory,
-    Table(*[()] * 5),
+    TaskTable(*[()] * 5),
   )
 
 

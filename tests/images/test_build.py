@@ -6,7 +6,7 @@ from configs import common, imagenet_resnet18
 from gating_jax.images.build import build, network
 from gating_jax.models.summary import model_summary
 from gating_jax.training import devices
-from gating_jax.training.rundir import Outline
+from gating_jax.training.outlines import Outline
 
 # By name: image shape, and MACs of the first convolution and of a classifier of 10 classes, which
 # grow with the width and not its square.

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from sklearn import metrics
 from gating_jax.data import batches
 from gating_jax.data.image_sets import Images
 from gating_jax.images import pixels
-from gating_jax.images.pixels import IGNORED, PixelObjective
+from gating_jax.images.pixels import IGNORED, fit_pixels
 from gating_jax.models.summary import ModelCounts
 from gating_jax.training import evaluation
 from tests.helpers import tiny
@@ -26,8 +28,7 @@ NLL = -np.take_along_axis(
 
 
 def objective():
-  base = tiny.objective()
-  return PixelObjective(**{name: getattr(base, name) for name in base.__dataclass_fields__})
+  return dataclasses.replace(tiny.objective(), fit=fit_pixels)
 
 
 def test_confusion_is_that_of_scikit_learn_for_each_scene():

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gating_jax.inference import exits
-from gating_jax.inference.exits import EXIT_DISPATCH, MASKED, compile_exits, fold_exits, macs
+from gating_jax.inference.exits import EXIT_DISPATCH, MASKED, compile_exits, fold_exits
+from gating_jax.inference.folded import exit_macs
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.models.summary import model_summary
@@ -115,9 +116,9 @@ def test_multiply_accumulates_are_those_that_the_model_counts():
   costs = [r.macs_per_unit for r in records]
   _, stay = compiled(16)(x)
   net = fold_exits(MODEL, VARIABLES)
-  assert macs(net, SHAPE) == counts.macs
+  assert exit_macs(net, SHAPE) == counts.macs
   np.testing.assert_array_equal(
-    macs(net, SHAPE, stay), counts.macs - sum(costs) + goes_on @ np.array(costs)
+    exit_macs(net, SHAPE, stay), counts.macs - sum(costs) + goes_on @ np.array(costs)
   )
 
 

@@ -13,7 +13,6 @@ from gating_jax.inference import (
   export,
   folded,
   folding,
-  gate_statistics,
   quantise,
 )
 from gating_jax.inference.analyse import analyse, prune
@@ -64,7 +63,7 @@ def analysed():
     dict(analysis.macs),
     small,
     opened,
-    [o.opened for o in gate_statistics.count(analysis.net, images)],
+    [o.opened for o in folded_nets.count_gates(analysis.net, images)],
   )
 
 

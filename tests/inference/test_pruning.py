@@ -11,6 +11,7 @@ from gating_jax.inference.analyse import analyse, prune
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
+from tests.helpers import folded_nets
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
 GATED = ("basic", "blocks", "layer", "bottleneck", "vgg", "vgg without norm")
@@ -66,7 +67,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
   net = data.draw(
     st.sampled_from([forced(net, mixed), everywhere(net, CLOSED), everywhere(net, OPEN)])
   )
-  found = gate_statistics.count(net, images(12))
+  found = folded_nets.count_gates(net, images(12))
   choices = pruning.find_static_units(
     net, found, multiple=data.draw(st.sampled_from([1, 2, 3, 16]))
   )
@@ -80,7 +81,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
 def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   opened = everywhere(NETS[name], OPEN)
   small = pruning.apply_pruning(
-    opened, pruning.find_static_units(opened, gate_statistics.count(opened, images(4)))
+    opened, pruning.find_static_units(opened, folded_nets.count_gates(opened, images(4)))
   )
   assert heads(small) == []
   assert folded.macs(small, SHAPE) == folded.macs(opened, SHAPE) - sum(
@@ -88,7 +89,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   )
   closed = everywhere(NETS[name], CLOSED)
   small = pruning.apply_pruning(
-    closed, pruning.find_static_units(closed, gate_statistics.count(closed, images(4)))
+    closed, pruning.find_static_units(closed, folded_nets.count_gates(closed, images(4)))
   )
   pairs = zip(closed.parts, small.parts, strict=True)
   blocks = [(old, new) for old, new in pairs if isinstance(old, Block) and old.head]
@@ -109,7 +110,7 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
   for bias in (OPEN, CLOSED):
     net = everywhere(NETS[name], bias)
     small = pruning.apply_pruning(
-      net, pruning.find_static_units(net, gate_statistics.count(net, images(4)), multiple=1)
+      net, pruning.find_static_units(net, folded_nets.count_gates(net, images(4)), multiple=1)
     )
     assert len(heads(small)) == len(heads(net)) > 1
     for old, new in zip(heads(net), heads(small), strict=True):
@@ -207,7 +208,7 @@ def test_pruning_twice_changes_nothing_more():
 
 def test_features_of_a_vgg_keep_their_channels_and_order():
   net = everywhere(FoldedNet(NETS["vgg"].parts), CLOSED)
-  choices = pruning.find_static_units(net, gate_statistics.count(net, images(4)), multiple=1)
+  choices = pruning.find_static_units(net, folded_nets.count_gates(net, images(4)), multiple=1)
   assert not choices[-1].removed.any()
   assert choices[0].removed.any()
   assert (
@@ -235,7 +236,7 @@ def test_pruning_error_counts_what_new_images_move():
   np.testing.assert_allclose(found.difference[0], gap[opens | closes].max(), rtol=1e-4)
   assert found.difference[1] < 1e-4 < found.difference[0]
   assert found.changed == np.mean(np.argmax(y, 1) != np.argmax(z, 1))
-  assert found.rows(gate_statistics.count(net, x))[0] == {
+  assert found.rows(folded_nets.count_gates(net, x))[0] == {
     "part": 1,
     "group": 0,
     "would open": opens.mean(),

@@ -260,3 +260,52 @@ def test_other_variables_are_loaded_and_those_of_another_model_refused():
   assert run.report() == ()
   with pytest.raises(ValueError, match="net must have the parts and settings"):
     run.load(variables(MODELS["gate"]))
+
+
+@pytest.mark.parametrize("name", ["gate", "uniform, channels gated"])
+def test_the_faster_of_both_ways_is_taken_and_all_times_are_reported(name):
+  model, inputs, done = MODELS[name], batch([4, 3]), []
+  run = compile_segments(
+    model,
+    variables(model),
+    capacities=(2, 4),
+    prepare=prepare,
+    strategy="auto",
+    calibration=inputs,
+    repeats=1,
+    progress=lambda *pieces: done.append(pieces),
+  )
+  rows = run.report()
+  assert [row.strategy for row in rows] == ["segments", "masked", "ungated"]
+  assert [row.strategy for row in rows if row.chosen] == [run.strategy]
+  assert rows[0].mac_ratio == rows[1].mac_ratio <= rows[0].computed_ratio * 1.0001
+  assert rows[0].computed_ratio <= rows[1].computed_ratio
+  assert done == [(i, 7) for i in range(1, 8)]
+  expected, _ = plain(model)(variables(model), inputs)
+  jax.tree.map(CLOSE, run(inputs).outputs, expected)
+
+
+def test_masked_runs_the_heavy_net_on_every_segment():
+  model, inputs = MODELS["uniform, channels gated"], batch([4, 4])
+  run = compile_segments(
+    model, variables(model), capacities=(4,), prepare=prepare, strategy="masked"
+  )
+  run.warm_up(inputs)
+  result, (outputs, records) = run(inputs), plain(model)(variables(model), inputs)
+  jax.tree.map(CLOSE, (result.outputs, result.records), (outputs, records))
+  assert (result.chosen, result.computed) == (4, 8)
+  assert run.report() == ()
+
+
+@pytest.mark.parametrize(
+  ("how", "message"),
+  [
+    (dict(strategy="auto"), "calibration must be given for strategy 'auto'; got None"),
+    (dict(strategy="segment"), "strategy must be one of .*; got 'segment'. Did you mean"),
+    (dict(repeats=0), "repeats must be"),
+  ],
+)
+def test_wrong_ways_to_compile_are_refused(how, message):
+  model = MODELS["uniform"]
+  with pytest.raises(ValueError, match=message):
+    compile_segments(model, variables(model), capacities=(4,), prepare=prepare, **how)

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from gating_jax.inference import conditional, folded, gate_statistics
-from gating_jax.inference.analyse import account
 from gating_jax.inference.folded import Group
 from gating_jax.inference.strategies import (
   EXPORTABLE,
   STRATEGIES,
   PartBatch,
+  account,
   capacities,
   contexts_of,
   why_not,

@@ -12,6 +12,7 @@ from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.conv import ConvNorm, FactorisedConvNorm
 from gating_jax.layers.experts import Experts
 from gating_jax.layers.gate import NOISE, ChannelGate, GatedChannels, GateSettings, apply_gates
+from gating_jax.models import timegate
 from gating_jax.models.columns import Adapter
 from gating_jax.models.mobilenet import MobileNet
 from gating_jax.models.resnet import ResNet
@@ -92,7 +93,7 @@ SEGMENTS = {
     context: passes(
       segment_gate.SegmentGate(segment_gate.SegmentGateSettings(8, context)), VIDEOS, VALID
     )
-    for context in segment_gate.CONTEXTS
+    for context in segment_gate.SEGMENT_CONTEXTS
   },
   **{
     relaxation: passes(
@@ -100,18 +101,18 @@ SEGMENTS = {
       VIDEOS,
       VALID,
     )
-    for relaxation in segment_gate.RELAXATIONS
+    for relaxation in segment_gate.SEGMENT_RELAXATIONS
   },
   **{name: policy(name) for name in ("all", "uniform", "random", "prefix")},
   "oracle": policy("oracle", np.broadcast_to(RELEVANT, VALID.shape)),
-  "dropout": passes(segment_gate.Dropout(0.5), IMAGES),
+  "dropout": passes(timegate.Dropout(0.5), IMAGES),
   **{
     f"pool, {kind}": functools.partial(
-      segment_gate.pool, VIDEOS, VALID.astype(np.float32), kind, VIDEOS[..., 0]
+      timegate.pool, VIDEOS, VALID.astype(np.float32), kind, VIDEOS[..., 0]
     )
-    for kind in segment_gate.POOLINGS
+    for kind in timegate.POOLINGS
   },
-  "pool, bfloat16": lambda: segment_gate.pool(
+  "pool, bfloat16": lambda: timegate.pool(
     VIDEOS.astype(jnp.bfloat16), VALID.astype(np.float32), "attention", VIDEOS[..., 0]
   ),
 }

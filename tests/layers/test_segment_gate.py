@@ -10,7 +10,8 @@ from scipy import special
 
 from gating_jax.layers import segment_gate
 from gating_jax.layers.gate import GATE_RNG, GateSettings
-from gating_jax.layers.segment_gate import CONTEXTS, Dropout, SegmentGate, SegmentGateSettings, pool
+from gating_jax.layers.segment_gate import SEGMENT_CONTEXTS, SegmentGate, SegmentGateSettings
+from gating_jax.models.timegate import POOLINGS, pool
 
 AXIS = "devices"
 B, T, C, K, HIDDEN = 6, 9, 5, 7, 4
@@ -94,7 +95,7 @@ def logits_by_hand(context, variables, x):
   return dense(p["logits"], np.maximum(dense(p["hidden"], h), 0))[:, 0]
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", SEGMENT_CONTEXTS)
 def test_logits_do_not_depend_on_padding_or_on_other_videos(context):
   x, valid, module = normal(B, T, C), padded(*LENGTHS), gate(context)
   variables = init(module, x, valid)
@@ -136,7 +137,7 @@ def with_bias(variables, bias, scale=1.0):
   return flax.traverse_util.unflatten_dict(flat)
 
 
-@pytest.mark.parametrize("relaxation", segment_gate.RELAXATIONS)
+@pytest.mark.parametrize("relaxation", segment_gate.SEGMENT_RELAXATIONS)
 def test_a_video_always_has_a_segment_open_and_padding_never_is(relaxation):
   x, valid, module = normal(B, T, C), padded(*LENGTHS), gate("none", relaxation)
   variables = init(module, x, valid)
@@ -196,7 +197,7 @@ def test_the_noise_and_the_statistics_do_not_depend_on_the_number_of_devices():
   assert np.mean(unaware.gates != expected.gates[8:]) > 0.1
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", SEGMENT_CONTEXTS)
 def test_the_pooled_value_teaches_every_parameter_of_the_gate(context):
   x, valid, module = normal(B, T, C), padded(*LENGTHS), gate(context)
   variables = init(module, x, valid)
@@ -208,81 +209,11 @@ def test_the_pooled_value_teaches_every_parameter_of_the_gate(context):
       lambda params: train(module, {**variables, "params": params}, x, valid)[0].gates, params
     )
     value = lambda gates, kind: jnp.sum(weights * pool(features, gates, kind, scores))
-    return {kind: backward(jax.grad(value)(gates, kind))[0] for kind in segment_gate.POOLINGS}
+    return {kind: backward(jax.grad(value)(gates, kind))[0] for kind in POOLINGS}
 
   for path, slope in flax.traverse_util.flatten_dict(slopes(variables["params"])).items():
     if path[1:] != ("context", "key", "bias"):  # adds the same to the scores of all keys
       assert np.abs(slope).max() > 1e-5, path
-
-
-def pool_by_hand(features, gates, kind, scores):
-  rows = []
-  for f, g, s in zip(features, gates, scores, strict=True):
-    chosen = np.flatnonzero(g)
-    if kind == "max":
-      rows.append(np.max([g[t] * f[t] for t in chosen], axis=0))
-    else:
-      share = np.array([g[t] * (np.exp(s[t]) if kind == "attention" else 1) for t in chosen])
-      rows.append((share / share.sum()) @ f[chosen])
-  return np.array(rows)
-
-
-@pytest.mark.parametrize("kind", segment_gate.POOLINGS)
-def test_pool_is_over_chosen_segments_alone(kind):
-  features, scores, rng = normal(B, T, C) - 3, normal(B, T, seed=1), np.random.default_rng(2)
-  for gates in (padded(*LENGTHS)[:, ::-1] * 1.0, rng.uniform(0.1, 1, (B, T)) * padded(*LENGTHS)):
-    gates = gates.astype(np.float32)
-    pooled = pool(features, gates, kind, scores)
-    np.testing.assert_allclose(pooled, pool_by_hand(features, gates, kind, scores), rtol=1e-5)
-    closed = gates == 0
-    other = np.where(closed[..., None], 1e3, features), gates, kind, np.where(closed, 200, scores)
-    np.testing.assert_array_equal(pool(*other), pooled)
-
-
-@pytest.mark.parametrize("kind", ["mean", "attention"])
-def test_a_closed_segments_gate_learns_what_opening_it_would_change(kind):
-  features, gates = normal(1, 4, 2), np.array([[1, 0, 1, 0]], np.float32)
-  scores = np.array([[0.5, -1, 0.1, -3]], np.float32)
-  weights = np.array([1.0, -2.0])
-  share = np.exp(scores[0]) if kind == "attention" else np.ones(4)
-  value = pool_by_hand(features, gates, kind, scores)[0]
-  by_hand = share * ((features[0] - value) @ weights) / (share * gates[0]).sum()
-  slope = jax.grad(lambda gates: pool(features, gates, kind, scores)[0] @ weights)(gates)
-  np.testing.assert_allclose(slope[0], by_hand, rtol=1e-5)
-  huge = jax.grad(
-    lambda gates: pool(features, gates, kind, np.where(gates > 0, scores, 500))[0] @ weights
-  )(gates)
-  assert np.isfinite(huge).all()
-
-
-def test_the_scores_of_attention_have_its_gradient():
-  features, gates = normal(1, 4, 2), np.array([[1, 0, 0.5, 1]], np.float32)
-  f = lambda scores: pool(features, gates, "attention", scores)[0, 0]
-  scores = np.array([[0.5, 2.0, -0.4, 0.5]], np.float32)  # a tie at the top
-  share = gates[0] * np.exp(scores[0])
-  share /= share.sum()
-  by_hand = share * (features[0, :, 0] - share @ features[0, :, 0])
-  np.testing.assert_allclose(jax.grad(f)(scores)[0], by_hand, rtol=1e-4, atol=1e-6)
-
-
-def test_dropout_keeps_the_mean_and_does_not_depend_on_the_number_of_devices():
-  x = np.ones((16, 400), np.float32)
-  drop = lambda x, axis_name, seed=0: Dropout(0.25, axis_name).apply(
-    {}, x, train=True, rngs={"dropout": jax.random.key(seed)}
-  )
-  dropped = np.asarray(drop(x, None))
-  np.testing.assert_allclose(np.unique(dropped), [0, 1 / 0.75], rtol=1e-6)
-  assert abs(dropped.mean() - 1) < 5 * np.sqrt(1 / 3 / x.size)
-  assert len(np.unique(dropped, axis=0)) == 16
-  assert (dropped != drop(x, None, 1)).any()
-  spread = jax.pmap(lambda x: drop(x, AXIS), axis_name=AXIS)(x.reshape(8, 2, 400))
-  np.testing.assert_array_equal(spread.reshape(x.shape), dropped)
-
-
-def test_dropout_does_nothing_in_evaluation_or_at_rate_0():
-  x = normal(3, 4)
-  np.testing.assert_array_equal(Dropout(0.5).apply({}, x), x)
-  np.testing.assert_array_equal(Dropout(0.0).apply({}, x, train=True), x)
 
 
 def test_the_last_bias_starts_at_the_initial_open_rate():

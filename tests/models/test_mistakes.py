@@ -14,7 +14,7 @@ import gating_jax as gj
 from gating_jax.layers.conv import ConvNorm
 from gating_jax.layers.experts import mixture
 from gating_jax.layers.gate import GateHead
-from gating_jax.layers.segment_gate import Dropout, pool
+from gating_jax.models.timegate import Dropout, pool
 
 KEY, IMAGES, VIDEOS, VALID = (
   jax.random.key(0),

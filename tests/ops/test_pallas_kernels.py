@@ -209,25 +209,6 @@ def test_tiles_change_nothing_but_rounding(tiles):
   np.testing.assert_allclose(y, by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_one_convolution_gated_on_both_sides():
-  branch, x = problem(SHAPES["odd"])
-  inside = np.float32([[0, 1, 1], [1, 1, 0], [0, 0, 0]])
-  outside = np.float32([[0.5, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
-  h = pallas_kernels.masked_conv(x, branch.kernel1, branch.bias1, relu=True)
-  both = dict(in_gates=inside, out_gates=outside, relu=True)
-  expected = pallas_kernels.masked_conv(h, branch.kernel2, branch.bias2, **both)
-  spoilt = jnp.where(np.repeat(inside, 8, axis=1)[:, None, None] > 0, h, jnp.nan)
-  y = jax.jit(functools.partial(pallas_kernels.gated_conv, relu=True))(
-    spoilt, branch.kernel2, branch.bias2, in_gates=inside, out_gates=outside
-  )
-  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-  assert not np.any(y[0, :, :, 5:10])
-  assert not np.any(y[1])
-  np.testing.assert_allclose(
-    y[2], np.broadcast_to(np.maximum(branch.bias2, 0), y[2].shape)
-  )  # nothing to read
-
-
 @pytest.mark.filterwarnings(
   "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
 )  # from jax 0.11 on

@@ -103,7 +103,7 @@ def task_page(folder):
   learner, tests = experiment.fresh(), np.array([[0.9, np.nan], [0.8, 0.7]])
   memory = learner.memory.replace(relevant=np.arange(16) % 3 > np.array([[0], [1]]))
   learner = learner.replace(task=2, memory=memory, table=learner.table._make([tests] * 5))
-  continual_report.write(experiment, learner, rundir.RunDir(folder), 10)
+  continual_report.write_report(experiment, learner, rundir.RunDir(folder), 10)
 
 
 def video_page(folder):

@@ -1,6 +1,6 @@
 import pytest
 
-from gating_jax.reports import glossary, opening, page, tables, timings
+from gating_jax.reports import opening, page, tables, timings
 
 START = {
   "date": "2026-01-02T03:04:05+00:00",
@@ -196,7 +196,7 @@ def test_every_row_of_every_result_is_defined():
     ),
     *tables.task_rows(TASKS),
   ]
-  assert [name for name, _ in rows if not glossary.meaning(name)] == []
+  assert [name for name, _ in rows if not tables.meaning(name)] == []
 
 
 def test_every_measure_of_tasks_is_defined():
@@ -209,4 +209,4 @@ def test_every_measure_of_tasks_is_defined():
     "reasons": {},
   }
   ((_, rows),) = tables.task_tables({"task_names": ["one"], "task_aware": accuracies})
-  assert {name for name, *_ in rows} == {"one", *glossary.MEASURES}
+  assert {name for name, *_ in rows} == {"one", *tables.TASK_MEANINGS}

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from configs import split_digits
+from gating_jax import experiments
 from gating_jax.continual import registry
 from gating_jax.reports import opening, page, surroundings
 from gating_jax.training import provenance
@@ -56,7 +57,7 @@ def made(tmp_path):
 
 def baseline_of(folder):
   mine = json.loads((folder / "config.json").read_text())
-  found = surroundings.find_baseline(folder, mine, surroundings.IMAGES)
+  found = surroundings.find_baseline(folder, mine, experiments.KINDS["classification"])
   return found and found.name
 
 

@@ -150,9 +150,12 @@ def test_the_images_that_fire_a_gate_are_those_of_its_largest_logits(monkeypatch
   *_, gates = evaluation.evaluate(
     run, batches.padded_batches(images(), batch_size), COUNTS, **GATES
   )
-  assert gates.firing[:, 0].tolist() == [4, 11, 30, -1, -1, -1, -1, -1]
+  assert gates.most_open_images[:, 0].tolist() == [4, 11, 30, -1, -1, -1, -1, -1]
   for gate in (1, 2):
-    assert gates.firing[:, gate].tolist() == sorted(range(M), key=lambda i: -logits[i, gate])[:8]
+    assert (
+      gates.most_open_images[:, gate].tolist()
+      == sorted(range(M), key=lambda i: -logits[i, gate])[:8]
+    )
 
 
 def test_a_gate_fires_where_it_is_open_whatever_its_logit():
@@ -162,7 +165,9 @@ def test_a_gate_fires_where_it_is_open_whatever_its_logit():
   *_, gates = evaluation.evaluate(shifted, batches.padded_batches(images(), 8), COUNTS, **GATES)
   for gate in range(3):
     opened = np.flatnonzero(LOGITS[:, gate] > 0)
-    assert gates.firing[:, gate].tolist() == sorted(opened, key=lambda i: -LOGITS[i, gate])[:8]
+    assert (
+      gates.most_open_images[:, gate].tolist() == sorted(opened, key=lambda i: -LOGITS[i, gate])[:8]
+    )
 
 
 def test_a_class_without_images_has_no_rate():

@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ from scipy import special, stats
 
 from gating_jax.ops.priors import beta
 from gating_jax.training import objectives
-from gating_jax.training.objectives import ExitObjective, ImageObjective, batch_shaping_term
+from gating_jax.training.objectives import ImageObjective, batch_shaping_term, fit_exits
 from gating_jax.types import GateRecord
 
 N, CLASSES, UNITS = 6, 3, (2, 4)
@@ -286,7 +289,7 @@ def test_wrong_names_are_refused_with_near_matches(settings, message):
 def test_all_exits_are_fitted_at_once_with_their_weights(weights):
   answers = RANDOM.normal(size=(N, 3, CLASSES)).astype(np.float32)
   plain = objective(regulariser="none")
-  fitted = ExitObjective(**vars(plain), exit_weights=weights)
+  fitted = dataclasses.replace(plain, fit=functools.partial(fit_exits, exit_weights=weights))
   each = [plain(answers[:, i], LABELS, (), STEP)[1] for i in range(3)]
   total, terms = fitted(answers, LABELS, records(), STEP)
   expected = [float(e["cross_entropy"]) for e in each] @ np.array([weights[0], weights[-1], 1.0])
@@ -297,4 +300,4 @@ def test_all_exits_are_fitted_at_once_with_their_weights(weights):
   with pytest.raises(
     ValueError, match="exit_weights must hold 1 number, or one for each of 1 exits before the last"
   ):
-    ExitObjective(**vars(plain), exit_weights=(1.0, 1.0))(answers[:, 1:], LABELS, (), STEP)
+    fit_exits(answers[:, 1:], LABELS, exit_weights=(1.0, 1.0))

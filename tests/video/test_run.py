@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gating_jax.analysis import statistics
-from gating_jax.inference.segments import compile_segments
+from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
 from gating_jax.models.resnet import ResNet
 from gating_jax.training import loop, rundir
@@ -134,6 +134,11 @@ def test_whatever_takes_long_says_what_it_does(finished):
       "loss.light must be > 0 if model.selection is 'confidence'",
     ),
     ("pretrain.target", "unit", "pretrain.target must be one of label, units; got 'unit'"),
+    (
+      "loss.channels.sparsity.kind",
+      "budget",
+      "model.heavy.gating='none' is incompatible with loss.channels.sparsity.kind='budget'",
+    ),
   ],
 )
 def test_a_wrong_setting_is_named_before_a_directory_is_made(
@@ -142,6 +147,15 @@ def test_a_wrong_setting_is_named_before_a_directory_is_made(
   with pytest.raises(ValueError, match=message):
     run.run(config(**{field: value}), tmp_path / "run", "train")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_of_channels_is_refused_where_closing_all_would_not_meet_it(config):
+  changes = {"model.heavy.gating": "channel", "loss.channels.sparsity.kind": "budget"}
+  build.build(config(**changes, **{"loss.channels.sparsity.target": 1.0}))
+  with pytest.raises(
+    ValueError, match=r"loss.channels.sparsity.target must be above 0\.\d+, .*; got 0.001"
+  ):
+    build.build(config(**changes, **{"loss.channels.sparsity.target": 0.001}))
 
 
 def test_the_oracle_needs_to_know_which_segments_matter(config, tmp_path):
@@ -499,7 +513,7 @@ def test_everything_open_is_every_segment(config):
   variables["params"]["gate"]["logits"]["bias"] -= 10.0
   chosen = [
     compile_segments(model, v, capacities=(8,), prepare=experiment.prepare)(inputs).chosen
-    for v in (variables, speed._opened(model, variables))
+    for v in (variables, opened_variables(model, variables))
   ]
   assert chosen[0] < chosen[1] == inputs["valid"].sum()
 

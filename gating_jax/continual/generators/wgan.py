@@ -377,25 +377,6 @@ def gradient_penalty(critic: Callable[[Array], Array], images: Array) -> Array:
   return jnp.mean(jnp.square(norms - 1))
 
 
-def sample(
-  generator: nn.Module, state: WganState, key: Array, n: int, labels: Array | None = None
-) -> Array:
-  """Generates images from the averaged parameters.
-
-  Args:
-    generator: as in `init_state`.
-    state: of its training.
-    key: PRNG key of the latents.
-    n: number of images.
-    labels: `[n]`, for a conditional generator.
-  Returns:
-    `[n, H, W, D]` uint8.
-  """
-  variables = {"params": state.average, "batch_stats": state.batch_stats}
-  images, _ = generator.apply(variables, latents(key, n, generator.latent), labels)
-  return to_pixels(images)
-
-
 def latents(key: Array, n: int, size: int, axis_name: Hashable | None = None) -> Array:
   """Draws standard normal latents.
 

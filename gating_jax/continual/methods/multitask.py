@@ -43,7 +43,7 @@ from gating_jax.continual.method import (
 from gating_jax.continual.methods.task_gates import TaskGatesSettings
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
-from gating_jax.ops.closed_share import closed_share
+from gating_jax.ops.penalties import closed_share
 from gating_jax.training.closed_gates import CLOSED
 from gating_jax.types import Array
 

@@ -57,7 +57,7 @@ from gating_jax.continual.task_inference import (
 )
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
-from gating_jax.ops.closed_share import closed_share
+from gating_jax.ops.penalties import closed_share
 from gating_jax.training.closed_gates import CLOSED
 from gating_jax.types import Array
 

@@ -41,6 +41,13 @@ class PairCritic(nn.Module):
 PAIR = Pair(), PairCritic()
 
 
+def generated(generator, state, key, n, labels=None):
+  """Returns `[n, H, W, D]` uint8 images of the averaged parameters."""
+  variables = {"params": state.average, "batch_stats": state.batch_stats}
+  made, _ = generator.apply(variables, wgan.latents(key, n, generator.latent), labels)
+  return wgan.to_pixels(made)
+
+
 def gated_nets(axis_name=None):
   """Makes a generator and a critic that are gated and conditional."""
   generator = Generator(
@@ -67,7 +74,7 @@ def test_it_learns_how_two_pixels_belong_together():
   pixels = np.stack([left, 230 - left // 2], axis=-1).astype(np.uint8).reshape(-1, 1, 2, 1)
   settings = WganSettings(critic_steps=3, learning_rate=2e-3)
   run = jax.jit(steps.resident_steps(wgan.make_train_step(*PAIR, settings, seed=0)))
-  draw = jax.jit(lambda state: wgan.sample(PAIR[0], state, jax.random.key(1), 500))
+  draw = jax.jit(lambda state: generated(PAIR[0], state, jax.random.key(1), 500))
   made = lambda state: np.asarray(draw(state), float).reshape(-1, 2)
   off_line = lambda pairs: np.mean(np.abs(pairs[:, 1] - (230 - pairs[:, 0] / 2)))
   state = wgan.init_state(*PAIR, settings, 0)
@@ -216,7 +223,7 @@ def test_a_gated_generator_learns_its_gates_and_samples_without_noise():
   np.testing.assert_array_less(head(state), head(fresh))  # the loss of the records closes them
   assert not tiny.bit_equal(state.batch_stats, fresh.batch_stats)
   draw = jax.jit(
-    lambda state: wgan.sample(gated_nets()[0], state, jax.random.key(3), 5, jnp.arange(5) % 3)
+    lambda state: generated(gated_nets()[0], state, jax.random.key(3), 5, jnp.arange(5) % 3)
   )
   np.testing.assert_array_equal(draw(state), draw(state))
   assert np.any(draw(state) != draw(state.replace(average=fresh.average)))
@@ -287,7 +294,7 @@ def test_sizes_of_images(shape):
     state, _ = wgan.make_train_step(generator, critic, SETTINGS, seed=0)(
       fresh, pixels, jnp.zeros(8, int)
     )
-    return fresh, state, wgan.sample(generator, state, jax.random.key(1), 5, jnp.arange(5) % 3)
+    return fresh, state, generated(generator, state, jax.random.key(1), 5, jnp.arange(5) % 3)
 
   fresh, state, made = jax.eval_shape(run, jnp.zeros((8, *shape), jnp.uint8))
   assert (made.shape, made.dtype) == ((5, *shape), jnp.uint8)
@@ -296,7 +303,7 @@ def test_sizes_of_images(shape):
 
 
 def test_samples_depend_on_key_and_place():
-  sample = jax.jit(lambda key: wgan.sample(PAIR[0], start(), key, 4))
+  sample = jax.jit(lambda key: generated(PAIR[0], start(), key, 4))
   draw = lambda seed: np.asarray(sample(jax.random.key(seed)), float)
   np.testing.assert_array_equal(draw(0), draw(0))
   assert np.mean(np.abs(draw(0) - draw(1))) > 1

@@ -12,7 +12,7 @@ import pytest
 from flax import traverse_util
 
 from gating_jax.continual import rehearsal, task_inference, training
-from gating_jax.continual.method import Batch, LearnerState, Network, Problem, Table, TaskData
+from gating_jax.continual.method import Batch, LearnerState, Network, Problem, TaskData, TaskTable
 from gating_jax.continual.methods.task_gates import FullLayerError, TaskGatesSettings, task_gates
 from gating_jax.continual.rehearsal import episodic
 from gating_jax.continual.replay_memory import ReplaySettings
@@ -96,7 +96,7 @@ class Run:
         *start[:2],
         self.optimiser.init(start.params),
         start.memory,
-        Table(*[jnp.zeros(())] * 5),
+        TaskTable(*[jnp.zeros(())] * 5),
       )
 
     self.learner = init(jax.random.key(0, impl="rbg"))

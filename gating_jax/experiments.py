@@ -1,0 +1,265 @@
+"""Kinds of experiments: one row for each programme, by the name in `config.experiment`.
+
+The command, the config files, `load_run`, smoke tests and pages find here what they need to know of
+a programme. A row is plain data and names modules without importing them: this file lies below all
+of them, and `--help` reads it. `docs/extend.md` says how to add a programme.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Score(NamedTuple):
+  """A measure that comparisons of runs show.
+
+  Attributes:
+    label: its name in texts.
+    share: the key of its value in a result, a fraction.
+    macs: the key of the MACs that belong to it.
+  """
+
+  label: str
+  share: str
+  macs: str
+
+
+class Example(NamedTuple):
+  """An example of a kind in `--help`.
+
+  Attributes:
+    config: the name of a config, whose data need no download.
+    workdir: the name of a run directory.
+    about: what is trained, in a few words.
+  """
+
+  config: str
+  workdir: str
+  about: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of experiment.
+
+  Attributes:
+    module: the module of its programme, with `run(config, workdir, mode)` and
+      `build(config, outlines)`.
+    programme: the name of the class there, a `runner.Programme` of one argument, what `build` made.
+    base: the module in `configs`, and its function, that list every field with its default.
+    example: for `--help`.
+    scores: of a finished run, the most important first.
+    noun: word for an example of the data, such as `image`.
+    small: fields that a run's time grows with, and their largest value in a smoke test; next to
+      those that `training.smoke` lowers for all kinds.
+    field: the config's field that says what is gated.
+    baselines: its values for ungated networks that pages compare with, the best baseline first.
+    ungated: fields, and their values in a network that computes the same for every example. None
+      stands for a field that an older config lacks.
+    ignored: fields, or sections that end with a dot, in which a baseline may differ from a run.
+    how: to train a baseline, as a text for readers.
+    tested: fields that define what a run is tested on.
+  """
+
+  module: str
+  programme: str
+  base: tuple[str, str]
+  example: Example
+  scores: tuple[Score, ...]
+  noun: str
+  small: Mapping[str, int]
+  field: str
+  baselines: tuple[str, ...]
+  ungated: Mapping[str, tuple[str | None, ...]]
+  ignored: tuple[str, ...]
+  how: str
+  tested: tuple[str, ...]
+
+  def is_ungated(self, config: Mapping[str, Any]) -> bool:
+    """Checks that the network of a flat config computes the same for every example."""
+    return all(config.get(field) in values for field, values in self.ungated.items())
+
+
+_ACCURACY = Score("accuracy", "accuracy", "macs")
+# Continual methods that compute the same for every image of a task.
+_UNGATED_METHODS = (
+  "progressive",
+  "fine_tuning",
+  "joint",
+  "ewc",
+  "online_ewc",
+  "si",
+  "lwf",
+  "er",
+  "derpp",
+  "agem",
+  "icarl",
+  "multitask_norms",
+  "multitask_trunk",
+  "dgm",
+)
+# Selections of segments that do not depend on the video.
+_BLIND = ("all", "uniform", "random", "light")
+# Fields that define the images that a run is tested on.
+_IMAGE_SET = ("data.name", "data.test_split", "data.image_feature", "data.label_feature")
+
+_CLASSIFICATION = Kind(
+  module="gating_jax.images.classification",
+  programme="Classification",
+  base=("common", "image_config"),
+  example=Example("digits_resnet20", "digits", "images"),
+  scores=(_ACCURACY,),
+  noun="image",
+  small={},
+  field="model.gating",
+  baselines=("none",),
+  ungated={"model.gating": ("none",)},
+  ignored=(
+    "model.gate.",
+    "model.noise.",
+    "model.exits.",
+    "model.experts.",
+    "model.backward_share",
+    "model.init_from",
+    "loss.",
+    "optim.gate_lr_multiplier",
+    "data.workers",
+    "data.loader",
+  ),
+  how="the variant gates=none of its config",
+  tested=_IMAGE_SET,
+)
+# Scenes have the nets and gates of images.
+_SEGMENTATION = dataclasses.replace(
+  _CLASSIFICATION,
+  module="gating_jax.images.segmentation",
+  programme="Segmentation",
+  base=("segmentation_common", "segmentation_config"),
+  example=Example("segmentation_digits", "scenes", "a class for every pixel"),
+  # The accuracy is that of pixels.
+  scores=(Score("mean IoU", "mean_iou", "macs"), _ACCURACY),
+  noun="scene",
+  small={"data.train_scenes": 64, "data.test_scenes": 16},
+  tested=("data.name", "data.test_split", "data.size", "data.digits", "data.test_scenes"),
+)
+_CONTINUAL = Kind(
+  module="gating_jax.continual.run",
+  programme="ContinualLearning",
+  base=("continual_common", "continual_config"),
+  example=Example("split_digits", "split_digits", "tasks, one after the other"),
+  scores=(
+    Score("accuracy, task known", "task_aware.average_accuracy", "task_aware_macs"),
+    Score("accuracy, task unknown", "task_agnostic.average_accuracy", "task_agnostic_macs"),
+  ),
+  noun="image",
+  small={
+    "tasks.count": 2,
+    "router.steps": 10,
+    "generator.steps": 4,
+    "generator.images": 64,
+    "ewc.examples": 64,
+    "online_ewc.examples": 64,
+    "replay.images": 64,
+    "optim.eval_batch_size": 64,
+  },
+  field="method",
+  baselines=("joint", "multitask_trunk", "fine_tuning"),
+  ungated={"method": _UNGATED_METHODS},
+  ignored=(
+    "gates.",
+    "hat.",
+    "progressive.",
+    "router.",
+    "generator.",
+    "ewc.",
+    "online_ewc.",
+    "si.",
+    "lwf.",
+    "replay.",
+    "derpp.",
+    "dgm.",
+    "model.gate.",
+    "optim.gate_lr_multiplier",
+  ),
+  how="the variant method=joint of its config, which learns all tasks together, or "
+  "method=fine_tuning",
+  tested=(*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"),
+)
+_LONG_VIDEO = Kind(
+  module="gating_jax.video.run",
+  programme="LongVideo",
+  base=("video_common", "video_config"),
+  example=Example("composed_timegate", "timegate", "segments of long videos"),
+  # A data set has one label for each video, or several; a result has one of the scores.
+  scores=(_ACCURACY, Score("mean average precision", "mean_average_precision", "macs")),
+  noun="video",
+  small={
+    "data.size": 32,
+    "data.segments": 16,
+    "data.train_videos": 32,
+    "data.test_videos": 16,
+  },
+  field="model.selection",
+  baselines=("all",),
+  ungated={"model.selection": _BLIND, "model.heavy.gating": ("none", None)},
+  ignored=(
+    "model.gate.",
+    "model.segment_fraction",
+    "model.heavy.gating",
+    "model.heavy.gate.",
+    "loss.",
+    "optim.epochs",
+    "optim.gate_lr_multiplier",
+    "data.workers",
+  ),
+  how="the variant selection=all of its config",
+  tested=(
+    "data.name",
+    "data.test_split",
+    "data.layout",
+    "data.table",
+    "data.folder",
+    "data.segments",
+    "data.test_videos",
+    "data.at_most",
+  ),
+)
+
+# By the name of the experiment in a config. Comparisons show scores in this order: scenes come
+# first, since their mean IoU comes before the accuracy that they share with images.
+KINDS = {
+  "segmentation": _SEGMENTATION,
+  "classification": _CLASSIFICATION,
+  "long_video": _LONG_VIDEO,
+  "continual": _CONTINUAL,
+}
+
+
+def kind_of(experiment: Any) -> Kind | None:
+  """Returns the kind of a name in a config; None for one of another version, or a damaged one."""
+  return KINDS.get(str(experiment))
+
+
+def example_noun(experiment: Any) -> str:
+  """Returns the word for an example of a kind of experiment.
+
+  >>> example_noun("segmentation"), example_noun("of another version")
+  ('scene', 'image')
+  """
+  kind = kind_of(experiment)
+  return kind.noun if kind else "image"
+
+
+def all_scores() -> tuple[Score, ...]:
+  """Returns the scores of all kinds, each once, in the order of the kinds.
+
+  >>> [score.label for score in all_scores()[:3]]
+  ['mean IoU', 'accuracy', 'mean average precision']
+  """
+  # A dictionary keeps the first of equals, and the order.
+  scores = {}
+  for kind in KINDS.values():
+    scores.update(dict.fromkeys(kind.scores))
+  return tuple(scores)
