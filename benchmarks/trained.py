@@ -29,7 +29,8 @@ import numpy as np
 from gating_jax import runner
 from gating_jax.images.build import build
 from gating_jax.images.classification import Classification
-from gating_jax.inference import folded, gate_statistics
+from gating_jax.inference import folded
+from gating_jax.inference.analyse import observe
 from gating_jax.inference.conditional import compile_conditional, program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
@@ -259,7 +260,7 @@ def macs(net, images):
   return np.concatenate(
     [
       np.broadcast_to(folded.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
-      for x, _, logits in gate_statistics.observed(net, images)
+      for x, _, logits in observe(net, images)
     ]
   ).mean()
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 # Type checkers do not run `__getattr__`.
 if TYPE_CHECKING:
-  from gating_jax.inference.analyse import Analysis, analyse, prune
+  from gating_jax.inference.analyse import Analysis, analyse, prune, pruning_error
   from gating_jax.inference.conditional import compile_conditional
   from gating_jax.inference.exits import compile_exits
   from gating_jax.inference.export import export_model, load_exported
   from gating_jax.inference.folding import fold
-  from gating_jax.inference.pruning import find_static_units, pruning_error
+  from gating_jax.inference.pruning import find_static_units
   from gating_jax.inference.quantise import quantise
   from gating_jax.inference.segments import compile_segments
   from gating_jax.layers.blocks import BasicBlock, Bottleneck
@@ -199,7 +199,7 @@ _MODULES = {
   "normal": "gating_jax.ops.priors",
   "open_indices": "gating_jax.ops.compaction",
   "prune": "gating_jax.inference.analyse",
-  "pruning_error": "gating_jax.inference.pruning",
+  "pruning_error": "gating_jax.inference.analyse",
   "quantise": "gating_jax.inference.quantise",
   "relaxed_bernoulli": "gating_jax.ops.priors",
   "resnet": "gating_jax.models.resnet",

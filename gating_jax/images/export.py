@@ -16,9 +16,17 @@ import jax
 import numpy as np
 
 from gating_jax import config_files
+from gating_jax.checks import quoted
 from gating_jax.images.build import Experiment
-from gating_jax.inference import exits, export, folded, gate_statistics
-from gating_jax.inference.analyse import Analysis, analyse
+from gating_jax.inference import exits, export, folded
+from gating_jax.inference.analyse import (
+  BATCH_SIZE,
+  Analysis,
+  PruningEffect,
+  analyse,
+  observe,
+  pruning_error,
+)
 from gating_jax.inference.compiled import (
   count_pieces,
   run_over,
@@ -27,17 +35,10 @@ from gating_jax.inference.compiled import (
 )
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import FoldedNet, Gates
-from gating_jax.inference.pruning import (
-  PruningEffect,
-  apply_pruning,
-  find_static_units,
-  pruning_error,
-  rate_bound,
-)
+from gating_jax.inference.pruning import apply_pruning, find_static_units, rate_bound
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.strategies import EXPORTABLE
 from gating_jax.models.resnet_variants import EarlyExitNet
-from gating_jax.paths import quoted
 from gating_jax.reports import compile_report, conclusion, surroundings
 from gating_jax.reports.text import align_columns
 from gating_jax.reports.timings import timing_title
@@ -314,8 +315,8 @@ def _batches(
 ) -> Iterator[tuple[Any, Any]]:
   """Yields network inputs and labels, of all images or those at `index`."""
   index = np.arange(len(images)) if index is None else index
-  for start in range(0, len(index), gate_statistics.BATCH_SIZE):
-    pixels, labels = images.read(index[start : start + gate_statistics.BATCH_SIZE])
+  for start in range(0, len(index), BATCH_SIZE):
+    pixels, labels = images.read(index[start : start + BATCH_SIZE])
     yield np.asarray(experiment.normalise(pixels), np.float32), np.asarray(labels)
 
 
@@ -338,8 +339,8 @@ def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
       labels.append(of_batch)
       yield x
 
-  # Batches are of `BATCH_SIZE` images, which `observed` takes one by one: labels stay in step.
-  for x, outputs, logits in gate_statistics.observed(net, inputs()):
+  # Batches are of `BATCH_SIZE` images, which `observe` takes one by one: labels stay in step.
+  for x, outputs, logits in observe(net, inputs()):
     correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
     macs = folded.macs(net, shape, [z > 0 for z in logits])
     # A network without gates has one number for all images.

@@ -1,7 +1,12 @@
-"""Gate statistics of a trained network on calibration images, and the cost of each way to skip.
+"""Measurements of a trained network on images: gate statistics, costs, effects of pruning.
 
-Axes: M images, N of a batch, U units of a group.
-Reference: Bejnordi et al., 2020, section 5; Herrmann et al., 2020 (blocks of channels).
+`analyse` counts what the gates open on calibration images, and what each way to skip closed units
+would cost. `pruning_error` tests on new images whether units are as static as the calibration has
+shown them.
+
+Axes: M images, N of a batch, U units of a group, G groups of the network in the order of its gates.
+Reference: Bejnordi et al., 2020, section 5 (always open, always closed, conditional); Herrmann et
+al., 2020 (blocks of channels).
 """
 
 from __future__ import annotations
@@ -9,21 +14,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.analysis.statistics import GateCounter
 from gating_jax.inference import folded
-from gating_jax.inference.folded import AllGates, FoldedNet, Group, Shape
+from gating_jax.inference.compiled import check_finite, check_images
+from gating_jax.inference.folded import AllGates, FoldedNet, Group, Shape, places
 from gating_jax.inference.folding import fold
-from gating_jax.inference.gate_statistics import GroupStatistics, NetCounter, observed, places
-from gating_jax.inference.pruning import apply_pruning, find_static_units
+from gating_jax.inference.pruning import (
+  GroupStatistics,
+  PruneMask,
+  apply_pruning,
+  find_static_units,
+)
 from gating_jax.inference.quantise import check_float
 from gating_jax.inference.strategies import account, contexts_of, switch
 from gating_jax.ops import arguments
+from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.timing import MASKED, UNGATED
 
+# Images that a network takes at a time.
+BATCH_SIZE = 128
+# Images of a union, and channels of a block, whose units run together.
 UNION, BLOCKS = 8, (16, 32, 64)
 # Keys of `Analysis.macs`, where a pruned network is called slimmed.
 EXECUTED, PRUNED = "executed", "slimmed"
@@ -106,7 +123,7 @@ def analyse(
   # Sums of integers over images; divided once, below.
   counter, images = NetCounter(net), 0
   totals = dict.fromkeys((EXECUTED, switched, *ways), 0)
-  for x, _, logits in observed(net, calibration):
+  for x, _, logits in observe(net, calibration):
     shape, images = x.shape[1:], images + len(x)
     counter.add(logits, len(x))
     gates = [z > 0 for z in logits]
@@ -158,6 +175,189 @@ def prune(
     max_rate=max_rate,
   )
   return apply_pruning(analysis.net, static)
+
+
+class PruningEffect(NamedTuple):
+  """The effect of new images on units that a calibration found static.
+
+  Attributes:
+    images: number of images.
+    affected: fraction of images with any pruned unit that would have opened, or any ungated unit
+      that would have closed.
+    opened, closed: `[G]` fraction of images for which some pruned unit of a group would have
+      opened, and some ungated one closed.
+    difference: largest absolute difference of outputs on affected images, and on all others, where
+      it is rounding.
+    changed: fraction of images for which another output is the largest.
+  """
+
+  images: int
+  affected: float
+  opened: np.ndarray
+  closed: np.ndarray
+  difference: tuple[float, float]
+  changed: float
+
+  def rows(self, gate_statistics: Sequence[GroupStatistics]) -> list[Mapping[str, Any]]:
+    """Returns a table row for each group."""
+    rows = []
+    for i, counted in enumerate(gate_statistics):
+      rows.append(
+        {
+          "part": counted.part,
+          "group": counted.index,
+          "would open": float(self.opened[i]),
+          "would close": float(self.closed[i]),
+        }
+      )
+    return rows
+
+
+def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> PruningEffect:
+  """Measures how often new data would have opened a pruned unit or closed an ungated one.
+
+  Args:
+    net: the network before pruning.
+    choices: the argument of `apply_pruning`.
+    images: `[M, H, W, D]` network inputs, or an iterable of batches.
+  Raises:
+    ValueError: no images.
+  """
+  small = apply_pruning(net, choices)
+  total, affected, changed, gap_affected, gap_others = 0, 0, 0, 0.0, 0.0
+  opened, closed = np.zeros((2, len(choices)), np.int64)
+  for x, before, logits in observe(net, images):
+    # One batch in, one out: `x` is a batch of `observe` itself.
+    ((_, after, _),) = observe(small, [x])
+    # Images for which some pruned unit would have opened, or some ungated one closed.
+    moved = np.zeros(len(x), bool)
+    for i, (z, choice) in enumerate(zip(logits, choices, strict=True)):
+      would_open = ((z > 0) & choice.removed).any(axis=1)
+      would_close = ((z <= 0) & choice.ungated).any(axis=1)
+      opened[i] += would_open.sum()
+      closed[i] += would_close.sum()
+      moved |= would_open | would_close
+    gap = np.abs(before - after).reshape(len(x), -1).max(axis=1, initial=0.0)
+    gap_affected = max(gap_affected, float(gap[moved].max(initial=0.0)))
+    gap_others = max(gap_others, float(gap[~moved].max(initial=0.0)))
+    total, affected = total + len(x), affected + int(moved.sum())
+    if net.classifier is not None:
+      changed += int((before.argmax(1) != after.argmax(1)).sum())
+  if not total:
+    raise ValueError("images must be at least one; got none")
+  return PruningEffect(
+    images=total,
+    affected=affected / total,
+    opened=opened / total,
+    closed=closed / total,
+    difference=(gap_affected, gap_others),
+    changed=changed / total,
+  )
+
+
+class Observation(NamedTuple):
+  """A batch of images, and what a network made of it.
+
+  Attributes:
+    images: `[N, H, W, D]`.
+    outputs: `[N, ...]`.
+    logits: `[N, U]` of each group.
+  """
+
+  images: np.ndarray
+  outputs: np.ndarray
+  logits: tuple[np.ndarray, ...]
+
+
+# One compiled function for all calls: networks of the same shapes share a program.
+_run = jax.jit(folded.run)
+
+
+def observe(net: FoldedNet, images: Any) -> Iterator[Observation]:
+  """Yields batches of images, with the network's outputs and the logits of all groups.
+
+  Args:
+    net: the network.
+    images: `[M, H, W, D]` float32 network inputs, or an iterable of such batches.
+  Yields:
+    an `Observation` of `BATCH_SIZE` images, last one of the rest.
+  Raises:
+    ValueError: no images, or images of another rank, of unlike shapes, in integers, or not finite.
+  """
+  for x in _batches(images):
+    folded.check_channels(net, x.shape[3])
+    # A last batch that is nearly full is padded, so that it runs in the same program.
+    spare = -len(x) % BATCH_SIZE if len(x) > BATCH_SIZE // 2 else 0
+    padded = np.pad(x, [(0, spare), (0, 0), (0, 0), (0, 0)])
+    outputs, logits = jax.device_get(_run(net, jnp.asarray(padded)))
+    yield Observation(x, outputs[: len(x)], tuple(z[: len(x)] for z in logits))
+
+
+def gates_of(net: FoldedNet, images: Any) -> tuple[np.ndarray, ...]:
+  """Computes the gates of every group on images, `[M, U]` of 0 and 1; arguments as `observe`."""
+  # Logits only: outputs of all images could fill the memory.
+  pieces = [observation.logits for observation in observe(net, images)]
+  gates = []
+  for of_group in zip(*pieces, strict=True):
+    gates.append(np.asarray(threshold_gate(np.concatenate(of_group))))
+  return tuple(gates)
+
+
+def _batches(images: Any) -> Iterator[np.ndarray]:
+  """Yields `BATCH_SIZE` images at a time, then the rest, whatever the batches of an iterable."""
+  pieces, waiting = _pieces(images), None
+  for x in pieces:
+    x = check_finite("images", check_images("images", x))
+    if waiting is not None and x.shape[1:] != waiting.shape[1:]:
+      raise ValueError(f"images must be of one shape, {waiting.shape[1:]}; got {x.shape[1:]}")
+    if not len(x):
+      raise ValueError("images must be at least one image; got none")
+    # Batches are made up across pieces, so that all but the last have one shape and program.
+    waiting = x if waiting is None or not len(waiting) else np.concatenate([waiting, x])
+    while len(waiting) >= BATCH_SIZE:
+      yield waiting[:BATCH_SIZE]
+      waiting = waiting[BATCH_SIZE:]
+  if waiting is not None and len(waiting):
+    yield waiting
+
+
+def _pieces(images: Any) -> Iterator[Any]:
+  """Iterates over the batches of an iterable, or over parts of an array."""
+  if not hasattr(images, "shape"):
+    yield from images
+    return
+  # At least one piece, so that an empty array is found to be empty.
+  for start in range(0, max(len(images), 1), BATCH_SIZE):
+    yield images[start : start + BATCH_SIZE]
+
+
+class NetCounter:
+  """Sums over batches for the `GroupStatistics` of all groups of a network."""
+
+  def __init__(self, net: FoldedNet):
+    self._places = places(net)
+    self._counters = [GateCounter(place.group.gates) for place in self._places]
+    self._images = 0
+
+  def add(self, logits: tuple[np.ndarray, ...], images: int) -> None:
+    """Adds the logits of a batch of N images, `[N, U]` for each group."""
+    self._images += images
+    for counter, of_group in zip(self._counters, logits, strict=True):
+      counter.add(of_group)
+
+  def result(self) -> tuple[GroupStatistics, ...]:
+    """Returns the statistics of each group.
+
+    Raises:
+      ValueError: nothing was added.
+    """
+    # A network without gates has no counter that knows.
+    if not self._images:
+      raise ValueError("calibration must have at least one image; got none")
+    found = []
+    for place, counter in zip(self._places, self._counters, strict=True):
+      found.append(GroupStatistics(**vars(counter.result()), **place._asdict()))
+    return tuple(found)
 
 
 def _ways(net: FoldedNet) -> dict[str, Callable[[AllGates], AllGates]]:

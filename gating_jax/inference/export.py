@@ -31,13 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from gating_jax.checks import one_of, shown
+from gating_jax.checks import one_of, shown, user_path
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import CompiledImages, check_image_shape, check_images
 from gating_jax.inference.folded import FoldedNet
 from gating_jax.inference.quantise import dequantise
 from gating_jax.ops import arguments
-from gating_jax.paths import user_path
 
 PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
 # Written by default; `rocm` is known, too, but has to be named.

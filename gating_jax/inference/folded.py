@@ -304,6 +304,30 @@ def walk(net: FoldedNet, per_group: Sequence[Any] = ()) -> Iterator[Step]:
     start, before = end, output_groups(part, own)
 
 
+class Place(NamedTuple):
+  """The place of a group of units in a network.
+
+  Attributes:
+    part, index: the index of the network's part, and of the group within it.
+    group: the group.
+    layer_gate: whether its one unit is the branch of a block, and not channels.
+  """
+
+  part: int
+  index: int
+  group: Group
+  layer_gate: bool
+
+
+def places(net: FoldedNet) -> list[Place]:
+  """Lists the place of every group, in the order of its gates."""
+  found = []
+  for i, part in enumerate(net.parts):
+    for j, group in enumerate(part.groups):
+      found.append(Place(part=i, index=j, group=group, layer_gate=part.layer_gate))
+  return found
+
+
 Runner = Callable[[Part, Array, Gates, Gates], Array]
 
 

@@ -13,16 +13,30 @@ a rate).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from gating_jax.analysis.statistics import GateStatistics
 from gating_jax.checks import former_keyword
-from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer, Part, walk
-from gating_jax.inference.gate_statistics import GroupStatistics, observed, places
+from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer, Part, places, walk
 from gating_jax.inference.quantise import check_folded
 from gating_jax.ops import arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupStatistics(GateStatistics):
+  """Opening statistics of one group of a network's units.
+
+  Attributes:
+    part, index, group, layer_gate: the group's place in the network, as in `folded.Place`.
+  """
+
+  part: int
+  index: int
+  group: Group
+  layer_gate: bool
 
 
 class PruneMask(NamedTuple):
@@ -132,84 +146,6 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
     kernel, bias = classifier
     classifier = (kernel[kept], bias)
   return dataclasses.replace(net, parts=tuple(parts), classifier=classifier)
-
-
-class PruningEffect(NamedTuple):
-  """The effect of new images on units that a calibration found static.
-
-  Attributes:
-    images: number of images.
-    affected: fraction of images with any pruned unit that would have opened, or any ungated unit
-      that would have closed.
-    opened, closed: `[G]` fraction of images for which some pruned unit of a group would have
-      opened, and some ungated one closed.
-    difference: largest absolute difference of outputs on affected images, and on all others, where
-      it is rounding.
-    changed: fraction of images for which another output is the largest.
-  """
-
-  images: int
-  affected: float
-  opened: np.ndarray
-  closed: np.ndarray
-  difference: tuple[float, float]
-  changed: float
-
-  def rows(self, gate_statistics: Sequence[GroupStatistics]) -> list[Mapping[str, Any]]:
-    """Returns a table row for each group."""
-    rows = []
-    for i, counted in enumerate(gate_statistics):
-      rows.append(
-        {
-          "part": counted.part,
-          "group": counted.index,
-          "would open": float(self.opened[i]),
-          "would close": float(self.closed[i]),
-        }
-      )
-    return rows
-
-
-def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> PruningEffect:
-  """Measures how often new data would have opened a pruned unit or closed an ungated one.
-
-  Args:
-    net: the network before pruning.
-    choices: the argument of `apply_pruning`.
-    images: `[M, H, W, D]` network inputs, or an iterable of batches.
-  Raises:
-    ValueError: no images.
-  """
-  small = apply_pruning(net, choices)
-  total, affected, changed, gap_affected, gap_others = 0, 0, 0, 0.0, 0.0
-  opened, closed = np.zeros((2, len(choices)), np.int64)
-  for x, before, logits in observed(net, images):
-    # One batch in, one out: `x` is a batch of `observed` itself.
-    ((_, after, _),) = observed(small, [x])
-    # Images for which some pruned unit would have opened, or some ungated one closed.
-    moved = np.zeros(len(x), bool)
-    for i, (z, choice) in enumerate(zip(logits, choices, strict=True)):
-      would_open = ((z > 0) & choice.removed).any(axis=1)
-      would_close = ((z <= 0) & choice.ungated).any(axis=1)
-      opened[i] += would_open.sum()
-      closed[i] += would_close.sum()
-      moved |= would_open | would_close
-    gap = np.abs(before - after).reshape(len(x), -1).max(axis=1, initial=0.0)
-    gap_affected = max(gap_affected, float(gap[moved].max(initial=0.0)))
-    gap_others = max(gap_others, float(gap[~moved].max(initial=0.0)))
-    total, affected = total + len(x), affected + int(moved.sum())
-    if net.classifier is not None:
-      changed += int((before.argmax(1) != after.argmax(1)).sum())
-  if not total:
-    raise ValueError("images must be at least one; got none")
-  return PruningEffect(
-    images=total,
-    affected=affected / total,
-    opened=opened / total,
-    closed=closed / total,
-    difference=(gap_affected, gap_others),
-    changed=changed / total,
-  )
 
 
 def _check(net, gate_statistics, multiple, confidence, max_rate) -> None:

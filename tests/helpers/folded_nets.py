@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.inference.analyse import NetCounter, observe
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
-from gating_jax.inference.gate_statistics import NetCounter, observed
 
 SHAPE = (5, 4, 3)
 FEATURES = 6
@@ -134,6 +134,23 @@ def images(count, seed=0):
 def count_gates(net, images):
   """Returns the `GroupStatistics` of every group on images."""
   counter = NetCounter(net)
-  for x, _, logits in observed(net, images):
+  for x, _, logits in observe(net, images):
     counter.add(logits, len(x))
   return counter.result()
+
+
+def forced(net, biases):
+  """Returns the net with `biases`, one array per head, added to its gates' logits."""
+  parts, left = [], list(biases)
+  for part in net.parts:
+    if part.head is not None:
+      head = dataclasses.replace(
+        part.head, logits_bias=part.head.logits_bias + jnp.float32(left.pop(0))
+      )
+      part = dataclasses.replace(part, head=head)
+    parts.append(part)
+  return FoldedNet(tuple(parts), net.classifier)
+
+
+def heads_of(net):
+  return [part.head for part in net.parts if part.head is not None]

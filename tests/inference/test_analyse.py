@@ -1,10 +1,14 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from gating_jax.inference import folded, gate_statistics
-from gating_jax.inference.analyse import _in_blocks, _union, analyse
+from gating_jax.inference import folded
+from gating_jax.inference.analyse import _in_blocks, _union, analyse, observe, pruning_error
 from gating_jax.inference.folded import Group
 from gating_jax.inference.folding import fold
+from gating_jax.inference.pruning import PruneMask, apply_pruning
+from tests.helpers.folded_nets import count_gates, forced, heads_of
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
 MODEL = MODELS["basic"]
@@ -136,10 +140,38 @@ def test_bad_calibration_is_named(analysis, calibration, message):
 
 def test_a_last_smaller_batch_runs_in_the_same_program():
   net = fold(MODEL, VARIABLES)
-  sizes = [
-    (len(x), len(y), len(logits[0])) for x, y, logits in gate_statistics.observed(net, images(200))
-  ]
+  sizes = [(len(x), len(y), len(logits[0])) for x, y, logits in observe(net, images(200))]
   assert sizes == [(128, 128, 128), (72, 72, 72)]
+
+
+def test_pruning_error_counts_what_new_images_move():
+  net, x = fold(MODEL, VARIABLES), images(40, seed=3)
+  middle = -np.median(np.asarray(folded.run(net, x)[1][0]), axis=0)
+  net = forced(net, [middle, *([0] * h.logits_bias.size for h in heads_of(net)[1:])])
+  logits = np.asarray(folded.run(net, x)[1][0])
+  opens, closes = logits[:, 0] > 0, logits[:, 3] <= 0
+  assert 0 < opens.mean() < 1
+  none = [PruneMask(*np.zeros((2, h.logits_bias.size), bool)) for h in heads_of(net)[1:]]
+  wrong = [PruneMask(np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 1], bool)), *none]
+  found = pruning_error(net, wrong, x)
+  assert found.images == 40
+  assert found.affected == np.mean(opens | closes)
+  assert found.opened.tolist() == [opens.mean(), *[0.0] * len(none)]
+  assert found.closed.tolist() == [closes.mean(), *[0.0] * len(none)]
+  y, z = folded.run(net, x)[0], folded.run(apply_pruning(net, wrong), x)[0]
+  gap = np.abs(np.asarray(y - z)).max(axis=1)
+  np.testing.assert_allclose(found.difference[0], gap[opens | closes].max(), rtol=1e-4)
+  assert found.difference[1] < 1e-4 < found.difference[0]
+  assert found.changed == np.mean(np.argmax(y, 1) != np.argmax(z, 1))
+  assert found.rows(count_gates(net, x))[0] == {
+    "part": 1,
+    "group": 0,
+    "would open": opens.mean(),
+    "would close": closes.mean(),
+  }
+  feature_map = pruning_error(dataclasses.replace(net, classifier=None, pooled=False), wrong, x)
+  assert (feature_map.affected, feature_map.changed) == (found.affected, 0)
+  assert feature_map.difference[1] < 1e-4 < feature_map.difference[0]
 
 
 def test_former_attributes_of_statistics_warn_and_work(analysis):

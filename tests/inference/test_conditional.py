@@ -16,6 +16,7 @@ from gating_jax.inference.folded import Block, FoldedNet, Group, Layer
 from gating_jax.inference.quantise import quantise
 from gating_jax.inference.strategies import STRATEGIES, PartContext, for_open, why_not, worth_trying
 from tests.helpers.folded_nets import FEATURES, KINDS, SHAPE, basic, conv, images, net
+from tests.helpers.runs import race_by
 
 CASES = [
   pytest.param(
@@ -258,7 +259,7 @@ def test_strategies_are_timed_on_other_images_than_they_are_fitted_to(monkeypatc
 
 def test_auto_falls_back_where_skipping_loses(monkeypatch):
   for fast in ("masked", "block_dispatch"):
-    monkeypatch.setattr(conditional, "race", clock({fast: 1.0}))
+    race_by(monkeypatch, clock({fast: 1.0}))
     run = compiled("blocks", "auto", 2, calibration=images(3))
     assert run.strategies == ("masked", fast, fast)
 
@@ -274,7 +275,7 @@ def test_auto_falls_back_where_skipping_loses(monkeypatch):
 def test_auto_takes_nothing_that_is_slow_with_everything_open(
   when_open, limit, strategy, monkeypatch
 ):
-  monkeypatch.setattr(conditional, "race", clock({"masked": 1.0, "block_dispatch": 0.5}, when_open))
+  race_by(monkeypatch, clock({"masked": 1.0, "block_dispatch": 0.5}, when_open))
   run = compiled("blocks", "auto", 2, calibration=images(3), **limit)
   assert run.strategies[1:] == (strategy, strategy)
   ratios = {t.strategy: t.open_ratio for t in run.report() if t.part is None}
@@ -284,9 +285,8 @@ def test_auto_takes_nothing_that_is_slow_with_everything_open(
 
 def test_with_everything_open_is_timed_with_everything_open(monkeypatch):
   raced = {}
-  monkeypatch.setattr(
-    conditional,
-    "race",
+  race_by(
+    monkeypatch,
     lambda runs, _, **__: raced.update(runs) or {name: [1.0] for name in runs},
   )
   compiled("blocks", "auto", 2, calibration=images(9))
@@ -317,9 +317,8 @@ def test_units_that_no_image_can_open_are_not_opened():
 
 
 def test_auto_takes_from_the_candidates_alone(monkeypatch):
-  monkeypatch.setattr(
-    conditional, "race", clock({"block_dispatch": 1.0})
-  )  # otherwise parts might differ in the fastest
+  # Otherwise parts might differ in the fastest.
+  race_by(monkeypatch, clock({"block_dispatch": 1.0}))
   run = compiled(
     "blocks", "auto", 2, calibration=images(3), repeats=1, candidates=("block_dispatch",)
   )

@@ -1,17 +1,16 @@
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gating_jax.inference import folded, gate_statistics, pruning
+from gating_jax.inference import folded, pruning
 from gating_jax.inference.analyse import analyse, prune
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
 from tests.helpers import folded_nets
+from tests.helpers.folded_nets import forced, heads_of
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
 GATED = ("basic", "blocks", "layer", "bottleneck", "vgg", "vgg without norm")
@@ -20,25 +19,8 @@ CLOSED, OPEN = -1e3, 1e3
 NETS = {name: fold(MODELS[name], random_variables(MODELS[name])) for name in (*GATED, *OUTPUTS)}
 
 
-def forced(net, biases):
-  """Returns the net with `biases`, one array per head, added to its gates' logits."""
-  parts, left = [], list(biases)
-  for part in net.parts:
-    if part.head is not None:
-      head = dataclasses.replace(
-        part.head, logits_bias=part.head.logits_bias + jnp.float32(left.pop(0))
-      )
-      part = dataclasses.replace(part, head=head)
-    parts.append(part)
-  return FoldedNet(tuple(parts), net.classifier)
-
-
-def heads(net):
-  return [part.head for part in net.parts if part.head is not None]
-
-
 def everywhere(net, bias):
-  return forced(net, [np.full(head.logits_bias.shape, bias) for head in heads(net)])
+  return forced(net, [np.full(head.logits_bias.shape, bias) for head in heads_of(net)])
 
 
 def equal_where_it_must(net, choices, x):
@@ -62,7 +44,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
   bias = st.sampled_from([CLOSED, 0.0, 0.0, OPEN])
   mixed = [
     data.draw(st.lists(bias, min_size=h.logits_bias.size, max_size=h.logits_bias.size))
-    for h in heads(net)
+    for h in heads_of(net)
   ]
   net = data.draw(
     st.sampled_from([forced(net, mixed), everywhere(net, CLOSED), everywhere(net, OPEN)])
@@ -83,9 +65,9 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   small = pruning.apply_pruning(
     opened, pruning.find_static_units(opened, folded_nets.count_gates(opened, images(4)))
   )
-  assert heads(small) == []
+  assert heads_of(small) == []
   assert folded.macs(small, SHAPE) == folded.macs(opened, SHAPE) - sum(
-    h.hidden.size + h.logits.size for h in heads(opened)
+    h.hidden.size + h.logits.size for h in heads_of(opened)
   )
   closed = everywhere(NETS[name], CLOSED)
   small = pruning.apply_pruning(
@@ -112,8 +94,8 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
     small = pruning.apply_pruning(
       net, pruning.find_static_units(net, folded_nets.count_gates(net, images(4)), multiple=1)
     )
-    assert len(heads(small)) == len(heads(net)) > 1
-    for old, new in zip(heads(net), heads(small), strict=True):
+    assert len(heads_of(small)) == len(heads_of(net)) > 1
+    for old, new in zip(heads_of(net), heads_of(small), strict=True):
       *inner, outer = new.groups
       assert outer == old.groups[-1]
       assert all(group.gates == 0 for group in inner)
@@ -131,8 +113,7 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
 def test_gates_of_a_blocks_output_cannot_be_taken():
   net = NETS["outputs"]
   choices = [
-    pruning.PruneMask(*np.zeros((2, group.gates), bool))
-    for _, _, group, _ in gate_statistics.places(net)
+    pruning.PruneMask(*np.zeros((2, group.gates), bool)) for _, _, group, _ in folded.places(net)
   ]
   choices[1].removed[0] = True
   with pytest.raises(ValueError, match="must not change the gates of a block's output"):
@@ -141,7 +122,7 @@ def test_gates_of_a_blocks_output_cannot_be_taken():
 
 def counted(opened, images, highest, group=None, *, part=1):
   u = len(opened)
-  return gate_statistics.GroupStatistics(
+  return pruning.GroupStatistics(
     part=part,
     index=0,
     group=group or Group(u),
@@ -186,10 +167,10 @@ def test_units_of_several_channels_and_channels_without_gate_are_rounded_in_chan
 
 def test_order_is_ungated_first_and_logits_follow():
   net = NETS["basic"]
-  net = forced(net, [[0, OPEN, CLOSED, 0], *([0] * h.logits_bias.size for h in heads(net)[1:])])
+  net = forced(net, [[0, OPEN, CLOSED, 0], *([0] * h.logits_bias.size for h in heads_of(net)[1:])])
   part = next(p for p in net.parts if p.head is not None)
   choice = pruning.PruneMask(np.array([0, 0, 1, 0], bool), np.array([0, 1, 0, 0], bool))
-  none = [pruning.PruneMask(*np.zeros((2, h.logits_bias.size), bool)) for h in heads(net)[1:]]
+  none = [pruning.PruneMask(*np.zeros((2, h.logits_bias.size), bool)) for h in heads_of(net)[1:]]
   small = next(p for p in pruning.apply_pruning(net, [choice, *none]).parts if p.head is not None)
   np.testing.assert_array_equal(small.convs[0].bias, part.convs[0].bias[jnp.array([1, 0, 3])])
   np.testing.assert_array_equal(
@@ -215,38 +196,6 @@ def test_features_of_a_vgg_keep_their_channels_and_order():
     folded.run(pruning.apply_pruning(net, choices), images(4))[0].shape
     == folded.run(net, images(4))[0].shape
   )
-
-
-def test_pruning_error_counts_what_new_images_move():
-  net, x = NETS["basic"], images(40, seed=3)
-  middle = -np.median(np.asarray(folded.run(net, x)[1][0]), axis=0)
-  net = forced(net, [middle, *([0] * h.logits_bias.size for h in heads(net)[1:])])
-  logits = np.asarray(folded.run(net, x)[1][0])
-  opens, closes = logits[:, 0] > 0, logits[:, 3] <= 0
-  assert 0 < opens.mean() < 1
-  none = [pruning.PruneMask(*np.zeros((2, h.logits_bias.size), bool)) for h in heads(net)[1:]]
-  wrong = [pruning.PruneMask(np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 1], bool)), *none]
-  found = pruning.pruning_error(net, wrong, x)
-  assert found.images == 40
-  assert found.affected == np.mean(opens | closes)
-  assert found.opened.tolist() == [opens.mean(), *[0.0] * len(none)]
-  assert found.closed.tolist() == [closes.mean(), *[0.0] * len(none)]
-  y, z = folded.run(net, x)[0], folded.run(pruning.apply_pruning(net, wrong), x)[0]
-  gap = np.abs(np.asarray(y - z)).max(axis=1)
-  np.testing.assert_allclose(found.difference[0], gap[opens | closes].max(), rtol=1e-4)
-  assert found.difference[1] < 1e-4 < found.difference[0]
-  assert found.changed == np.mean(np.argmax(y, 1) != np.argmax(z, 1))
-  assert found.rows(folded_nets.count_gates(net, x))[0] == {
-    "part": 1,
-    "group": 0,
-    "would open": opens.mean(),
-    "would close": closes.mean(),
-  }
-  feature_map = pruning.pruning_error(
-    dataclasses.replace(net, classifier=None, pooled=False), wrong, x
-  )
-  assert (feature_map.affected, feature_map.changed) == (found.affected, 0)
-  assert feature_map.difference[1] < 1e-4 < feature_map.difference[0]
 
 
 def test_confidence_takes_nothing_on_too_few_images():

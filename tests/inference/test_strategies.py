@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.inference import conditional, folded, gate_statistics
+from gating_jax.inference import conditional, folded
+from gating_jax.inference.analyse import gates_of
 from gating_jax.inference.folded import Group
 from gating_jax.inference.strategies import (
   EXPORTABLE,
@@ -29,7 +30,7 @@ CASES = [
 def prepared(kind, count, buckets=3):
   """Returns network, contexts from calibration images, and a batch's gates and inputs of parts."""
   of = net(kind)
-  gates = gate_statistics.gates_of(of, images(6, seed=5))
+  gates = gates_of(of, images(6, seed=5))
   return of, contexts_of(of, buckets, gates), conditional.part_inputs(of, images(count))
 
 
@@ -115,7 +116,7 @@ def test_ratios_of_parts_and_of_whole_programs():
     ]
     for part, context in zip(of.parts, contexts, strict=True)
   ]
-  gates = gate_statistics.gates_of(of, images(6, seed=5))
+  gates = gates_of(of, images(6, seed=5))
   indices = np.array([[0, 2], [3, 5]])
   batches = [[g[index] for g in gates] for index in indices]
   found = account(of, SHAPE, batches, strategies=strategies, contexts=contexts, size=2)
