@@ -1,8 +1,9 @@
-"""Metrics of a task sequence: accuracy, forgetting, transfer, and use of units by tasks.
+"""Metrics of a task sequence, and the result of a run that has learnt one.
 
-All functions take whole arrays, in the order in which the tasks were learned.
+Metrics are accuracy, forgetting, transfer, and use of units by tasks. They take whole arrays, in
+the order in which the tasks were learned. `collect_result` puts them together with the costs.
 
-Axes: T tasks, U units.
+Axes: T tasks, S tasks learnt so far, U units.
 Reference: Lopez-Paz and Ranzato, 2017 (the transfers); Chaudhry et al., 2018 (forgetting).
 """
 
@@ -10,9 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from gating_jax.continual.build import ContinualExperiment
+from gating_jax.continual.method import Footprint, LearnerState, TaskTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +113,15 @@ def gate_overlap(is_open: np.ndarray) -> np.ndarray:
   return np.where(either > 0, both / np.maximum(either, 1), 1.0)
 
 
+def unit_overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Computes the `[T, T]` overlap of tasks over the units of all layers.
+
+  Args:
+    relevant: `[T, U]` bool by layer, the units that each task uses.
+  """
+  return gate_overlap(np.concatenate(list(relevant.values()), axis=1))
+
+
 def mean_overlap(overlap: np.ndarray) -> float | None:
   """Averages `gate_overlap`, `[T, T]`, over pairs of tasks; None for a single task.
 
@@ -155,6 +168,94 @@ def filter_use(relevant: np.ndarray) -> FilterUse:
     reused=np.sum(relevant & before, axis=1),
     free=np.sum(~owned, axis=1),
   )
+
+
+def collect_result(experiment: ContinualExperiment, learner: LearnerState) -> dict[str, Any]:
+  """Collects the result of the tasks learnt so far.
+
+  Args:
+    experiment: of the run.
+    learner: after one task or more.
+  Returns:
+    the result as `reports.tables.render_tasks` wants it.
+  """
+  learnt = int(learner.task)
+
+  def of_learnt(matrix):
+    """Returns the `[S, S]` part of a table of the tasks learnt, in float64."""
+    return np.asarray(matrix, np.float64)[:learnt, :learnt]
+
+  table = TaskTable(*map(of_learnt, learner.table))
+  footprint = experiment.method.footprint(learner)
+  result = {
+    "method": experiment.config.method,
+    "task_names": experiment.task_names[:learnt],
+    "task_aware": _accuracy_metrics(table.aware),
+    "task_agnostic": _accuracy_metrics(table.agnostic),
+    "task_classifier_accuracy": float(table.task[-1].mean()),
+    "dense_macs": experiment.dense_macs,
+    "dense_macs_reduced": experiment.dense_macs_reduced,
+    "task_aware_macs": float(table.macs[-1].mean()),
+    "task_agnostic_macs": float(table.agnostic_macs[-1].mean()),
+    "params": footprint.params,
+    # Images that a cumulative method trains on again are a cost too.
+    "memory_mb": footprint.memory_mb + _kept_images(experiment, learnt),
+  }
+  if footprint.relevant:
+    result["free_units"] = free_units(footprint, learnt)
+    # Rows of later tasks use no unit yet: two of them would overlap fully.
+    overlap = unit_overlap(footprint.relevant)[:learnt, :learnt]
+    result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": mean_overlap(overlap)}
+  return result
+
+
+def mean_scores(learner: LearnerState) -> dict[str, float]:
+  """Averages accuracy and MACs over the tasks learnt so far, by their names in a flat result."""
+  learnt, table = int(learner.task), learner.table
+
+  def mean(matrix):
+    """Averages the entries of the last task learnt."""
+    # Row i is measured after task i; later columns are of tasks not learnt yet.
+    return float(np.mean(np.asarray(matrix)[learnt - 1, :learnt]))
+
+  return {
+    "task_aware.average_accuracy": mean(table.aware),
+    "task_agnostic.average_accuracy": mean(table.agnostic),
+    "task_aware_macs": mean(table.macs),
+    "task_agnostic_macs": mean(table.agnostic_macs),
+  }
+
+
+def free_units(footprint: Footprint, learnt: int) -> dict[str, tuple[int, int]]:
+  """Counts the units that no task learnt so far needs.
+
+  Args:
+    footprint: of the learner.
+    learnt: number of tasks learnt.
+  Returns:
+    `(free, all)` units by layer; empty where tasks own no units.
+  """
+  counts = {}
+  for layer, units in footprint.relevant.items():
+    free = filter_use(units[:learnt]).free[-1]
+    counts[layer] = (int(free), units.shape[1])
+  return counts
+
+
+def _accuracy_metrics(accuracies: np.ndarray) -> dict[str, Any]:
+  """Returns an accuracy matrix and its metrics, for the result."""
+  return {"accuracies": _with_nulls(accuracies), **vars(summarise(accuracies))}
+
+
+def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
+  """Measures, in 10**6 bytes, the images of earlier tasks that a method trains on again."""
+  earlier = experiment.tasks[: learnt - 1] if experiment.method.cumulative else ()
+  return sum(task.train.pixels.nbytes for task in earlier) / 1e6
+
+
+def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
+  """Converts a matrix to rows for JSON, which has no NaN."""
+  return np.where(np.isnan(matrix), None, matrix).tolist()
 
 
 def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gating_jax import experiments
 from gating_jax.analysis import statistics
-from gating_jax.continual import compile, metrics, results
+from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import LearnerState
 from gating_jax.data import batches
@@ -155,7 +155,7 @@ def write_report(
     step: of the learner.
     notice: first line of the page, such as that the run has failed.
   """
-  config, result = experiment.config, results.collect_result(experiment, learner)
+  config, result = experiment.config, metrics.collect_result(experiment, learner)
   around = surroundings.read_surroundings(
     run_dir,
     config,
@@ -306,7 +306,7 @@ def _pictures(experiment: ContinualExperiment, learner: LearnerState) -> dict[st
     )
     pictures["overlap"] = _Picture(
       "Fraction of the units used by either of two tasks that both of them use.",
-      tasks.draw_overlap(results.unit_overlap(relevant), task_names=names[:learnt]),
+      tasks.draw_overlap(metrics.unit_overlap(relevant), task_names=names[:learnt]),
     )
   return pictures
 

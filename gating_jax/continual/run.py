@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import ml_collections
 
 from gating_jax import runner
-from gating_jax.continual import compile, report, results
+from gating_jax.continual import compile, metrics, report
 from gating_jax.continual.build import ContinualExperiment, build
 from gating_jax.continual.method import LearnerState, Method
 from gating_jax.continual.training import finish_task, make_advance, make_evaluate, test_tasks
@@ -113,7 +113,7 @@ class ContinualLearning(runner.Programme):
       with working("drawing pictures", "up to a minute", training.say):
         hosts.on_writer(report.write_pictures, experiment, learner, run_dir, training.journal, step)
     with working("writing the report", "up to a minute"):
-      result = results.collect_result(experiment, learner)
+      result = metrics.collect_result(experiment, learner)
       report.write_report(experiment, learner, run_dir, step)
     return result | {"step": step}
 
@@ -152,7 +152,7 @@ class ContinualLearning(runner.Programme):
         f"testing on the images of {learnt} tasks", "programs are compiled first, up to a minute"
       ):
         learner = test_tasks(learner, make_evaluate(experiment), learnt)
-    return results.collect_result(experiment, learner)
+    return metrics.collect_result(experiment, learner)
 
   def report(
     self, run_dir: RunDir, step: int, learner: LearnerState, *, notice: str
@@ -160,7 +160,7 @@ class ContinualLearning(runner.Programme):
     """Writes the page of a learner, with the tests that followed each task."""
     with working("drawing the report", "up to a minute"):
       report.write_report(self.experiment, learner, run_dir, step, notice)
-    return results.collect_result(self.experiment, learner)
+    return metrics.collect_result(self.experiment, learner)
 
 
 def _pretrain_steps_left(experiment: ContinualExperiment, step: int) -> int:
@@ -190,10 +190,10 @@ def _make_end_stage(
       counts = {}
       for each in ended:
         counts |= make_counts(learner, each)
-      free = results.free_units(experiment.method.footprint(learner), task + 1)
+      free = metrics.free_units(experiment.method.footprint(learner), task + 1)
     # The end of a stage is a step of its own: a resumed run does not repeat it.
     training.state, training.step = learner, training.step + 1
-    scores = results.scores(learner)
+    scores = metrics.mean_scores(learner)
     line = dict(scores)
     text = (
       f"after task {task + 1}: accuracy {100 * scores['task_aware.average_accuracy']:.2f} % with "
