@@ -8,6 +8,8 @@ import shutil
 import pytest
 
 from gating_jax import terminal
+from gating_jax.inference import compiled as compiled_nets
+from gating_jax.inference import conditional
 from gating_jax.reports import compile_report
 
 
@@ -21,6 +23,12 @@ def said(programme, config, workdir, mode):
 def announced(patch):
   """Announces every operation from here on, even a short one, so that `said` has all."""
   patch.setattr(terminal, "_AFTER", 0.0)
+
+
+def race_by(patch, race):
+  """Replaces the race of programs, of parts and of whole networks."""
+  for module in (compiled_nets, conditional):
+    patch.setattr(module, "race", race)
 
 
 def compiled(programme, finished, folder):

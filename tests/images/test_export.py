@@ -10,12 +10,11 @@ import pytest
 
 from gating_jax.data import image_sets
 from gating_jax.images import classification, export
-from gating_jax.inference import conditional
 from gating_jax.inference.export import load_exported
 from gating_jax.models import resnet
 from gating_jax.training import rundir, steps
 from tests.helpers import tiny_cli
-from tests.helpers.runs import announced, said
+from tests.helpers.runs import announced, race_by, said
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def exported(config, tmp_path_factory):
   said(classification, config, workdir, "train")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(export, "_REPEATS", 2)
-    patch.setattr(conditional, "race", fastest("switch"))
+    race_by(patch, fastest("switch"))
     announced(patch)
     return workdir, said(classification, config, workdir, "export")
 
@@ -95,7 +94,7 @@ def test_where_skipping_is_no_faster_no_program_that_skips_is_written(
   exported, config, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(export, "_REPEATS", 1)
-  monkeypatch.setattr(conditional, "race", fastest("masked"))
+  race_by(monkeypatch, fastest("masked"))
   shutil.copytree(exported[0], tmp_path / "run", ignore=shutil.ignore_patterns("export*"))
   text = said(classification, config, tmp_path / "run", "export")
   assert {path.name for path in (tmp_path / "run").glob("*export*")} == {"export", "export_int8"}

@@ -257,7 +257,8 @@ BRANCHES = {
 
 
 def chain(x, implementation):
-  kernels_, biases = (kernel(x, 3, 3, 4, 4), kernel(x, 1, 1, 4, 2)), (x[0], x[0, :2])
+  kernels_ = [native_kernels.packed(kernel(x, *shape)) for shape in ((3, 3, 4, 4), (1, 1, 4, 2))]
+  biases = (x[0], x[0, :2])
   gates = (x[:2], x[2:4] > 0, None)
   return native_kernels.gated_chain(
     images(x), kernels_, biases, gates, implementation=implementation
