@@ -14,8 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gating_jax import config_files, experiments
-from gating_jax.checks import near, one_of, printable
-from gating_jax.paths import user_path
+from gating_jax.checks import near, one_of, printable, user_path
 from gating_jax.terminal import is_terminal, prepare_streams
 
 COMPARE = "compare"

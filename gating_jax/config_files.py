@@ -21,8 +21,7 @@ from typing import Any
 import ml_collections
 
 from gating_jax import experiments
-from gating_jax.checks import near
-from gating_jax.paths import user_path
+from gating_jax.checks import near, user_path
 from gating_jax.terminal import warn
 
 # Config files import their shared parts under this name.

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 
 from gating_jax import experiments
-from gating_jax.checks import one_of
-from gating_jax.paths import user_path
+from gating_jax.checks import one_of, user_path
 
 if TYPE_CHECKING:
   import ml_collections

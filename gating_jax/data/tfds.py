@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from gating_jax.checks import is_text, user_path
 from gating_jax.data import features
-from gating_jax.paths import is_text, user_path
 from gating_jax.terminal import progress_bar
 
 # Names of these features in TFDS's own sets.

@@ -25,8 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gating_jax.checks import one_of
-from gating_jax.paths import user_path
+from gating_jax.checks import one_of, user_path
 
 SPLITS = ("train", "test")
 BREAKFAST_TEST_PERSONS = range(47, 55)

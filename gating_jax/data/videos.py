@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gating_jax.checks import few, printable
+from gating_jax.checks import few, printable, user_path
 from gating_jax.data import batches
 from gating_jax.data.streaming import prefetch
 from gating_jax.data.video_tables import Intervals, VideoTable
-from gating_jax.paths import user_path
 from gating_jax.terminal import warn
 
 Batch = dict[str, np.ndarray]

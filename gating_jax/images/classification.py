@@ -20,12 +20,12 @@ from flax import traverse_util
 
 from gating_jax import experiments, runner
 from gating_jax.analysis import outcomes
+from gating_jax.checks import user_path
 from gating_jax.data import augment, batches, streaming
 from gating_jax.images import compile, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
-from gating_jax.paths import user_path
 from gating_jax.reports import conclusion, page, surroundings, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.terminal import say, working

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gating_jax import experiments
+from gating_jax.checks import user_path
 from gating_jax.experiments import Score
-from gating_jax.paths import user_path
 from gating_jax.reports import surroundings
 from gating_jax.reports.text import plain
 from gating_jax.reports.timings import Times

@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from gating_jax.checks import first_line, printable
-from gating_jax.paths import quoted
+from gating_jax.checks import first_line, printable, quoted
 from gating_jax.reports import opening, page, surroundings
 from gating_jax.terminal import say, warn
 from gating_jax.timing import CHOSEN, MASKED, UNGATED

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from gating_jax import config_files, experiments
+from gating_jax.checks import user_path
 from gating_jax.experiments import Kind
-from gating_jax.paths import user_path
 from gating_jax.reports import page, timings
 from gating_jax.reports.opening import Baseline, Surroundings
 from gating_jax.training import hosts, provenance, rundir

@@ -20,8 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from gating_jax.checks import first_line
-from gating_jax.paths import HANDLES, check_storable, user_path
+from gating_jax.checks import HANDLES, check_storable, first_line, user_path
 from gating_jax.terminal import warn
 from gating_jax.training import devices, hosts
 
@@ -85,7 +84,7 @@ class Checkpoints:
     keep: the number of newest checkpoints to keep.
     read_only: changes nothing in the directory, so that a run may be writing to it.
   Raises:
-    ValueError: checkpoints cannot be written in the directory, see `paths.check_storable`.
+    ValueError: checkpoints cannot be written in the directory, see `checks.check_storable`.
   """
 
   def __init__(self, directory: Path, keep: int = 3, *, read_only: bool = False):

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from gating_jax import timing
-from gating_jax.paths import quoted
+from gating_jax.checks import quoted
 from gating_jax.training.journal import write_json
 
 FILE = "provenance.json"

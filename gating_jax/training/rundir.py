@@ -17,7 +17,7 @@ from typing import IO, Any
 import ml_collections
 
 from gating_jax import config_files
-from gating_jax.paths import check_storable, user_path
+from gating_jax.checks import check_storable, user_path
 from gating_jax.training import hosts
 from gating_jax.training.journal import TEMPORARY, write_json
 
@@ -100,7 +100,7 @@ def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
     config: written into a new directory, or over that of a run that has saved nothing yet;
       otherwise compared.
   Raises:
-    ValueError: checkpoints cannot be written below the path, see `paths.check_storable`.
+    ValueError: checkpoints cannot be written below the path, see `checks.check_storable`.
     RunDirError: the directory holds another config's run (the message shows the difference), or
       something that is no run; is in use by another process; or cannot be written.
   """

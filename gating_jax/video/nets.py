@@ -11,10 +11,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from gating_jax.checks import user_path
 from gating_jax.data.videos import VideoArrays
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segment_gate import CONCEPTS
-from gating_jax.paths import user_path
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoint, resume_newest
 from gating_jax.video import evaluate

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from gating_jax.checks import user_path
 from gating_jax.data import augment, composed, video_tables
 from gating_jax.data.video_features import FeatureFolder
 from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops.collectives import example_keys
-from gating_jax.paths import user_path
 from gating_jax.types import Array
 
 SETS = (composed.NAME, "videos", "features")

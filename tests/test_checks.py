@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-from gating_jax import paths
-from gating_jax.paths import check_storable, is_text, user_path
+from gating_jax import checks
+from gating_jax.checks import check_storable, is_text, user_path
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_only_the_home_folder_at_the_beginning_is_expanded(given, meant, monkeyp
 
 def test_patterns_are_refused_where_folders_have_no_handles(monkeypatch, tmp_path):
   check_storable("workdir", tmp_path / "lr[0.1]" / "*?")
-  monkeypatch.setattr(paths, "HANDLES", tmp_path / "missing")
+  monkeypatch.setattr(checks, "HANDLES", tmp_path / "missing")
   for character in "*?[\\":
     with pytest.raises(ValueError, match="workdir must have no .* in its path") as raised:
       check_storable("workdir", tmp_path / f"a{character}b")
