@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from configs import cifar10_resnet20
 from gating_jax import cdf_matching_loss, noise_floor, normal
-from gating_jax.data import augment, batches, image_sets
+from gating_jax.data import augment, image_sets
 from gating_jax.training import optim, steps
 
 VARIANTS = ("batchnorm", "shaped", "nothing")
@@ -157,7 +157,7 @@ class Trainer:
     for step in tqdm(
       range(self.total), desc=f"{self.variant} lr {lr:g} seed {seed}", disable=None, leave=False
     ):
-      index = batches.batch_indices(seed, step, self.args.batch, examples)
+      index = image_sets.batch_indices(seed, step, self.args.batch, examples)
       start = time.perf_counter()
       state = jax.block_until_ready(self.train_step(state, index, lr, coefficient, seed))
       seconds.append(time.perf_counter() - start)

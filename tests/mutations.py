@@ -231,10 +231,10 @@ TRAINING = [
   ),
   Mutant(
     "union_counts_twice",
-    "images/pixels.py",
+    "images/segmentation.py",
     "either = confusion.sum(axis=0) + confusion.sum(axis=1) - both",
     "either = confusion.sum(axis=0) + confusion.sum(axis=1)",
-    "images/test_pixels.py::test_a_class_in_truth_or_prediction_alone_has_iou_zero",
+    "images/test_segmentation.py::test_a_class_in_truth_or_prediction_alone_has_iou_zero",
   ),
   Mutant(
     "damaged_checkpoint_accepted",
@@ -273,10 +273,10 @@ TRAINING = [
   ),
   Mutant(
     "last_batch_counts_whole",
-    "data/batches.py",
+    "data/image_sets.py",
     "return examples.read(filled), len(index)",
     "return examples.read(filled), len(filled)",
-    "data/test_batches.py",
+    "data/test_image_sets.py",
   ),
   Mutant(
     "another_config_goes_on",

@@ -31,8 +31,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from gating_jax.data import batches
-from gating_jax.data.image_sets import Images
+from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.types import Array
 
@@ -241,7 +240,7 @@ class Problem:
     # `padded_batches` takes a labelled set; the labels are not read.
     images = Images(np.asarray(pixels), np.zeros(len(pixels)), ())
     results = []
-    for (batch, _), count in batches.padded_batches(images, self.batch_size):
+    for (batch, _), count in padded_batches(images, self.batch_size):
       # The last batch is padded to the full size: only its first `count` results are of images.
       results.append(np.asarray(run(state, batch))[:count])
     return np.concatenate(results)

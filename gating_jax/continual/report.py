@@ -16,8 +16,7 @@ from gating_jax.analysis import statistics
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import LearnerState
-from gating_jax.data import batches
-from gating_jax.data.image_sets import Images
+from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import layer_names
 from gating_jax.reports import conclusion, opening, page, surroundings, tables, tasks
 from gating_jax.reports import images as image_pictures
@@ -127,7 +126,7 @@ def _make_look(experiment: ContinualExperiment) -> Callable[[LearnerState, int],
     test = experiment.tasks[task].test
     images = Images(*test.read(np.arange(min(_LOOKED_AT, len(test)))), ())
     by_batch = []
-    for (pixels, _), count in batches.padded_batches(images, problem.batch_size):
+    for (pixels, _), count in padded_batches(images, problem.batch_size):
       logits = run(learner, pixels, np.int32(task))
       # The last batch is padded: only its first `count` images are real.
       by_batch.append([np.asarray(of_layer)[:count] for of_layer in logits])

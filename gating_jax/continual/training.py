@@ -15,7 +15,7 @@ import optax
 
 from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import Batch, LearnerState, Method, TaskData, TaskTable
-from gating_jax.data import batches, image_sets
+from gating_jax.data import image_sets
 from gating_jax.data.image_sets import Images
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.training import devices, hosts
@@ -166,7 +166,7 @@ def _make_read(
     """Reads this process's part of a batch: pixels `[B, H, W, D]` and labels `[B]`."""
     pixels, labels = [], []
     for number, images in sets.items():
-      index = batches.indices(
+      index = image_sets.process_indices(
         seed + number, step, 1, batch_size=size, examples=len(images), process=process
       )[:, 0]
       of_set = images.read(index)
@@ -307,7 +307,7 @@ def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
     """Returns the mean results on the test images of `task`."""
     run = mapped(seen)
     values = {name: [] for name in TaskTable._fields}
-    for batch, count in batches.padded_batches(experiment.tasks[task].test, problem.batch_size):
+    for batch, count in image_sets.padded_batches(experiment.tasks[task].test, problem.batch_size):
       results = hosts.allgather(run(learner, *hosts.local_shard(batch), np.int32(task)))
       # The last batch is padded: only its first `count` images are new.
       for name, of_batch in results.items():

@@ -1,12 +1,11 @@
 """Images read from disk during training, with grain: for sets that do not fit on the device.
 
-`data/batches.py` sets the order, a function of (seed, step) alone. So a restart needs no state and
-may use another number of workers.
+`data/image_sets.py` sets the order, a function of (seed, step) alone. So a restart needs no state
+and may use another number of workers. `prefetch` reads ahead of the consumer, in threads or
+processes, here and for videos.
 
 Axes: M images in the set, b images of this process per step, K steps per call, H and W pixels, D
 channels.
-
-Prefetching: a function of many items, computed ahead of the consumer in threads or processes.
 
 Reference: grain, https://google-grain.readthedocs.io.
 """
@@ -21,7 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from gating_jax.data import batches, image_sets, tfds
+from gating_jax.data import image_sets, tfds
 
 # Fraction of the shorter side that the central crop keeps: 224 of 256, as is usual on ImageNet.
 _EVAL_FRACTION = 0.875
@@ -65,13 +64,13 @@ class Stream:
     """Yields `(pixels [b, K, H, W, D] uint8, labels [b, K] int32)` for every `k` steps.
 
     Args:
-      batch_size, k, process: as in `batches.indices`.
+      batch_size, k, process: as in `image_sets.process_indices`.
       first_step, total_steps: steps from `first_step` to before `total_steps`.
     """
 
     def read(step):
       """Returns `(pixels [b, K, H, W, D], labels [b, K, ...])` of the K steps from `step`."""
-      index = batches.indices(
+      index = image_sets.process_indices(
         self.seed, step, k, batch_size=batch_size, examples=len(self), process=process
       )
       # A crop is seeded by the step and the image's row in the whole batch: it is the same on any

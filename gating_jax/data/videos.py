@@ -1,8 +1,8 @@
 """Sets of videos, read from disk during training or whole in memory, and their segments.
 
-`data/batches.py` sets the order, a function of (seed, step) alone. So a restart needs no state and
-may use another number of workers. A file that cannot be read never stops a run: its video
-has weight 0 and is named once. `data/video_files.py` decodes videos, `data/video_features.py` reads
+`data/image_sets.py` sets the order, a function of (seed, step) alone. So a restart needs no state
+and may use another number of workers. A file that cannot be read never stops a run: its video has
+weight 0 and is named once. `data/video_files.py` decodes videos, `data/video_features.py` reads
 files of features.
 
 Axes: M videos of a set, B videos of a batch, b of this process, K steps per call, T segments, F
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gating_jax.checks import few, printable, user_path
-from gating_jax.data import batches
+from gating_jax.data.image_sets import process_indices
 from gating_jax.data.streaming import prefetch
 from gating_jax.data.video_tables import Intervals, VideoTable
 from gating_jax.terminal import warn
@@ -149,13 +149,13 @@ class VideoSet(abc.ABC):
     """Yields a batch `[b, K, ...]` for every `k` steps.
 
     Args:
-      batch_size, k, process: as in `batches.indices`.
+      batch_size, k, process: as in `process_indices`.
       first_step, total_steps: steps from `first_step` to before `total_steps`.
     """
 
     def indices(step):
       """Returns the videos `[b]` of a step."""
-      of_step = batches.indices(
+      of_step = process_indices(
         self._seed, step, k=1, batch_size=batch_size, examples=len(self), process=process
       )
       return of_step[:, 0]

@@ -21,7 +21,7 @@ from flax import traverse_util
 from gating_jax import experiments, runner
 from gating_jax.analysis import outcomes
 from gating_jax.checks import user_path
-from gating_jax.data import augment, batches, streaming
+from gating_jax.data import augment, image_sets, streaming
 from gating_jax.images import compile, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import Experiment, build
@@ -218,7 +218,7 @@ class Classification(runner.Programme):
 
     def indices(step):
       """Returns the images of the steps of one call, from its first step."""
-      return batches.indices(
+      return image_sets.process_indices(
         config.seed, step, k, batch_size=batch, examples=len(train), process=process
       )
 
@@ -252,7 +252,7 @@ class Classification(runner.Programme):
       evaluated = evaluation.evaluate(
         # Each process runs its part of a batch, and all see the whole result.
         lambda *batch: hosts.allgather(run(state, *hosts.local_shard(batch))),
-        batches.padded_batches(experiment.test, config.optim.batch_size),
+        image_sets.padded_batches(experiment.test, config.optim.batch_size),
         experiment.counts,
         self.summarise,
         classes=self.classes(),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.analysis import statistics
-from gating_jax.data import batches
+from gating_jax.data.image_sets import padded_batches
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.ops import confidence, selection
 from gating_jax.training import devices, hosts
@@ -244,7 +244,7 @@ def _over(
     backend=config.devices.backend,
   )
   parts = collections.defaultdict(list)
-  for batch, count in batches.padded_batches(videos, config.optim.batch_size):
+  for batch, count in padded_batches(videos, config.optim.batch_size):
     inputs = hosts.local_shard(sets.only(batch, sets.INPUTS))
     found = hosts.allgather(run(variables, inputs))
     part = sets.only(batch, _KEPT) | jax.device_get(dict(found))

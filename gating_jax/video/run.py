@@ -18,7 +18,7 @@ import jax
 import ml_collections
 
 from gating_jax import runner
-from gating_jax.data import batches
+from gating_jax.data.image_sets import process_indices
 from gating_jax.data.videos import VideoArrays
 from gating_jax.reports import tables
 from gating_jax.terminal import say, working
@@ -182,7 +182,7 @@ class LongVideo(runner.Programme):
 
     def indices(step):
       """Returns the videos of the steps of one call, from its first step."""
-      return batches.indices(
+      return process_indices(
         config.seed, step, k, batch_size=batch, examples=len(train), process=process
       )
 

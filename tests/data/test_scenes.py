@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gating_jax.data import batches, image_sets, scenes, tfds
+from gating_jax.data import image_sets, scenes, tfds
 from gating_jax.data.image_sets import Images
 from gating_jax.data.scenes import IGNORED, digit_scenes, open_scenes
 from gating_jax.data.tfds import DatasetNotPreparedError
@@ -109,7 +109,7 @@ def test_training_sees_random_parts_half_of_them_mirrored_with_their_labels(open
     assert (images.shape, labels.shape) == ((7, 1, 8, 16, 3), (7, 1, 8, 16))
     np.testing.assert_array_equal(labels, scenes.train_classes(images[..., 0]))
     for image, number in zip(
-      images[:, 0, ..., 0], batches.batch_indices(3, step, 7, 7), strict=True
+      images[:, 0, ..., 0], image_sets.batch_indices(3, step, 7, 7), strict=True
     ):
       whole = made[number]["segmentation_label"][..., 0]
       parts = np.lib.stride_tricks.sliding_window_view(whole, (8, 16))

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gating_jax.data import batches, image_sets, streaming, tfds
+from gating_jax.data import image_sets, streaming, tfds
 from tests.helpers import made_tfds
 
 SHAPE = (12, 10, 3)
@@ -44,7 +44,7 @@ def test_streamed_batches_are_those_of_the_resident_loader(prepared, first_step)
   got = list(stream.batches(4, first_step, 1, 12))
   assert len(got) == 12 - first_step
   for step, (pixels, labels) in enumerate(got, first_step):
-    index = batches.batch_indices(5, step, 4, 22)
+    index = image_sets.batch_indices(5, step, 4, 22)
     np.testing.assert_array_equal(pixels[:, 0], train.pixels[index])
     np.testing.assert_array_equal(labels[:, 0], train.labels[index])
 
@@ -118,9 +118,9 @@ def test_embedded_digits_are_resized_as_well():
 
 def test_evaluation_covers_a_stream_exactly_once_without_cropping_at_random(uneven):
   stream = streaming.open_stream("uneven_set", "test", str(uneven), image_size=8)
-  once = list(batches.padded_batches(stream, 3))
+  once = list(image_sets.padded_batches(stream, 3))
   assert [valid for _, valid in once] == [3, 1]
-  again = list(batches.padded_batches(stream, 3))
+  again = list(image_sets.padded_batches(stream, 3))
   for ((pixels, _), _), ((repeated, _), _) in zip(once, again, strict=True):
     np.testing.assert_array_equal(pixels, repeated)
 

@@ -8,7 +8,7 @@ from absl import logging
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gating_jax.data import batches
+from gating_jax.data.image_sets import batch_indices, padded_batches
 from gating_jax.data.video_features import FeatureFolder
 from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.video_tables import VideoTable
@@ -215,7 +215,7 @@ def test_batches_are_the_same_after_a_restart_and_follow_the_resident_order(fold
   whole = list(videos.batches(4, 0, 1, 7))
   assert len(whole) == 7
   for step, batch in enumerate(whole):
-    index = batches.batch_indices(5, step, 4, 7)
+    index = batch_indices(5, step, 4, 7)
     np.testing.assert_array_equal(batch["label"][:, 0], index % 3)
     assert batch["clips"].shape == (4, 1, 3, 2, 8, 8, 3)
   again = VideoFolder(table(), folder, **CLIPS, seed=5, jitter=True, workers=workers)
@@ -229,7 +229,7 @@ def test_fixed_segments_in_training_are_those_of_evaluation(folder):
   batch = next(videos.batches(4, 2, 1, 3))
   same(
     {key: array[:, 0] for key, array in batch.items()},
-    videos.read(batches.batch_indices(5, 2, 4, 7)),
+    videos.read(batch_indices(5, 2, 4, 7)),
   )
 
 
@@ -407,8 +407,7 @@ def test_labels_of_two_axes_are_of_several_classes(shape, several):
 
 def test_it_is_covered_by_batches_once():
   seen = [
-    batch["label"][:count].tolist()
-    for batch, count in batches.padded_batches(arrays_of(np.arange(5)), 2)
+    batch["label"][:count].tolist() for batch, count in padded_batches(arrays_of(np.arange(5)), 2)
   ]
   assert seen == [[0, 1], [2, 3], [4]]
 

@@ -4,8 +4,7 @@ from scipy import special, stats
 from sklearn.metrics import mutual_info_score
 
 from gating_jax.analysis import statistics
-from gating_jax.data import batches
-from gating_jax.data.image_sets import Images
+from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import ModelCounts
 from gating_jax.training import evaluation
 
@@ -43,7 +42,7 @@ def run(pixels, _, gated=True):
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 36, 37, 38, 1000])
 def test_every_image_counts_once(batch_size):
   result, _, behaviour = evaluation.evaluate(
-    run, batches.padded_batches(images(), batch_size), COUNTS, **GATES
+    run, padded_batches(images(), batch_size), COUNTS, **GATES
   )
   rates = (LOGITS > 0).mean(axis=0)
   assert 0 < CORRECT.mean() < 1
@@ -92,7 +91,7 @@ def test_every_image_counts_once(batch_size):
 def test_an_ungated_net_spends_all_its_macs():
   result, _, behaviour = evaluation.evaluate(
     lambda pixels, labels: run(pixels, labels, gated=False),
-    batches.padded_batches(images(), 8),
+    padded_batches(images(), 8),
     COUNTS,
     **GATES,
   )
@@ -103,13 +102,13 @@ def test_an_ungated_net_spends_all_its_macs():
 
 
 def test_results_are_plain_numbers():
-  result, *_ = evaluation.evaluate(run, batches.padded_batches(images(), 8), COUNTS, **GATES)
+  result, *_ = evaluation.evaluate(run, padded_batches(images(), 8), COUNTS, **GATES)
   assert {type(value) for value in result.values()} == {int, float}
 
 
 def test_gate_logits_are_kept_of_the_first_images(monkeypatch):
   monkeypatch.setattr(evaluation, "_KEPT_EXAMPLES", 20)
-  _, _, behaviour = evaluation.evaluate(run, batches.padded_batches(images(), 8), COUNTS, **GATES)
+  _, _, behaviour = evaluation.evaluate(run, padded_batches(images(), 8), COUNTS, **GATES)
   np.testing.assert_array_equal(behaviour.logits, LOGITS[:20])
   np.testing.assert_allclose(behaviour.diagnosis.open_rates, (LOGITS > 0).mean(axis=0))
 
@@ -118,7 +117,7 @@ def test_gate_logits_are_kept_of_the_first_images(monkeypatch):
 @pytest.mark.parametrize("classes", [2, None])
 def test_what_is_kept_of_each_image(batch_size, classes):
   _, kept, gates = evaluation.evaluate(
-    run, batches.padded_batches(images(), batch_size), COUNTS, classes=classes, noise_scale=1
+    run, padded_batches(images(), batch_size), COUNTS, classes=classes, noise_scale=1
   )
   np.testing.assert_array_equal(kept.macs, 1000 - 600 + 50 + 200 * (LOGITS > 0).sum(axis=1))
   np.testing.assert_array_equal(kept.losses, np.arange(M))
@@ -134,7 +133,7 @@ def test_what_is_kept_of_each_image(batch_size, classes):
 def test_macs_of_an_ungated_net_are_those_of_the_net():
   _, kept, _ = evaluation.evaluate(
     lambda pixels, labels: run(pixels, labels, gated=False),
-    batches.padded_batches(images(), 8),
+    padded_batches(images(), 8),
     COUNTS,
     **GATES,
   )
@@ -147,9 +146,7 @@ def test_the_images_that_fire_a_gate_are_those_of_its_largest_logits(monkeypatch
   logits[:, 0] = -1
   logits[[30, 4, 11], 0] = 3, 5, 3
   monkeypatch.setitem(globals(), "LOGITS", logits)
-  *_, gates = evaluation.evaluate(
-    run, batches.padded_batches(images(), batch_size), COUNTS, **GATES
-  )
+  *_, gates = evaluation.evaluate(run, padded_batches(images(), batch_size), COUNTS, **GATES)
   assert gates.most_open_images[:, 0].tolist() == [4, 11, 30, -1, -1, -1, -1, -1]
   for gate in (1, 2):
     assert (
@@ -162,7 +159,7 @@ def test_a_gate_fires_where_it_is_open_whatever_its_logit():
   def shifted(pixels, labels):
     return {**(found := run(pixels, labels)), "gate_logits": found["gate_logits"] - 100}
 
-  *_, gates = evaluation.evaluate(shifted, batches.padded_batches(images(), 8), COUNTS, **GATES)
+  *_, gates = evaluation.evaluate(shifted, padded_batches(images(), 8), COUNTS, **GATES)
   for gate in range(3):
     opened = np.flatnonzero(LOGITS[:, gate] > 0)
     assert (
@@ -172,14 +169,14 @@ def test_a_gate_fires_where_it_is_open_whatever_its_logit():
 
 def test_a_class_without_images_has_no_rate():
   *_, gates = evaluation.evaluate(
-    run, batches.padded_batches(images(), 8), COUNTS, classes=3, noise_scale=1
+    run, padded_batches(images(), 8), COUNTS, classes=3, noise_scale=1
   )
   assert np.isnan(gates.class_rates[2]).all()
   assert not np.isnan(gates.class_rates[:2]).any()
 
 
 def test_histograms_of_each_layer():
-  *_, gates = evaluation.evaluate(run, batches.padded_batches(images(), 8), COUNTS, **GATES)
+  *_, gates = evaluation.evaluate(run, padded_batches(images(), 8), COUNTS, **GATES)
   found = evaluation.histograms(gates, (("a", 1), ("b", 1), ("c", 1)))
   assert list(found) == [
     f"gates/{layer}/{name}" for layer in "abc" for name in ("probs", "open_rates")

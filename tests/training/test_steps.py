@@ -7,8 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from gating_jax.data import batches
-from gating_jax.data.image_sets import Images
+from gating_jax.data.image_sets import Images, padded_batches, process_indices
 from gating_jax.ops.macs import gated_macs
 from gating_jax.training import devices, steps
 from gating_jax.training.devices import BATCH, REPLICATED
@@ -43,7 +42,7 @@ def dispatch(k, backend="pmap", gating="channel"):
     backend=backend,
   )
   images = devices.replicate(tiny.images(EXAMPLES))
-  return lambda state, at: run(state, images, batches.indices(0, at, k, BATCH_SIZE, EXAMPLES))
+  return lambda state, at: run(state, images, process_indices(0, at, k, BATCH_SIZE, EXAMPLES))
 
 
 @functools.cache
@@ -183,7 +182,7 @@ def evaluated(batch_size, used, backend="pmap"):
   images = Images(*tiny.images(37, seed=5), class_names=("a", "b", "c"))
   parts = [
     jax.tree.map(lambda x: np.asarray(x)[:valid], run(state, pixels, labels))  # noqa: B023
-    for (pixels, labels), valid in batches.padded_batches(images, batch_size)
+    for (pixels, labels), valid in padded_batches(images, batch_size)
   ]
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
