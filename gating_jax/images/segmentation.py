@@ -1,24 +1,31 @@
 """Training and tests of gated segmentation networks in a run directory.
 
-Reference: Zhao et al., 2017 (PSPNet); Bejnordi et al., 2020, section 4.2.
+An image is a scene, with a class for every pixel. Pixels labelled `IGNORED` are skipped, in the
+loss and in the scores.
+
+Axes: N examples, H and W pixels, K classes.
+Reference: Zhao et al., 2017 (PSPNet); Bejnordi et al., 2020, section 4.2; Everingham et al., "The
+Pascal visual object classes challenge", 2015 (intersection over union).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from gating_jax import runner
 from gating_jax.data import scenes
-from gating_jax.images import build as images
-from gating_jax.images import compile, pixels
+from gating_jax.images import build as image_build
+from gating_jax.images import compile
 from gating_jax.images.build import Experiment
 from gating_jax.images.classification import Classification
 from gating_jax.models.resnet import RESNETS
@@ -28,8 +35,10 @@ from gating_jax.reports import images as image_pictures
 from gating_jax.reports import tables
 from gating_jax.terminal import working
 from gating_jax.training import devices, steps
+from gating_jax.training.objectives import Fit, weighted_mean
 from gating_jax.training.outlines import Outline
 from gating_jax.training.steps import TrainState
+from gating_jax.types import Array
 
 # Test scenes to draw.
 _DRAWN = 3
@@ -71,7 +80,7 @@ def build(
       return True
     return is_size(value) and value[0] <= data.size[0] and value[1] <= data.size[1]
 
-  images.check(
+  image_build.check(
     config,
     choices={"data.name": scenes.NAMES, "model.name": RESNETS},
     at_least={"data.train_scenes": 1, "data.test_scenes": 1, "data.digits": 1, "model.head": 1},
@@ -85,13 +94,13 @@ def build(
     },
   )
   sets = _made_sets(config) if data.name == scenes.MADE else _opened_sets(config)
-  return images.assemble(
+  return image_build.assemble(
     config,
     sets.size,
     open_train=sets.open_train,
     open_test=sets.open_test,
     network=network,
-    fit=pixels.fit_pixels,
+    fit=fit_pixels,
     train_shape=sets.train_shape,
     outlines=outlines,
   )
@@ -159,7 +168,7 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
     classes: number of classes of a pixel.
   """
   # The head needs a feature map, so the backbone has no pooling and no classifier.
-  backbone = images.network(model, None).clone(pool=False, output_stride=model.output_stride)
+  backbone = image_build.network(model, None).clone(pool=False, output_stride=model.output_stride)
   return Segmenter(
     backbone, classes, features=model.head, dtype=backbone.dtype, axis_name=devices.AXIS
   )
@@ -178,13 +187,13 @@ class Segmentation(Classification):
   @staticmethod
   def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     """Returns the results of each scene, from its pixels."""
-    return pixels.pixel_scores(logits, labels)
+    return pixel_scores(logits, labels)
 
   def summarise(self, sums: Mapping[str, Any], images: int) -> dict[str, float]:
     """Returns the numbers of the set, and the head's part of the network's MACs."""
     experiment = self.experiment
     backbone = model_summary(experiment.model.backbone.clone(parent=None), experiment.test.shape)
-    return pixels.summarise(sums, experiment.test.class_names) | {
+    return summarise_pixels(sums, experiment.test.class_names) | {
       "head_macs": experiment.counts.macs - backbone.macs
     }
 
@@ -226,3 +235,114 @@ class Segmentation(Classification):
         "multiply-accumulates of each, in % of those of the ungated net.",
       )
     }
+
+
+def fit_pixels(logits: Array, labels: Array, axis_name: Hashable | None = None) -> Fit:
+  """Computes the cross-entropy and the accuracy, means over the pixels that are not ignored.
+
+  It is the `fit` of an `ImageObjective`; the means are over the whole batch.
+
+  Args:
+    logits: `[N, H, W, K]`.
+    labels: `[N, H, W]` integers below K, or `IGNORED`.
+    axis_name: as in `batch_shaping_loss`.
+  """
+  cross_entropy, correct, counted = _compare_pixels(logits, labels)
+  mean_loss = weighted_mean(cross_entropy, counted, axis_name)
+  return Fit(mean_loss, weighted_mean(correct, counted, axis_name))
+
+
+def pixel_scores(logits: Array, labels: Array) -> dict[str, Array]:
+  """Computes for each example its `cross_entropy` and `confusion`.
+
+  Args:
+    logits: `[N, H, W, K]`.
+    labels: `[N, H, W]` integers below K, or `IGNORED`.
+  Returns:
+    `cross_entropy` `[N]`, the sum over an example's pixels, and `confusion` `[N, K, K]`.
+  """
+  cross_entropy, _, counted = _compare_pixels(logits, labels)
+  return {
+    "cross_entropy": jnp.sum(cross_entropy * counted, axis=(1, 2)),
+    "confusion": count_confusion(jnp.argmax(logits, -1), labels, logits.shape[-1]),
+  }
+
+
+def count_confusion(predicted: Array, labels: Array, classes: int) -> Array:
+  """Counts the pixels of each true class, the row, that were given each class, the column.
+
+  Args:
+    predicted: `[N, H, W]` integers below `classes`.
+    labels: the same, or `IGNORED`.
+    classes: K.
+  Returns:
+    `[N, K, K]` int32.
+
+  >>> count_confusion(jnp.array([[[0, 1, 1]]]), jnp.array([[[0, 0, 255]]]), 2)[0].tolist()
+  [[1, 1], [0, 0]]
+  """
+  labels = labels.astype(jnp.int32)
+  # Each (true, predicted) pair has a number; ignored pixels share one more, which is cut off.
+  pair = jnp.where(labels == scenes.IGNORED, classes**2, labels * classes + predicted)
+
+  def count_pairs(pairs):
+    """Counts each pair of one example's pixels, `[K^2]`."""
+    return jnp.bincount(pairs.ravel(), length=classes**2 + 1)[:-1]
+
+  return jax.vmap(count_pairs)(pair).reshape(-1, classes, classes)
+
+
+def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
+  """Computes the intersection over union of each class, `[K]`.
+
+      IoU_k = |true k and predicted k| / |true k or predicted k|
+
+  It is NaN for a class that neither the ground truth nor the prediction has.
+
+  Args:
+    confusion: `[K, K]`, summed over a whole set.
+
+  >>> intersection_over_union(np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]))
+  array([0.5       , 0.57142857,        nan])
+  """
+  # The union counts the pixels of both once: row sum plus column sum minus the diagonal.
+  both = np.diag(confusion).astype(np.float64)
+  either = confusion.sum(axis=0) + confusion.sum(axis=1) - both
+  return np.where(either > 0, both / np.maximum(either, 1), np.nan)
+
+
+def summarise_pixels(
+  sums: Mapping[str, np.ndarray], class_names: Sequence[str]
+) -> dict[str, float]:
+  """Returns a set's numbers from the sums over its examples of `pixel_scores`.
+
+  `mean_iou` is the mean over classes that occur in the ground truth or the prediction; the others
+  have no `iou/...` of their own.
+
+  Args:
+    sums: sums of `cross_entropy`, and of `confusion` `[K, K]`.
+    class_names: K names.
+  """
+  # A set whose pixels are all ignored scores 0.
+  pixels = max(float(sums["confusion"].sum()), 1.0)
+  iou = intersection_over_union(sums["confusion"])
+  # A class that occurs nowhere has no IoU, and must not count as 0.
+  present = ~np.isnan(iou)
+  numbers = {
+    "mean_iou": float(np.mean(iou[present])) if present.any() else 0.0,
+    # The diagonal counts the pixels that are right.
+    "accuracy": float(np.trace(sums["confusion"])) / pixels,
+    "cross_entropy": float(sums["cross_entropy"]) / pixels,
+  }
+  for k in np.flatnonzero(present):
+    numbers[f"iou/{class_names[k]}"] = float(iou[k])
+  return numbers
+
+
+def _compare_pixels(logits: Array, labels: Array) -> tuple[Array, Array, Array]:
+  """Returns `[N, H, W]` each: cross-entropy, correctness, and 1 for pixels not ignored."""
+  counted = labels != scenes.IGNORED
+  # `IGNORED` is no class: the cross-entropy needs a valid label, and its weight is 0.
+  labels = jnp.where(counted, labels, 0).astype(jnp.int32)
+  cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return cross_entropy, jnp.argmax(logits, -1) == labels, counted.astype(logits.dtype)

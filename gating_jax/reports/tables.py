@@ -62,7 +62,8 @@ def scene_rows(result: Mapping[str, Any]) -> list[Row]:
   """Returns rows of name and value of a segmentation run.
 
   Args:
-    result: of `training.evaluation.evaluate` with the summary of `images.pixels.summarise`.
+    result: of `training.evaluation.evaluate` with the summary of
+      `images.segmentation.summarise_pixels`.
   """
   class_rows = []
   for key, value in result.items():
