@@ -362,17 +362,17 @@ CONTINUAL = [
   ),
   Mutant(
     "fisher_not_squared",
-    "continual/methods/ewc.py",
+    "continual/methods/importance.py",
     "return jax.tree.map(lambda t, g: t + g**2, total, grads), None",
     "return jax.tree.map(lambda t, g: t + g, total, grads), None",
-    "continual/methods/test_ewc.py::test_fisher_of_softmax_regression_in_closed_form",
+    "continual/methods/test_importance.py::test_fisher_of_softmax_regression_in_closed_form",
   ),
   Mutant(
     "path_integral_not_divided",
-    "continual/methods/si.py",
+    "continual/methods/importance.py",
     "importance + jnp.maximum(path, 0) / ((p - anchor) ** 2 + damping)",
     "importance + jnp.maximum(path, 0)",
-    "continual/methods/test_si.py::test_importance_by_hand_and_never_below_zero",
+    "continual/methods/test_importance.py::test_importance_by_hand_and_never_below_zero",
   ),
   Mutant(
     "agem_without_projection",

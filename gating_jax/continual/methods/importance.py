@@ -1,7 +1,9 @@
-"""Elastic weight consolidation: parameters are penalised in proportion to their importance.
+"""Methods that hold the parameters that mattered to earlier tasks: EWC, online EWC and SI.
 
-The importance is for the predictions of earlier tasks. The penalty is on the squared distance to
-earlier parameters, with one weight per parameter:
+The loss has a penalty on the squared distance to earlier parameters, the anchors, with one weight
+per parameter: its importance.
+
+Elastic weight consolidation: importance for the predictions of earlier tasks.
 
     ewc          total = cross-entropy + lambda/2 sum_(s < t) sum_i F_si (theta_i - theta*_si)^2
     online_ewc   total = cross-entropy + lambda/2 sum_i F_i (theta_i - theta*_i)^2,
@@ -22,11 +24,22 @@ the task is learnt.
 The penalty is stiff: a step diverges if learning rate x lambda x F_i exceeds 2 (1 + momentum).
 Where gradients are clipped, it oscillates around the anchor instead, and the network learns little.
 
-`weighted_distance` and `anchored_loss` serve any such penalty, that of `methods.si` too.
+Synaptic intelligence: importance from each parameter's path through earlier tasks.
+
+    total    = cross-entropy + c sum_i Omega_i (theta_i - theta*_i)^2, without 1/2
+    omega_i <- omega_i - g_i dtheta_i                                        at every step
+    Omega_i <- Omega_i + max(omega_i, 0) / ((theta_i - theta*_i)^2 + xi),
+    omega_i <- 0                                                             after every task
+
+The importance is each parameter's part in the decrease of the loss along its path. g is the
+gradient of the cross-entropy alone, dtheta the whole step of the optimiser, and theta* the
+parameters at the end of the last task; for small steps sum_i omega_i is the decrease of the
+cross-entropy. A parameter whose path increased the loss counts as unimportant for that task.
 
 Axes: N examples, T tasks.
 Reference: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017,
-equation 3; Schwarz et al., "Progress & compress", 2018, section 4 (online).
+equation 3; Schwarz et al., "Progress & compress", 2018, section 4 (online EWC); Zenke, Poole and
+Ganguli, "Continual learning through synaptic intelligence", 2017.
 """
 
 from __future__ import annotations
@@ -126,7 +139,7 @@ def fisher_diagonal(
 
 
 class EwcMemory(MemoryNode):
-  """The memory of both methods, or what one task adds to it.
+  """The memory of EWC and online EWC, or what one task adds to it.
 
   Attributes:
     anchor: theta*, parameters at the end of a task.
@@ -145,7 +158,7 @@ def _consolidation(
   strength: float,
   examples: int,
 ) -> Method:
-  """Makes the method from a rule that keeps Fisher diagonals and anchors.
+  """Makes EWC from a rule that keeps Fisher diagonals and anchors.
 
   Args:
     network: to train.
@@ -216,6 +229,83 @@ def _fisher_of_task(
   own = network.visible(jnp.asarray(labels), task, scope="own")
   drawn = jax.random.categorical(drawing, jnp.where(own, logits, -jnp.inf))
   return diagonal(learner.params, learner.batch_stats, pixels=pixels, labels=drawn)
+
+
+class SiMemory(MemoryNode):
+  """The memory of SI; each field is a tree like the parameters.
+
+  Attributes:
+    path: omega, the path integral of the current task so far.
+    importance: Omega.
+    anchor: theta*.
+  """
+
+  path: Any
+  importance: Any
+  anchor: Any
+
+
+def si(network: Network, *, strength: float, damping: float) -> Method:
+  """Makes synaptic intelligence.
+
+  Args:
+    network: to train.
+    strength: c, >= 0.
+    damping: xi > 0, the squared distance below which a shorter path no longer gives more
+      importance.
+  Raises:
+    ValueError: a setting breaks its rule.
+  """
+  if not strength >= 0:
+    raise ValueError(f"strength must be >= 0; got {strength}")
+  if not damping > 0:
+    raise ValueError(f"damping must be > 0; got {damping}")
+
+  def init(key):
+    """Initialises the network, with a path and importance of 0."""
+    params, batch_stats = network.init(key)
+    # A step donates its buffers: no two of these may be one buffer.
+    memory = SiMemory(
+      path=jax.tree.map(jnp.zeros_like, params),
+      importance=jax.tree.map(jnp.zeros_like, params),
+      anchor=jax.tree.map(jnp.copy, params),
+    )
+    return InitialState(params, batch_stats, memory)
+
+  def penalty(params, memory):
+    """Computes the penalty on the distance to the anchor, a scalar."""
+    return strength * weighted_distance(params, memory.anchor, memory.importance)
+
+  def update(updates, grads, learner):
+    """Adds the step to the path; the updates stay the same."""
+    memory = learner.memory
+    of_penalty = jax.grad(penalty)(learner.params, memory)
+
+    def extend(path, grad, of_penalty, update):
+      """Adds the step of one array: omega_i <- omega_i - g_i dtheta_i."""
+      # g is the gradient of the cross-entropy alone: that of the penalty is subtracted.
+      return path - (grad - of_penalty) * update
+
+    path = jax.tree.map(extend, memory.path, grads, of_penalty, updates)
+    return updates, memory.replace(path=path)
+
+  def end_task(learner, data, key):
+    """Adds the task's path to the importance and moves the anchor."""
+    memory, params = learner.memory, learner.params
+
+    def add(importance, path, p, anchor):
+      """Adds the path of one array."""
+      # Omega_i <- Omega_i + max(omega_i, 0) / ((theta_i - theta*_i)^2 + xi)
+      return importance + jnp.maximum(path, 0) / ((p - anchor) ** 2 + damping)
+
+    memory = SiMemory(
+      path=jax.tree.map(jnp.zeros_like, memory.path),
+      importance=jax.tree.map(add, memory.importance, memory.path, params, memory.anchor),
+      anchor=jax.tree.map(jnp.copy, params),
+    )
+    return learner.replace(memory=memory)
+
+  return Method(init, anchored_loss(network, penalty), end_task, network.predict, update=update)
 
 
 def weighted_distance(params: Any, anchor: Any, weight: Any) -> Array:
