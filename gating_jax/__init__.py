@@ -26,7 +26,7 @@ if TYPE_CHECKING:
   from gating_jax.loading import load_run
   from gating_jax.models.resnet import ResNet, resnet
   from gating_jax.models.summary import ModelCounts, VideoCounts, model_summary, video_summary
-  from gating_jax.models.timegate import SegmentNet
+  from gating_jax.models.timegate import SegmentNet, find_concepts
   from gating_jax.models.vgg import VGG, vgg
   from gating_jax.models.video_backbones import heavy_net, light_net
   from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, scatter_back
@@ -67,7 +67,6 @@ if TYPE_CHECKING:
   )
   from gating_jax.training.devices import value_and_grad_over_devices
   from gating_jax.types import GateRecord
-  from gating_jax.video.concepts import find_concepts
 
 # The public API: everything listed here stays importable from the top level.
 __all__ = [
@@ -178,7 +177,7 @@ _MODULES = {
   "executed_macs": "gating_jax.ops.macs",
   "expected_macs": "gating_jax.ops.macs",
   "export_model": "gating_jax.inference.export",
-  "find_concepts": "gating_jax.video.concepts",
+  "find_concepts": "gating_jax.models.timegate",
   "find_static_units": "gating_jax.inference.pruning",
   "fold": "gating_jax.inference.folding",
   "from_cdf": "gating_jax.ops.priors",

@@ -15,11 +15,11 @@ from gating_jax.checks import user_path
 from gating_jax.data.videos import VideoArrays
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segment_gate import CONCEPTS
+from gating_jax.models.timegate import find_concepts
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoint, resume_newest
 from gating_jax.video import evaluate
 from gating_jax.video.build import Phase, VideoExperiment, heavy_from
-from gating_jax.video.concepts import find_concepts
 
 PRETRAIN_DIR = "pretrain"
 # Concepts are found from at most so many segments.
