@@ -28,7 +28,7 @@ import numpy as np
 from configs import cifar10_resnet20
 from gating_jax.data import image_sets
 from gating_jax.images import classification
-from gating_jax.models.resnet import resnet
+from gating_jax.models.resnets import resnet
 from gating_jax.ops.priors import beta
 from gating_jax.timing import race
 from gating_jax.training import devices, steps

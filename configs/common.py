@@ -9,8 +9,10 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from gating_jax.config_files import Config
 
-def image_config() -> ml_collections.ConfigDict:
+
+def image_config() -> Config:
   """Returns a config with every field; fractions of a schedule are of the whole training."""
   return ml_collections.ConfigDict(
     {
@@ -121,7 +123,7 @@ def image_config() -> ml_collections.ConfigDict:
   )
 
 
-def imagenet_config() -> ml_collections.ConfigDict:
+def imagenet_config() -> Config:
   """Returns the shared config for photographs.
 
   It has ImageNet's colour statistics, the streaming loader, and ResNet18 in bfloat16.
@@ -236,10 +238,10 @@ _EARLIER = {
 
 
 def apply_variants(
-  config: ml_collections.ConfigDict,
+  config: Config,
   arg: str | None,
   variants: Mapping[str, Variant] | None = None,
-) -> ml_collections.ConfigDict:
+) -> Config:
   """Applies variants such as `epochs=10,gates=layer`: short names for the most used settings.
 
   Args:

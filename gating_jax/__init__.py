@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 # Type checkers do not run `__getattr__`.
 if TYPE_CHECKING:
-  from gating_jax.inference.analyse import Analysis, analyse, prune, pruning_error
+  from gating_jax.inference.analysing import Analysis, analyse, prune, pruning_error
   from gating_jax.inference.conditional import compile_conditional
   from gating_jax.inference.exits import compile_exits
   from gating_jax.inference.export import export_model, load_exported
   from gating_jax.inference.folding import fold
   from gating_jax.inference.pruning import find_static_units
-  from gating_jax.inference.quantise import quantise
+  from gating_jax.inference.quantising import quantise
   from gating_jax.inference.segments import compile_segments
   from gating_jax.layers.blocks import BasicBlock, Bottleneck
   from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
   from gating_jax.loading import load_run
-  from gating_jax.models.resnet import ResNet, resnet
+  from gating_jax.models.resnets import ResNet, resnet
   from gating_jax.models.summary import ModelCounts, VideoCounts, model_summary, video_summary
   from gating_jax.models.timegate import SegmentNet, find_concepts
-  from gating_jax.models.vgg import VGG, vgg
+  from gating_jax.models.vggs import VGG, vgg
   from gating_jax.models.video_backbones import heavy_net, light_net
   from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, scatter_back
   from gating_jax.ops.ecdf import (
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     generalised_batch_shaping_loss,
     noise_floor,
   )
-  from gating_jax.ops.empirical import empirical
+  from gating_jax.ops.empirical_prior import empirical
   from gating_jax.ops.macs import executed_macs, expected_macs, gated_macs
   from gating_jax.ops.penalties import (
     closed_share,
@@ -143,7 +143,7 @@ __all__ = [
 
 # The module of each public name.
 _MODULES = {
-  "Analysis": "gating_jax.inference.analyse",
+  "Analysis": "gating_jax.inference.analysing",
   "BasicBlock": "gating_jax.layers.blocks",
   "Bottleneck": "gating_jax.layers.blocks",
   "ChannelGate": "gating_jax.layers.gate",
@@ -153,13 +153,13 @@ _MODULES = {
   "GatedChannels": "gating_jax.layers.gate",
   "ModelCounts": "gating_jax.models.summary",
   "Prior": "gating_jax.ops.priors",
-  "ResNet": "gating_jax.models.resnet",
+  "ResNet": "gating_jax.models.resnets",
   "SegmentGate": "gating_jax.layers.segment_gate",
   "SegmentGateSettings": "gating_jax.layers.segment_gate",
   "SegmentNet": "gating_jax.models.timegate",
-  "VGG": "gating_jax.models.vgg",
+  "VGG": "gating_jax.models.vggs",
   "VideoCounts": "gating_jax.models.summary",
-  "analyse": "gating_jax.inference.analyse",
+  "analyse": "gating_jax.inference.analysing",
   "apply_gates": "gating_jax.layers.gate",
   "batch_shaping_loss": "gating_jax.ops.ecdf",
   "beta": "gating_jax.ops.priors",
@@ -172,7 +172,7 @@ _MODULES = {
   "compile_conditional": "gating_jax.inference.conditional",
   "compile_exits": "gating_jax.inference.exits",
   "compile_segments": "gating_jax.inference.segments",
-  "empirical": "gating_jax.ops.empirical",
+  "empirical": "gating_jax.ops.empirical_prior",
   "empirical_cdf": "gating_jax.ops.ecdf",
   "executed_macs": "gating_jax.ops.macs",
   "expected_macs": "gating_jax.ops.macs",
@@ -197,11 +197,11 @@ _MODULES = {
   "noise_floor": "gating_jax.ops.ecdf",
   "normal": "gating_jax.ops.priors",
   "open_indices": "gating_jax.ops.compaction",
-  "prune": "gating_jax.inference.analyse",
-  "pruning_error": "gating_jax.inference.analyse",
-  "quantise": "gating_jax.inference.quantise",
+  "prune": "gating_jax.inference.analysing",
+  "pruning_error": "gating_jax.inference.analysing",
+  "quantise": "gating_jax.inference.quantising",
   "relaxed_bernoulli": "gating_jax.ops.priors",
-  "resnet": "gating_jax.models.resnet",
+  "resnet": "gating_jax.models.resnets",
   "scatter_back": "gating_jax.ops.compaction",
   "sort_with_vjp": "gating_jax.ops.ranking",
   "straight_through_gate": "gating_jax.ops.relaxations",
@@ -210,7 +210,7 @@ _MODULES = {
   "threshold_gate": "gating_jax.ops.relaxations",
   "uniform": "gating_jax.ops.priors",
   "value_and_grad_over_devices": "gating_jax.training.devices",
-  "vgg": "gating_jax.models.vgg",
+  "vgg": "gating_jax.models.vggs",
   "video_summary": "gating_jax.models.summary",
 }
 

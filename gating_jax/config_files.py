@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import ml_collections
 
@@ -45,6 +45,26 @@ RENAMED_FIELDS = {
 }
 
 
+class Config(Protocol):
+  """A config or a section of one, as `ml_collections.ConfigDict` is.
+
+  Type checkers learn here that a field can be of any type. From the code of ConfigDict they infer
+  that a field is a string, a number, a list or None, and refuse `config.model.name`.
+  """
+
+  def __getattr__(self, name: str) -> Any: ...
+
+  def __getitem__(self, key: str) -> Any: ...
+
+  def __setitem__(self, key: str, value: Any) -> None: ...
+
+  def __contains__(self, key: str) -> bool: ...
+
+  def __iter__(self) -> Iterator[str]: ...
+
+  def __len__(self) -> int: ...
+
+
 def folder() -> Path:
   """Returns the folder of the configs that come with the package."""
   here = Path(__file__).parent
@@ -65,7 +85,7 @@ def packaged() -> dict[str, str]:
   return found
 
 
-def load(given: str) -> ml_collections.ConfigDict:
+def load(given: str) -> Config:
   """Loads the config that `given` names.
 
   The file may import its neighbours: the folder above its own joins the import path permanently.
@@ -218,7 +238,7 @@ def rename_override(argument: str) -> str:
   return ".".join(parts) + equals + value
 
 
-def base(experiment: str) -> ml_collections.ConfigDict | None:
+def base(experiment: str) -> Config | None:
   """Returns every field of a config of this kind with its default; None for an unknown kind."""
   kind = experiments.kind_of(experiment)
   if kind is None:
@@ -253,7 +273,7 @@ def _forget_package() -> dict[str, ModuleType]:
   return removed
 
 
-def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
+def check(path: Path, variant: str | None) -> Config:
   """Runs a config file and returns its config.
 
   Args:

@@ -13,10 +13,11 @@ from gating_jax import experiments
 from gating_jax.checks import one_of, user_path
 
 if TYPE_CHECKING:
-  import ml_collections
+  pass
+from gating_jax.config_files import Config
 
 
-def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.ConfigDict]:
+def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, Config]:
   """Loads the model of a run directory and the values of its newest checkpoint.
 
       model, variables, config = load_run("runs/digits")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 
 from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.reports import conclusion
 from gating_jax.terminal import TRAINING, Pace, lasting, say, working
 from gating_jax.training import hosts, loop, provenance, rundir
@@ -41,7 +41,7 @@ class Programme(abc.ABC):
   untrained: str = "no checkpoint"
 
   @property
-  def config(self) -> ml_collections.ConfigDict:
+  def config(self) -> Config:
     """Returns the config of the run."""
     return self.experiment.config
 

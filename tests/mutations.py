@@ -457,10 +457,10 @@ INFERENCE = [
   ),
   Mutant(
     "int8_scale_of_zeros",
-    "inference/quantise.py",
+    "inference/quantising.py",
     "scale = jnp.where(largest > 0, largest, _LARGEST) / _LARGEST",
     "scale = largest / _LARGEST",
-    "inference/test_quantise.py::test_values_and_scales_by_hand",
+    "inference/test_quantising.py::test_values_and_scales_by_hand",
   ),
   Mutant(
     "changed_export_loaded",

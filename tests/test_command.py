@@ -17,7 +17,7 @@ import pytest
 
 from gating_jax import cli, config_files, experiments
 from gating_jax.images import classification
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.reports import compile_report
 from gating_jax.training import hosts, provenance, smoke
 from tests.helpers import ROOT, tiny_cli
@@ -183,7 +183,7 @@ def check_concluded(said, number):
 
 
 def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.chdir(tmp_path)
   command = (
     "--config=digits",
@@ -216,7 +216,7 @@ def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lr[0.1] *?'\"<b>&$x", os.fsdecode(b"\xff:a,b\n")])
 def test_every_mode_works_in_a_folder_of_any_name(name, tmp_path, monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(compile_report, "_REPEATS", 1)
   monkeypatch.setattr(compile_report, "_BATCHES", (3,))
   folder = tmp_path / name

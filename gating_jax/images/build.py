@@ -17,13 +17,14 @@ import jax
 import ml_collections
 import optax
 
+from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
+from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary
-from gating_jax.models.vgg import VGGS, vgg
+from gating_jax.models.vggs import VGGS, vgg
 from gating_jax.training import devices, loop, optim, rundir, settings
 from gating_jax.training.objectives import (
   REDUCTIONS,
@@ -61,7 +62,7 @@ class Experiment:
     full: the model with the whole backward pass, where its own leaves something out; else None.
   """
 
-  config: ml_collections.ConfigDict
+  config: Config
   open_train: Callable[[], image_sets.Images | streaming.Stream]
   test: image_sets.Images | streaming.Stream
   model: nn.Module
@@ -86,9 +87,7 @@ class Experiment:
     return GateSettings(**model.gate).drawn_noise_scale
 
 
-def build(
-  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
-) -> Experiment:
+def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experiment:
   """Builds the experiment of a config of labelled images.
 
   Every setting is checked first, then the data are opened.
@@ -141,12 +140,12 @@ def build(
 
 
 def assemble(
-  config: ml_collections.ConfigDict,
+  config: Config,
   size: Callable[[], int],
   *,
   open_train: Callable[[], Any],
   open_test: Callable[[], Any],
-  network: Callable[[ml_collections.ConfigDict, int], nn.Module],
+  network: Callable[[Config, int], nn.Module],
   fit: FitLabels = fit_classes,
   train_shape: tuple[int, int, int] | None = None,
   outlines: Sequence[Outline] | None = None,
@@ -214,7 +213,7 @@ def assemble(
   )
 
 
-def _noise_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Schedule | None:
+def _noise_schedule(model: Config, total: int) -> optax.Schedule | None:
   """Returns the noise scale of the gates, from step to number; None for the model's own."""
   noise = model.noise
   if noise.final is None:
@@ -228,7 +227,7 @@ def _noise_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Sched
   )
 
 
-def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
+def network(model: Config, classes: int) -> nn.Module:
   """Builds the residual network, or the chain of convolutions, that `config.model` describes.
 
   Args:
@@ -277,9 +276,7 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
   return resnet(model.name, classes, **fields)
 
 
-def _open(
-  config: ml_collections.ConfigDict, split: str, *, training: bool
-) -> image_sets.Images | streaming.Stream:
+def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | streaming.Stream:
   """Opens a split of the data, in memory or on disk."""
   data = config.data
   image, label = settings.feature_names(data)
@@ -300,7 +297,7 @@ def _open(
 
 
 def check(
-  config: ml_collections.ConfigDict,
+  config: Config,
   *,
   choices: Mapping[str, Collection[str]],
   at_least: Mapping[str, int],
@@ -375,7 +372,7 @@ def check(
   _check_together(config)
 
 
-def _check_together(config: ml_collections.ConfigDict) -> None:
+def _check_together(config: Config) -> None:
   """Raises a ValueError where one setting excludes another."""
   model, loss = config.model, config.loss
   skips, chain = model.backward_share < 1, model.name in VGGS
@@ -431,7 +428,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def _check_budget_acts(config: ml_collections.ConfigDict) -> None:
+def _check_budget_acts(config: Config) -> None:
   """Raises a ValueError where no gate, or no term of the loss, is left for a budget to act on."""
   fields = rundir.flatten(config)
 

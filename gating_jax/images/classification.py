@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import ml_collections
 from flax import traverse_util
 
 from gating_jax import experiments, runner
 from gating_jax.analysis import outcomes
 from gating_jax.checks import user_path
+from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
 from gating_jax.images import compile, export
 from gating_jax.images import report as image_report
@@ -42,7 +42,7 @@ _CUT_OUT = 1
 _GATINGS = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+def run(config: Config, workdir: Path, mode: str) -> None:
   """Runs a mode for a classifier in a run directory.
 
   Args:
@@ -401,7 +401,7 @@ def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
   return renamed
 
 
-def check_start(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def check_start(config: Config) -> Config:
   """Returns the config of the run that `model.init_from` names.
 
   Raises:

@@ -19,7 +19,7 @@ from gating_jax import config_files
 from gating_jax.checks import quoted
 from gating_jax.images.build import Experiment
 from gating_jax.inference import exits, export, folded
-from gating_jax.inference.analyse import (
+from gating_jax.inference.analysing import (
   BATCH_SIZE,
   Analysis,
   PruningEffect,
@@ -36,7 +36,7 @@ from gating_jax.inference.compiled import (
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import FoldedNet, Gates
 from gating_jax.inference.pruning import apply_pruning, find_static_units, rate_bound
-from gating_jax.inference.quantise import dequantise, quantise
+from gating_jax.inference.quantising import dequantise, quantise
 from gating_jax.inference.strategies import EXPORTABLE
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.reports import compile_report, conclusion, surroundings

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from gating_jax.checks import former_keyword, one_of
 from gating_jax.inference import folded
-from gating_jax.inference.analyse import gates_of
+from gating_jax.inference.analysing import gates_of
 from gating_jax.inference.compiled import (
   AUTO,
   GAIN,
@@ -36,7 +36,7 @@ from gating_jax.inference.compiled import (
 )
 from gating_jax.inference.folded import FoldedNet, Gates, Head, Layer
 from gating_jax.inference.folding import fold
-from gating_jax.inference.quantise import check_float
+from gating_jax.inference.quantising import check_float
 from gating_jax.inference.strategies import (
   EXPORTABLE,
   STRATEGIES,

@@ -35,7 +35,7 @@ from gating_jax.checks import one_of, shown, user_path
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import CompiledImages, check_image_shape, check_images
 from gating_jax.inference.folded import FoldedNet
-from gating_jax.inference.quantise import dequantise
+from gating_jax.inference.quantising import dequantise
 from gating_jax.ops import arguments
 
 PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"

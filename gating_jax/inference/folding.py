@@ -23,8 +23,8 @@ from gating_jax.checks import one_of, shown
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer, Part
 from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GATE_NAME
-from gating_jax.models.resnet import ResNet
-from gating_jax.models.vgg import POOL, VGG
+from gating_jax.models.resnets import ResNet
+from gating_jax.models.vggs import POOL, VGG
 from gating_jax.ops import relaxations
 from gating_jax.ops.arguments import instance
 from gating_jax.types import Path

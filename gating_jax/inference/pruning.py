@@ -21,7 +21,7 @@ import numpy as np
 from gating_jax.analysis.statistics import GateStatistics
 from gating_jax.checks import former_keyword
 from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer, Part, places, walk
-from gating_jax.inference.quantise import check_folded
+from gating_jax.inference.quantising import check_folded
 from gating_jax.ops import arguments
 
 

@@ -28,8 +28,8 @@ from gating_jax.checks import one_of
 from gating_jax.layers.conv import scaled
 from gating_jax.layers.gate import GateSettings
 from gating_jax.layers.mac_trace import kernel_calls
-from gating_jax.models.resnet import RESNETS, ResNet, resnet
-from gating_jax.models.vgg import POOL, VGGS, VGGLayer
+from gating_jax.models.resnets import RESNETS, ResNet, resnet
+from gating_jax.models.vggs import POOL, VGGS, VGGLayer
 from gating_jax.types import Array
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from gating_jax.layers.conv import ConvNorm
 from gating_jax.layers.experts import Experts
 from gating_jax.layers.mac_trace import kernel_calls
-from gating_jax.models.resnet import ResNet, StagePlan
+from gating_jax.models.resnets import ResNet, StagePlan
 from gating_jax.ops import confidence
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import Array, GateRecord, Records
@@ -39,7 +39,7 @@ class EarlyExitNet(ResNet):
     threshold: fraction of the largest entropy, in (0, 1), below which an exit is taken.
 
   >>> from gating_jax.models.summary import model_summary
-  >>> from gating_jax.models.resnet import resnet
+  >>> from gating_jax.models.resnets import resnet
   >>> model_summary(resnet("resnet20", 10, kind=EarlyExitNet), (32, 32, 3)).gate_layers
   (('exit1', 1), ('exit2', 1))
   """
@@ -131,7 +131,7 @@ class ExpertNet(ResNet):
     top_k: number of experts that contribute for an example; None for all.
 
   >>> from gating_jax.models.summary import model_summary
-  >>> from gating_jax.models.resnet import resnet
+  >>> from gating_jax.models.resnets import resnet
   >>> model_summary(resnet("resnet20", 10, kind=ExpertNet, experts=3), (32, 32, 3)).gate_layers
   (('stage3', 3),)
   """

@@ -35,7 +35,7 @@ class Segmenter(nn.Module):
     axis_name: mapped device axis over which BatchNorm takes its statistics.
 
   >>> from gating_jax.models.summary import model_summary
-  >>> from gating_jax.models.resnet import resnet
+  >>> from gating_jax.models.resnets import resnet
   >>> backbone = resnet("resnet20", None, pool=False, output_stride=2)
   >>> model_summary(Segmenter(backbone, classes=11, features=32), (32, 32, 1)).macs
   88762368

@@ -99,7 +99,7 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
   Raises:
     TypeError: no module, one that returns something else, or a shape of another kind.
 
-  >>> from gating_jax.models.resnet import resnet
+  >>> from gating_jax.models.resnets import resnet
   >>> model_summary(resnet("resnet20", classes=10), (32, 32, 3)).macs
   40551040
   """
@@ -129,7 +129,7 @@ def reduced_macs(model: nn.Module, input_shape: Any) -> int:
   Abati et al., 2020, table 2, count the SimpleCNN on MNIST like this; `model_summary` has its true
   MACs. Gate networks and dense layers are not counted.
 
-  >>> from gating_jax.models.vgg import vgg
+  >>> from gating_jax.models.vggs import vgg
   >>> reduced_macs(vgg("simple_cnn", 2), (28, 28, 1))
   926100
   """

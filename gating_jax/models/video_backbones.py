@@ -22,7 +22,7 @@ from gating_jax.checks import one_of
 from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import GateSettings, check_gate_settings
 from gating_jax.models.mobilenet import MobileNet
-from gating_jax.models.resnet import RESNETS, ResNet
+from gating_jax.models.resnets import RESNETS, ResNet
 from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import max_pool
 from gating_jax.types import Array, Records

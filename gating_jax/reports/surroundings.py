@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_collections
-
 from gating_jax import config_files, experiments
 from gating_jax.checks import user_path
+from gating_jax.config_files import Config
 from gating_jax.experiments import Kind
 from gating_jax.reports import page, timings
 from gating_jax.reports.opening import Baseline, Surroundings
@@ -41,7 +40,7 @@ def tested_on(config: Mapping[str, Any]) -> dict[str, str]:
 
 def read_surroundings(
   run_dir: rundir.RunDir,
-  config: ml_collections.ConfigDict,
+  config: Config,
   *,
   step: int,
   not_compiled: str = "",

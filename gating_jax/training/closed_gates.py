@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import ml_collections
+from gating_jax.config_files import Config
 
 # Metrics of training: the fraction of closed gates, as `closed_share` computes it; and 1 where a
 # gate of segments opens no segment on its own, else 0.
@@ -91,7 +91,7 @@ def _warning(limit: Limit, closed: float) -> str:
   )
 
 
-def watch_images(config: ml_collections.ConfigDict) -> ClosingWatch:
+def watch_images(config: Config) -> ClosingWatch:
   """Returns the watch over classifiers and segmentation."""
   gating, gate, loss = config.model.gating, config.model.gate, config.loss
   # An exit that no image passes is not a closed gate; random gates learn nothing.
@@ -122,7 +122,7 @@ def watch_tasks() -> ClosingWatch:
   return ClosingWatch([Limit(CLOSED, _NOTHING_LEFT, advice)])
 
 
-def watch_videos(config: ml_collections.ConfigDict) -> ClosingWatch:
+def watch_videos(config: Config) -> ClosingWatch:
   """Returns the watch over the gate of segments and the channel gates of the heavy net."""
   limits, loss = [], config.loss
   if config.model.selection == "gate":
@@ -138,13 +138,13 @@ def watch_videos(config: ml_collections.ConfigDict) -> ClosingWatch:
   return ClosingWatch(limits)
 
 
-def _most(sparsity: ml_collections.ConfigDict) -> float:
+def _most(sparsity: Config) -> float:
   """Returns the accepted fraction of closed gates: half, or more where the budget asks for it."""
   # A budget of 20 % of the MACs closes about 80 % of the gates.
   return max(_MOST, 1 - sparsity.target) if sparsity.kind == "budget" else _MOST
 
 
-def _advice(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> str:
+def _advice(section: str, loss: Config, *, shaped: bool) -> str:
   lower = _lower(section, loss.sparsity)
   if not shaped:
     return (
@@ -159,5 +159,5 @@ def _advice(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> s
   )
 
 
-def _lower(section: str, sparsity: ml_collections.ConfigDict) -> str:
+def _lower(section: str, sparsity: Config) -> str:
   return f"lower {section}.sparsity.coefficient (now {sparsity.coefficient:g})"

@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import ml_collections
 import optax
 from jax import lax
 
 from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops import collectives, penalties
 from gating_jax.ops.ecdf import batch_shaping_loss, noise_floor
@@ -133,7 +133,7 @@ class GatePenalties(NamedTuple):
   sparsity_coefficient: Callable[[Array], Array]
 
   @classmethod
-  def from_config(cls, loss: ml_collections.ConfigDict, total_steps: int) -> GatePenalties:
+  def from_config(cls, loss: Config, total_steps: int) -> GatePenalties:
     """Returns the settings in a section of a config with `batch_shaping` and `sparsity`.
 
     Args:
@@ -156,7 +156,7 @@ class GatePenalties(NamedTuple):
     )
 
 
-def check_budget(name: str, sparsity: ml_collections.ConfigDict, counts: ModelCounts) -> None:
+def check_budget(name: str, sparsity: Config, counts: ModelCounts) -> None:
   """Raises a ValueError where closing every gate would not meet the budget.
 
   Args:
@@ -216,7 +216,7 @@ class ImageObjective:
   @classmethod
   def from_config(
     cls,
-    loss: ml_collections.ConfigDict,
+    loss: Config,
     gate_penalties: GatePenalties,
     *,
     never_gated_macs: int,

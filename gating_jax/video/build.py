@@ -12,11 +12,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import ml_collections
 import numpy as np
 import optax
 
 from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GateSettings
@@ -100,7 +100,7 @@ class VideoExperiment:
       if `two_stage`.
   """
 
-  config: ml_collections.ConfigDict
+  config: Config
   train: VideoArrays | VideoSet
   test: VideoArrays | VideoSet
   model: SegmentNet
@@ -115,9 +115,7 @@ class VideoExperiment:
     return sets.network_inputs(inputs, self.config, heavy_from=heavy_from(self.config))
 
 
-def build(
-  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
-) -> VideoExperiment:
+def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExperiment:
   """Checks every setting, then opens the data.
 
   Args:
@@ -164,12 +162,12 @@ def build(
   )
 
 
-def heavy_from(config: ml_collections.ConfigDict) -> str:
+def heavy_from(config: Config) -> str:
   """Returns which net, `light` or `heavy`, has the heavy one's place in the network."""
   return "light" if config.model.selection == LIGHT else "heavy"
 
 
-def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
+def nets(config: Config) -> tuple[nn.Module, nn.Module]:
   """Builds the light and the heavy net."""
   light, heavy, dtype = config.model.light, config.model.heavy, settings.DTYPES[config.model.dtype]
   gate = GateSettings(**heavy.gate) if heavy.gating != "none" else None
@@ -188,7 +186,7 @@ def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
   )
 
 
-def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
+def _segment_net(config: Config, classes: int) -> SegmentNet:
   model, gate = config.model, config.model.gate
   light, heavy = nets(config)
   select, light_head = model.selection, config.loss.light > 0
@@ -220,9 +218,7 @@ def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
   )
 
 
-def _pretraining(
-  config: ml_collections.ConfigDict, train: Any, counts: VideoCounts
-) -> Phase | None:
+def _pretraining(config: Config, train: Any, counts: VideoCounts) -> Phase | None:
   pretrain = config.pretrain
   if not pretrain.epochs:
     return None
@@ -260,7 +256,7 @@ def _pretraining(
 
 
 def _training(
-  config: ml_collections.ConfigDict,
+  config: Config,
   train: Any,
   *,
   model: SegmentNet,
@@ -305,7 +301,7 @@ def _training(
   )
 
 
-def _backward_capacity(config: ml_collections.ConfigDict, model: SegmentNet, segments: int) -> int:
+def _backward_capacity(config: Config, model: SegmentNet, segments: int) -> int:
   """Returns the largest number of segments on a device that have a backward pass."""
   videos = config.optim.batch_size // jax.device_count()
   if model.selection == "gate":
@@ -315,7 +311,7 @@ def _backward_capacity(config: ml_collections.ConfigDict, model: SegmentNet, seg
   return videos * int(selection.budget_to_k(full_length, model.share)[0])
 
 
-def _optimiser(config: ml_collections.ConfigDict, total: int) -> optax.GradientTransformation:
+def _optimiser(config: Config, total: int) -> optax.GradientTransformation:
   """Builds the optimiser of the training after the pretraining, of `total` steps."""
   training, rate = config.optim, optim.configured_rate(config.optim, total)
   if training.kind == "adam":
@@ -328,7 +324,7 @@ def _optimiser(config: ml_collections.ConfigDict, total: int) -> optax.GradientT
   return optim.frozen(optimiser, lambda path: CONCEPTS in path)
 
 
-def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int) -> ImageObjective:
+def _channels(config: Config, counts: VideoCounts, total: int) -> ImageObjective:
   """Builds the penalties of the heavy net's channel gates."""
   channels = config.loss.channels
   return ImageObjective.from_config(
@@ -338,7 +334,7 @@ def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int
   )
 
 
-def _loop(config: ml_collections.ConfigDict, train: Any, name: str) -> loop.LoopSettings:
+def _loop(config: Config, train: Any, name: str) -> loop.LoopSettings:
   """Returns the loop's settings of the phase that the section `name` of the config describes."""
   phase = config[name]
   if phase.batch_size > len(train):
@@ -351,7 +347,7 @@ def _loop(config: ml_collections.ConfigDict, train: Any, name: str) -> loop.Loop
   return loop.LoopSettings.from_config(config, epochs=phase.epochs, steps_per_epoch=per_epoch)
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
+def _check(config: Config) -> None:
   one_of("model.selection", config.model.selection, (*SELECTIONS, LIGHT))
   _check_skipped_backward(config)
   settings.check(
@@ -430,7 +426,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
   _check_together(config)
 
 
-def _check_data(config: ml_collections.ConfigDict, train: Any) -> None:
+def _check_data(config: Config, train: Any) -> None:
   """Raises a ValueError where the training set lacks what a setting needs."""
   if config.model.selection == "oracle" and "relevant" not in train.shapes:
     raise ValueError(
@@ -440,7 +436,7 @@ def _check_data(config: ml_collections.ConfigDict, train: Any) -> None:
     raise ValueError("pretrain.target must be 'label': the data have no unit actions; got 'units'")
 
 
-def _check_together(config: ml_collections.ConfigDict) -> None:
+def _check_together(config: Config) -> None:
   """Raises a ValueError where one setting needs another."""
   if config.model.selection == "confidence" and not config.loss.light:
     raise ValueError(
@@ -463,7 +459,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
+def _check_skipped_backward(config: Config) -> None:
   """Checks that skipping the backward pass leaves every gradient as it is.
 
   A gradient is skipped only where it is exactly 0. The number of the other segments must be known,

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from gating_jax.checks import user_path
+from gating_jax.config_files import Config
 from gating_jax.data.videos import VideoArrays
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segment_gate import CONCEPTS
@@ -82,7 +82,7 @@ def begin_training(
   return state.replace(params=params, batch_stats=batch_stats)
 
 
-def _concepts_of(features: VideoArrays, config: ml_collections.ConfigDict) -> np.ndarray:
+def _concepts_of(features: VideoArrays, config: Config) -> np.ndarray:
   """Finds the concepts, clusters of the light net's features of the training segments."""
   arrays = features.arrays
   # Only real segments of videos that could be read.

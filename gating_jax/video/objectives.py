@@ -11,10 +11,10 @@ import functools
 from collections.abc import Callable, Hashable, Mapping
 
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.penalties import LEAST_RATE
 from gating_jax.ops.priors import Prior
@@ -60,7 +60,7 @@ class VideoObjective:
   @classmethod
   def from_config(
     cls,
-    loss: ml_collections.ConfigDict,
+    loss: Config,
     total_steps: int,
     *,
     multi_label: bool,

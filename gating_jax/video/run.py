@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import ml_collections
 
 from gating_jax import runner
+from gating_jax.config_files import Config
 from gating_jax.data.image_sets import process_indices
 from gating_jax.data.videos import VideoArrays
 from gating_jax.reports import tables
@@ -33,7 +33,7 @@ from gating_jax.video import report, sets, speed
 from gating_jax.video.build import Phase, VideoExperiment, build
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+def run(config: Config, workdir: Path, mode: str) -> None:
   """Runs one mode on a run directory.
 
   Args:

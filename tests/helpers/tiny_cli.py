@@ -2,8 +2,8 @@
 
 from gating_jax import cli
 from gating_jax.layers.blocks import BasicBlock
-from gating_jax.models import resnet, video_backbones
-from gating_jax.models.resnet import NamedResNet, ResNet
+from gating_jax.models import resnets, video_backbones
+from gating_jax.models.resnets import NamedResNet, ResNet
 
 TINY = NamedResNet("cifar", BasicBlock, (1,), 8, "A")
 TINY_LIGHT, TINY_HEAVY = (
@@ -11,6 +11,6 @@ TINY_LIGHT, TINY_HEAVY = (
 )
 
 if __name__ == "__main__":
-  resnet.RESNETS["tiny"] = TINY
+  resnets.RESNETS["tiny"] = TINY
   video_backbones.LIGHT_NETS["tiny"], video_backbones.HEAVY_NETS["tiny"] = TINY_LIGHT, TINY_HEAVY
   cli.main()

@@ -15,7 +15,7 @@ from gating_jax.analysis import outcomes
 from gating_jax.data import augment, image_sets
 from gating_jax.data.tfds import DatasetNotPreparedError
 from gating_jax.images import classification
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
 from tests.helpers import jobs, pages, runs, tiny, tiny_cli
@@ -44,7 +44,7 @@ def config():
     return made
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+    patch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
     yield make
 
 

@@ -9,7 +9,7 @@ from gating_jax import runner
 from gating_jax.images import classification
 from gating_jax.inference.conditional import CompiledConditional
 from gating_jax.inference.exits import CompiledExits
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.reports import compile_report, page, surroundings, timings
 from gating_jax.training import rundir
 from gating_jax.training.evaluation import Evaluation
@@ -69,7 +69,7 @@ def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(
   ("gates", "refused"), [("experts", "model must be ResNet or VGG; got ExpertNet"), ("none", "")]
 )
 def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates, refused):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   pages = []
   monkeypatch.setattr(classification.image_report, "write_report", lambda _, run: pages.append(run))
   built = classification.build(digits_resnet20.get_config(f"gates={gates},model=tiny"))
@@ -86,7 +86,7 @@ def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates,
 
 @pytest.mark.slow
 def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(compile_report, "_REPEATS", 1)
   monkeypatch.setattr(compile_report, "_BATCHES", (1, 3))
   config = digits_resnet20.get_config()

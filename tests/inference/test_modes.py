@@ -15,7 +15,7 @@ from gating_jax.inference import (
   folding,
   quantise,
 )
-from gating_jax.inference.analyse import analyse, prune
+from gating_jax.inference.analysing import analyse, prune
 from gating_jax.models.resnet_variants import EarlyExitNet
 from tests.helpers import folded_nets, gated_models
 from tests.helpers.modes import MODES, assert_same

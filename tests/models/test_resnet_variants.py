@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.blocks import Bottleneck
-from gating_jax.models.resnet import resnet
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
+from gating_jax.models.resnets import resnet
 from gating_jax.models.summary import model_summary
 from gating_jax.ops import confidence
 from gating_jax.ops.macs import executed_macs, gated_macs

@@ -32,7 +32,7 @@ from gating_jax.inference.pruning import (
   apply_pruning,
   find_static_units,
 )
-from gating_jax.inference.quantise import check_float
+from gating_jax.inference.quantising import check_float
 from gating_jax.inference.strategies import account, contexts_of, switch
 from gating_jax.ops import arguments
 from gating_jax.ops.relaxations import threshold_gate
