@@ -13,8 +13,7 @@ from gating_jax import experiments
 from gating_jax.checks import one_of, user_path
 
 if TYPE_CHECKING:
-  pass
-from gating_jax.config_files import Config
+  from gating_jax.config_files import Config
 
 
 def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, Config]:
