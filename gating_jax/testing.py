@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+__all__ = ["LossCheck", "LossCheckError", "check_loss"]
+
 _AXIS = "check_loss_devices"
 # Rounding error of terms that cancel, relative to the largest result or 1.
 _ROUNDING = 1e-12
