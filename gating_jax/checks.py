@@ -7,16 +7,18 @@ other character stands for itself.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import importlib.util
 import math
 import os
 import shlex
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 # Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
 # of the letters of both.
@@ -27,6 +29,27 @@ _LONGEST, _MOST = 60, 8
 _JOINERS = "\u200c\u200d"
 # On Linux an open folder has a numbered name here, without any pattern or separator of its own.
 HANDLES = Path("/proc/self/fd")
+# What an installation without extras lacks: the libraries of each extra, as they are imported.
+EXTRAS = {
+  "train": (
+    "PIL",
+    "absl",
+    "array_record",
+    "grain",
+    "importlib_resources",
+    "jinja2",
+    "matplotlib",
+    "ml_collections",
+    "optax",
+    "orbax",
+    "sklearn",
+    "tensorboardX",
+    "tensorflow_datasets",
+    "tqdm",
+  ),
+  "video": ("av",),
+  "export": ("flatbuffers", "safetensors"),
+}
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -70,7 +93,17 @@ def shown(value: object) -> str:
   return _type_and_shape(value) if is_array(value) else f"an object of class {type(value).__name__}"
 
 
-def is_array(value: object) -> bool:
+class AnyArray(Protocol):
+  """An array of NumPy, JAX or another library."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> Any: ...
+
+
+def is_array(value: object) -> TypeGuard[AnyArray]:
   """Returns whether a value is an array of NumPy, JAX or another library."""
   return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type)
 
@@ -78,9 +111,9 @@ def is_array(value: object) -> bool:
 def _is_tracer(array: object) -> bool:
   """Returns whether JAX traces an array, so that it has no values."""
   # Imported here: the command checks its flags before it loads JAX.
-  import jax
+  from jax.core import Tracer
 
-  return isinstance(array, jax.core.Tracer)
+  return isinstance(array, Tracer)
 
 
 def _type_and_shape(array) -> str:
@@ -156,6 +189,49 @@ def former_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
     return call
 
   return decorate
+
+
+def missing_extra(error: BaseException | None) -> str | None:
+  """Returns the line that says which extra installs the library that an import lacks.
+
+  None for any other error.
+
+  >>> missing_extra(ModuleNotFoundError("No module named 'tqdm'", name="tqdm"))
+  'tqdm is not installed; get it by: pip install "gating-jax[train]"'
+  """
+  # A library may have replaced the error by one of its own.
+  while error is not None and not isinstance(error, ModuleNotFoundError):
+    error = error.__cause__
+  if error is None:
+    return None
+  library = (error.name or "").partition(".")[0]
+  for extra, libraries in EXTRAS.items():
+    if library in libraries:
+      return _how_to_install(library, extra)
+  return None
+
+
+def _how_to_install(library: str, extra: str) -> str:
+  return f'{library} is not installed; get it by: pip install "gating-jax[{extra}]"'
+
+
+def require_extra(extra: str) -> None:
+  """Raises a ModuleNotFoundError that says what to install, unless all of an extra is installed."""
+  for library in EXTRAS[extra]:
+    if importlib.util.find_spec(library) is None:
+      raise ModuleNotFoundError(_how_to_install(library, extra), name=library)
+
+
+@contextlib.contextmanager
+def naming_extra() -> Iterator[None]:
+  """Lets the error of a missing library say which extra installs it; decorates functions, too."""
+  try:
+    yield
+  except ImportError as error:
+    line = missing_extra(error)
+    if line is None:
+      raise
+    raise ModuleNotFoundError(line, name=error.name) from error
 
 
 def user_path(path: str | os.PathLike) -> Path:

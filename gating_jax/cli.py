@@ -1,4 +1,7 @@
-"""The command `gating-jax`, the only file that reads the command line."""
+"""The command `gating-jax`, the only file that reads the command line.
+
+`gating_jax.__main__` starts it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from importlib import metadata
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gating_jax import config_files, experiments
-from gating_jax.checks import near, one_of, printable, user_path
+from gating_jax import __version__, config_files, experiments
+from gating_jax.checks import missing_extra, near, one_of, printable, user_path
 from gating_jax.terminal import is_terminal, prepare_streams
 
 COMPARE = "compare"
@@ -155,21 +158,15 @@ def _help() -> str:
 
 def _own_flags() -> list[flags.Flag]:
   """Returns the flags of this file in their order, without those of libraries."""
-  return flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag(_WORKDIR.name)]
+  module = flags.FLAGS.find_module_defining_flag(_WORKDIR.name, default="")
+  return flags.FLAGS.flags_by_module_dict()[module]
 
 
 def _version() -> str:
   """Returns the versions of this package, Python and JAX."""
 
-  def of(package):
-    """Returns the installed version of a package."""
-    try:
-      return metadata.version(package)
-    # A checkout that is not installed has no metadata.
-    except metadata.PackageNotFoundError:
-      return "0 (not installed)"
-
-  return f"gating-jax {of('gating-jax')}, Python {sys.version.split()[0]}, JAX {of('jax')}"
+  python, jax_version = sys.version.split()[0], metadata.version("jax")
+  return f"gating-jax {__version__}, Python {python}, JAX {jax_version}"
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -296,7 +293,9 @@ def _main(argv: list[str]) -> int:
     if not _COORDINATOR.value:
       raise
     return _failed(f"JAX failed, perhaps because another process of the job ended: {error}", 1)
-  except Exception:
+  except Exception as error:
+    if line := missing_extra(error):
+      return _failed(line, 2)
     if not _COORDINATOR.value:
       raise
     return _failed(f"internal error:\n{traceback.format_exc()}", 1)

