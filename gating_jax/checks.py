@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import functools
 import importlib.util
+import inspect
 import math
 import os
 import shlex
@@ -18,7 +19,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, TypeVar, cast
 
 # Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
 # of the letters of both.
@@ -29,6 +30,7 @@ _LONGEST, _MOST = 60, 8
 _JOINERS = "\u200c\u200d"
 # On Linux an open folder has a numbered name here, without any pattern or separator of its own.
 HANDLES = Path("/proc/self/fd")
+Function = TypeVar("Function", bound=Callable)
 # What an installation without extras lacks: the libraries of each extra, as they are imported.
 EXTRAS = {
   "train": (
@@ -93,7 +95,7 @@ def shown(value: object) -> str:
   return _type_and_shape(value) if is_array(value) else f"an object of class {type(value).__name__}"
 
 
-class AnyArray(Protocol):
+class _Array(Protocol):
   """An array of NumPy, JAX or another library."""
 
   @property
@@ -103,7 +105,7 @@ class AnyArray(Protocol):
   def dtype(self) -> Any: ...
 
 
-def is_array(value: object) -> TypeGuard[AnyArray]:
+def is_array(value: object) -> TypeGuard[_Array]:
   """Returns whether a value is an array of NumPy, JAX or another library."""
   return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type)
 
@@ -170,10 +172,10 @@ def first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def former_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
+def former_keyword(old: str, new: str) -> Callable[[Function], Function]:
   """Decorates a function so that it takes a keyword by its former name, too, and warns."""
 
-  def decorate(function: Callable) -> Callable:
+  def decorate(function: Function) -> Function:
     """Returns the function that takes both names."""
 
     @functools.wraps(function)
@@ -186,7 +188,39 @@ def former_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
         keywords[new] = keywords.pop(old)
       return function(*args, **keywords)
 
-    return call
+    # Type checkers see the function of today.
+    return cast(Function, call)
+
+  return decorate
+
+
+def former_positional(*names: str, stacklevel: int = 2) -> Callable[[Function], Function]:
+  """Decorates a function so that it takes keywords by position, too, after its arrays, and warns.
+
+  Args:
+    names: the keywords, in their former order.
+    stacklevel: 2, and 1 more for each decorator around this one, so that the caller is warned.
+  """
+
+  def decorate(function: Function) -> Function:
+    """Returns the function that takes both."""
+    parameters = inspect.signature(function).parameters.values()
+    arrays = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+      """Calls the function with what it takes by keyword today."""
+      given = dict(zip(names, args[arrays:], strict=False))
+      # Too many arguments, or one that is given twice, are errors of the function itself.
+      if not given or len(args) > arrays + len(names) or given.keys() & keywords.keys():
+        return function(*args, **keywords)
+      today = ", ".join(f"{name}=..." for name in given)
+      message = f"{function.__name__} takes {today} by keyword"
+      warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+      return function(*args[:arrays], **given, **keywords)
+
+    # Type checkers see the function of today.
+    return cast(Function, call)
 
   return decorate
 

@@ -165,8 +165,8 @@ GATES = [
   Mutant(
     "l0_sign_flipped",
     "training/objectives.py",
-    "return penalties.l0_loss([r.probs for r in records])",
-    "return -penalties.l0_loss([r.probs for r in records])",
+    "return penalties.l0_loss(records)",
+    "return -penalties.l0_loss(records)",
     "training/test_objectives.py::test_total_is_cross_entropy_and_weighted_terms",
   ),
   Mutant(

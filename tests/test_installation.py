@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib.metadata
-import os
 import re
 import shutil
 import subprocess
@@ -202,10 +201,11 @@ def test_a_built_package_holds_all_its_files_and_runs(tmp_path):
     assert f"gating_jax/{name}" in inside
     home = "" if name.startswith("configs") else "gating_jax/"
     assert f"gating_jax-{gating_jax.__version__}/{home}{name}" in unpacked
+  variant = "digits:epochs=1,model=simple_cnn,width=0.25"
   done = subprocess.run(
-    [sys.executable, "-m", "gating_jax", "--config=digits", "--workdir=run", "--smoke"],
+    [sys.executable, "-m", "gating_jax", f"--config={variant}", "--workdir=run", "--smoke"],
     cwd=tmp_path,
-    env=os.environ | {"PYTHONPATH": str(site)},
+    env=environment(devices=1, PYTHONPATH=str(site)),
     capture_output=True,
     text=True,
     check=False,

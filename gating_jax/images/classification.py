@@ -24,7 +24,7 @@ from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
 from gating_jax.images import compile, export
 from gating_jax.images import report as image_report
-from gating_jax.images.build import Experiment, build
+from gating_jax.images.build import EXITS, Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.reports import conclusion, page, surroundings, tables
 from gating_jax.reports import gates as gate_pictures
@@ -214,6 +214,8 @@ class Classification(runner.Programme):
         seed=config.seed,
         axis_name=devices.AXIS,
         noise_scale=experiment.noise_scale,
+        # Training fits all exits.
+        method="all_exits" if config.model.gating == EXITS else None,
       )
 
     def indices(step):
@@ -462,10 +464,11 @@ def start_from(experiment: Experiment, state: steps.TrainState) -> steps.TrainSt
 
 def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
   """Merges flax's trees of two networks: theirs, and of mine what they do not have."""
-  mine, theirs = traverse_util.flatten_dict(mine), traverse_util.flatten_dict(theirs)
-  for path in sorted(mine.keys() | theirs.keys()):
-    here = mine[path].shape if path in mine else None
-    there = theirs[path].shape if path in theirs else None
+  ours: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(mine)
+  loaded: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(theirs)
+  for path in sorted(ours.keys() | loaded.keys()):
+    here = ours[path].shape if path in ours else None
+    there = loaded[path].shape if path in loaded else None
     # An ungated network has neither gates nor exits: these keep their initial values.
     fresh = there is None and (is_gate_path(path) or path[0].startswith("exit"))
     if here != there and not fresh:
@@ -473,4 +476,4 @@ def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) ->
         f"model.init_from must name a run of the same network; {'/'.join(path)} has shape {here} "
         f"here and {there} in {folder}"
       )
-  return traverse_util.unflatten_dict({**mine, **theirs})
+  return traverse_util.unflatten_dict({**ours, **loaded})

@@ -20,7 +20,7 @@ from gating_jax.checks import one_of
 from gating_jax.ops import arguments, collectives, ranking
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.priors import Prior, check_prior
-from gating_jax.types import Array
+from gating_jax.types import Array, GateRecord
 
 EXCHANGES = ("gather", "all_to_all")
 # Least mean of a learned prior. Below it, a batch has hardly an example on one side, and Beta's
@@ -58,7 +58,7 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
 
 @ranking.reverse_mode_only
 def batch_shaping_loss(
-  logits: Array,
+  logits: Array | GateRecord,
   prior: Prior,
   *,
   axis: int = 0,
@@ -78,9 +78,9 @@ def batch_shaping_loss(
   expected loss `noise_floor(N)`.
 
   Args:
-    logits: `[N, C]` gate log-odds, or any shape; columns along `axis` are independent gates. The
-      loss is computed in float32, or in float64 if they are; integers and truth values count as
-      float32.
+    logits: `[N, C]` gate log-odds, or any shape; columns along `axis` are independent gates. Of a
+      record, its logits. The loss is computed in float32, or in float64 if they are; integers and
+      truth values count as float32.
     prior: a `Prior` on [0, 1]; parameters that are arrays hold one entry per column.
     axis: the batch axis.
     axis_name: the mapped device axis, or axes, over which the batch is spread. The loss and its
@@ -116,6 +116,7 @@ def batch_shaping_loss(
       "use cdf_matching_loss"
     )
   one_of("exchange", exchange, EXCHANGES)
+  logits = arguments.of_record(logits, "logits")
   batch = _prepare("logits", logits, prior, cdf=prior.logit_cdf, axis=axis, weights=weights)
   return _loss_over_devices(batch, axis_name=axis_name, exchange=exchange)
 
@@ -152,7 +153,11 @@ def cdf_matching_loss(
 
 
 def generalised_batch_shaping_loss(
-  logits: Array, mean_logits: Array, prior: Callable[[Array], Prior], hyperprior: Prior, **options
+  logits: Array | GateRecord,
+  mean_logits: Array,
+  prior: Callable[[Array], Prior],
+  hyperprior: Prior,
+  **options,
 ) -> tuple[Array, Array]:
   """Computes batch-shaping losses with one learned prior per gate, and a hyperprior of their means.
 
@@ -162,7 +167,7 @@ def generalised_batch_shaping_loss(
       mean = sigmoid(mean_logits), kept within [0.05, 0.95]
 
   Args:
-    logits: `[N, C]` gate log-odds.
+    logits: `[N, C]` gate log-odds, or a record.
     mean_logits: `[C]`, learned: the log-odds of each prior's mean.
     prior: means `[C]` -> `Prior`, such as `lambda mean: relaxed_bernoulli(mean, 0.4)`, or
       `symmetric_beta`.

@@ -129,8 +129,8 @@ class GatePenalties(NamedTuple):
 
   prior: Prior
   target: float
-  batch_shaping_coefficient: Callable[[Array], Array]
-  sparsity_coefficient: Callable[[Array], Array]
+  batch_shaping_coefficient: optax.Schedule
+  sparsity_coefficient: optax.Schedule
 
   @classmethod
   def from_config(cls, loss: Config, total_steps: int) -> GatePenalties:
@@ -323,13 +323,12 @@ class ImageObjective:
       step: the step of the schedules.
       axis_name: as in `batch_shaping_loss`.
     """
-    probs = [r.probs for r in records]
     if self.regulariser == "entropy":
-      yield "entropy", self.coefficient, penalties.entropy_loss(probs, axis_name=axis_name)
+      yield "entropy", self.coefficient, penalties.entropy_loss(records, axis_name=axis_name)
     if self.regulariser == "decision_entropy":
-      yield "decision_entropy", self.coefficient, penalties.decision_entropy_loss(probs)
+      yield "decision_entropy", self.coefficient, penalties.decision_entropy_loss(records)
     if self.regulariser == "away_from_half":
-      yield "away_from_half", self.coefficient, penalties.indecision_loss(probs)
+      yield "away_from_half", self.coefficient, penalties.indecision_loss(records)
     if self.regulariser == "balance":
       yield "balance", self.coefficient, penalties.balance_loss(records, axis_name=axis_name)
     if self.regulariser == "batch_shaping":
@@ -349,15 +348,18 @@ class ImageObjective:
 
   def _sparsity_term(self, records: Records, axis_name) -> Array:
     if self.sparsity == "l0":
-      return penalties.l0_loss([r.probs for r in records])
+      return penalties.l0_loss(records)
     if self.sparsity == "macs":
       return penalties.mac_loss(records)
     if self.sparsity == "budget":
       return penalties.mac_budget_loss(
-        records, self.never_gated_macs, self.target, axis_name=axis_name
+        records,
+        never_gated_macs=self.never_gated_macs,
+        budget=self.target,
+        axis_name=axis_name,
       )
     # The rate counts the gates as drawn, not their probabilities.
-    return penalties.target_rate_loss([r.gates for r in records], self.target, axis_name=axis_name)
+    return penalties.target_rate_loss(records, target=self.target, axis_name=axis_name)
 
 
 def batch_shaping_term(

@@ -89,7 +89,8 @@ def make_train_step(
   *,
   seed: int,
   axis_name: Hashable | None = None,
-  noise_scale: Callable[[Array], Array] | None = None,
+  noise_scale: optax.Schedule | None = None,
+  method: str | None = None,
 ) -> Callable:
   """Returns a training step: `(state, inputs, targets) -> (state, metrics)`.
 
@@ -105,6 +106,7 @@ def make_train_step(
     seed: the seed of the run.
     axis_name: the axis over which the batch is spread; None for one device.
     noise_scale: from step to number, replaces the model's own scale for all its gates.
+    method: of the model, whose outputs are fitted; by default its `__call__`.
   Returns:
     the step.
   """
@@ -125,7 +127,7 @@ def make_train_step(
       if noise_scale is not None:
         variables[NOISE] = noise_scales(params, noise_scale(state.step))
       (outputs, records), updates = model.apply(
-        variables, prepared, train=True, mutable=["batch_stats"], rngs=rngs
+        variables, prepared, train=True, method=method, mutable=["batch_stats"], rngs=rngs
       )
       total, terms = objective(outputs, targets, records, state.step, axis_name)
       metrics = {"loss": total, **terms}
@@ -227,7 +229,8 @@ def make_eval_step(
   def step(state: TrainState, pixels: Array, labels: Array) -> dict[str, Array]:
     """Scores pixels `[B, H, W, D]` by their labels; returns results `[B, ...]`."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits, records = model.apply(variables, normalise(pixels))
+    outputs: Any = model.apply(variables, normalise(pixels))
+    logits, records = outputs
     results = scores(logits, labels)
     if records:
       results["macs"] = executed_macs(records)

@@ -68,7 +68,7 @@ def reference_samples(params, batch, logits, axis_name=None, **options):
 
 
 def target_rate(params, batch, logits, axis_name=None, exchange=None):
-  return target_rate_loss([jax.nn.sigmoid(logits)], 0.9, axis_name=axis_name) / 10
+  return target_rate_loss([jax.nn.sigmoid(logits)], target=0.9, axis_name=axis_name) / 10
 
 
 def loss(params, batch, term, *, fit=1.0, shaping=10.0, **options):

@@ -181,13 +181,13 @@ def on_probs(loss):
 
 PENALTIES = {
   "L0": on_probs(penalties.l0_loss),
-  "target rate": on_probs(lambda probs: penalties.target_rate_loss(probs, SIX_TENTHS)),
+  "target rate": on_probs(lambda probs: penalties.target_rate_loss(probs, target=SIX_TENTHS)),
   "entropy": on_probs(penalties.entropy_loss),
   "decision entropy": on_probs(penalties.decision_entropy_loss),
   "indecision": on_probs(penalties.indecision_loss),
   "balance": on_records(penalties.balance_loss),
   "MACs": on_records(penalties.mac_loss),
-  "budget": on_records(lambda r: penalties.mac_budget_loss(r, 9, HALF)),
+  "budget": on_records(lambda r: penalties.mac_budget_loss(r, never_gated_macs=9, budget=HALF)),
   "counts": lambda x: (macs.executed_macs(records(x)), macs.expected_macs(records(x))),
 }
 SELECTION = {
