@@ -158,7 +158,7 @@ def _help() -> str:
 
 def _own_flags() -> list[flags.Flag]:
   """Returns the flags of this file in their order, without those of libraries."""
-  module = flags.FLAGS.find_module_defining_flag(_WORKDIR.name, default="")
+  module = flags.FLAGS.find_module_defining_flag(_WORKDIR.name) or ""
   return flags.FLAGS.flags_by_module_dict()[module]
 
 
@@ -316,11 +316,13 @@ def _run_mode() -> None:
   from gating_jax.reports import compared_runs, comparison
   from gating_jax.training import hosts, settings, smoke
 
+  given = _WORKDIR.value
+  assert given is not None  # which has been checked
   if _MODE.value == COMPARE:
-    folders = compared_runs.split_folders(_WORKDIR.value)
+    folders = compared_runs.split_folders(given)
     comparison.compare_runs(folders, user_path(_PAGE.value or "comparison.html"))
     return
-  workdir, config = user_path(_WORKDIR.value), _CONFIG.value
+  workdir, config = user_path(given), _CONFIG.value
   # All modes but training can do without --config: the run directory keeps it.
   if config is None:
     config = settings.config_of(workdir)

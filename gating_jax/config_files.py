@@ -56,7 +56,11 @@ class Config(Protocol):
 
   def __getitem__(self, key: str, /) -> Any: ...
 
+  def __setattr__(self, name: str, value: Any, /) -> None: ...
+
   def __setitem__(self, key: str, value: Any, /) -> None: ...
+
+  def __delitem__(self, key: str, /) -> None: ...
 
   def __contains__(self, key: str, /) -> bool: ...
 
@@ -201,10 +205,11 @@ def import_shared(path: Path) -> None:
   spec = importlib.util.spec_from_file_location(
     _PACKAGE, folder() / "__init__.py", submodule_search_locations=places
   )
+  assert spec is not None  # as for every file that ends with .py
   sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
 
 
-def rename_fields(fields: MutableMapping[str, Any], section: str = "") -> list[str]:
+def rename_fields(fields: Config | MutableMapping[str, Any], section: str = "") -> list[str]:
   """Gives fields of an earlier version their present names, in place, in all sections.
 
   Args:
@@ -214,7 +219,8 @@ def rename_fields(fields: MutableMapping[str, Any], section: str = "") -> list[s
     a line for each renamed field, `optim.drops is now optim.lr_drop_at`.
   """
   lines = []
-  for name, value in list(fields.items()):
+  for name in list(fields):
+    value = fields[name]
     if isinstance(value, (MutableMapping, ml_collections.ConfigDict)):
       lines += rename_fields(value, name)
     new = RENAMED_FIELDS.get((section, name))
@@ -312,7 +318,7 @@ def check(path: Path, variant: str | None) -> Config:
 def _run(path: Path) -> ModuleType:
   """Runs a config file as a module."""
   spec = importlib.util.spec_from_file_location("config_file", path)
-  if spec is None:
+  if spec is None or spec.loader is None:
     raise ValueError("a config file must end with .py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

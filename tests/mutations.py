@@ -179,8 +179,8 @@ GATES = [
   Mutant(
     "pairs_counted_once",
     "ops/macs.py",
-    "total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)",
-    "total = total + open_units[i] * float(record.macs_per_pair)",
+    "costs.append(open_units[i - 1] * open_units[i] * float(record.macs_per_pair))",
+    "costs.append(open_units[i] * float(record.macs_per_pair))",
     "ops/test_macs.py",
   ),
   Mutant(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,11 +151,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Continua
   """
   data, training = config.data, config.optim
   _check(config)
-  if outlines is None:
-    sequence = _read_tasks(config)
-  else:
-    # An outline has the length and the shape of a set: enough for every check.
-    sequence = tuple(image_sets.Task(train=each, validation=each, test=each) for each in outlines)
+  sequence = _read_tasks(config) if outlines is None else tuple(map(_task_of, outlines))
   shape = sequence[0].train.shape
   settings.check_channels(data, shape[-1])
   # The smallest task sets the steps of an epoch, the same for all tasks.
@@ -186,6 +183,11 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Continua
     optimiser=_build_optimiser(config, per_epoch),
     steps_per_epoch=per_epoch,
   )
+
+
+def _task_of(outline: Any) -> image_sets.Task:
+  # An outline has the length and the shape of a set: enough for every check.
+  return image_sets.Task(train=outline, validation=outline, test=outline)
 
 
 def _read_tasks(config: Config) -> tuple[image_sets.Task, ...]:

@@ -7,6 +7,7 @@ builds the networks that it needs. To add a method, see docs/extend.md.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 
@@ -228,7 +229,7 @@ def _plain(make, *, scope="own", section=None, memory=False):
 
   def build(config, problem):
     """Builds the method that a config describes, for a problem."""
-    given = [_classifier(config, problem, scope)]
+    given: list[Any] = [_classifier(config, problem, scope)]
     if memory:
       given.append(_from_section(ReplaySettings, config, "replay"))
     return _from_section(make, config, section, *given) if section else make(*given)

@@ -34,7 +34,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.types import Array, Records
+from gating_jax.types import Array, Path, Records
 
 Tree = Any
 
@@ -94,7 +94,8 @@ class SharedNet:
       (features, records), new = self.model.apply(variables, x, mutable=["batch_stats"], **training)
       batch_stats = self._split(new.get("batch_stats", {}))
     else:
-      features, records = self.model.apply(variables, x)
+      outputs: Any = self.model.apply(variables, x)
+      features, records = outputs
     return TaskForward(features @ kernel + bias, features, records, batch_stats)
 
   def run_tasks(self, learner: LearnerState, owns: Variables, x: Array) -> TaskForward:
@@ -141,7 +142,7 @@ class SharedNet:
 
   def _split(self, tree: Tree) -> dict[str, Tree]:
     """Splits a tree into shared convolutions and each task's own rest."""
-    flat = traverse_util.flatten_dict(tree)
+    flat: dict[Path, Any] = traverse_util.flatten_dict(tree)
 
     def is_shared(path):
       """Returns whether all tasks share the leaf at a path."""

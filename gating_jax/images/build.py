@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 from gating_jax.config_files import Config
@@ -70,7 +71,7 @@ class Experiment:
   optimiser: optax.GradientTransformation
   objective: ImageObjective
   settings: loop.LoopSettings
-  noise_scale: Callable[[jax.Array], jax.Array] | None = None
+  noise_scale: optax.Schedule | None = None
   full: nn.Module | None = None
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
@@ -80,7 +81,7 @@ class Experiment:
   def drawn_noise_scale(self, step: int) -> float:
     """Returns the noise scale of the gates in training at a step; 0 where none is drawn."""
     if self.noise_scale is not None:
-      return float(self.noise_scale(step))
+      return float(np.asarray(self.noise_scale(step)))
     model = self.config.model
     if model.gating in CLASSIFIER_GATINGS:
       return 0.0
@@ -184,7 +185,7 @@ def assemble(
   )
   noise_scale = _noise_schedule(config.model, total)
   # The outlines are those of the training set, then of the test set.
-  test = outlines[-1] if outlines else open_test()
+  test: Any = outlines[-1] if outlines else open_test()
   settings.check_channels(data, test.shape[-1])
   classes = len(test.class_names)
   model = network(config.model, classes)
@@ -227,7 +228,7 @@ def _noise_schedule(model: Config, total: int) -> optax.Schedule | None:
   )
 
 
-def network(model: Config, classes: int) -> nn.Module:
+def network(model: Config, classes: int | None) -> nn.Module:
   """Builds the residual network, or the chain of convolutions, that `config.model` describes.
 
   Args:

@@ -353,7 +353,7 @@ def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
   }
 
 
-def _accuracy(experiment: Experiment, answer: Callable[[np.ndarray], Any]) -> float:
+def _accuracy(experiment: Experiment, answer: Callable[[Any], Any]) -> float:
   """Computes the accuracy of the answers for all test images."""
   right = 0
   for x, labels in _batches(experiment, experiment.test):

@@ -332,7 +332,7 @@ def summarise_pixels(
     "accuracy": float(np.trace(sums["confusion"])) / pixels,
     "cross_entropy": float(sums["cross_entropy"]) / pixels,
   }
-  for k in np.flatnonzero(present):
+  for k in np.flatnonzero(present).tolist():
     numbers[f"iou/{class_names[k]}"] = float(iou[k])
   return numbers
 

@@ -122,7 +122,7 @@ def analyse(
   switched, ways = f"switch of {buckets}", _ways(net)
   # Sums of integers over images; divided once, below.
   counter, images = NetCounter(net), 0
-  totals = dict.fromkeys((EXECUTED, switched, *ways), 0)
+  totals: dict[str, float] = dict.fromkeys((EXECUTED, switched, *ways), 0)
   for x, _, logits in observe(net, calibration):
     shape, images = x.shape[1:], images + len(x)
     counter.add(logits, len(x))

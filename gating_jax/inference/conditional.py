@@ -188,7 +188,7 @@ def compile_conditional(
   folded.check_channels(net, options.input_shape[2])
   # Strategies are fitted to every second image and timed on the others, if there are two or more.
   fitted = timed = options.calibration
-  if strategy == AUTO and len(fitted) > 1:
+  if strategy == AUTO and fitted is not None and len(fitted) > 1:
     fitted, timed = fitted[::2], fitted[1::2]
   gates = () if fitted is None else gates_of(net, fitted)
   tried = _names_to_try(strategy, candidates)

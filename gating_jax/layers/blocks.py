@@ -10,8 +10,8 @@ Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3;
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ class _ResidualBlock(nn.Module):
   convolution: str = "full"
   gate: GateSettings = GateSettings()
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
   gated_input: bool = False
   dilations: tuple[int, int] = (1, 1)
   group_norm: bool = False
@@ -92,7 +92,7 @@ class _ResidualBlock(nn.Module):
   ) -> Conv:
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
     # `FactorisedConvNorm` has no such field.
-    spread = {} if dilation == 1 else {"dilation": dilation}
+    spread: dict[str, Any] = {} if dilation == 1 else {"dilation": dilation}
     return conv(
       features=features,
       window=window,
@@ -119,7 +119,7 @@ class _ResidualBlock(nn.Module):
     return jnp.concatenate([x, beside], axis=-1)
 
   def _records(
-    self, x: Array, train: bool, *, convs: Sequence[Conv], project: ConvNorm | None
+    self, x: Array, train: bool, *, convs: Sequence[Conv], project: Conv | None
   ) -> Records:
     """Returns the records of the block's gate; none if it has no gate."""
     groups = self._groups(x.shape, convs, project)
@@ -128,7 +128,7 @@ class _ResidualBlock(nn.Module):
     return ChannelGate(groups, self.gate, self.axis_name, name=GATE_NAME)(x, train)
 
   def _groups(
-    self, x_shape: Sequence[int], convs: Sequence[Conv], project: ConvNorm | None
+    self, x_shape: Sequence[int], convs: Sequence[Conv], project: Conv | None
   ) -> tuple[GatedChannels, ...]:
     """Describes the groups of channels that the block's gate decides on."""
     if self.gating == "none":
@@ -167,7 +167,7 @@ class _ResidualBlock(nn.Module):
     # Free of this module's scope, the copies can run inside the custom backward pass.
     alone = [conv.clone(parent=None, name=None) for conv in convs]
 
-    def branch(variables, x):
+    def branch(variables: Any, x: Any) -> Any:
       """Applies the convolutions, with ReLU between them: `[N, H, W, D] -> [N, H', W', C]`."""
       for i, conv in enumerate(alone):
         x = conv.apply(variables[i], nn.relu(x) if i else x, True)
@@ -191,13 +191,13 @@ class _ResidualBlock(nn.Module):
       y = apply_gates(y, records[-1].gates)
     return y, records
 
-  def _project(self, x: Array, features: int) -> ConvNorm | None:
+  def _project(self, x: Array, features: int) -> Conv | None:
     """Returns the convolution of the shortcut, where it needs one."""
     if self.shortcut == "A" or (self.stride == 1 and x.shape[-1] == features):
       return None
     return self._conv("project", features=features, window=1, stride=self.stride)
 
-  def _shortcut(self, x: Array, train: bool, *, features: int, project: ConvNorm | None) -> Array:
+  def _shortcut(self, x: Array, train: bool, *, features: int, project: Conv | None) -> Array:
     """Returns the identity where shapes agree, else the shortcut of kind A or B.
 
     A subsamples and pads with zero channels; B is a 1x1 convolution.
@@ -353,7 +353,7 @@ def _hidden_groups(
   return tuple(groups)
 
 
-def _output_group(last: _Call, project: ConvNorm | None, x_shape: Sequence[int]) -> GatedChannels:
+def _output_group(last: _Call, project: Conv | None, x_shape: Sequence[int]) -> GatedChannels:
   """Describes the output channels: those of the last convolution and of the projection.
 
   No reader is named, since the output also bypasses the next block's branch.

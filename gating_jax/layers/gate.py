@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.typing import ArrayLike
 
 from gating_jax.checks import one_of, shown
 from gating_jax.ops import arguments, collectives, relaxations
@@ -47,7 +48,7 @@ def is_gate_path(path: Sequence[str]) -> bool:
   return GATE_NAME in path
 
 
-def noise_scales(params: Mapping[str, Any], scale: float | Array) -> dict[str, Any]:
+def noise_scales(params: Mapping[str, Any], scale: ArrayLike) -> dict[str, Any]:
   """Returns the collection `noise`, which replaces the `noise_scale` of every gate's settings.
 
   Unlike a setting, the scale may be traced:
@@ -159,7 +160,7 @@ class GateHead(nn.Module):
 
   units: int
   settings: GateSettings = GateSettings()
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -220,7 +221,7 @@ class ChannelGate(nn.Module):
 
   groups: tuple[GatedChannels, ...]
   settings: GateSettings = GateSettings()
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Records:

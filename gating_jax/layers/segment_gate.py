@@ -10,7 +10,6 @@ Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 
 import flax.linen as nn
 import jax
@@ -80,7 +79,7 @@ class SegmentGate(nn.Module):
 
   settings: SegmentGateSettings = SegmentGateSettings()
   macs_per_unit: int = 0
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, valid: Array, train: bool = False) -> GateRecord:
@@ -165,7 +164,7 @@ class Policy(nn.Module):
   policy: str
   share: float = 1.0
   macs_per_unit: int = 0
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(

@@ -31,7 +31,7 @@ from gating_jax.layers.mac_trace import Call, kernel_calls
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import arguments
 from gating_jax.ops.macs import executed_macs, gated_macs
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import Array, GateRecord, Path, Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,8 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
   macs, params = {True: 0, False: 0}, {True: 0, False: 0}
   for call in trace.calls:
     macs[is_gate_path(call.path)] += call.macs
-  for path, leaf in traverse_util.flatten_dict(trace.variables.get("params", {})).items():
+  leaves: dict[Path, Any] = traverse_util.flatten_dict(trace.variables.get("params", {}))
+  for path, leaf in leaves.items():
     params[is_gate_path(path)] += math.prod(leaf.shape)
   gates = [record.gates.shape[-1] for record in trace.records]
   return ModelCounts(

@@ -15,6 +15,7 @@ Reference: Hussein et al., 2020 (TimeGate); Ghodrati et al., 2021 (FrameExit); K
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,7 @@ from gating_jax.layers.segment_gate import (
 from gating_jax.ops import arguments, collectives, selection
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.compaction import open_backward
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import Apply, Array, GateRecord, Records
 
 SELECTIONS = ("gate", "confidence", *POLICIES)
 POOLINGS = ("max", "mean", "attention")
@@ -69,6 +70,9 @@ class SegmentNet(nn.Module):
       each clip alone and have no gates.
   """
 
+  if TYPE_CHECKING:
+    apply: ClassVar[Apply[Outputs]]
+
   classes: int
   light: nn.Module | None
   heavy: nn.Module
@@ -97,7 +101,9 @@ class SegmentNet(nn.Module):
         f"light must be a net for selection {self.selection!r} or with a light head; got None"
       )
     if self.selection == "gate":
-      self.selector: nn.Module = SegmentGate(self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME)
+      self.selector: nn.Module = SegmentGate(
+        self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME
+      )
     elif self.selection in POLICIES:
       # A policy has no parameters; `confidence` needs no module at all.
       self.selector = Policy(
@@ -116,9 +122,10 @@ class SegmentNet(nn.Module):
     _check_input(inputs, "heavy")
     clips = inputs["heavy"].reshape(-1, *inputs["heavy"].shape[2:])
     if train and self.backward_capacity is not None:
-      features, records = self._encode_with_open_backward(
-        clips, record.gates.reshape(-1), self.backward_capacity
-      ), ()
+      features, records = (
+        self._encode_with_open_backward(clips, record.gates.reshape(-1), self.backward_capacity),
+        (),
+      )
     else:
       features, records = self.encode(clips, train)
     # From `[B T, C]` back to `[B, T, C]`.

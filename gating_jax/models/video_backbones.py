@@ -12,7 +12,6 @@ Reference: Hussein et al., "TimeGate: conditional gating of segments in long-ran
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 from typing import Any
 
 import flax.linen as nn
@@ -50,7 +49,7 @@ class FeaturePool(nn.Module):
   """
 
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -79,7 +78,7 @@ class InflatedInception(nn.Module):
   width: float = 1.0
   stem: str = "imagenet"
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -108,8 +107,15 @@ class InflatedInception(nn.Module):
     def conv(x, i, *, features, window, stride):
       """Applies convolution i of the stem, normalisation and ReLU: `[N, ..., D] -> [N, ..., C]`."""
       features = scaled(features, self.width)
-      shared = dict(dtype=self.dtype, axis_name=self.axis_name)
-      return nn.relu(ConvNorm(features, window, stride, name=f"stem{i}", **shared)(x, train))
+      layer = ConvNorm(
+        features,
+        window,
+        stride,
+        dtype=self.dtype,
+        axis_name=self.axis_name,
+        name=f"stem{i}",
+      )
+      return nn.relu(layer(x, train))
 
     if self.stem == "small":
       return conv(x, 1, features=64, window=3, stride=half)
@@ -132,16 +138,16 @@ class InceptionModule(nn.Module):
       last.
   """
 
-  channels: tuple[int, int, int, int, int, int]
+  channels: tuple[int, ...]
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     def conv(x, name, features, window=1):
       """Applies a convolution, normalisation and ReLU: `[N, ..., D] -> [N, ..., features]`."""
-      shared = dict(dtype=self.dtype, axis_name=self.axis_name)
-      return nn.relu(ConvNorm(features, window, name=name, **shared)(x, train))
+      layer = ConvNorm(features, window, dtype=self.dtype, axis_name=self.axis_name, name=name)
+      return nn.relu(layer(x, train))
 
     one, reduce2, two, reduce3, three, four = self.channels
     axes = x.ndim - 2
@@ -192,7 +198,7 @@ def light_net(
   *,
   width: float = 1.0,
   dtype: jnp.dtype = jnp.float32,
-  axis_name: Hashable | None = None,
+  axis_name: str | None = None,
 ) -> nn.Module:
   """Builds a network for `[N, H, W, D]` frames.
 
@@ -219,7 +225,7 @@ def heavy_net(
   gate: GateSettings | None = None,
   group_norm: bool = False,
   dtype: jnp.dtype = jnp.float32,
-  axis_name: Hashable | None = None,
+  axis_name: str | None = None,
 ) -> nn.Module:
   """Builds a network for `[N, F, H, W, D]` clips.
 

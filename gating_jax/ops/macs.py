@@ -7,7 +7,9 @@ Axes: N examples, C gates of one layer.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -92,13 +94,13 @@ def _wide(x: Array) -> Array:
 
 def _macs(records: Records, open_units: Sequence[Array]) -> Array:
   """Computes the MACs of each example from the open units `[N]` of each record."""
-  total = 0
+  costs = []
   for i, record in enumerate(records):
     # The sum over l of the equation; in floats, since a count can exceed the range of int32.
-    total = total + open_units[i] * float(record.macs_per_unit)
+    costs.append(open_units[i] * float(record.macs_per_unit))
     if record.macs_per_pair:
-      total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)
-  return total
+      costs.append(open_units[i - 1] * open_units[i] * float(record.macs_per_pair))
+  return functools.reduce(operator.add, costs)
 
 
 def checked_records(records: Records, *fields: str, with_examples: bool = False) -> Records:

@@ -18,7 +18,7 @@ import numpy as np
 from gating_jax.checks import shown
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float, float_dtype
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array
 
 # Temperature and stretch of Louizos et al., 2018.
 DEFAULT_TEMPERATURE = 2 / 3
@@ -169,7 +169,7 @@ def clipped_sigmoid(logits: Array, *, slope: float = 0.25) -> Array:
   return jnp.clip(0.5 + float(slope) * _as_logits(logits), 0, 1)
 
 
-def threshold_gate(logits: Array) -> Array:
+def threshold_gate(logits: AnyArray) -> Array:
   """Computes the evaluation gate: 1 where the logit is above 0, else 0; no gradient, no key.
 
   >>> threshold_gate(jnp.array([-1.0, 0.0, 2.0]))
@@ -195,7 +195,7 @@ def _add_logistic(key: Array, logits: Array, noise_scale: float | Array) -> Arra
   return (wide + noise_scale * noise).astype(logits.dtype)
 
 
-def _as_logits(logits: Array) -> Array:
+def _as_logits(logits: AnyArray) -> Array:
   """Returns logits in their own floating-point type, or in float32."""
   arguments.real_array("logits", logits)
   logits = jnp.asarray(logits)

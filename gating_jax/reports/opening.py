@@ -101,7 +101,7 @@ def score_number(
   # Without a baseline the page says so in its place, so that the score never stands alone.
   if baseline is None and around.ungated:
     compared = "this run is ungated: it is a baseline"
-  elif baseline is None:
+  elif baseline is None or around.baseline is None:
     compared = "ungated: no baseline found"
   else:
     compared = f"ungated: {format_percent(baseline, 2)}"

@@ -93,7 +93,7 @@ def time_number(
   name = "Milliseconds of the backbone" if noun == "scene" else f"Milliseconds per {noun}"
   timed, place = _timed_input(noun, times), _place("time", step)
   pairs = _single_examples(times) if times is not None and times.of(step) else []
-  if pairs:
+  if times is not None and pairs:
     compiled = statistics.fmean(pair.compiled for pair in pairs)
     ungated = statistics.fmean(pair.ungated for pair in pairs)
     over = f", mean over {len(pairs)} tasks" if len(pairs) > 1 else ""

@@ -126,7 +126,10 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
   """
   # Settings first: sets may take minutes to open.
   _check(config)
+  train: Any
+  test: Any
   if outlines:
+    # An outline has what is asked of a set here.
     train, test = outlines[0], outlines[-1]
   else:
     train, test = sets.open_set(config, "train"), sets.open_set(config, "test")

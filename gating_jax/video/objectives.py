@@ -202,7 +202,7 @@ class SegmentObjective:
     return total, terms | accuracies | _of_channels(channel_terms)
 
 
-def _of_channels(terms: Terms) -> Terms:
+def _of_channels(terms: Terms) -> dict[str, Array]:
   """Names the terms of the heavy net's channel gates apart from those of segments."""
   return {f"channels_{name}": value for name, value in terms.items()}
 

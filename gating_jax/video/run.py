@@ -134,6 +134,8 @@ class LongVideo(runner.Programme):
   def pretrain(self, run_dir: RunDir) -> dict[str, Any] | None:
     """Trains both nets on single segments; returns their variables, or None where it stopped."""
     phase = self.experiment.pretraining
+    if phase is None:
+      raise ValueError("the config has no pretraining")
     with self._open(phase, run_dir.path / video_nets.PRETRAIN_DIR) as training:
       # A phase that has ended is not entered again: no journal, no compilation.
       if training.step < training.total_steps:

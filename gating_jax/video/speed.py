@@ -15,7 +15,7 @@ import numpy as np
 
 from gating_jax.inference.compiled import AUTO, Timing, runs_over
 from gating_jax.inference.segments import CompiledSegments, compile_segments, dense_programs
-from gating_jax.models.timegate import Inputs, SegmentNet
+from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import compaction
 from gating_jax.reports import compile_report
 from gating_jax.reports.timings import timing_title
@@ -125,7 +125,7 @@ def skips(experiment: VideoExperiment) -> bool:
   )
 
 
-def _read(experiment: VideoExperiment, videos: int) -> Inputs:
+def _read(experiment: VideoExperiment, videos: int) -> dict[str, Any]:
   """Reads the first test videos."""
   batch = experiment.test.read(np.arange(min(videos, len(experiment.test))))
   return {name: batch[name] for name in batch if name in sets.INPUTS}

@@ -48,7 +48,7 @@ from gating_jax.continual.method import (
 from gating_jax.continual.units import count_units, layer_name, places
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.types import Array, Records
+from gating_jax.types import Array, Path, Records
 
 EMBEDDING_LIMIT = 6.0
 # Limit of the compensation's cosh, as in the authors' code.
@@ -171,11 +171,11 @@ def of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tr
     change: of an embedding and of the arrays at the same path in `others`.
     tree, others: trees with the same paths.
   """
-  flat = traverse_util.flatten_dict(tree)
-  others = [traverse_util.flatten_dict(other) for other in others]
+  flat: dict[Path, Any] = traverse_util.flatten_dict(tree)
+  flat_others: list[dict[Path, Any]] = [traverse_util.flatten_dict(other) for other in others]
   for path, leaf in flat.items():
     if is_gate_path(path):
-      flat[path] = change(leaf, *[other[path] for other in others])
+      flat[path] = change(leaf, *[other[path] for other in flat_others])
   return traverse_util.unflatten_dict(flat)
 
 
@@ -218,7 +218,7 @@ def embeddings(params: Tree, records: Records) -> Array:
     params: of the network, with the task's gates.
     records: of the network.
   """
-  flat = traverse_util.flatten_dict(params)
+  flat: dict[Path, Any] = traverse_util.flatten_dict(params)
   # One gate module may decide for several records; its embeddings count once.
   gates = dict.fromkeys(record.gate for record in records)
   return jnp.concatenate([flat[*gate, "logits"] for gate in gates])
@@ -280,7 +280,7 @@ class _Hat:
 
   def loss(self, params: Tree, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the cross-entropy plus the regulariser, at this step's slope."""
-    s = slope(batch.place, self.steepness)
+    s = slope(jnp.asarray(batch.place), self.steepness)
     forward = self.net.apply(at_slope(params, s), learner.batch_stats, batch.x, train=True)
     terms = shared_net.head_terms(
       forward.logits, batch.labels, task=learner.task, problem=self.net.problem
@@ -291,7 +291,7 @@ class _Hat:
 
   def gradient(self, grads: Tree, learner: LearnerState, batch: Batch) -> Tree:
     """Compensates the gradients of embeddings for the slope."""
-    s = slope(batch.place, self.steepness)
+    s = slope(jnp.asarray(batch.place), self.steepness)
     return compensated(grads, learner.params, s=s, steepness=self.steepness)
 
   def update(self, updates: Tree, grads: Tree, learner: LearnerState) -> tuple[Tree, HatMemory]:
@@ -376,7 +376,7 @@ class _Hat:
     # Batches of one size: one program.
     size = min(len(pixels), net.problem.batch_size)
     chosen = jax.random.choice(key, len(pixels), (_SETTLING_BATCHES, size))
-    batch_stats, pixels = learner.batch_stats, np.asarray(pixels)
+    batch_stats, on_host = learner.batch_stats, np.asarray(pixels)
     for of_batch in np.asarray(chosen):
-      batch_stats = step(batch_stats, pixels[of_batch])
+      batch_stats = step(batch_stats, on_host[of_batch])
     return batch_stats

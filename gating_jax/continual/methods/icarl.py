@@ -40,7 +40,7 @@ from gating_jax.continual.method import (
   TaskData,
   Variables,
 )
-from gating_jax.types import Array, Records
+from gating_jax.types import AnyArray, Array, Records
 
 
 class Headed(nn.Module):
@@ -100,9 +100,9 @@ def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
 
   def features(learner: LearnerState, x: Array) -> Array:
     """Computes `[N, F]` features of norm 1, in evaluation."""
-    return model.apply(
-      {"params": learner.params, "batch_stats": learner.batch_stats}, x, method="unit_features"
-    )
+    variables = {"params": learner.params, "batch_stats": learner.batch_stats}
+    unit: Any = model.apply(variables, x, method="unit_features")
+    return unit
 
   def init(key: Array) -> InitialState:
     """Initialises the network and a memory without exemplars."""
@@ -218,7 +218,7 @@ def herd(features: np.ndarray, count: int) -> np.ndarray:
   return np.array(chosen)
 
 
-def class_means(features: Array, labels: Array, classes: int) -> tuple[Array, Array]:
+def class_means(features: AnyArray, labels: AnyArray, classes: int) -> tuple[Array, Array]:
   """Computes the means of each class's features.
 
   Args:
