@@ -22,7 +22,7 @@ from gating_jax.reports import compile_report
 from gating_jax.training import rundir
 
 
-def run(
+def compile_run(
   experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, learner: LearnerState
 ) -> None:
   """Times every learnt task's network, the task known, and writes the tables.
@@ -36,14 +36,14 @@ def run(
     learner: with the tasks learnt so far.
   Raises:
     RunDirError: the tables exist, or are being written.
-    ValueError: as in `check`.
+    ValueError: as in `check_compilable`.
   """
   # Fails before anything is compiled.
-  check(experiment)
+  check_compilable(experiment)
   compile_report.write_times(run_dir, step, _tables(experiment, jax.device_get(learner)))
 
 
-def check(experiment: ContinualExperiment) -> None:
+def check_compilable(experiment: ContinualExperiment) -> None:
   """Raises ValueError for a method without conditional gates per task, or an unfoldable model."""
   if experiment.method.task_net is None:
     raise ValueError(
@@ -51,7 +51,9 @@ def check(experiment: ContinualExperiment) -> None:
       f"'multitask_gates' have; got {experiment.config.method!r}"
     )
   # The methods' networks end at their features.
-  folding.check(build_network(experiment.config, experiment.problem, classes=None, gated=True))
+  folding.check_foldable(
+    build_network(experiment.config, experiment.problem, classes=None, gated=True)
+  )
 
 
 def _tables(

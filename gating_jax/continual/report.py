@@ -159,7 +159,7 @@ def write_report(
     run_dir,
     config,
     step=step,
-    not_compiled=conclusion.refusal(compile.check, experiment),
+    not_compiled=conclusion.refusal(compile.check_compilable, experiment),
   )
   pictures = {}
   for name, (caption, figure) in _pictures(experiment, learner).items():

@@ -45,7 +45,7 @@ class ContinualLearning(runner.Programme):
   """The learning of tasks one after the other, or of all at once."""
 
   experiment: ContinualExperiment
-  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.run}
+  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.compile_run}
   untrained: ClassVar[str] = "no task has been learnt"
 
   @property
@@ -85,7 +85,7 @@ class ContinualLearning(runner.Programme):
 
   def next_modes(self) -> list[str]:
     """Returns `compile` where the method's networks can be compiled."""
-    return [] if conclusion.refusal(compile.check, self.experiment) else ["compile"]
+    return [] if conclusion.refusal(compile.check_compilable, self.experiment) else ["compile"]
 
   def fresh(self) -> LearnerState:
     """Creates a learner that has learnt nothing."""

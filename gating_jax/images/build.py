@@ -101,7 +101,7 @@ def build(
     DatasetNotPreparedError: the data are not where the config says.
   """
   data = config.data
-  check(
+  check_config(
     config,
     choices={
       "data.loader": LOADERS,
@@ -299,7 +299,7 @@ def _open(
   )
 
 
-def check(
+def check_config(
   config: ml_collections.ConfigDict,
   *,
   choices: Mapping[str, Collection[str]],

@@ -70,8 +70,8 @@ class Classification(runner.Programme):
   experiment: Experiment
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
-    "export": export.run,
-    "compile": compile.run,
+    "export": export.export_run,
+    "compile": compile.compile_run,
   }
 
   @property
@@ -131,7 +131,7 @@ class Classification(runner.Programme):
   def next_modes(self) -> list[str]:
     """Returns the modes that work on this model."""
     model = self.experiment.model
-    if conclusion.refusal(compile.check, model) or not compile.skips(model):
+    if conclusion.refusal(compile.check_compilable, model) or not compile.skips(model):
       return []
     return [mode for mode in ("compile", "export") if mode in self.modes]
 
@@ -372,7 +372,7 @@ class Classification(runner.Programme):
           run_dir,
           config,
           step=step,
-          not_compiled=conclusion.refusal(compile.check, experiment.model),
+          not_compiled=conclusion.refusal(compile.check_compilable, experiment.model),
         ),
         how=experiments.KINDS[config.experiment].how,
         notice=notice,

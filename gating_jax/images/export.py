@@ -70,7 +70,7 @@ class _ExportCandidate(NamedTuple):
   score: Mapping[str, float]
 
 
-def run(
+def export_run(
   experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
 ) -> None:
   """Writes the exports into the run directory, all or none, and prints a summary.

@@ -80,7 +80,7 @@ def build(
       return True
     return is_size(value) and value[0] <= data.size[0] and value[1] <= data.size[1]
 
-  image_build.check(
+  image_build.check_config(
     config,
     choices={"data.name": scenes.NAMES, "model.name": RESNETS},
     at_least={"data.train_scenes": 1, "data.test_scenes": 1, "data.digits": 1, "model.head": 1},
@@ -178,7 +178,7 @@ class Segmentation(Classification):
   """The classification of pixels: an image is a scene, without a class of its own."""
 
   score = ("mean_iou", "mean IoU")
-  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.run}
+  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.compile_run}
 
   def prepare(self, key: jax.Array, pixels: jax.Array) -> jax.Array:
     """Normalises uint8 pixels; the data set itself crops and flips scenes with their labels."""

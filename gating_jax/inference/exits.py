@@ -41,7 +41,7 @@ from gating_jax.inference.compiled import (
   time_programs,
 )
 from gating_jax.inference.folded import ExitNet, FoldedNet, Layer
-from gating_jax.inference.folding import check, fold_conv, fold_stages
+from gating_jax.inference.folding import check_foldable, fold_conv, fold_stages
 from gating_jax.inference.strategies import exit_dispatch_macs, for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
@@ -85,7 +85,7 @@ def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
   Raises:
     ValueError: another model, or one with something that cannot be folded.
   """
-  check(model, (EarlyExitNet,))
+  check_foldable(model, (EarlyExitNet,))
   parts, flat = fold_stages(model, variables)
 
   def classifier(*path: str) -> tuple[Array, Array]:

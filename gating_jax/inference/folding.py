@@ -46,7 +46,7 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> FoldedNet:
     ValueError: another model, gates that are never exactly closed, or variables of another model.
     TypeError: variables that are no mapping.
   """
-  check(model)
+  check_foldable(model)
   flat = _flat(model, variables)
   parts = _vgg_parts(model, flat) if isinstance(model, VGG) else _resnet_parts(model, flat)
   if isinstance(model, ResNet) and not model.pool:
@@ -111,7 +111,7 @@ class _Rule(NamedTuple):
   wanted: str
 
 
-def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
+def check_foldable(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
   """Raises ValueError unless a model is exactly of one of the kinds and can be folded."""
   # A subclass may have parts that would not be folded.
   if type(model) not in kinds:

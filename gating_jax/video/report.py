@@ -91,7 +91,7 @@ def write_report(
     config,
     step=step,
     # The reason why `--mode=compile` cannot add times to this run, if there is one.
-    not_compiled=conclusion.refusal(speed.check, experiment),
+    not_compiled=conclusion.refusal(speed.check_compilable, experiment),
   )
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections = [

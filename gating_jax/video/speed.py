@@ -28,20 +28,20 @@ from gating_jax.video.build import LIGHT, VideoExperiment
 _BATCHES, _REPEATS = (1, 8), 20
 
 
-def run(
+def compile_run(
   experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
 ) -> None:
   """Times the ways to run on test videos, and writes the tables.
 
   Raises:
     RunDirError: the tables exist, or another process writes them.
-    ValueError: as in `check`.
+    ValueError: as in `check_compilable`.
   """
-  check(experiment)
+  check_compilable(experiment)
   compile_report.write_times(run_dir, step, _tables(experiment, variables))
 
 
-def check(experiment: VideoExperiment) -> None:
+def check_compilable(experiment: VideoExperiment) -> None:
   """Raises ValueError for a run that skips no segments of a heavy net in batches."""
   if not skips(experiment):
     raise ValueError(

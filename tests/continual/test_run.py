@@ -687,7 +687,7 @@ def test_the_net_of_each_task_is_compiled(changes, config, tmp_path, capsys, mon
 def test_what_has_no_gates_is_not_compiled(config, tmp_path):
   experiment = build.build(config(method="ewc"))
   with pytest.raises(ValueError, match="method must have conditional gates per task .*; got 'ewc'"):
-    compile.run(experiment, rundir.RunDir(tmp_path), 1, experiment.fresh())
+    compile.compile_run(experiment, rundir.RunDir(tmp_path), 1, experiment.fresh())
 
 
 def test_no_task_learnt_is_said(config, tmp_path):

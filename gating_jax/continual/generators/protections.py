@@ -156,7 +156,7 @@ def masked(
   Raises:
     ValueError: a setting breaks its rule.
   """
-  hat.check(steepness, sparsity)
+  hat.check_settings(steepness, sparsity)
   records = shared_generator.records(generator)
 
   def init(shared):

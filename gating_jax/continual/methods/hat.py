@@ -73,12 +73,12 @@ def hat(
   Raises:
     ValueError: a setting breaks its rule.
   """
-  check(steepness, sparsity)
+  check_settings(steepness, sparsity)
   net = shared_net.SharedNet(model, problem)
   return _Hat(net, counts, steepness=steepness, sparsity=sparsity).method()
 
 
-def check(steepness: float, sparsity: float) -> None:
+def check_settings(steepness: float, sparsity: float) -> None:
   """Raises ValueError unless `steepness` >= 1 and `sparsity` >= 0."""
   if not steepness >= 1:
     raise ValueError(f"steepness must be >= 1; got {steepness}")
