@@ -65,7 +65,7 @@ def packaged() -> dict[str, str]:
   return found
 
 
-def load(given: str) -> ml_collections.ConfigDict:
+def load_config(given: str) -> ml_collections.ConfigDict:
   """Loads the config that `given` names.
 
   The file may import its neighbours: the folder above its own joins the import path permanently.
