@@ -18,7 +18,7 @@ from gating_jax.inference import folding
 from gating_jax.inference.compiled import Timing
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import FoldedNet
-from gating_jax.reports import compile_report
+from gating_jax.reports import conclusion, timings
 from gating_jax.training import rundir
 
 
@@ -40,7 +40,8 @@ def compile_run(
   """
   # Fails before anything is compiled.
   check_compilable(experiment)
-  compile_report.write_times(run_dir, step, _tables(experiment, jax.device_get(learner)))
+  tables = timings.write_times(run_dir, step, _tables(experiment, jax.device_get(learner)))
+  conclusion.conclude_times(run_dir, step, tables)
 
 
 def check_compilable(experiment: ContinualExperiment) -> None:
@@ -59,12 +60,11 @@ def check_compilable(experiment: ContinualExperiment) -> None:
 def _tables(
   experiment: ContinualExperiment, learner: LearnerState
 ) -> Iterator[tuple[str, Sequence[Timing]]]:
+  """Yields the title and the timings of each table, task by task."""
   for task in range(int(learner.task)):
     compiled = functools.partial(compile_conditional, folded_net(experiment, learner, task))
-    images = compile_report.calibration_images(
-      experiment.tasks[task].train, experiment.problem.normalise
-    )
-    for title, rows in compile_report.time_images(compiled, images):
+    images = timings.calibration_images(experiment.tasks[task].train, experiment.problem.normalise)
+    for title, rows in timings.time_images(compiled, images):
       yield f"task {task + 1}, {experiment.task_names[task]}: {title}", rows
 
 

@@ -18,7 +18,7 @@ from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import LearnerState
 from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import layer_names
-from gating_jax.reports import conclusion, opening, page, surroundings, tables, tasks
+from gating_jax.reports import conclusion, frame, page, tables, tasks
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import plain
 from gating_jax.training import hosts, rundir
@@ -155,7 +155,7 @@ def write_report(
     notice: first line of the page, such as that the run has failed.
   """
   config, result = experiment.config, metrics.collect_result(experiment, learner)
-  around = surroundings.read_surroundings(
+  around = frame.read_surroundings(
     run_dir,
     config,
     step=step,
@@ -175,14 +175,14 @@ def write_report(
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections += [
-    opening.times_section("image", around),
-    opening.settings_section(configured),
-    opening.about_section(around),
+    frame.times_section("image", around),
+    frame.settings_section(configured),
+    frame.about_section(around),
   ]
   begin = page.Opening(
     _numbers(result, around),
     pictures[shown],
-    opening.why_no_baseline(around, experiments.KINDS[config.experiment].how),
+    frame.why_no_baseline(around, experiments.KINDS[config.experiment].how),
     notice,
   )
   # The contents need all processes, and are complete here.
@@ -256,13 +256,13 @@ def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str]
   return tuple(measures)
 
 
-def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[page.Number]:
+def _numbers(result: Mapping[str, Any], around: frame.Surroundings) -> list[page.Number]:
   """Returns the large numbers at the top, with the task known."""
   aware = result["task_aware"]["average_accuracy"]
   macs, dense = result["task_aware_macs"], result["dense_macs"]
   count = len(result["task_names"])
   agnostic = 100 * result["task_agnostic"]["average_accuracy"]
-  score = opening.score_number(
+  score = frame.score_number(
     "accuracy, task known",
     aware,
     key="task_aware.average_accuracy",
@@ -272,8 +272,8 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
   )
   return [
     score,
-    opening.macs_number(macs / dense, executed=macs, dense=dense, noun="image", around=around),
-    opening.time_number("image", around),
+    frame.macs_number(macs / dense, executed=macs, dense=dense, noun="image", around=around),
+    frame.time_number("image", around),
   ]
 
 

@@ -26,7 +26,7 @@ from gating_jax.images import compile, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
-from gating_jax.reports import conclusion, page, surroundings, tables
+from gating_jax.reports import conclusion, frame, page, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.terminal import say, working
 from gating_jax.training import closed_gates, devices, evaluation, hosts, outlines, rundir, steps
@@ -39,7 +39,7 @@ from gating_jax.training.steps import Advance, MappedSteps, TrainState
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
 _CUT_OUT = 1
 # How titles describe a network, by `model.gating`, where they do not name a kind of gates.
-_GATINGS = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
+_GATING_TITLES = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
@@ -117,7 +117,7 @@ class Classification(runner.Programme):
   def title(self) -> str:
     """Describes the model and the data set."""
     model = self.config.model
-    gates = _GATINGS.get(model.gating, f"with {model.gating} gates")
+    gates = _GATING_TITLES.get(model.gating, f"with {model.gating} gates")
     return f"{model.name} {gates} on {self.config.data.name}"
 
   def render(self, result: Mapping[str, Any]) -> str:
@@ -368,7 +368,7 @@ class Classification(runner.Programme):
         config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
         read=lambda index: experiment.test.read(index)[0],
         pictures=list(drawn.values()),
-        around=surroundings.read_surroundings(
+        around=frame.read_surroundings(
           run_dir,
           config,
           step=step,

@@ -20,7 +20,7 @@ from gating_jax.models.resnet import ResNet
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.vgg import VGG
-from gating_jax.reports import compile_report
+from gating_jax.reports import conclusion, timings
 from gating_jax.terminal import working
 from gating_jax.training import rundir
 
@@ -43,10 +43,11 @@ def compile_run(
   check_compilable(experiment.model)
   compiled = _compiler(experiment.model, variables)
   with working("opening the training data", "minutes for large sets"):
-    images = compile_report.calibration_images(experiment.open_train(), experiment.normalise)
-  compile_report.write_times(
-    run_dir, step, compile_report.time_images(compiled, images), pixels=images.shape[1:3]
+    images = timings.calibration_images(experiment.open_train(), experiment.normalise)
+  tables = timings.write_times(
+    run_dir, step, timings.time_images(compiled, images), pixels=images.shape[1:3]
   )
+  conclusion.conclude_times(run_dir, step, tables)
 
 
 def check_compilable(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from gating_jax import experiments
 from gating_jax.checks import user_path
 from gating_jax.experiments import Score
-from gating_jax.reports import surroundings
+from gating_jax.reports import frame, timings
 from gating_jax.reports.text import plain
 from gating_jax.reports.timings import Times
 from gating_jax.training import provenance, rundir
@@ -193,9 +193,9 @@ def read_run(folder: Path, name: str) -> Run:
     result,
     # The split is a text, and the only one that is kept.
     lines=[{**numbers(line), "split": line["split"]} for line in lines],
-    ungated=surroundings.is_ungated(config),
-    times=surroundings.read_times(folder),
-    tested=surroundings.tested_on(config),
+    ungated=frame.is_ungated(config),
+    times=timings.read_times(folder),
+    tested=frame.tested_on(config),
     starts=provenance.read_starts(folder),
   )
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gating_jax.experiments import Score, example_noun
-from gating_jax.reports import conclusion, opening, page
+from gating_jax.reports import conclusion, frame, page
 from gating_jax.reports.compared_runs import (
   MISSING,
   SCORES,
@@ -80,8 +80,8 @@ def _about(runs: Sequence[Run]) -> page.Section:
   """Returns the section on when, and by which command, the runs and the page were made."""
   origins = []
   for run in runs:
-    origins.append(opening.Origin(run.name, run.starts, run.config.get("seed")))
-  return opening.about_runs_section(origins, provenance.describe())
+    origins.append(frame.Origin(run.name, run.starts, run.config.get("seed")))
+  return frame.about_runs_section(origins, provenance.describe())
 
 
 # By their names in results, which differ between kinds of experiment; a run has some of them.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import jax
 import ml_collections
 
 from gating_jax.checks import first_line, printable, quoted
-from gating_jax.reports import opening, page, surroundings
+from gating_jax.reports import frame, page, timings
 from gating_jax.terminal import say, warn
 from gating_jax.timing import CHOSEN, MASKED, UNGATED
 from gating_jax.training import rundir
 from gating_jax.training.hosts import PeerError
-from gating_jax.training.journal import TENSORBOARD_DIR, write_json
+from gating_jax.training.journal import TENSORBOARD_DIR, read_json, write_json
 from gating_jax.training.rundir import RunDir
 
 FAILURE_FILE = "failure.json"
@@ -82,8 +81,8 @@ def _is_done(path: Path, mode: str) -> bool:
   """Checks for an export, or for times of the newest checkpoint."""
   # A page is never done: it can be written again after each of the other modes.
   if mode == "compile":
-    times = surroundings.read_times(path)
-    return times is not None and times.of(_newest_step(path))
+    measured = timings.read_times(path)
+    return measured is not None and measured.of(_newest_step(path))
   return mode == "export" and (path / "export").exists()
 
 
@@ -119,14 +118,14 @@ def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   return rows
 
 
-def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str]]:
+def times(tables: Mapping[str, timings.Rows]) -> list[tuple[str, str]]:
   """Returns a row for each table of `--mode=compile`: the strategy that is used, and its speed.
 
   Args:
-    timings: by title, rows with the fields of `inference.compiled.Timing`.
+    tables: rows of times, by title.
   """
   found = []
-  for title, rows in timings.items():
+  for title, rows in tables.items():
     chosen = ungated = None
     for row in rows:
       # Rows of single parts are left out: what counts at the end is the whole network.
@@ -146,6 +145,25 @@ def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str,
     )
     found.append((title, text))
   return found
+
+
+def conclude_times(run_dir: RunDir, step: int, tables: Mapping[str, timings.Rows]) -> None:
+  """Writes new times into the page of the run, and prints the last lines of `--mode=compile`.
+
+  Args:
+    run_dir: of the run.
+    step: of the checkpoint that was timed.
+    tables: rows of times, by title, as `timings.write_times` returns them.
+  """
+  # A page of this step shows the times at once; one of another step must be written again.
+  has_times, modes = frame.refresh_times(run_dir.path), []
+  if run_dir.report.exists() and not has_times:
+    modes.append("report")
+  if run_dir.config().get("experiment") == "classification":
+    modes.append("export")
+  done = f"Timed the checkpoint of step {step:,}: median milliseconds of a call."
+  made = ("made", f"{run_dir.path / timings.TIMES_FILE}, {timings.PICTURE_FILE}")
+  say(text(done, [made, *times(tables)], following(run_dir.path, modes)))
 
 
 @contextlib.contextmanager
@@ -182,8 +200,8 @@ def failure_notice(run_dir: RunDir) -> str:
   if (run_dir.path / rundir.RESULT_FILE).exists():
     return ""
   try:
-    return _said(json.loads((run_dir.path / FAILURE_FILE).read_text("utf-8", "replace")))
-  except (OSError, ValueError, TypeError, KeyError):  # no failure, or a damaged note of one
+    return _said(read_json(run_dir.path / FAILURE_FILE))
+  except (TypeError, KeyError):  # no failure, or a damaged note of one
     return ""
 
 
@@ -225,7 +243,7 @@ def _report_failure(
       page.write_page(
         run_dir.report,
         str(config.experiment),
-        [opening.settings_section(configured)],
+        [frame.settings_section(configured)],
         subtitle=run_dir.path.name,
         opening=begin,
       )

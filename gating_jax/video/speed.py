@@ -17,8 +17,7 @@ from gating_jax.inference.compiled import AUTO, Timing, runs_over
 from gating_jax.inference.segments import CompiledSegments, compile_segments, dense_programs
 from gating_jax.models.timegate import Inputs, SegmentNet
 from gating_jax.ops import compaction
-from gating_jax.reports import compile_report
-from gating_jax.reports.timings import timing_title
+from gating_jax.reports import conclusion, timings
 from gating_jax.timing import SEGMENTS, race
 from gating_jax.training import rundir
 from gating_jax.video import sets
@@ -38,7 +37,8 @@ def compile_run(
     ValueError: as in `check_compilable`.
   """
   check_compilable(experiment)
-  compile_report.write_times(run_dir, step, _tables(experiment, variables))
+  tables = timings.write_times(run_dir, step, _tables(experiment, variables))
+  conclusion.conclude_times(run_dir, step, tables)
 
 
 def check_compilable(experiment: VideoExperiment) -> None:
@@ -87,8 +87,8 @@ def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, 
   """Yields title and rows, for each number of videos."""
   for count in _BATCHES:
     inputs = _read(experiment, count)
-    title = timing_title(len(inputs["valid"]), "video")
-    with compile_report.announce_timing(title) as progress:
+    title = timings.timing_title(len(inputs["valid"]), "video")
+    with timings.announce_timing(title) as progress:
       network = _compile(
         experiment,
         variables,

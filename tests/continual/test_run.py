@@ -19,7 +19,7 @@ from gating_jax.continual.method import LearnerState, TaskTable
 from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
 from gating_jax.models import vgg
-from gating_jax.reports import compile_report, tasks
+from gating_jax.reports import tasks, timings
 from gating_jax.training import devices, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import read_lines
@@ -653,8 +653,8 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
   "changes", [{}, {"method": "multitask_gates"}, {"model.name": "resnet8", "model.width": 0.25}]
 )
 def test_the_net_of_each_task_is_compiled(changes, config, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(compile_report, "_REPEATS", 1)
-  monkeypatch.setattr(compile_report, "_BATCHES", (1, 3))
+  monkeypatch.setattr(timings, "_REPEATS", 1)
+  monkeypatch.setattr(timings, "_BATCHES", (1, 3))
   made = config(
     **{"model.gate.initial_open": 0.5, "gates.threshold": 0.0, "gates.sparsity": 0.0, **changes}
   )

@@ -10,7 +10,7 @@ import pytest
 from gating_jax import terminal
 from gating_jax.inference import compiled as compiled_nets
 from gating_jax.inference import conditional
-from gating_jax.reports import compile_report
+from gating_jax.reports import timings
 
 
 def said(programme, config, workdir, mode):
@@ -36,8 +36,8 @@ def compiled(programme, finished, folder):
   made, workdir, _ = finished
   copy = shutil.copytree(workdir, folder / "run")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(compile_report, "_REPEATS", 1)
-    patch.setattr(compile_report, "_BATCHES", (3,))
+    patch.setattr(timings, "_REPEATS", 1)
+    patch.setattr(timings, "_BATCHES", (3,))
     announced(patch)
     printed = said(programme, made, copy, "compile")
   return json.loads((copy / "compile.json").read_text()), printed
