@@ -175,7 +175,7 @@ def generative(
   check_images(images, problem)
   generator = Generator(problem.shape, latent=latent, width=width, classes=problem.classes)
   critic = Critic(width=width, classes=problem.classes)
-  step = wgan.make_train_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
+  step = wgan.make_wgan_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
 
   def fresh():
     """Returns the state from which every task starts."""

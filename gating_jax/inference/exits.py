@@ -70,7 +70,7 @@ class CompiledExits(CompiledImages):
     self, net: ExitNet, strategy: str, *, options: Options, timings: Sequence[Timing] = ()
   ):
     self.strategy = strategy
-    run_as = program(options.buckets if strategy == EXIT_DISPATCH else None)
+    run_as = make_program(options.buckets if strategy == EXIT_DISPATCH else None)
     super().__init__(net, net, options=options, program=run_as, timings=timings)
 
 
@@ -119,7 +119,7 @@ def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Arra
   return logits, jnp.stack(stay, axis=1)
 
 
-def program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Array, Array]]:
+def make_program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Array, Array]]:
   """Compiles `run`."""
   return jax.jit(functools.partial(run, buckets=buckets))
 
@@ -215,7 +215,7 @@ def compile_exits(
   if strategy != AUTO:
     return CompiledExits(net, strategy, options=options)
   batches = spread_batches(options.calibration, batch_size)
-  programs = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
+  programs = {MASKED: make_program(), EXIT_DISPATCH: make_program(buckets)}
   # The worst case: no image leaves.
   staying = dataclasses.replace(net, threshold=_NEVER)
   ways = {

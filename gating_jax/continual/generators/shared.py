@@ -196,7 +196,7 @@ class _SharedGenerator:
   ) -> tuple[SharedGeneratorMemory, Mapping[str, Array]]:
     """Trains the generator for one step on `[N, H, W, D]` pixels and `[N]` labels."""
     state = memory.training
-    step = wgan.make_train_step(
+    step = wgan.make_wgan_step(
       self.generator,
       self._critic,
       self.settings,

@@ -95,7 +95,7 @@ def init_state(
   """Creates a fresh state.
 
   Args:
-    generator, critic: as in `make_train_step`.
+    generator, critic: as in `make_wgan_step`.
     settings: of the training.
     seed: of the initial parameters.
   """
@@ -129,6 +129,7 @@ def unchanged(params: Any) -> Any:
 
 
 def _first_unchanged(tree, params):
+  """Returns gradients or updates as they are."""
   return tree
 
 
@@ -150,7 +151,7 @@ class GeneratorHooks:
   update: Callable[[Any, Any], Any] = _first_unchanged
 
 
-def make_train_step(
+def make_wgan_step(
   generator: nn.Module,
   critic: nn.Module,
   settings: WganSettings,
@@ -212,7 +213,7 @@ class _Generated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-  """The arguments of `make_train_step`."""
+  """The arguments of `make_wgan_step`."""
 
   generator: nn.Module
   critic: nn.Module
