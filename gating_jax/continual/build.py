@@ -250,6 +250,7 @@ def _build_optimiser(
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for a setting that breaks its rule; the message names the field."""
   settings.check(
     config,
     choices={

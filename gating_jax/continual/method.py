@@ -183,6 +183,7 @@ class TaskData(NamedTuple):
 
 
 def _not_augmented(key: Array, pixels: Array) -> Array:
+  """Returns pixels as they are."""
   return pixels
 
 
@@ -303,10 +304,12 @@ def first_tasks(stacked: Any, count: int) -> Any:
 
 
 def _unchanged_gradient(grads, learner, batch):
+  """Returns the gradient as it is."""
   return grads
 
 
 def _unchanged_update(updates, grads, learner):
+  """Returns the updates and the memory as they are."""
   return updates, learner.memory
 
 

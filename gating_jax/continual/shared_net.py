@@ -119,6 +119,7 @@ class SharedNet:
     return self._net(*with_own(learner, task_entry(owns, task)))
 
   def _net(self, params: Tree, batch_stats: Tree) -> TaskNet:
+    """Returns the network of the task whose own part is in the trees."""
     own = params["own"]
     variables = {
       "params": merge(params["shared"], own["net"]),

@@ -516,6 +516,7 @@ class _SortedImages(NamedTuple):
 
 @jax.jit(static_argnames="settings")
 def _train(params, images, *, key, settings):
+  """Trains a `FeatureClassifier` by Adam; arguments as in `train_feature_classifier`."""
   # Separate from the steps of the task, hence an optimiser of its own.
   optimiser = optax.adam(settings.learning_rate)
   seen = len(images.counts)

@@ -91,6 +91,8 @@ def make_step(
 
 
 def _with_total(loss):
+  """Makes a loss that returns its total among the terms."""
+
   def with_total(params, learner, batch):
     """Returns the total loss, and its terms with the total among them."""
     total, (terms, batch_stats) = loss(params, learner, batch)

@@ -249,5 +249,6 @@ def nearest_mean(features: Array, means: Array, has_mean: Array) -> Array:
 
 
 def _unit(x: Array) -> Array:
+  """Scales vectors, `[..., F]`, to norm 1."""
   # Features of 0 have no direction and stay 0.
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
