@@ -315,5 +315,5 @@ def closing_lines(
   # The page is written when a run ends, or by --mode=report.
   if run_dir.report.exists():
     rows.append(("page", f"{run_dir.report}, for a browser"))
-  following = conclusion.following(run_dir.path, programme.next_modes())
-  return conclusion.text(f"{done} {programme.describe(result)}.", rows, following)
+  commands = conclusion.next_commands(run_dir.path, programme.next_modes())
+  return conclusion.closing_text(f"{done} {programme.describe(result)}.", rows, commands)

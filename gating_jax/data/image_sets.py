@@ -149,7 +149,7 @@ def resize(
   return np.stack([fit(image[..., channel]) for channel in range(image.shape[-1])], axis=-1)
 
 
-def size(
+def count_images(
   name: str,
   split: str,
   data_dir: str | None = None,

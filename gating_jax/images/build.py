@@ -129,7 +129,7 @@ def build(
   return assemble(
     config,
     # The size of a split is known without reading it.
-    lambda: image_sets.size(
+    lambda: image_sets.count_images(
       data.name, data.train_split, data.data_dir, *settings.feature_names(data)
     ),
     open_train=lambda: _open(config, data.train_split, training=True),

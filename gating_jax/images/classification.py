@@ -126,7 +126,7 @@ class Classification(runner.Programme):
 
   def main_numbers(self, result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the score, and MACs and outcomes of gates."""
-    return [self.rows(result)[0], *conclusion.gates(result)]
+    return [self.rows(result)[0], *conclusion.outcome_rows(result)]
 
   def next_modes(self) -> list[str]:
     """Returns the modes that work on this model."""

@@ -99,10 +99,10 @@ def export_run(
   say(f"\nwritten: {', '.join(paths)}")
   rows.append(("trained net", _as_compiled(run_dir, step, trained)))
   say(
-    conclusion.text(
+    conclusion.closing_text(
       f"Exported the checkpoint of step {step:,}, its times on {device()}.",
       rows,
-      [_load_command(paths[0]), *conclusion.following(run_dir.path, ["compile"])],
+      [_load_command(paths[0]), *conclusion.next_commands(run_dir.path, ["compile"])],
     )
   )
 

@@ -69,7 +69,7 @@ class Run:
   def tested_times(self) -> Times | None:
     """Returns the times if they belong to the step of `numbers`, otherwise None."""
     step = self.numbers.get("step")
-    if self.times is None or step is None or not self.times.of(step):
+    if self.times is None or step is None or not self.times.belong_to(step):
       return None
     return self.times
 
@@ -103,7 +103,7 @@ class Group(NamedTuple):
 
   def scored(self, score: Score) -> list[Run]:
     """Returns the runs that have the score and its MACs."""
-    return [run for run in self.runs if {score.macs, score.share} <= run.numbers.keys()]
+    return [run for run in self.runs if {score.macs, score.key} <= run.numbers.keys()]
 
 
 class Difference(NamedTuple):

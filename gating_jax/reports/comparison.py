@@ -56,14 +56,16 @@ def compare_runs(folders: Sequence[Path], page_file: Path) -> None:
         f"page must be new or the page of an earlier comparison; {page_file} is neither"
       )
     begin, sections = page_content(runs)
-    sections.append(_about(runs))
+    sections.append(_about_section(runs))
     page.write_page(page_file, TITLE, sections, subtitle=", ".join(_names(runs)), opening=begin)
   say(render_comparison(runs))
   say(f"\npage: {page_file}")
   rows = [("page", str(page_file))]
   for run in runs:
     rows.append((run.name, _summary(run)))
-  said = conclusion.text(f"Compared {len(runs)} runs.", rows, [f"open {page_file} in a browser"])
+  said = conclusion.closing_text(
+    f"Compared {len(runs)} runs.", rows, [f"open {page_file} in a browser"]
+  )
   say(said)
 
 
@@ -76,7 +78,7 @@ def _names(named: Sequence[Run | Group]) -> list[str]:
   return [one.name for one in named]
 
 
-def _about(runs: Sequence[Run]) -> page.Section:
+def _about_section(runs: Sequence[Run]) -> page.Section:
   """Returns the section on when, and by which command, the runs and the page were made."""
   origins = []
   for run in runs:
@@ -108,7 +110,7 @@ def _summary(run: Run) -> str:
 def render_comparison(runs: Sequence[Run]) -> str:
   """Renders the results and the settings that differ as text for a terminal."""
   names = _names(runs)
-  text = [_render_table([["", *names], *_results(runs)])]
+  text = [_render_table([["", *names], *_result_rows(runs)])]
   if len(runs) > 1:
     settings = _differing_rows(runs)
     if settings:
@@ -117,7 +119,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
       text.append(_NO_DIFFERENCE)
   groups = group_runs(runs)
   if len(groups) > 1:
-    text.append(_apart(groups))
+    text.append(_not_comparable(groups))
   return "\n\n".join(text)
 
 
@@ -149,17 +151,17 @@ def page_content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]
   if courses:
     sections.append(page.Section("During training", "", courses))
   alone = len(groups) == 1
-  said, numbers = [] if alone else [_apart(groups)], []
+  said, numbers = [] if alone else [_not_comparable(groups)], []
   for group in groups:
-    pair = _best(group)
+    pair = _best_pair(group)
     # A group without a gated run has no large numbers.
     if pair is not None:
-      said.append(_which(group, pair, alone=alone))
+      said.append(_describe_pair(group, pair, alone=alone))
       numbers += _large_numbers(group, pair, alone=alone)
   return page.Opening(numbers, picture, " ".join(said)), sections
 
 
-def _apart(groups: Sequence[Group]) -> str:
+def _not_comparable(groups: Sequence[Group]) -> str:
   """States that runs with different test sets are not compared."""
   return (
     f"These runs learn {len(groups)} different things: {', '.join(_names(groups))}. "
@@ -171,11 +173,13 @@ def _apart(groups: Sequence[Group]) -> str:
 
 
 def _results_section(runs: Sequence[Run]) -> page.Section:
-  rows = _results(runs)
+  rows = _result_rows(runs)
   finished = all(run.result for run in runs)
   text = "" if finished else "For runs that are not finished, the newest test is shown."
   header = ["measure", *_names(runs)]
-  return page.Section("Results", text, [page.Table(header, rows, terms=_defined(rows))], open=True)
+  return page.Section(
+    "Results", text, [page.Table(header, rows, terms=_definitions(rows))], open=True
+  )
 
 
 class _Measure(NamedTuple):
@@ -213,7 +217,7 @@ def _of_all(number: float, gates: float) -> str:
 
 
 _MEASURES = (
-  *(_Measure(score.label, (score.share,), _percent) for score in SCORES),
+  *(_Measure(score.label, (score.key,), _percent) for score in SCORES),
   _Measure("forgetting, task known", ("task_aware.forgetting",), _percent),
   _Measure("forgetting, task unknown", ("task_agnostic.forgetting",), _percent),
   _Measure("MACs", ("macs",), _whole),
@@ -234,7 +238,7 @@ _MEASURES = (
 )
 
 
-def _results(runs: Sequence[Run]) -> list[list[str]]:
+def _result_rows(runs: Sequence[Run]) -> list[list[str]]:
   """Returns rows of a measure and a cell for each run; rows that no run has are left out."""
   tested_on, state, step = ["tested on"], ["state"], ["last step"]
   for run in runs:
@@ -277,7 +281,7 @@ _TERMS = {
 }
 
 
-def _defined(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+def _definitions(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
   """Returns the definitions of the given rows, and of the columns."""
   runs = "the runs, by the names of their directories; a dash means that a run has no such number"
   definitions = [("columns", runs)]
@@ -319,7 +323,7 @@ class _Pair(NamedTuple):
   ungated: Run | None
 
 
-def _best(group: Group) -> _Pair | None:
+def _best_pair(group: Group) -> _Pair | None:
   """Finds the best runs by the first score that gated and ungated runs both have.
 
   If no score has both, it is the first one of a gated run. Returns None where no run is gated.
@@ -341,20 +345,20 @@ def _highest(runs: Sequence[Run], score: Score, *, ungated: bool) -> Run | None:
     if run.ungated != ungated:
       continue
     # The first of equals stays.
-    if best is None or run.numbers[score.share] > best.numbers[score.share]:
+    if best is None or run.numbers[score.key] > best.numbers[score.key]:
       best = run
   return best
 
 
 def _rank(group: Group) -> int:
   """Ranks groups: first those with a gated and an ungated run, last those without a gated one."""
-  pair = _best(group)
+  pair = _best_pair(group)
   if pair is None:
     return 2
   return 1 if pair.ungated is None else 0
 
 
-def _which(group: Group, pair: _Pair, *, alone: bool) -> str:
+def _describe_pair(group: Group, pair: _Pair, *, alone: bool) -> str:
   """States which runs the large numbers belong to."""
   numbers = "The numbers" if alone else f"Those of {group.name}"
   text = (
@@ -382,8 +386,8 @@ def _large_numbers(group: Group, pair: _Pair, *, alone: bool) -> list[page.Numbe
 def _score_number(pair: _Pair) -> page.Number:
   score, baseline = pair.score, _NO_BASELINE
   if pair.ungated:
-    baseline = f"ungated: {format_percent(pair.ungated.numbers[score.share], 2)}"
-  value = format_percent(pair.gated.numbers[score.share], 2)
+    baseline = f"ungated: {format_percent(pair.ungated.numbers[score.key], 2)}"
+  value = format_percent(pair.gated.numbers[score.key], 2)
   return page.Number(capitalise(score.label), value, baseline, meaning="On the test set.")
 
 
@@ -460,7 +464,7 @@ def draw_costs(runs: Sequence[Run], groups: Sequence[Group]) -> list[page.Pictur
     for score in SCORES:
       points = []
       for run in group.scored(score):
-        points.append(_Point(run, run.numbers[score.macs], 100 * run.numbers[score.share]))
+        points.append(_Point(run, run.numbers[score.macs], 100 * run.numbers[score.key]))
       if points:
         pictures.append(_draw_cost(points, group, score, styles=styles))
   return pictures
@@ -471,7 +475,7 @@ def draw_courses(runs: Sequence[Run], groups: Sequence[Group]) -> list[page.Pict
   styles, pictures = _styles(runs), []
   for group in groups:
     for score in SCORES:
-      curves = _curves(group, "test", score.share, scale=100)
+      curves = _curves(group, "test", score.key, scale=100)
       if _have_a_course(curves):
         pictures.append(
           _draw_curves(

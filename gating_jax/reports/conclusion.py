@@ -39,7 +39,7 @@ _NEXT = {
 }
 
 
-def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
+def closing_text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
   """Returns an empty line and at most twelve lines of text.
 
   Args:
@@ -60,7 +60,7 @@ def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -
   return "\n".join(lines)
 
 
-def following(path: Path, modes: Sequence[str]) -> list[str]:
+def next_commands(path: Path, modes: Sequence[str]) -> list[str]:
   """Returns the commands of those modes that have no output yet, or else of a comparison.
 
   Each line ends with a shell comment that describes the command, so it can be pasted as it is.
@@ -82,7 +82,7 @@ def _is_done(path: Path, mode: str) -> bool:
   # A page is never done: it can be written again after each of the other modes.
   if mode == "compile":
     measured = timings.read_times(path)
-    return measured is not None and measured.of(_newest_step(path))
+    return measured is not None and measured.belong_to(_newest_step(path))
   return mode == "export" and (path / "export").exists()
 
 
@@ -105,7 +105,7 @@ def refusal(check: Callable[[Any], None], of: Any) -> str:
   return ""
 
 
-def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def outcome_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns rows of MACs per image and of gate outcomes, from the result of a run on images."""
   # A net without gates has no gate outcomes.
   rows = []
@@ -118,7 +118,7 @@ def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   return rows
 
 
-def times(tables: Mapping[str, timings.Rows]) -> list[tuple[str, str]]:
+def time_rows(tables: Mapping[str, timings.Rows]) -> list[tuple[str, str]]:
   """Returns a row for each table of `--mode=compile`: the strategy that is used, and its speed.
 
   Args:
@@ -163,7 +163,7 @@ def conclude_times(run_dir: RunDir, step: int, tables: Mapping[str, timings.Rows
     modes.append("export")
   done = f"Timed the checkpoint of step {step:,}: median milliseconds of a call."
   made = ("made", f"{run_dir.path / timings.TIMES_FILE}, {timings.PICTURE_FILE}")
-  say(text(done, [made, *times(tables)], following(run_dir.path, modes)))
+  say(closing_text(done, [made, *time_rows(tables)], next_commands(run_dir.path, modes)))
 
 
 @contextlib.contextmanager

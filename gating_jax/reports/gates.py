@@ -365,11 +365,11 @@ def draw_gate_statistics(logits: np.ndarray, open_rates: np.ndarray, prior: Prio
   )
   values.hist(probs.ravel(), bins=np.linspace(0, 1, 41), density=True, color="tab:green")
   values.set(title=f"Open probabilities on {len(probs)} images", xlabel="P(open)", ylabel="density")
-  _draw_cdfs(cdfs, probs, prior)
+  _draw_gate_cdfs(cdfs, probs, prior)
   return figure
 
 
-def _draw_cdfs(axes, probs: np.ndarray, prior: Prior) -> None:
+def _draw_gate_cdfs(axes, probs: np.ndarray, prior: Prior) -> None:
   n, gates = probs.shape
   # The expected CDF at the i-th of n sorted samples, i / (n + 1), as in the batch-shaping loss.
   level = np.arange(1, n + 1) / (n + 1)

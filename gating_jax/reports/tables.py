@@ -187,7 +187,7 @@ _TASK_SETTINGS = {"task_aware": "task-aware", "task_agnostic": "task-agnostic"}
 _TASK_MEASURES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 
 
-class TaskTable(NamedTuple):
+class AccuracyTable(NamedTuple):
   """A table of accuracies, task by task, and of measures over tasks."""
 
   header: list[str]
@@ -229,7 +229,7 @@ def render_tasks(result: Mapping[str, Any]) -> str:
   return "\n".join([*lines, *task_reasons(result), "", render_rows(task_rows(result))])
 
 
-def task_tables(result: Mapping[str, Any]) -> list[TaskTable]:
+def task_tables(result: Mapping[str, Any]) -> list[AccuracyTable]:
   """Returns a table for the task known at the test, and one for the task unknown.
 
   Rows are the accuracies on each task, then the measures over tasks.
@@ -240,7 +240,7 @@ def task_tables(result: Mapping[str, Any]) -> list[TaskTable]:
   tables = []
   for setting in _tested_settings(result):
     header = [f"{_TASK_SETTINGS[setting]} accuracy (%)", "when learned", "at the end"]
-    tables.append(TaskTable(header, _task_scores(result, [setting])))
+    tables.append(AccuracyTable(header, _task_scores(result, [setting])))
   return tables
 
 

@@ -72,7 +72,7 @@ class Times:
   timings: Mapping[str, Rows]
   pixels: tuple[int, int] | None = None
 
-  def of(self, step: int | None) -> bool:
+  def belong_to(self, step: int | None) -> bool:
     """Checks that the times belong to this step; None stands for any step."""
     return step is None or self.step == step
 
@@ -214,7 +214,7 @@ def time_number(
   # For scenes only the backbone is timed, so the number has another name.
   name = "Milliseconds of the backbone" if noun == "scene" else f"Milliseconds per {noun}"
   timed, place = _timed_input(noun, times), _place("time", step)
-  pairs = _single_examples(times) if times is not None and times.of(step) else []
+  pairs = _single_examples(times) if times is not None and times.belong_to(step) else []
   if pairs:
     compiled = statistics.fmean(pair.compiled for pair in pairs)
     ungated = statistics.fmean(pair.ungated for pair in pairs)
@@ -236,7 +236,7 @@ def time_number(
     return page.Number(name, "–", "not measured", meaning=meaning, place=place)
   # Times of another step are mentioned but not shown: all numbers of a page are of one checkpoint.
   found = "not measured, nor was the ungated network"
-  if times is not None and not times.of(step):
+  if times is not None and not times.belong_to(step):
     found = f"measured at step {times.step:,}, not at step {step:,} like the rest of the page"
   return page.Number(
     name,
@@ -268,7 +268,7 @@ def times_section(
     terms=_PICTURE_TERMS,
   )
   text = f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}."
-  if not times.of(step):
+  if not times.belong_to(step):
     text += (
       f" The rest of this page is of step {step:,}, so these times belong to a different network."
     )

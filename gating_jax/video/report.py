@@ -156,7 +156,7 @@ def _make_opening(
     ),
     frame.time_number("video", around)
     # Times of `--mode=compile` for this step; without them, those that the run measured itself.
-    if around.times and around.times.of(around.step)
+    if around.times and around.times.belong_to(around.step)
     else _speed(result, around),
   ]
   return page.Opening(
