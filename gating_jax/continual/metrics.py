@@ -65,6 +65,7 @@ def summarise(accuracies: np.ndarray) -> Summary:
   accuracies = _checked_accuracies(accuracies)
   # R[j, j] is the accuracy just after task j.
   last, learned = accuracies[-1], np.diag(accuracies)
+  # Undefined for a single task, and for tasks learnt together: there is no earlier accuracy.
   forgetting = backward = None
   reasons = {}
   if reason := _why_no_sequence(accuracies):
@@ -192,6 +193,7 @@ def collect_result(experiment: ContinualExperiment, learner: LearnerState) -> di
     "task_names": experiment.task_names[:learnt],
     "task_aware": _accuracy_metrics(table.aware),
     "task_agnostic": _accuracy_metrics(table.agnostic),
+    # The last row: tests of all tasks after the last one learnt.
     "task_classifier_accuracy": float(table.task[-1].mean()),
     "dense_macs": experiment.dense_macs,
     "dense_macs_reduced": experiment.dense_macs_reduced,

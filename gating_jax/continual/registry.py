@@ -48,6 +48,7 @@ def build_method(config: ml_collections.ConfigDict, problem: Problem) -> Method:
   """
   try:
     return METHODS[config.method](config, problem)
+  # A message names a setting; several methods have settings of the same name.
   except ValueError as error:
     raise ValueError(f"method {config.method}: {error}") from error
 
@@ -250,6 +251,7 @@ def _plain(make, *, scope="own", section=None, memory=False):
 
 def _classifier(config, problem, scope):
   """Builds an ungated network with an output for every class."""
+  # Outputs for classes to come are there from the start: shapes never change.
   model = build_network(config, problem, classes=problem.all_classes, gated=False)
   return Network(model, problem, model_summary(model, problem.shape).macs, scope=scope)
 

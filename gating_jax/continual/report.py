@@ -163,6 +163,7 @@ def write_report(
   )
   pictures = {}
   for name, (caption, figure) in _pictures(experiment, learner).items():
+    # Pictures grow with the number of tasks, and may be wider than the page.
     scrolls = figure.get_figwidth() > page.WIDTH
     pictures[name] = page.embed_figure(figure, caption, scrolls=scrolls, terms=_TERMS[name])
   # The picture at the top of the page.
@@ -322,6 +323,7 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: LearnerStat
   layers, names = experiment.method.footprint(learner).relevant, []
   for layer, of_layer in zip(layers, looks[0].logits, strict=True):
     names += [f"{layer}, unit {i}" for i in range(of_layer.shape[1])]
+  # `[T, U]`: how often each task opens each unit.
   rates = np.stack([np.mean(of_task > 0, axis=0) for of_task in logits])
   # A point for every task that uses the unit, and up to 1/4 more where its gate opens for half of
   # the images.

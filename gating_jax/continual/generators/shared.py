@@ -113,7 +113,7 @@ def shared_generative(
   )
 
 
-def records(generator: Generator) -> Records:
+def trace_records(generator: Generator) -> Records:
   """Returns the records of one image, as shapes."""
   z = jax.ShapeDtypeStruct((1, generator.latent), jnp.float32)
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -132,7 +132,7 @@ def split(params: Tree, records: Records) -> dict[str, Tree]:
 
   Args:
     params: of the generator.
-    records: as `records` returns them.
+    records: as `trace_records` returns them.
   Returns:
     `{"shared", "own"}`.
   """
@@ -141,7 +141,7 @@ def split(params: Tree, records: Records) -> dict[str, Tree]:
   return shared_net.split(params, lambda path: path[:-1] in gated)
 
 
-def slowed(updates: Tree, free: Tree) -> Tree:
+def slow_updates(updates: Tree, free: Tree) -> Tree:
   """Multiplies updates by how far each parameter may move.
 
   Args:
@@ -266,7 +266,7 @@ class _SharedGenerator:
 
   def _split(self, params: Tree) -> dict[str, Tree]:
     """Splits parameters into `{"shared", "own"}`."""
-    return split(params, records(self.generator))
+    return split(params, trace_records(self.generator))
 
   def _variables(self, shared: Tree, own: Variables) -> Tree:
     """Returns the variables of one task's generator, in evaluation."""

@@ -152,6 +152,7 @@ def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
       exemplars=exemplars,
       means=means,
       has_mean=has_mean,
+      # The outputs s* of the next task's loss.
       teacher=Variables(learner.params, learner.batch_stats),
     )
     return learner.replace(memory=memory)

@@ -25,7 +25,7 @@ GENERATOR = Generator(
   gating="channel",
   gate=GateSettings(hidden=4, initial_open=0.6),
 )
-RECORDS = shared_generator.records(GENERATOR)
+RECORDS = shared_generator.trace_records(GENERATOR)
 KEY = jax.random.key(0, impl="rbg")
 UNITS = 12  # 8 of the first map, 4 of the second
 

@@ -44,7 +44,7 @@ PAIR = Pair(), PairCritic()
 def generated(generator, state, key, n, labels=None):
   """Returns `[n, H, W, D]` uint8 images of the averaged parameters."""
   variables = {"params": state.average, "batch_stats": state.batch_stats}
-  made, _ = generator.apply(variables, wgan.latents(key, n, generator.latent), labels)
+  made, _ = generator.apply(variables, wgan.draw_latents(key, n, generator.latent), labels)
   return wgan.to_pixels(made)
 
 
@@ -142,7 +142,7 @@ def test_a_step_by_hand():
   key = jax.random.fold_in(jax.random.key(0), 0)
   draw = lambda i, stream: jax.random.fold_in(jax.random.fold_in(key, i), stream)
   make = lambda params, i: generator.apply(
-    {"params": params}, wgan.latents(draw(i, wgan.LATENT_STREAM), 4, 2), None
+    {"params": params}, wgan.draw_latents(draw(i, wgan.LATENT_STREAM), 4, 2), None
   )[0]
   score = lambda params, x: critic.apply({"params": params}, x, None)
 

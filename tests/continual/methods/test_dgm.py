@@ -27,7 +27,7 @@ GENERATOR = Generator(
   gating="channel",
   gate=GateSettings(context="none", relaxation="sigmoid"),
 )
-RECORDS = shared.records(GENERATOR)
+RECORDS = shared.trace_records(GENERATOR)
 KEY = jax.random.key(0, impl="rbg")
 UNITS = 12
 fresh = functools.cache(
@@ -71,7 +71,7 @@ def learnt(protected=True):
       pixels = np.random.default_rng([task, i]).integers(100 * task, 100 * task + 100, (16, *SHAPE))
       memory, _ = step(memory, jnp.asarray(pixels, jnp.uint8), jnp.arange(16) % 2)
     if task == 0:
-      push = lambda params: hat.of_embeddings(lambda e: jnp.where(e > 0, 6.0, -6.0), params)
+      push = lambda params: hat.change_embeddings(lambda e: jnp.where(e > 0, 6.0, -6.0), params)
       training = memory.training
       memory = memory.replace(training=training.replace(average=push(training.average)))
     recalled.append(method.recall(memory, None, task, KEY))
