@@ -121,7 +121,7 @@ def _made_sets(config: ml_collections.ConfigDict) -> _Sets:
 
   def make(split, count, **seed):
     """Makes the scenes of a split."""
-    return scenes.digit_scenes(split, scenes=count, size=data.size, most=data.digits, **seed)
+    return scenes.make_scenes(split, scenes=count, size=data.size, most=data.digits, **seed)
 
   return _Sets(
     size=lambda: data.train_scenes,
