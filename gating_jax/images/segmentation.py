@@ -213,9 +213,9 @@ class Segmentation(Classification):
       """Returns the predictions alone: the scores of these scenes are not reported."""
       return {"predicted": logits.argmax(-1)}
 
-    run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, predict))
+    run_batch = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, predict))
     # On one device: three scenes need not divide over all of them.
-    results = jax.device_get(run(jax.device_get(state), images, truth))
+    results = jax.device_get(run_batch(jax.device_get(state), images, truth))
     counts = experiment.counts
     # An ungated net has the same MACs for all scenes.
     macs = np.full(len(images), counts.macs)
