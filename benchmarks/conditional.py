@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.inference import exits, folded
-from gating_jax.inference.conditional import compile_conditional, program, ungated
+from gating_jax.inference.conditional import compile_conditional, make_program, ungated
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.strategies import why_not
@@ -242,9 +242,9 @@ def measure(case, share, repeats):
   if share == 1 and isinstance(net, folded.ExitNet):
     stay = exits.run(usual, jnp.asarray(calibration))[1][:, 0]
     net, x = usual, np.repeat(calibration[[int(jnp.argmax(stay))]], len(x), axis=0)
-  x, shape, dense_run = jnp.asarray(x), x.shape[1:], program()
+  x, shape, dense_run = jnp.asarray(x), x.shape[1:], make_program()
   if isinstance(net, folded.ExitNet):
-    run, dense = exits.program(), exits.without_exits(net)
+    run, dense = exits.make_program(), exits.without_exits(net)
     spent = folded.exit_macs(net, shape, run(net, x)[1])
     compiled = exits.compile_exits
   else:

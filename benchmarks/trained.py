@@ -31,7 +31,7 @@ from gating_jax.images.build import build
 from gating_jax.images.classification import Classification
 from gating_jax.inference import folded
 from gating_jax.inference.analysing import observe
-from gating_jax.inference.conditional import compile_conditional, program
+from gating_jax.inference.conditional import compile_conditional, make_program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.strategies import why_not
@@ -124,7 +124,7 @@ def programs(gated, ungated, size, calibration):
 
   Each gives a function without arguments that returns the images' logits.
   """
-  run, shape = program(), calibration.shape[1:]
+  run, shape = make_program(), calibration.shape[1:]
   make = functools.partial(compile_conditional, input_shape=shape, batch_size=size)
   auto = make(gated, calibration=calibration)
   ours = {

@@ -69,7 +69,7 @@ class _ConfigParser(flags.ArgumentParser):
   def parse(self, given):
     """Loads the config; raises an error without the flag in front."""
     try:
-      return config_files.load(given).lock()
+      return config_files.load_config(given).lock()
     except ValueError as error:
       # absl would put the flag and its value before a ValueError.
       raise flags.Error(str(error)) from error

@@ -91,7 +91,7 @@ def packaged() -> dict[str, str]:
   return found
 
 
-def load(given: str) -> Config:
+def load_config(given: str) -> Config:
   """Loads the config that `given` names.
 
   The file may import its neighbours: the folder above its own joins the import path permanently.
@@ -180,15 +180,15 @@ def _near(path: Path, names: list[str]) -> list[str]:
   They are written as the path is.
   """
   name = path.name.removesuffix(".py")
-  beside = []
+  neighbours = []
   if path.suffix == ".py" and path.parent.is_dir():
-    beside = near(name, _names(path.parent), count=3)
-  close = beside or near(name, names, count=3)
+    neighbours = near(name, _names(path.parent), count=3)
+  close = neighbours or near(name, names, count=3)
   # A single word of a name is too far from the whole name, so words are compared.
   if not close:
     close = [other for other in names if near(name, other.split("_"))]
-  if path.suffix == ".py" and (beside or str(path.parent) in (".", _PACKAGE)):
-    parent = path.parent if beside else Path(_PACKAGE)
+  if path.suffix == ".py" and (neighbours or str(path.parent) in (".", _PACKAGE)):
+    parent = path.parent if neighbours else Path(_PACKAGE)
     close = [str(parent / f"{other}.py") for other in close]
   return close
 

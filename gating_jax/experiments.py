@@ -17,12 +17,12 @@ class Score(NamedTuple):
 
   Attributes:
     label: its name in texts.
-    share: the key of its value in a result, a fraction.
-    macs: the key of the MACs that belong to it.
+    key: of its value in a result, a fraction.
+    macs: key of the MACs that belong to it.
   """
 
   label: str
-  share: str
+  key: str
   macs: str
 
 

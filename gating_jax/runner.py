@@ -286,6 +286,7 @@ def _train(programme: Programme, run_dir: RunDir) -> None:
 
 
 def _evaluate(programme: Programme, run_dir: RunDir) -> None:
+  """Tests the newest checkpoint, and prints its result."""
   step, state = newest(programme, run_dir)
   say(f"checkpoint of step {step}")
   result = programme.test(step, state)
@@ -295,6 +296,7 @@ def _evaluate(programme: Programme, run_dir: RunDir) -> None:
 
 
 def _report(programme: Programme, run_dir: RunDir, notice: str) -> None:
+  """Writes the page of the newest checkpoint; `notice` is its first line."""
   step, state = newest(programme, run_dir)
   result = programme.report(run_dir, step, state, notice=notice)
   say(f"report of the checkpoint of step {step}: {run_dir.report}")
@@ -303,6 +305,7 @@ def _report(programme: Programme, run_dir: RunDir, notice: str) -> None:
 
 
 def _make(programme: Programme, run_dir: RunDir, make: Callable[..., None]) -> None:
+  """Calls a mode's own function on the newest checkpoint, in one process."""
   step, state = newest(programme, run_dir)
   variables = programme.variables(state)
   # One process times and writes; the others wait for it.
@@ -324,5 +327,5 @@ def closing_lines(
   # The page is written when a run ends, or by --mode=report.
   if run_dir.report.exists():
     rows.append(("page", f"{run_dir.report}, for a browser"))
-  following = conclusion.following(run_dir.path, programme.next_modes())
-  return conclusion.text(f"{done} {programme.describe(result)}.", rows, following)
+  commands = conclusion.next_commands(run_dir.path, programme.next_modes())
+  return conclusion.closing_text(f"{done} {programme.describe(result)}.", rows, commands)

@@ -18,7 +18,7 @@ import gating_jax
 from gating_jax import cli, config_files, experiments
 from gating_jax.images import classification
 from gating_jax.models import resnets
-from gating_jax.reports import compile_report
+from gating_jax.reports import timings
 from gating_jax.training import hosts, provenance, smoke
 from tests.helpers import ROOT, tiny_cli
 from tests.helpers.command import run_command
@@ -216,8 +216,8 @@ def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["lr[0.1] *?'\"<b>&$x", os.fsdecode(b"\xff:a,b\n")])
 def test_every_mode_works_in_a_folder_of_any_name(name, tmp_path, monkeypatch):
   monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
-  monkeypatch.setattr(compile_report, "_REPEATS", 1)
-  monkeypatch.setattr(compile_report, "_BATCHES", (3,))
+  monkeypatch.setattr(timings, "_REPEATS", 1)
+  monkeypatch.setattr(timings, "_BATCHES", (3,))
   folder = tmp_path / name
   folder.mkdir()
   monkeypatch.chdir(folder)

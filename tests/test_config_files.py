@@ -174,7 +174,7 @@ def test_a_config_of_an_earlier_version_sets_the_fields_of_today(tmp_path, caplo
     "  config.loss.sparsity.start = 0.4\n"
     "  return config\n"
   )
-  config = config_files.load(str(own))
+  config = config_files.load_config(str(own))
   assert config.loss.sparsity.ramp_start == 0.4
   assert "start" not in config.loss.sparsity
   assert "sparsity.start is now sparsity.ramp_start" in caplog.text

@@ -3,14 +3,13 @@
 import importlib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gating_jax import cli
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT
+from tests.helpers.commands import run_one_after_the_other
 
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 TRAINS = tuple(
@@ -102,23 +101,17 @@ def test_the_walk_of_a_newcomer(tmp_path):
   """Runs every command of the README, in its order and in one folder, each in a small size."""
   walked = commands("README.md")
   assert len(walked) >= 5
+  arguments = []
   for flags in walked:
     short = SHORT[Path(dict(flags)["config"]).stem] if "config" in dict(flags) else ()
-    done = subprocess.run(
+    arguments.append(
       [
-        sys.executable,
-        "-m",
-        "gating_jax.cli",
         *(f"--{name}={ROOT / value if name == 'config' else value}" for name, value in flags),
         *(f"--config.{setting}" for setting in short),
-      ],
-      cwd=tmp_path,
-      env=environment(devices=1),
-      capture_output=True,
-      text=True,
-      timeout=300,
+      ]
     )
-    assert done.returncode == 0, done.stderr
+  run_one_after_the_other(arguments, devices=1, cwd=tmp_path)
+  for flags in walked:
     last = dict(flags)["workdir"].split(",")[-1]
     page = "comparison.html" if dict(flags)["mode"] == cli.COMPARE else f"{last}/report.html"
     assert (tmp_path / page).read_text().endswith("</html>")

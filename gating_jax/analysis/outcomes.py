@@ -221,6 +221,7 @@ def _select(found: Diagnosis, gates: slice) -> Diagnosis:
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:
+  """Computes the entropy, in bits, of a gate that opens with probability p."""
   # Imported here: `import gating_jax` does without SciPy, which takes a while to load.
   from scipy import special
 

@@ -246,6 +246,7 @@ def _build_optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTran
 
 
 def _check(config: Config) -> None:
+  """Raises ValueError for a setting that breaks its rule; the message names the field."""
   settings.check(
     config,
     choices={

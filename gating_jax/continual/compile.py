@@ -18,11 +18,11 @@ from gating_jax.inference import folding
 from gating_jax.inference.compiled import Timing
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import FoldedNet
-from gating_jax.reports import compile_report
+from gating_jax.reports import conclusion, timings
 from gating_jax.training import rundir
 
 
-def run(
+def compile_run(
   experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, learner: LearnerState
 ) -> None:
   """Times every learnt task's network, the task known, and writes the tables.
@@ -36,14 +36,15 @@ def run(
     learner: with the tasks learnt so far.
   Raises:
     RunDirError: the tables exist, or are being written.
-    ValueError: as in `check`.
+    ValueError: as in `check_compilable`.
   """
   # Fails before anything is compiled.
-  check(experiment)
-  compile_report.write_times(run_dir, step, _tables(experiment, jax.device_get(learner)))
+  check_compilable(experiment)
+  tables = timings.write_times(run_dir, step, _tables(experiment, jax.device_get(learner)))
+  conclusion.conclude_times(run_dir, step, tables)
 
 
-def check(experiment: ContinualExperiment) -> None:
+def check_compilable(experiment: ContinualExperiment) -> None:
   """Raises ValueError for a method without conditional gates per task, or an unfoldable model."""
   if experiment.method.task_net is None:
     raise ValueError(
@@ -51,18 +52,19 @@ def check(experiment: ContinualExperiment) -> None:
       f"'multitask_gates' have; got {experiment.config.method!r}"
     )
   # The methods' networks end at their features.
-  folding.check(build_network(experiment.config, experiment.problem, classes=None, gated=True))
+  folding.check_foldable(
+    build_network(experiment.config, experiment.problem, classes=None, gated=True)
+  )
 
 
 def _tables(
   experiment: ContinualExperiment, learner: LearnerState
 ) -> Iterator[tuple[str, Sequence[Timing]]]:
+  """Yields the title and the timings of each table, task by task."""
   for task in range(int(learner.task)):
     compiled = functools.partial(compile_conditional, folded_net(experiment, learner, task))
-    images = compile_report.calibration_images(
-      experiment.tasks[task].train, experiment.problem.normalise
-    )
-    for title, rows in compile_report.time_images(compiled, images):
+    images = timings.calibration_images(experiment.tasks[task].train, experiment.problem.normalise)
+    for title, rows in timings.time_images(compiled, images):
       yield f"task {task + 1}, {experiment.task_names[task]}: {title}", rows
 
 

@@ -95,6 +95,7 @@ class MemoryNode:
 
   def __init_subclass__(cls):
     dataclasses.dataclass(frozen=True)(cls)
+    # In the order in which JAX sorts the keys of a dict.
     names = sorted(field.name for field in dataclasses.fields(cls))
     jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
 
@@ -186,6 +187,7 @@ class TaskData(NamedTuple):
 
 
 def _not_augmented(key: Array, pixels: Array) -> Array:
+  """Returns pixels as they are."""
   return pixels
 
 
@@ -306,10 +308,12 @@ def first_tasks(stacked: Any, count: int) -> Any:
 
 
 def _unchanged_gradient(grads, learner, batch):
+  """Returns the gradient as it is."""
   return grads
 
 
 def _unchanged_update(updates, grads, learner):
+  """Returns the updates and the memory as they are."""
   return updates, learner.memory
 
 
@@ -372,7 +376,9 @@ class Network:
 
   def init(self, key: Array) -> tuple[Any, Any]:
     """Initialises parameters and running statistics."""
+    # Parameters do not depend on the number of images: one is enough.
     variables = self.model.init(key, jnp.zeros((1, *self.problem.shape)))
+    # A model without BatchNorm has no statistics.
     return variables["params"], variables.get("batch_stats", {})
 
   def logits(self, params: Any, batch_stats: Any, x: Array) -> Array:
@@ -401,6 +407,7 @@ class Network:
     of_class = self.problem.task_of(jnp.arange(self.problem.all_classes))
     if (scope or self.scope) == "own":
       return of_class == self.problem.task_of(labels)[:, None]
+    # All classes up to this task, the same for every example.
     return jnp.broadcast_to(of_class <= task, (len(labels), self.problem.all_classes))
 
   def seen_with(self, labels: Array) -> Array:

@@ -65,6 +65,7 @@ def summarise(accuracies: np.ndarray) -> Summary:
   accuracies = _checked_accuracies(accuracies)
   # R[j, j] is the accuracy just after task j.
   last, learned = accuracies[-1], np.diag(accuracies)
+  # Undefined for a single task, and for tasks learnt together: there is no earlier accuracy.
   forgetting = backward = None
   reasons: dict[str, str] = {}
   if reason := _why_no_sequence(accuracies):
@@ -192,6 +193,7 @@ def collect_result(experiment: ContinualExperiment, learner: LearnerState) -> di
     "task_names": experiment.task_names[:learnt],
     "task_aware": _accuracy_metrics(np.asarray(table.aware)),
     "task_agnostic": _accuracy_metrics(np.asarray(table.agnostic)),
+    # The last row: tests of all tasks after the last one learnt.
     "task_classifier_accuracy": float(table.task[-1].mean()),
     "dense_macs": experiment.dense_macs,
     "dense_macs_reduced": experiment.dense_macs_reduced,
@@ -259,6 +261,7 @@ def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
 
 
 def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:
+  """Returns an accuracy matrix in float64, after checking it as `summarise` says."""
   accuracies = np.asarray(accuracies, np.float64)
   if accuracies.ndim != 2 or accuracies.shape[0] != accuracies.shape[1] or not accuracies.size:
     raise ValueError(f"accuracies must be [T, T], T >= 1; got {accuracies.shape}")
@@ -280,16 +283,19 @@ def _check_none(accuracies: np.ndarray, wrong: np.ndarray, rule: str) -> None:
 
 
 def _only_last(accuracies: np.ndarray) -> bool:
+  """Tests whether only the last row was tested: all tasks are learnt together."""
   return bool(np.isnan(accuracies[:-1]).all())
 
 
 def _why_no_sequence(accuracies: np.ndarray) -> str | None:
+  """Explains why nothing can be forgotten; None where it can."""
   if len(accuracies) == 1:
     return "there is only one task"
   return "all tasks are learned together" if _only_last(accuracies) else None
 
 
 def _why_no_forward_transfer(accuracies: np.ndarray) -> str:
+  """Explains why there is no forward transfer."""
   if reason := _why_no_sequence(accuracies):
     return reason
   # R[j-1, j] needs a test before the task is learned.
@@ -299,6 +305,7 @@ def _why_no_forward_transfer(accuracies: np.ndarray) -> str:
 
 
 def _checked_units(name: str, units: np.ndarray) -> np.ndarray:
+  """Returns `[T, U]` bool, after checking that it is that."""
   units = np.asarray(units)
   if units.ndim != 2 or units.dtype != bool or not units.size:
     raise ValueError(f"{name} must be bool [T, U], T and U >= 1; got {units.dtype} {units.shape}")

@@ -49,11 +49,13 @@ def build_method(config: Config, problem: Problem) -> Method:
   """
   try:
     return METHODS[config.method](config, problem)
+  # A message names a setting; several methods have settings of the same name.
   except ValueError as error:
     raise ValueError(f"method {config.method}: {error}") from error
 
 
 def _task_gates(config, problem):
+  """Builds task-gated networks, with the task classifier that the config asks for."""
   gates = _from_section(TaskGatesSettings, config, "gates")
   # Layers that grow have their last width from the start: shapes never change.
   model = build_network(
@@ -78,14 +80,16 @@ def _task_gates(config, problem):
 
 
 def _no_rehearsal(config, problem):
-  return None
+  """Returns None: no task classifier is trained."""
 
 
 def _episodic(config, problem):
+  """Builds a rehearsal by stored images."""
   return episodic(problem, _from_section(ReplaySettings, config, "replay"))
 
 
 def _generative(config, problem):
+  """Builds a rehearsal by one generator per task."""
   fields, wgan = config.generator, _wgan(config)
   with settings.named("generator"):
     return generative(
@@ -100,6 +104,7 @@ def _generative(config, problem):
 
 
 def _gated_generative(config, problem):
+  """Builds a rehearsal by one generator, whose filters are frozen task by task."""
   fields, gate = dict(config.generator.gates), dict(config.model.gate)
   # The section holds settings of the gates and of their protection.
   for name in ("initial_open", "noise_scale"):
@@ -111,6 +116,7 @@ def _gated_generative(config, problem):
 
 
 def _masked_generative(config, problem):
+  """Builds a rehearsal by one generator with HAT's masks."""
   # HAT's masks are gates without an input: one parameter per unit.
   generator = _generator(config, problem, GateSettings(context="none", relaxation="sigmoid"))
   with settings.named("dgm"):
@@ -125,6 +131,7 @@ def _masked_generative(config, problem):
 
 
 def _dgm(config, problem):
+  """Builds DGM: a classifier and a masked generator."""
   # Replay shows all classes so far, so all of them compete.
   net, rehearsal = _classifier(config, problem, "seen"), _masked_generative(config, problem)
   with settings.named("dgm"):
@@ -139,6 +146,7 @@ def _from_section(make, config, section, *args, without=()):
 
 
 def _wgan(config):
+  """Reads the settings of a generator's training."""
   fields = config.generator
   with settings.named("generator"):
     return WganSettings(
@@ -165,6 +173,7 @@ def _generator(config, problem, gate):
 
 
 def _shared_generative(config, problem, *, generator, protection):
+  """Builds a rehearsal by one generator, for a protection."""
   wgan = _wgan(config)
   with settings.named("generator"):
     return shared_generative(
@@ -179,6 +188,7 @@ def _shared_generative(config, problem, *, generator, protection):
 
 
 def _hat(config, problem):
+  """Builds HAT, on a network whose gates are its masks."""
   # HAT's masks are gates without an input: one parameter per unit.
   model = build_network(
     config, problem, classes=None, gated=True, context="none", relaxation="sigmoid"
@@ -188,6 +198,7 @@ def _hat(config, problem):
 
 
 def _progressive(config, problem):
+  """Builds progressive networks, a column per task."""
   model = config.model
   _check_norm(model)
   # The images are small, hence the stem for CIFAR.
@@ -207,12 +218,14 @@ def _progressive(config, problem):
 
 
 def _multitask_gates(config, problem):
+  """Builds multi-task learning with gates, BatchNorm and head per task."""
   model = build_network(config, problem, classes=None, gated=True)
   gates = _from_section(TaskGatesSettings, config, "gates")
   return multitask_gates(model, problem, model_summary(model, problem.shape), settings=gates)
 
 
 def _multitask_norms(config, problem):
+  """Builds multi-task learning with BatchNorm and head per task."""
   model = build_network(config, problem, classes=None, gated=False)
   return multitask_norms(model, problem, model_summary(model, problem.shape))
 
@@ -239,11 +252,13 @@ def _plain(make, *, scope="own", section=None, memory=False):
 
 def _classifier(config, problem, scope):
   """Builds an ungated network with an output for every class."""
+  # Outputs for classes to come are there from the start: shapes never change.
   model = build_network(config, problem, classes=problem.all_classes, gated=False)
   return Network(model, problem, model_summary(model, problem.shape).macs, scope=scope)
 
 
 def _icarl(config, problem):
+  """Builds iCaRL, on a network with a head that is for training only."""
   # iCaRL needs the features, and the head for its training.
   body = build_network(config, problem, classes=None, gated=False)
   model = icarl.Headed(body, problem.all_classes)
@@ -288,6 +303,7 @@ def build_network(
 
 
 def _check_norm(model: Config) -> None:
+  """Raises ValueError for a network without BatchNorm that must have it."""
   if model.name not in VGGS and not model.norm:
     raise ValueError(f"model.norm must be True for {model.name}, which has BatchNorm; got False")
 

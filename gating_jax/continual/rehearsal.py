@@ -187,7 +187,7 @@ def generative(
   check_images(images, problem)
   generator = Generator(problem.shape, latent=latent, width=width, classes=problem.classes)
   critic = Critic(width=width, classes=problem.classes)
-  step = wgan.make_train_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
+  step = wgan.make_wgan_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
 
   def fresh():
     """Returns the state from which every task starts."""
@@ -275,6 +275,7 @@ def make_pretrain_step(
     # Generators are conditional on the classes of one task, from 0.
     own = labels - learner.task * problem.classes
     rehearsed, metrics = advance(learner.memory.rehearsal, pixels, own)
+    # The steps of the run are counted, those of pretraining among them.
     memory = learner.memory.replace(rehearsal=rehearsed)
     return learner.replace(step=learner.step + 1, memory=memory), metrics
 
@@ -320,7 +321,7 @@ def replay_of_all(
   # A key per example: the classes do not depend on the number of devices.
   labels = jax.vmap(draw_class)(example_keys(which, here, problem.axis_name))
   tasks, classes = problem.task_of(labels), labels % problem.classes
-  z = wgan.latents(latents, here, size=latent, axis_name=problem.axis_name)
+  z = wgan.draw_latents(latents, here, size=latent, axis_name=problem.axis_name)
 
   def add(t, pixels):
     """Fills in the images of task t."""
@@ -379,6 +380,6 @@ def _sample(
   """Generates pixels `[M, H, W, D]` and their classes `[M]`."""
   # The classes in turn, so that their counts differ by at most 1.
   classes = jnp.arange(images) % classes_of(generator)
-  z = wgan.latents(key, images, generator.latent)
+  z = wgan.draw_latents(key, images, generator.latent)
   generated, _ = generator.apply(variables, z, classes)
   return wgan.to_pixels(generated), classes

@@ -18,7 +18,7 @@ from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import LearnerState
 from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import layer_names
-from gating_jax.reports import conclusion, opening, page, surroundings, tables, tasks
+from gating_jax.reports import conclusion, frame, page, tables, tasks
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import plain
 from gating_jax.training import hosts, rundir
@@ -159,14 +159,15 @@ def write_report(
     notice: first line of the page, such as that the run has failed.
   """
   config, result = experiment.config, metrics.collect_result(experiment, learner)
-  around = surroundings.read_surroundings(
+  around = frame.read_surroundings(
     run_dir,
     config,
     step=step,
-    not_compiled=conclusion.refusal(compile.check, experiment),
+    not_compiled=conclusion.refusal(compile.check_compilable, experiment),
   )
   pictures = {}
   for name, (caption, figure) in _pictures(experiment, learner).items():
+    # Pictures grow with the number of tasks, and may be wider than the page.
     scrolls = figure.get_figwidth() > page.WIDTH
     pictures[name] = page.embed_figure(figure, caption, scrolls=scrolls, terms=_TERMS[name])
   # The picture at the top of the page.
@@ -179,14 +180,14 @@ def write_report(
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections += [
-    opening.times_section("image", around),
-    opening.settings_section(configured),
-    opening.about_section(around),
+    frame.times_section("image", around),
+    frame.settings_section(configured),
+    frame.about_section(around),
   ]
   begin = page.Opening(
     _numbers(result, around),
     pictures[shown],
-    opening.why_no_baseline(around, experiments.KINDS[config.experiment].how),
+    frame.why_no_baseline(around, experiments.KINDS[config.experiment].how),
     notice,
   )
   # The contents need all processes, and are complete here.
@@ -260,13 +261,13 @@ def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str]
   return tuple(measures)
 
 
-def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[page.Number]:
+def _numbers(result: Mapping[str, Any], around: frame.Surroundings) -> list[page.Number]:
   """Returns the large numbers at the top, with the task known."""
   aware = result["task_aware"]["average_accuracy"]
   macs, dense = result["task_aware_macs"], result["dense_macs"]
   count = len(result["task_names"])
   agnostic = 100 * result["task_agnostic"]["average_accuracy"]
-  score = opening.score_number(
+  score = frame.score_number(
     "accuracy, task known",
     aware,
     key="task_aware.average_accuracy",
@@ -276,8 +277,8 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
   )
   return [
     score,
-    opening.macs_number(macs / dense, executed=macs, dense=dense, noun="image", around=around),
-    opening.time_number("image", around),
+    frame.macs_number(macs / dense, executed=macs, dense=dense, noun="image", around=around),
+    frame.time_number("image", around),
   ]
 
 
@@ -326,6 +327,7 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: LearnerStat
   layers, names = experiment.method.footprint(learner).relevant, []
   for layer, of_layer in zip(layers, looks[0].logits, strict=True):
     names += [f"{layer}, unit {i}" for i in range(of_layer.shape[1])]
+  # `[T, U]`: how often each task opens each unit.
   rates = np.stack([np.mean(of_task > 0, axis=0) for of_task in logits])
   # A point for every task that uses the unit, and up to 1/4 more where its gate opens for half of
   # the images.

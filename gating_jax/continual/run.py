@@ -44,7 +44,7 @@ class ContinualLearning(runner.Programme):
   """The learning of tasks one after the other, or of all at once."""
 
   experiment: ContinualExperiment
-  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.run}
+  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.compile_run}
   untrained: ClassVar[str] = "no task has been learnt"
 
   @property
@@ -77,6 +77,7 @@ class ContinualLearning(runner.Programme):
       if forgetting is not None:
         text += f"; forgetting: {100 * forgetting:z.2f} points"
       numbers.append((f"accuracy, {words}", text))
+    # With the task known; with it unknown the cost depends on how it is inferred.
     macs, dense = result["task_aware_macs"], result["dense_macs"]
     ratio = f"{100 * macs / dense:.1f} % of the net without gates"
     numbers.append(("MACs per image, task known", f"{macs:,.0f}, {ratio}"))
@@ -84,7 +85,7 @@ class ContinualLearning(runner.Programme):
 
   def next_modes(self) -> list[str]:
     """Returns `compile` where the method's networks can be compiled."""
-    return [] if conclusion.refusal(compile.check, self.experiment) else ["compile"]
+    return [] if conclusion.refusal(compile.check_compilable, self.experiment) else ["compile"]
 
   def fresh(self) -> LearnerState:
     """Creates a learner that has learnt nothing."""
@@ -93,6 +94,7 @@ class ContinualLearning(runner.Programme):
   def restore(self, run_dir: RunDir) -> Checkpoint | None:
     """Restores the newest checkpoint; None where no task has been learnt yet."""
     found = super().restore(run_dir)
+    # Within the first task there is nothing to test yet.
     return found if found is not None and int(found.state.task) else None
 
   def train(self, run_dir: RunDir) -> dict[str, Any] | None:

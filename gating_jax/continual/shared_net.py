@@ -77,6 +77,7 @@ class SharedNet:
     _, features = self.shapes
     kernel = nn.initializers.lecun_normal()(head_key, (features, self.problem.classes))
     params = self._split(variables["params"])
+    # Its bias starts at 0, as that of a Flax `Dense` does.
     head = {"kernel": kernel, "bias": jnp.zeros(self.problem.classes)}
     params["own"] = {"net": params["own"], "head": head}
     return params, self._split(variables.get("batch_stats", {}))
@@ -90,6 +91,7 @@ class SharedNet:
       **training: keywords of the `apply` of a Flax module; evaluation without any.
     """
     _, variables, (kernel, bias) = self._net(params, batch_stats)
+    # Statistics change in training alone.
     if training:
       (features, records), new = self.model.apply(variables, x, mutable=["batch_stats"], **training)
       batch_stats = self._split(new.get("batch_stats", {}))
@@ -120,6 +122,7 @@ class SharedNet:
     return self._net(*with_own(learner, task_entry(owns, task)))
 
   def _net(self, params: Tree, batch_stats: Tree) -> TaskNet:
+    """Returns the network of the task whose own part is in the trees."""
     own = params["own"]
     variables = {
       "params": merge(params["shared"], own["net"]),

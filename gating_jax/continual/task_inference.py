@@ -251,9 +251,11 @@ class FeatureClassifier:
     self, learner: LearnerState, x: Array, *, forward: TaskForward, macs: Array
   ) -> TaskInference:
     """Infers the tasks of images from `forward` alone."""
+    # Images before tasks, as the classifier takes them.
     features = jnp.moveaxis(forward.features, 0, 1)
     _, seen, width = features.shape
     task = jnp.argmax(task_scores(learner.params["router"], features), axis=-1)
+    # All networks run, whichever task is inferred: their costs add up.
     own_macs = feature_classifier_macs(seen, width, self.settings.hidden)
     return TaskInference(task, jnp.zeros(()), macs.sum(0) + float(own_macs))
 
@@ -453,6 +455,7 @@ def updates_of_seen(updates: Any, seen: Array) -> Any:
     seen: number of tasks seen.
   """
   served = jnp.arange(updates["out"]["bias"].shape[0]) < seen
+  # The first kernel has a block per task; the hidden bias serves all tasks and stays.
   kernel = jnp.where(served[:, None, None], updates["hidden"]["kernel"], 0)
   return {
     "hidden": {**updates["hidden"], "kernel": kernel},
@@ -523,6 +526,7 @@ class _SortedImages(NamedTuple):
 
 @jax.jit(static_argnames="settings")
 def _train(params, images, *, key, settings):
+  """Trains a `FeatureClassifier` by Adam; arguments as in `train_feature_classifier`."""
   # Separate from the steps of the task, hence an optimiser of its own.
   optimiser = optax.adam(settings.learning_rate)
   seen = len(images.counts)

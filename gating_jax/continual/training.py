@@ -57,6 +57,7 @@ def make_step(
 
   def step(learner, pixels, labels, first_step):
     """Takes one training step on `[B, H, W, D]` pixels and `[B]` labels."""
+    # By the step alone, so that a resumed run draws the same.
     key = jax.random.fold_in(jax.random.key(seed), learner.step)
     # `learner.step` counts over all tasks; a schedule of the method counts from the task's first
     # step.
@@ -72,6 +73,7 @@ def make_step(
     differentiate = value_and_grad_over_devices(_with_total(method.loss), axis_name, has_aux=True)
     (_, (terms, batch_stats)), grads = differentiate(learner.params, learner, batch)
     metrics = mean_over_devices(terms, axis_name)
+    # Before the optimiser: the gradient of the loss, without momentum and weight decay.
     grads = method.gradient(grads, learner, batch)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimiser.update(grads, learner.opt_state, learner.params)
@@ -91,6 +93,8 @@ def make_step(
 
 
 def _with_total(loss):
+  """Makes a loss that returns its total among the terms."""
+
   def with_total(params, learner, batch):
     """Returns the total loss, and its terms with the total among them."""
     total, (terms, batch_stats) = loss(params, learner, batch)
@@ -262,6 +266,7 @@ def test_tasks(learner: LearnerState, evaluate: TaskTest, learnt: int) -> Learne
     the learner with the new table.
   """
   tested = [evaluate(learner, task, learnt) for task in range(learnt)]
+  # Earlier rows stay as they were measured.
   columns = {}
   for name, column in learner.table._asdict().items():
     row = np.asarray([of_task[name] for of_task in tested], np.float32)

@@ -66,7 +66,7 @@ class RecordPlace(NamedTuple):
   place: slice
 
 
-def places(records: Records) -> list[RecordPlace]:
+def record_places(records: Records) -> list[RecordPlace]:
   """Returns the place of each record's units, in the order of the records."""
   found, start = [], 0
   for record in records:
@@ -85,10 +85,10 @@ def by_record(units: AnyArray, records: Records) -> list[Any]:
   Returns:
     `[..., units]` per record.
   """
-  return [units[..., place] for _, place in places(records)]
+  return [units[..., place] for _, place in record_places(records)]
 
 
-def joined(records: Records) -> Array:
+def join_gates(records: Records) -> Array:
   """Concatenates the gates of all records to `[..., U]`."""
   return jnp.concatenate([record.gates for record in records], axis=-1)
 
@@ -108,7 +108,7 @@ def open_share(records: Records, available: AnyArray) -> Array:
     a scalar.
   """
   shares = []
-  for record, place in places(records):
+  for record, place in record_places(records):
     # Gates of unavailable units are shut, so the sum over all units counts the available ones.
     open_units = jnp.mean(jnp.sum(record.gates, axis=-1))
     shares.append(open_units / jnp.sum(available[place]))
@@ -122,6 +122,7 @@ def reinitialise_free(frozen: Tree, old: Tree, fresh: Tree) -> Tree:
     frozen: mask, as `nothing_frozen` makes it.
     old, fresh: shared parameters.
   """
+  # One bool per output channel, the last axis, broadcasts over a kernel.
   return jax.tree.map(jnp.where, frozen, old, fresh)
 
 
@@ -130,7 +131,7 @@ def layer_name(record: GateRecord) -> str:
   return "/".join(record.writers[0])
 
 
-def shut(net: Tree, records: Records, kept: AnyArray) -> Tree:
+def close_gates(net: Tree, records: Records, kept: AnyArray) -> Tree:
   """Closes the gates of all but the kept units, for every input.
 
   The gradient of a closed gate is 0, so no training opens it.
@@ -144,7 +145,7 @@ def shut(net: Tree, records: Records, kept: AnyArray) -> Tree:
   """
   # One gate network may decide for several records, in the order of its outputs.
   kept_by_gate = {}
-  for record, place in places(records):
+  for record, place in record_places(records):
     kept_by_gate.setdefault(record.gate, []).append(jnp.asarray(kept[place]))
   flat: dict[Path, Any] = traverse_util.flatten_dict(net)
   for gate, parts in kept_by_gate.items():
@@ -196,7 +197,7 @@ def freeze(frozen: Tree, records: Records, relevant: AnyArray) -> Tree:
       # Without gates a convolution serves every task as a whole. Only its layer, which has a
       # kernel, is frozen: BatchNorm, where it is shared, trains on.
       flat[path] = jnp.asarray((*path[:-1], "kernel") in flat)
-  for record, place in places(records):
+  for record, place in record_places(records):
     for writer in record.writers:
       for name in ("kernel", "bias"):
         if (*writer, name) in flat:
@@ -229,11 +230,12 @@ def first_units(records: Records, allocated: float) -> Array:
   parts = []
   for record in records:
     width = record.gates.shape[-1]
+    # The last width over the factor is the first width.
     parts.append(jnp.arange(width) < round(width / allocated))
   return jnp.concatenate(parts)
 
 
-def grown(
+def grow_layers(
   records: Records, available: np.ndarray, layers: list[int], *, growth: float, allocated: float
 ) -> np.ndarray:
   """Adds units to some layers.
@@ -266,7 +268,7 @@ def unallocated_params(shared: Tree, records: Records, available: np.ndarray) ->
   """
   flat: dict[Path, Any] = traverse_util.flatten_dict(shared)
   total = 0
-  for record, place in places(records):
+  for record, place in record_places(records):
     units = available[place]
     for path, leaf in flat.items():
       if path[:-1] in record.writers:
@@ -287,6 +289,7 @@ def used_by(relevant: AnyArray, available: AnyArray, records: Records) -> dict[s
   """
   relevant, available = np.asarray(relevant), np.asarray(available)
   used = {}
-  for record, place in places(records):
+  for record, place in record_places(records):
+    # Units that the layer has not grown to are none of its units yet.
     used[layer_name(record)] = relevant[:, place][:, available[place]]
   return used

@@ -101,7 +101,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     DatasetNotPreparedError: the data are not where the config says.
   """
   data = config.data
-  check(
+  check_config(
     config,
     choices={
       "data.loader": LOADERS,
@@ -129,7 +129,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
   return assemble(
     config,
     # The size of a split is known without reading it.
-    lambda: image_sets.size(
+    lambda: image_sets.count_images(
       data.name, data.train_split, data.data_dir, *settings.feature_names(data)
     ),
     open_train=lambda: _open(config, data.train_split, training=True),
@@ -297,7 +297,7 @@ def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | 
   )
 
 
-def check(
+def check_config(
   config: Config,
   *,
   choices: Mapping[str, Collection[str]],

@@ -26,7 +26,7 @@ from gating_jax.images import compile, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import EXITS, Experiment, build
 from gating_jax.layers.gate import is_gate_path
-from gating_jax.reports import conclusion, page, surroundings, tables
+from gating_jax.reports import conclusion, frame, page, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.terminal import say, working
 from gating_jax.training import closed_gates, devices, evaluation, hosts, outlines, rundir, steps
@@ -39,7 +39,7 @@ from gating_jax.training.steps import Advance, MappedSteps, TrainState
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
 _CUT_OUT = 1
 # How titles describe a network, by `model.gating`, where they do not name a kind of gates.
-_GATINGS = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
+_GATING_TITLES = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
 
 
 def run(config: Config, workdir: Path, mode: str) -> None:
@@ -70,8 +70,8 @@ class Classification(runner.Programme):
   experiment: Experiment
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
-    "export": export.run,
-    "compile": compile.run,
+    "export": export.export_run,
+    "compile": compile.compile_run,
   }
 
   @property
@@ -117,7 +117,7 @@ class Classification(runner.Programme):
   def title(self) -> str:
     """Describes the model and the data set."""
     model = self.config.model
-    gates = _GATINGS.get(model.gating, f"with {model.gating} gates")
+    gates = _GATING_TITLES.get(model.gating, f"with {model.gating} gates")
     return f"{model.name} {gates} on {self.config.data.name}"
 
   def render(self, result: Mapping[str, Any]) -> str:
@@ -126,12 +126,12 @@ class Classification(runner.Programme):
 
   def main_numbers(self, result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the score, and MACs and outcomes of gates."""
-    return [self.rows(result)[0], *conclusion.gates(result)]
+    return [self.rows(result)[0], *conclusion.outcome_rows(result)]
 
   def next_modes(self) -> list[str]:
     """Returns the modes that work on this model."""
     model = self.experiment.model
-    if conclusion.refusal(compile.check, model) or not compile.skips(model):
+    if conclusion.refusal(compile.check_compilable, model) or not compile.skips(model):
       return []
     return [mode for mode in ("compile", "export") if mode in self.modes]
 
@@ -242,7 +242,7 @@ class Classification(runner.Programme):
     only.
     """
     experiment, config = self.experiment, self.config
-    run = devices.map_over_devices(
+    run_batch = devices.map_over_devices(
       steps.make_eval_step(experiment.model, experiment.normalise, self.scores),
       args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
       results=devices.BATCH,
@@ -253,7 +253,7 @@ class Classification(runner.Programme):
       """Returns the result of a state, with the behaviour of images and of gates."""
       evaluated = evaluation.evaluate(
         # Each process runs its part of a batch, and all see the whole result.
-        lambda *batch: hosts.allgather(run(state, *hosts.local_shard(batch))),
+        lambda *batch: hosts.allgather(run_batch(state, *hosts.local_shard(batch))),
         image_sets.padded_batches(experiment.test, config.optim.batch_size),
         experiment.counts,
         self.summarise,
@@ -370,11 +370,11 @@ class Classification(runner.Programme):
         config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
         read=lambda index: experiment.test.read(index)[0],
         pictures=list(drawn.values()),
-        around=surroundings.read_surroundings(
+        around=frame.read_surroundings(
           run_dir,
           config,
           step=step,
-          not_compiled=conclusion.refusal(compile.check, experiment.model),
+          not_compiled=conclusion.refusal(compile.check_compilable, experiment.model),
         ),
         how=experiments.KINDS[config.experiment].how,
         notice=notice,

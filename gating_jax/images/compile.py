@@ -20,12 +20,12 @@ from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.vggs import VGG
-from gating_jax.reports import compile_report
+from gating_jax.reports import conclusion, timings
 from gating_jax.terminal import working
 from gating_jax.training import rundir
 
 
-def run(
+def compile_run(
   experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
 ) -> None:
   """Writes tables of each strategy's time, calibrated on training images.
@@ -37,22 +37,25 @@ def run(
     variables: its parameters and statistics.
   Raises:
     RunDirError: the tables are there, or are being written.
-    ValueError: as for `check`.
+    ValueError: as in `check_compilable`.
   """
   # Before the data are opened, which may take minutes.
-  check(experiment.model)
+  check_compilable(experiment.model)
   compiled = _compiler(experiment.model, variables)
   with working("opening the training data", "minutes for large sets"):
-    images = compile_report.calibration_images(experiment.open_train(), experiment.normalise)
-  compile_report.write_times(
-    run_dir, step, compile_report.time_images(compiled, images), pixels=images.shape[1:3]
+    images = timings.calibration_images(experiment.open_train(), experiment.normalise)
+  tables = timings.write_times(
+    run_dir, step, timings.time_images(compiled, images), pixels=images.shape[1:3]
   )
+  conclusion.conclude_times(run_dir, step, tables)
 
 
-def check(model: nn.Module) -> None:
+def check_compilable(model: nn.Module) -> None:
   """Raises ValueError for a model that cannot be folded."""
   model = _timed(model)
-  folding.check(model, (EarlyExitNet,) if isinstance(model, EarlyExitNet) else (ResNet, VGG))
+  folding.check_foldable(
+    model, (EarlyExitNet,) if isinstance(model, EarlyExitNet) else (ResNet, VGG)
+  )
 
 
 def skips(model: nn.Module) -> bool:

@@ -39,9 +39,8 @@ from gating_jax.inference.pruning import apply_pruning, find_static_units, rate_
 from gating_jax.inference.quantising import dequantise, quantise
 from gating_jax.inference.strategies import EXPORTABLE
 from gating_jax.models.resnet_variants import EarlyExitNet
-from gating_jax.reports import compile_report, conclusion, surroundings
+from gating_jax.reports import conclusion, timings
 from gating_jax.reports.text import align_columns
-from gating_jax.reports.timings import timing_title
 from gating_jax.terminal import say, working
 from gating_jax.timing import MASKED, ReportProgress, device, race
 from gating_jax.training import rundir
@@ -70,7 +69,7 @@ class _ExportCandidate(NamedTuple):
   score: Mapping[str, float]
 
 
-def run(
+def export_run(
   experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
 ) -> None:
   """Writes the exports into the run directory, all or none, and prints a summary.
@@ -100,10 +99,10 @@ def run(
   say(f"\nwritten: {', '.join(paths)}")
   rows.append(("trained net", _as_compiled(run_dir, step, trained)))
   say(
-    conclusion.text(
+    conclusion.closing_text(
       f"Exported the checkpoint of step {step:,}, its times on {device()}.",
       rows,
-      [_load_command(paths[0]), *conclusion.following(run_dir.path, ["compile"])],
+      [_load_command(paths[0]), *conclusion.next_commands(run_dir.path, ["compile"])],
     )
   )
 
@@ -137,10 +136,10 @@ def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> str:
   It is the time measured here, in milliseconds, next to that of `--mode=compile` for the same
   checkpoint.
   """
-  times, found = surroundings.read_times(run_dir.path), [f"{trained:.2f} ms"]
+  times, found = timings.read_times(run_dir.path), [f"{trained:.2f} ms"]
   # Times of another checkpoint are those of another network.
   if times is not None and times.step == step:
-    for row in times.timings.get(timing_title(1, "image"), []):
+    for row in times.timings.get(timings.timing_title(1, "image"), []):
       if row["part"] is None and row["strategy"] == MASKED:
         found.append(f"{1e3 * row['seconds']:.2f} ms by --mode=compile")
   return "; ".join(found)
@@ -171,7 +170,7 @@ def _write(
   layers = [name for name, _ in experiment.counts.gate_layers]
   say("\n".join(_analysis_lines(analysis, layers)))
   say("\n".join(["", *_pruning_lines(analysis, effect), ""]))
-  images = compile_report.calibration_images(train, experiment.normalise)
+  images = timings.calibration_images(train, experiment.normalise)
   skipping = _skipping_candidate(experiment, candidates[_PRUNED], images)
   if skipping is not None:
     candidates[_SKIPPING] = skipping
@@ -270,7 +269,7 @@ def _write_exits(
   """Writes the export of a network with exits; returns the same time as `_write`."""
   with working("opening the training data", "minutes for large sets"):
     train, test = experiment.open_train(), experiment.test
-    images, macs = compile_report.calibration_images(train, experiment.normalise), []
+    images, macs = timings.calibration_images(train, experiment.normalise), []
   net, shape = exits.fold_exits(experiment.model, variables), test.shape
   with working(
     "compiling and timing programs with early exits, for one image", "a minute or two"
@@ -293,7 +292,7 @@ def _write_exits(
     "macs": int(folded.exit_macs(net, shape)),
     "executed_macs": float(np.mean(np.concatenate(macs))),
   }
-  whole = functools.partial(exits.program(), net)
+  whole = functools.partial(exits.make_program(), net)
   with working("timing the program and the net, one image at a time", "up to a minute") as progress:
     times = _milliseconds({"exits": made, MASKED: whole}, images, progress, sizes=(1,))
   milliseconds = times["exits"]

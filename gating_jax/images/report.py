@@ -15,9 +15,9 @@ import numpy as np
 
 from gating_jax.analysis.outcomes import ALWAYS_CLOSED, by_layer
 from gating_jax.ops.priors import Prior
+from gating_jax.reports import frame, page, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports import images as image_pictures
-from gating_jax.reports import opening, page, tables
 from gating_jax.reports.text import format_count, plain
 from gating_jax.training.evaluation import GateBehaviour, ImageBehaviour
 
@@ -71,7 +71,7 @@ class ImageRun:
   config: Sequence[tuple[str, str]]
   read: Callable[[np.ndarray], np.ndarray]
   pictures: Sequence[tuple[Any, str]] = ()
-  around: opening.Surroundings = opening.Surroundings()
+  around: frame.Surroundings = frame.Surroundings()
   how: str = "gates=none"
   notice: str = ""
 
@@ -106,13 +106,13 @@ def make_opening(run: ImageRun) -> page.Opening:
   result, around = run.tests[-1], run.around
   meaning = _SCORES.get(key, "").format(count=len(run.images.macs), noun=run.noun)
   numbers = [
-    opening.score_number(f"test {name}", result[key], key=key, around=around, meaning=meaning),
-    opening.macs_number(
+    frame.score_number(f"test {name}", result[key], key=key, around=around, meaning=meaning),
+    frame.macs_number(
       result["mac_ratio"], executed=result["macs"], dense=run.macs, noun=run.noun, around=around
     ),
-    opening.time_number(run.noun, around),
+    frame.time_number(run.noun, around),
   ]
-  text = opening.why_no_baseline(around, run.how)
+  text = frame.why_no_baseline(around, run.how)
   picture = None if run.gates is None else _outcomes(run)
   if picture is None:
     text = f"{text} This network has no gates: every unit is computed for every {run.noun}.".strip()
@@ -143,9 +143,9 @@ def make_sections(run: ImageRun) -> list[page.Section]:
   return [
     *found,
     _extremes(run),
-    opening.times_section(run.noun, run.around),
-    opening.settings_section(run.config),
-    opening.about_section(run.around),
+    frame.times_section(run.noun, run.around),
+    frame.settings_section(run.config),
+    frame.about_section(run.around),
   ]
 
 
@@ -190,7 +190,7 @@ def _over_tests(run: ImageRun) -> tuple[str, list[page.Picture]]:
   if not gated:
     return "", [curves]
   path = page.embed_figure(
-    image_pictures.draw_path(steps, scores, ratios, score_name=name),
+    image_pictures.draw_trajectory(steps, scores, ratios, score_name=name),
     "The same tests, score against cost, one point each. Higher is better, left is cheaper.",
     terms=[macs, score, ("colour", "the training step of the test")],
   )

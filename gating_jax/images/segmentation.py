@@ -78,7 +78,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
       return True
     return is_size(value) and value[0] <= data.size[0] and value[1] <= data.size[1]
 
-  image_build.check(
+  image_build.check_config(
     config,
     choices={"data.name": scenes.NAMES, "model.name": RESNETS},
     at_least={"data.train_scenes": 1, "data.test_scenes": 1, "data.digits": 1, "model.head": 1},
@@ -119,7 +119,7 @@ def _made_sets(config: Config) -> _Sets:
 
   def make(split, count, **seed):
     """Makes the scenes of a split."""
-    return scenes.digit_scenes(split, scenes=count, size=data.size, most=data.digits, **seed)
+    return scenes.make_scenes(split, scenes=count, size=data.size, most=data.digits, **seed)
 
   return _Sets(
     size=lambda: data.train_scenes,
@@ -176,7 +176,7 @@ class Segmentation(Classification):
   """The classification of pixels: an image is a scene, without a class of its own."""
 
   score = ("mean_iou", "mean IoU")
-  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.run}
+  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.compile_run}
 
   def prepare(self, key: jax.Array, pixels: jax.Array) -> jax.Array:
     """Normalises uint8 pixels; the data set itself crops and flips scenes with their labels."""
@@ -211,9 +211,9 @@ class Segmentation(Classification):
       """Returns the predictions alone: the scores of these scenes are not reported."""
       return {"predicted": logits.argmax(-1)}
 
-    run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, predict))
+    run_batch = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, predict))
     # On one device: three scenes need not divide over all of them.
-    results = jax.device_get(run(jax.device_get(state), images, truth))
+    results = jax.device_get(run_batch(jax.device_get(state), images, truth))
     counts = experiment.counts
     # An ungated net has the same MACs for all scenes.
     macs = np.full(len(images), counts.macs)

@@ -24,7 +24,7 @@ import numpy as np
 from gating_jax.analysis.statistics import GateCounter
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import check_finite, check_images
-from gating_jax.inference.folded import AllGates, FoldedNet, Group, Shape, places
+from gating_jax.inference.folded import AllGates, FoldedNet, Group, Shape, group_places
 from gating_jax.inference.folding import fold
 from gating_jax.inference.pruning import (
   GroupStatistics,
@@ -131,7 +131,7 @@ def analyse(
       # A count that does not depend on the image is one number, and each image adds it.
       totals[name] += np.broadcast_to(folded.macs(net, shape, way(gates)), len(x)).sum()
     # `switch` pads each image to a size of its own, so its count needs the gates of a batch.
-    totals[switched] += len(x) * _switched(net, buckets, shape, gates, len(x))
+    totals[switched] += len(x) * _switched(net, gates, buckets=buckets, shape=shape, count=len(x))
   gate_statistics = counter.result()
   per_image = {name: float(total) / images for name, total in totals.items()}
   # Gate networks cost the same for every image.
@@ -146,7 +146,9 @@ def analyse(
     PRUNED: float(folded.macs(small, shape)),
     **per_image,
   }
-  return Analysis(net, shape, images, gate_statistics, macs)
+  return Analysis(
+    net=net, input_shape=shape, images=images, gate_statistics=gate_statistics, macs=macs
+  )
 
 
 def prune(
@@ -335,7 +337,7 @@ class NetCounter:
   """Sums over batches for the `GroupStatistics` of all groups of a network."""
 
   def __init__(self, net: FoldedNet):
-    self._places = places(net)
+    self._places = group_places(net)
     self._counters = [GateCounter(place.group.gates) for place in self._places]
     self._images = 0
 
@@ -370,7 +372,7 @@ def _ways(net: FoldedNet) -> dict[str, Callable[[AllGates], AllGates]]:
   def in_blocks(gates: AllGates, size: int) -> AllGates:
     """Opens blocks of adjacent channels where any of them is open."""
     found = []
-    for g, (_, _, group, layer_gate) in zip(gates, places(net), strict=True):
+    for g, (_, _, group, layer_gate) in zip(gates, group_places(net), strict=True):
       # A branch with one gate has no channels to gather into blocks: its gate stays as it is.
       found.append(g if layer_gate else _in_blocks(g, group, size))
     return found
@@ -381,7 +383,7 @@ def _ways(net: FoldedNet) -> dict[str, Callable[[AllGates], AllGates]]:
   return ways
 
 
-def _switched(net: FoldedNet, buckets: int, shape: Shape, gates: AllGates, count: int) -> float:
+def _switched(net: FoldedNet, gates: AllGates, *, buckets: int, shape: Shape, count: int) -> float:
   """Computes MACs per image by `switch` where it fits.
 
   Elsewhere `native`, which computes what is open, stands for a branch that runs or not.
@@ -418,6 +420,7 @@ def _in_blocks(gates: np.ndarray, group: Group, size: int) -> np.ndarray:
 
 
 def _row(counted: GroupStatistics) -> dict[str, Any]:
+  """Returns the table row of a group of units."""
   units = counted.group.gates
   # The diagonal is left out: a unit's correlation with itself is 1.
   others = ~np.eye(units, dtype=bool)

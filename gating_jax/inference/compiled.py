@@ -378,17 +378,17 @@ def list_timings(
     open_ratios: `Timing.open_ratio`, by strategy.
   """
   timings = []
-  for name, spent in seconds.items():
+  for name, seconds_per_call in seconds.items():
     # `ungated` closes nothing, so all of its MACs are open.
     opened = 1.0 if name == UNGATED else ratios.opened
-    time_ratio = spent / seconds[MASKED]
+    time_ratio = seconds_per_call / seconds[MASKED]
     timings.append(
       Timing(
         part=part,
         strategy=name,
         mac_ratio=opened,
         computed_ratio=ratios.computed.get(name, 1.0),
-        seconds=spent,
+        seconds=seconds_per_call,
         time_ratio=time_ratio,
         efficiency=opened / time_ratio,
         chosen=name == chosen,
@@ -428,12 +428,12 @@ def choose_fastest(
     max_slowdown_all_open: of `compile_conditional`.
   """
   seconds, open_seconds = {}, {}
-  for (name, all_open), spent in times.items():
+  for (name, all_open), of_runs in times.items():
     of_case = open_seconds if all_open else seconds
-    of_case[name] = statistics.median(spent) / batches
+    of_case[name] = statistics.median(of_runs) / batches
   # The worst case is compared with the faster way to compute everything.
   dense = min(open_seconds[MASKED], seconds[UNGATED])
-  open_ratios = {name: spent / dense for name, spent in open_seconds.items()}
+  open_ratios = {name: slowest / dense for name, slowest in open_seconds.items()}
   open_ratios[UNGATED] = seconds[UNGATED] / dense
   # `masked` is the fallback, so its own ratio must be within the limit.
   limit = max(max_slowdown_all_open, open_ratios[MASKED])

@@ -114,11 +114,12 @@ class CompiledConditional(CompiledImages):
       candidates.net,
       _with_parts(candidates.net, made),
       options=options,
-      program=program(made),
+      program=make_program(made),
       timings=timings,
     )
 
   def _weights_of(self, net: FoldedNet) -> FoldedNet:
+    """Returns the network with its parts made again, by the same strategies."""
     made = []
     for part, name, context in zip(net.parts, self.strategies, self._contexts, strict=True):
       made.append(STRATEGIES[name].make(part, context))
@@ -232,7 +233,7 @@ def _find_candidates(
   return Candidates(net, contexts, parts)
 
 
-def program(
+def make_program(
   made: Sequence[CompiledPart] | None = None,
 ) -> Callable[[FoldedNet, Array], tuple[Array, Gates]]:
   """Compiles the network with a runner for each part; every part is `masked` for None.
@@ -286,6 +287,7 @@ def _opened_head(head: Head) -> Head:
 
 
 def _with_parts(net: FoldedNet, made: Sequence[CompiledPart]) -> FoldedNet:
+  """Returns the network with its parts as strategies have made them."""
   return dataclasses.replace(net, parts=tuple(each.part for each in made))
 
 
@@ -326,8 +328,8 @@ class _Trial:
         contenders[name] = functools.partial(run_over, jax.jit(runner), calls)
       times = race(contenders, self.options.repeats, on_start=self.advance)
       seconds = {}
-      for name, spent in times.items():
-        seconds[name] = statistics.median(spent) / len(self.batches)
+      for name, of_runs in times.items():
+        seconds[name] = statistics.median(of_runs) / len(self.batches)
       timings[i] = list_timings(seconds, self.macs.of_part(i), part=i)
     return timings
 
@@ -342,8 +344,8 @@ class _Trial:
       # A strategy may hold its weights in another form, so each mixture has its own.
       made = self.candidates.take(names)
       weights = _with_parts(net, made)
-      programs[name] = TimedProgram(program(made), weights, open_weights=opened(weights))
-    programs[UNGATED] = TimedProgram(program(), ungated(net))
+      programs[name] = TimedProgram(make_program(made), weights, open_weights=opened(weights))
+    programs[UNGATED] = TimedProgram(make_program(), ungated(net))
     return time_programs(
       programs,
       self.batches,

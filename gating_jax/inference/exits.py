@@ -42,7 +42,7 @@ from gating_jax.inference.compiled import (
   time_programs,
 )
 from gating_jax.inference.folded import ExitNet, FoldedNet, Layer
-from gating_jax.inference.folding import check, fold_conv, fold_stages
+from gating_jax.inference.folding import check_foldable, fold_conv, fold_stages
 from gating_jax.inference.strategies import exit_dispatch_macs, for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
@@ -71,7 +71,7 @@ class CompiledExits(CompiledImages):
     self, net: ExitNet, strategy: str, *, options: Options, timings: Sequence[Timing] = ()
   ):
     self.strategy = strategy
-    run_as = program(options.buckets if strategy == EXIT_DISPATCH else None)
+    run_as = make_program(options.buckets if strategy == EXIT_DISPATCH else None)
     super().__init__(net, net, options=options, program=run_as, timings=timings)
 
 
@@ -86,7 +86,7 @@ def fold_exits(model: nn.Module, variables: Mapping[str, Any] | None) -> ExitNet
   Raises:
     ValueError: another model, or one with something that cannot be folded.
   """
-  check(model, (EarlyExitNet,))
+  check_foldable(model, (EarlyExitNet,))
   assert isinstance(model, EarlyExitNet)  # which has been checked
   parts, flat = fold_stages(model, variables)
 
@@ -121,7 +121,7 @@ def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Arra
   return logits, jnp.stack(stay, axis=1)
 
 
-def program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Array, Array]]:
+def make_program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Array, Array]]:
   """Compiles `run`."""
   return jax.jit(functools.partial(run, buckets=buckets))
 
@@ -217,7 +217,7 @@ def compile_exits(
   if strategy != AUTO:
     return CompiledExits(net, strategy, options=options)
   batches = spread_batches(options.calibration, batch_size)
-  programs = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
+  programs = {MASKED: make_program(), EXIT_DISPATCH: make_program(buckets)}
   # The worst case: no image leaves.
   staying = dataclasses.replace(net, threshold=_NEVER)
   ways = {

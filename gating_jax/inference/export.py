@@ -236,6 +236,7 @@ def _split_weights(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, A
 
 
 def _run_folded(net: FoldedNet, x: Any) -> Any:
+  """Runs a folded network, whose weights may be int8."""
   return folded.run(dequantise(net), x)
 
 
@@ -336,6 +337,11 @@ def _read(directory: Path, name: str, card: Mapping[str, Any]) -> bytes:
 
 
 def _bytes(directory: Path, name: str) -> bytes:
+  """Reads a file of an export.
+
+  Raises:
+    ExportError: it cannot be read.
+  """
   try:
     return (directory / name).read_bytes()
   except OSError as error:
@@ -345,4 +351,5 @@ def _bytes(directory: Path, name: str) -> bytes:
 
 
 def _digest(data: bytes) -> str:
+  """Computes the SHA-256 of a file's contents."""
   return hashlib.sha256(data).hexdigest()

@@ -84,6 +84,7 @@ class Conv:
 
 
 def _select(array: Array, axis: int, index: AnyArray | slice) -> Array:
+  """Selects entries of one axis of an array."""
   place = (slice(None),) * axis + (index,)
   if isinstance(index, slice):
     return array[place]
@@ -305,7 +306,7 @@ def walk(net: FoldedNet, per_group: Sequence[Any] = ()) -> Iterator[Step]:
     start, before = end, output_groups(part, own)
 
 
-class Place(NamedTuple):
+class GroupPlace(NamedTuple):
   """The place of a group of units in a network.
 
   Attributes:
@@ -320,12 +321,12 @@ class Place(NamedTuple):
   layer_gate: bool
 
 
-def places(net: FoldedNet) -> list[Place]:
+def group_places(net: FoldedNet) -> list[GroupPlace]:
   """Lists the place of every group, in the order of its gates."""
   found = []
   for i, part in enumerate(net.parts):
     for j, group in enumerate(part.groups):
-      found.append(Place(part=i, index=j, group=group, layer_gate=part.layer_gate))
+      found.append(GroupPlace(part=i, index=j, group=group, layer_gate=part.layer_gate))
   return found
 
 
@@ -500,8 +501,8 @@ def exit_macs(net: ExitNet, input_shape: Shape, stay: Any = None) -> Any:
   Without `stay`: of one image that no exit lets leave.
   """
   goes_on, total = 1, 0
-  for i, spent in enumerate(stage_macs(net, input_shape)):
-    total = total + goes_on * spent
+  for i, stage_cost in enumerate(stage_macs(net, input_shape)):
+    total = total + goes_on * stage_cost
     if stay is not None and i < len(net.exits):
       # The stage after an exit costs nothing for images that left there or before.
       goes_on = goes_on * (np.asarray(stay)[:, i] > 0)
@@ -512,13 +513,13 @@ def stage_macs(net: ExitNet, input_shape: Shape) -> list[int]:
   """Returns the multiply-accumulates of each stage with the exit that follows it."""
   shape, found = (1, *input_shape), []
   for i, stage in enumerate(net.stages):
-    spent = int(macs(stage, shape[1:]))
+    stage_cost = int(macs(stage, shape[1:]))
     if i < len(net.exits):
       # The shape of the feature map, which the exit and the next stage take, is traced, not
       # computed.
       shape = jax.eval_shape(run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
-      spent += int(macs(net.exits[i], shape[1:]))
-    found.append(spent)
+      stage_cost += int(macs(net.exits[i], shape[1:]))
+    found.append(stage_cost)
   return found
 
 
@@ -568,6 +569,7 @@ def part_macs(part: Part, shape: Shape, inputs: Any = None, *, opened: Sequence[
 
 
 def _layer_macs(layer: Layer, shape: Shape, inputs: Any, opened: Sequence[Any]) -> Cost:
+  """Computes the cost of a layer, with the arguments of `part_macs`."""
   conv = _conv_macs(layer.conv, shape, inputs, opened[0] if opened else None)
   if layer.pool is None:
     return conv
@@ -613,6 +615,7 @@ def shortcut_macs(block: Block, shape: Shape, outputs: Any = None) -> Cost:
 
 
 def _conv_macs(conv: Conv, shape: Shape, inputs: Any = None, outputs: Any = None) -> Cost:
+  """Computes the cost of a convolution; `inputs` and `outputs` are numbers of channels, or None."""
   # Padding is symmetric, so a stride divides the size, rounded up.
   height, width = -(-shape[0] // conv.stride), -(-shape[1] // conv.stride)
   window_height, window_width, all_inputs, all_outputs = conv.kernel.shape

@@ -46,7 +46,7 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None) -> FoldedNet:
     ValueError: another model, gates that are never exactly closed, or variables of another model.
     TypeError: variables that are no mapping.
   """
-  check(model)
+  check_foldable(model)
   assert isinstance(model, (ResNet, VGG))  # which has been checked
   flat = _flat(model, variables)
   parts = _vgg_parts(model, flat) if isinstance(model, VGG) else _resnet_parts(model, flat)
@@ -113,7 +113,7 @@ class _Rule(NamedTuple):
   wanted: str
 
 
-def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
+def check_foldable(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
   """Raises ValueError unless a model is exactly of one of the kinds and can be folded."""
   # A subclass may have parts that would not be folded.
   if type(model) not in kinds:
@@ -126,6 +126,7 @@ def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
 
 
 def _rules_of(model: ResNet | VGG) -> list[_Rule]:
+  """Returns the conditions under which a model can be folded."""
   gate, gated = model.gate, model.gating != "none"
   rules = [
     _Rule(
@@ -161,6 +162,7 @@ def _rules_of(model: ResNet | VGG) -> list[_Rule]:
 
 
 def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]) -> tuple[Part, ...]:
+  """Folds the stem and the blocks of a residual network, in their order."""
   # The plan depends only on the number of axes, which is 4 for images.
   probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   stem_plan = model.stem_plan
@@ -229,6 +231,7 @@ def _block(
 def _branch(
   flat: Mapping[Path, np.ndarray], name: str, stride: int, dilations: tuple[int, int]
 ) -> tuple[Conv, ...]:
+  """Folds the convolutions of a block's branch; arguments as in `_block`."""
   first, later = dilations
   # A bottleneck has a third convolution: 1 x 1, window, 1 x 1.
   if ("params", name, "conv3", "conv", "kernel") in flat:
@@ -270,6 +273,7 @@ def _with_static_gates(model: ResNet, block: Block, gates: Sequence[np.ndarray])
 
 
 def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]) -> tuple[Layer, ...]:
+  """Folds the layers of a VGG net, in their order."""
   layers = []
   for place, channels in enumerate(model.chain):
     if channels == POOL:
@@ -317,6 +321,7 @@ def _without_closed_features(
 
 
 def _group(model, channels: int) -> Group:
+  """Returns the group of the gates of so many channels."""
   size = model.gate.channels_per_gate(channels)
   return Group(channels // size, size)
 

@@ -14,13 +14,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gating_jax.analysis.statistics import GateStatistics
 from gating_jax.checks import former_keyword
-from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer, Part, places, walk
+from gating_jax.inference.folded import (
+  Block,
+  FoldedNet,
+  Group,
+  Head,
+  Layer,
+  Part,
+  group_places,
+  walk,
+)
 from gating_jax.inference.quantising import check_folded
 from gating_jax.ops import arguments
 
@@ -30,7 +39,7 @@ class GroupStatistics(GateStatistics):
   """Opening statistics of one group of a network's units.
 
   Attributes:
-    part, index, group, layer_gate: the group's place in the network, as in `folded.Place`.
+    part, index, group, layer_gate: the group's place in the network, as in `folded.GroupPlace`.
   """
 
   part: int
@@ -85,7 +94,9 @@ def find_static_units(
   Raises:
     ValueError: a setting out of range, or statistics of another network.
   """
-  _check(net, gate_statistics, multiple, confidence, max_rate)
+  _check_arguments(
+    net, gate_statistics, multiple=multiple, confidence=confidence, max_rate=max_rate
+  )
   found = []
   for counted in gate_statistics:
     # Prune only if enough images were seen to bound the rate.
@@ -131,7 +142,7 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
   for i, choice in enumerate(choices):
     arguments.instance(f"choices[{i}]", choice, PruneMask, "a PruneMask, as from find_static_units")
   units = [len(choice.removed) for choice in choices]
-  if units != [group.gates for _, _, group, _ in places(net)]:
+  if units != [group.gates for _, _, group, _ in group_places(net)]:
     raise ValueError(f"choices must be one for each group of the network, [U]; got {units}")
   # `kept`: the channels left of a layer, which the next one, or the classifier, reads.
   parts, kept = [], None
@@ -148,7 +159,10 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
   return dataclasses.replace(net, parts=tuple(parts), classifier=classifier)
 
 
-def _check(net, gate_statistics, multiple, confidence, max_rate) -> None:
+def _check_arguments(
+  net: Any, gate_statistics: Any, *, multiple: Any, confidence: Any, max_rate: Any
+) -> None:
+  """Checks the arguments of `find_static_units`; raises an error for the first that is wrong."""
   check_folded(net)
   arguments.whole_number("multiple", multiple)
   if confidence is not None:
@@ -160,7 +174,7 @@ def _check(net, gate_statistics, multiple, confidence, max_rate) -> None:
   for i, counted in enumerate(gate_statistics):
     rule = "GroupStatistics, as from analyse"
     arguments.instance(f"gate_statistics[{i}]", counted, GroupStatistics, rule)
-  wanted = places(net)
+  wanted = group_places(net)
   if [(c.part, c.index, c.group, c.layer_gate) for c in gate_statistics] != wanted:
     raise ValueError(
       f"gate_statistics must be those of the network's {len(wanted)} groups; "
@@ -271,6 +285,7 @@ def _prune_layer(
 
 
 def _prune_block(block: Block, own: Sequence[PruneMask]) -> Block:
+  """Prunes the channels between the convolutions of a block."""
   if not own:
     return block
   if block.layer_gate:

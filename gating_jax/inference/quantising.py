@@ -69,10 +69,12 @@ def dequantise(net: FoldedNet) -> FoldedNet:
 
 
 def _is_conv(leaf: Any) -> bool:
+  """Tests for a convolution, as a leaf of a network."""
   return isinstance(leaf, Conv)
 
 
 def _is_int8(leaf: Any) -> bool:
+  """Tests for a kernel that is int8 already."""
   return isinstance(leaf, Int8)
 
 
@@ -88,11 +90,13 @@ def check_float(net: Any) -> None:
 
 
 def _quantise_conv(leaf: Any) -> Any:
+  """Quantises the kernel of a convolution, and leaves other leaves as they are."""
   # Only the kernels of `Conv`: gate networks are other leaves and stay as they are.
   return dataclasses.replace(leaf, kernel=_quantise(leaf.kernel)) if _is_conv(leaf) else leaf
 
 
 def _quantise(kernel: Any) -> Int8:
+  """Quantises a kernel."""
   # `initial`: the kernel of a pruned branch may have no input channels.
   largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)), keepdims=True, initial=0)
   # A channel of zeros gets scale 1: no division by 0.
@@ -102,6 +106,7 @@ def _quantise(kernel: Any) -> Int8:
 
 
 def _dequantise(leaf: Any) -> Any:
+  """Converts an `Int8` kernel to float32, and leaves other leaves as they are."""
   if not _is_int8(leaf):
     return leaf
   scale = leaf.scale.reshape([1] * (leaf.values.ndim - 1) + [-1])

@@ -178,6 +178,7 @@ class CompiledSegments(Compiled):
     self.program.warm_up(self.weights, inputs)
 
   def _weights_of(self, net: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the variables on the device."""
     # On the device once, not in every call.
     return jax.device_put(net)
 
@@ -301,13 +302,13 @@ class _Network(NamedTuple):
       prepared = jax.eval_shape(self.prepare, inputs)
       counts = video_summary(self.model, {name: x.shape[1:] for name, x in prepared.items()})
 
-    def spend(variables: Mapping[str, Any], inputs: Inputs) -> tuple[Array, Array]:
+    def run_gates(variables: Mapping[str, Any], inputs: Inputs) -> tuple[Array, Array]:
       """Returns the gates, and the heavy net's MACs on each segment, `[B, T]` both."""
       results: Any = self.model.apply(variables, self.prepare(inputs))
       _, (record, *channels) = results
       return record.gates, counts.heavy.per_example(tuple(channels), record.gates.shape)
 
-    gates, heavy_macs = jax.device_get(jax.jit(spend)(self.variables, inputs))
+    gates, heavy_macs = jax.device_get(jax.jit(run_gates)(self.variables, inputs))
     valid = np.asarray(inputs["valid"])
     # Padding of shorter videos costs nothing in the baseline.
     dense = counts.all_valid(valid)

@@ -312,6 +312,7 @@ def _compact(part: Part, x: Array, kept: Sequence[_Kept]) -> Array:
 
 
 def _compact_layer(layer: Layer, x: Array, kept: Sequence[_Kept]) -> Array:
+  """Computes a layer with some channels of its input and its output."""
   conv, kept = layer.conv, list(kept)
   # The first entry is then the layer's input: its closed channels are zeros, and left out.
   if len(kept) > len(layer.groups):
@@ -514,8 +515,8 @@ def exit_dispatch_macs(net: ExitNet, input_shape: Shape, stay: np.ndarray, bucke
     buckets: as in `exits.run`.
   """
   taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
-  for i, spent in enumerate(folded.stage_macs(net, input_shape)):
-    total += taken * spent
+  for i, stage_cost in enumerate(folded.stage_macs(net, input_shape)):
+    total += taken * stage_cost
     if i < len(net.exits):
       goes_on &= stay[:, i] > 0
       # Sizes count from the images of the stage before, as its program is compiled for these.

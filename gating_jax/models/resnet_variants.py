@@ -88,6 +88,7 @@ class EarlyExitNet(ResNet):
     return answers, tuple(records)
 
   def _exit(self, number: int) -> nn.Module:
+    """Returns the classifier after a stage."""
     return Exit(
       classes=self.classes,
       features=self._channels(2**number),
@@ -147,6 +148,7 @@ class ExpertNet(ResNet):
   top_k: int | None = None
 
   def _stage(self, x: Array, train: bool, stage: StagePlan) -> tuple[Array, Records]:
+    """Runs a stage; the last one is a mixture of experts."""
     if self.gating != "none":
       raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
     # Only the last stage has experts; the others are those of `ResNet`.

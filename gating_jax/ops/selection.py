@@ -12,6 +12,7 @@ Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler, top 
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Hashable
 from typing import Any
 
@@ -162,6 +163,18 @@ def budget_to_k(valid: AnyArray, share: float) -> Array:
   # At least 1 and at most all; a video without a valid segment has none.
   of_length = np.clip(counts, 1, np.maximum(lengths, 1)) * (lengths > 0)
   return jnp.asarray(of_length, jnp.int32)[jnp.sum(valid, axis=1)]
+
+
+def keep_best(gates: Array, logits: Array, valid: Array) -> Array:
+  """Calls `ensure_one_open`, its name of today, and warns."""
+  warnings.warn("keep_best is now called ensure_one_open", DeprecationWarning, stacklevel=2)
+  return ensure_one_open(gates, logits, valid)
+
+
+def k_for(valid: Array, share: float) -> Array:
+  """Calls `budget_to_k`, its name of today, and warns."""
+  warnings.warn("k_for is now called budget_to_k", DeprecationWarning, stacklevel=2)
+  return budget_to_k(valid, share)
 
 
 def frame_exit_order(segments: int) -> np.ndarray:

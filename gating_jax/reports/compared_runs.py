@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from gating_jax import experiments
 from gating_jax.checks import user_path
 from gating_jax.experiments import Score
-from gating_jax.reports import surroundings
+from gating_jax.reports import frame, timings
 from gating_jax.reports.text import plain
 from gating_jax.reports.timings import Times
 from gating_jax.training import provenance, rundir
@@ -69,7 +69,7 @@ class Run:
   def tested_times(self) -> Times | None:
     """Returns the times if they belong to the step of `numbers`, otherwise None."""
     step = self.numbers.get("step")
-    if self.times is None or step is None or not self.times.of(step):
+    if self.times is None or step is None or not self.times.belong_to(step):
       return None
     return self.times
 
@@ -103,7 +103,7 @@ class Group(NamedTuple):
 
   def scored(self, score: Score) -> list[Run]:
     """Returns the runs that have the score and its MACs."""
-    return [run for run in self.runs if {score.macs, score.share} <= run.numbers.keys()]
+    return [run for run in self.runs if {score.macs, score.key} <= run.numbers.keys()]
 
 
 class Difference(NamedTuple):
@@ -141,6 +141,7 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _shortest_unique_end(path: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> str:
+  """Returns the shortest end of a path that no other path has."""
   for depth in range(1, len(path) + 1):
     end = path[-depth:]
     alike = [other for other in paths if other[-depth:] == end]
@@ -193,9 +194,9 @@ def read_run(folder: Path, name: str) -> Run:
     result,
     # The split is a text, and the only one that is kept.
     lines=[{**numbers(line), "split": line["split"]} for line in lines],
-    ungated=surroundings.is_ungated(config),
-    times=surroundings.read_times(folder),
-    tested=surroundings.tested_on(config),
+    ungated=frame.is_ungated(config),
+    times=timings.read_times(folder),
+    tested=frame.tested_on(config),
     starts=provenance.read_starts(folder),
   )
 
@@ -218,6 +219,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _short_name(run: Run) -> str:
+  """Returns the kind of experiment and the data set of a run, in words."""
   kind = plain(run.experiment, 30).replace("_", " ")
   data = run.tested.get("data.name")
   return kind if data is None else f"{kind} on {plain(data, 30)}"

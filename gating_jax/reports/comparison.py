@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gating_jax.experiments import Score, example_noun
-from gating_jax.reports import conclusion, opening, page
+from gating_jax.reports import conclusion, frame, page
 from gating_jax.reports.compared_runs import (
   MISSING,
   SCORES,
@@ -56,32 +56,36 @@ def compare_runs(folders: Sequence[Path], page_file: Path) -> None:
         f"page must be new or the page of an earlier comparison; {page_file} is neither"
       )
     begin, sections = page_content(runs)
-    sections.append(_about(runs))
+    sections.append(_about_section(runs))
     page.write_page(page_file, TITLE, sections, subtitle=", ".join(_names(runs)), opening=begin)
   say(render_comparison(runs))
   say(f"\npage: {page_file}")
   rows = [("page", str(page_file))]
   for run in runs:
     rows.append((run.name, _summary(run)))
-  said = conclusion.text(f"Compared {len(runs)} runs.", rows, [f"open {page_file} in a browser"])
+  said = conclusion.closing_text(
+    f"Compared {len(runs)} runs.", rows, [f"open {page_file} in a browser"]
+  )
   say(said)
 
 
 def _is_comparison(file: Path) -> bool:
+  """Checks that a file is the page of a comparison."""
   # The title is near the beginning; the rest may be megabytes of pictures.
   return file.is_file() and f"<title>{TITLE}</title>".encode() in file.read_bytes()[:2000]
 
 
 def _names(named: Sequence[Run | Group]) -> list[str]:
+  """Returns the names of runs or groups."""
   return [one.name for one in named]
 
 
-def _about(runs: Sequence[Run]) -> page.Section:
+def _about_section(runs: Sequence[Run]) -> page.Section:
   """Returns the section on when, and by which command, the runs and the page were made."""
   origins = []
   for run in runs:
-    origins.append(opening.Origin(run.name, run.starts, run.config.get("seed")))
-  return opening.about_runs_section(origins, provenance.describe())
+    origins.append(frame.Origin(run.name, run.starts, run.config.get("seed")))
+  return frame.about_runs_section(origins, provenance.describe())
 
 
 # By their names in results, which differ between kinds of experiment; a run has some of them.
@@ -108,7 +112,7 @@ def _summary(run: Run) -> str:
 def render_comparison(runs: Sequence[Run]) -> str:
   """Renders the results and the settings that differ as text for a terminal."""
   names = _names(runs)
-  text = [_render_table([["", *names], *_results(runs)])]
+  text = [_render_table([["", *names], *_result_rows(runs)])]
   if len(runs) > 1:
     settings = _differing_rows(runs)
     if settings:
@@ -117,11 +121,12 @@ def render_comparison(runs: Sequence[Run]) -> str:
       text.append(_NO_DIFFERENCE)
   groups = group_runs(runs)
   if len(groups) > 1:
-    text.append(_apart(groups))
+    text.append(_not_comparable(groups))
   return "\n\n".join(text)
 
 
 def _render_table(rows: Sequence[Sequence[str]]) -> str:
+  """Renders rows as text, in columns."""
   # The terminal cuts long cells; the page shows them in full.
   shown = []
   for row in rows:
@@ -149,17 +154,17 @@ def page_content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]
   if courses:
     sections.append(page.Section("During training", "", courses))
   alone = len(groups) == 1
-  said, numbers = [] if alone else [_apart(groups)], []
+  said, numbers = [] if alone else [_not_comparable(groups)], []
   for group in groups:
-    pair = _best(group)
+    pair = _best_pair(group)
     # A group without a gated run has no large numbers.
     if pair is not None:
-      said.append(_which(group, pair, alone=alone))
+      said.append(_describe_pair(group, pair, alone=alone))
       numbers += _large_numbers(group, pair, alone=alone)
   return page.Opening(numbers, picture, " ".join(said)), sections
 
 
-def _apart(groups: Sequence[Group]) -> str:
+def _not_comparable(groups: Sequence[Group]) -> str:
   """States that runs with different test sets are not compared."""
   return (
     f"These runs learn {len(groups)} different things: {', '.join(_names(groups))}. "
@@ -171,11 +176,14 @@ def _apart(groups: Sequence[Group]) -> str:
 
 
 def _results_section(runs: Sequence[Run]) -> page.Section:
-  rows = _results(runs)
+  """Returns the section of the results."""
+  rows = _result_rows(runs)
   finished = all(run.result for run in runs)
   text = "" if finished else "For runs that are not finished, the newest test is shown."
   header = ["measure", *_names(runs)]
-  return page.Section("Results", text, [page.Table(header, rows, terms=_defined(rows))], open=True)
+  return page.Section(
+    "Results", text, [page.Table(header, rows, terms=_definitions(rows))], open=True
+  )
 
 
 class _Measure(NamedTuple):
@@ -193,27 +201,32 @@ class _Measure(NamedTuple):
 
 
 def _percent(fraction: float) -> str:
+  """Formats a fraction in %, with two decimals."""
   return format_percent(fraction, 2)
 
 
 def _tenths_of_percent(fraction: float) -> str:
+  """Formats a fraction in %, with one decimal."""
   return format_percent(fraction, 1)
 
 
 def _ratio(part: float, whole: float) -> str:
+  """Formats a part of a whole in %; a dash where the whole is 0."""
   return format_percent(part / whole, 1) if whole else MISSING
 
 
 def _whole(number: float) -> str:
+  """Formats a number without decimals."""
   return f"{number:,.0f}"
 
 
 def _of_all(number: float, gates: float) -> str:
+  """Formats a number of gates, and that of all gates."""
   return f"{number:,.0f} of {gates:,.0f}"
 
 
 _MEASURES = (
-  *(_Measure(score.label, (score.share,), _percent) for score in SCORES),
+  *(_Measure(score.label, (score.key,), _percent) for score in SCORES),
   _Measure("forgetting, task known", ("task_aware.forgetting",), _percent),
   _Measure("forgetting, task unknown", ("task_agnostic.forgetting",), _percent),
   _Measure("MACs", ("macs",), _whole),
@@ -234,7 +247,7 @@ _MEASURES = (
 )
 
 
-def _results(runs: Sequence[Run]) -> list[list[str]]:
+def _result_rows(runs: Sequence[Run]) -> list[list[str]]:
   """Returns rows of a measure and a cell for each run; rows that no run has are left out."""
   tested_on, state, step = ["tested on"], ["state"], ["last step"]
   for run in runs:
@@ -251,6 +264,7 @@ def _results(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _cell(numbers: Mapping[str, Any], measure: _Measure) -> str:
+  """Returns the cell of a run in the row of a measure."""
   values = [numbers.get(name) for name in measure.numbers]
   # One missing number leaves the whole cell empty.
   return MISSING if None in values else measure.form(*values)
@@ -277,7 +291,7 @@ _TERMS = {
 }
 
 
-def _defined(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+def _definitions(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
   """Returns the definitions of the given rows, and of the columns."""
   runs = "the runs, by the names of their directories; a dash means that a run has no such number"
   definitions = [("columns", runs)]
@@ -293,6 +307,7 @@ _NO_DIFFERENCE = "The configs do not differ."
 
 
 def _configs_section(runs: Sequence[Run]) -> page.Section:
+  """Returns the section of the settings that differ."""
   rows = _differing_rows(runs)
   if not rows:
     return page.Section("Configs", _NO_DIFFERENCE, [], open=True)
@@ -302,6 +317,7 @@ def _configs_section(runs: Sequence[Run]) -> page.Section:
 
 
 def _differing_rows(runs: Sequence[Run]) -> list[list[str]]:
+  """Returns a row for each setting that differs, with a cell for each run."""
   return [[setting, *values] for setting, values in differing_settings(runs)]
 
 
@@ -319,7 +335,7 @@ class _Pair(NamedTuple):
   ungated: Run | None
 
 
-def _best(group: Group) -> _Pair | None:
+def _best_pair(group: Group) -> _Pair | None:
   """Finds the best runs by the first score that gated and ungated runs both have.
 
   If no score has both, it is the first one of a gated run. Returns None where no run is gated.
@@ -336,25 +352,26 @@ def _best(group: Group) -> _Pair | None:
 
 
 def _highest(runs: Sequence[Run], score: Score, *, ungated: bool) -> Run | None:
+  """Returns the gated or ungated run with the highest score; None where there is none."""
   best = None
   for run in runs:
     if run.ungated != ungated:
       continue
     # The first of equals stays.
-    if best is None or run.numbers[score.share] > best.numbers[score.share]:
+    if best is None or run.numbers[score.key] > best.numbers[score.key]:
       best = run
   return best
 
 
 def _rank(group: Group) -> int:
   """Ranks groups: first those with a gated and an ungated run, last those without a gated one."""
-  pair = _best(group)
+  pair = _best_pair(group)
   if pair is None:
     return 2
   return 1 if pair.ungated is None else 0
 
 
-def _which(group: Group, pair: _Pair, *, alone: bool) -> str:
+def _describe_pair(group: Group, pair: _Pair, *, alone: bool) -> str:
   """States which runs the large numbers belong to."""
   numbers = "The numbers" if alone else f"Those of {group.name}"
   text = (
@@ -380,14 +397,16 @@ def _large_numbers(group: Group, pair: _Pair, *, alone: bool) -> list[page.Numbe
 
 
 def _score_number(pair: _Pair) -> page.Number:
+  """Returns the score of the gated run, next to the ungated run's."""
   score, baseline = pair.score, _NO_BASELINE
   if pair.ungated:
-    baseline = f"ungated: {format_percent(pair.ungated.numbers[score.share], 2)}"
-  value = format_percent(pair.gated.numbers[score.share], 2)
+    baseline = f"ungated: {format_percent(pair.ungated.numbers[score.key], 2)}"
+  value = format_percent(pair.gated.numbers[score.key], 2)
   return page.Number(capitalise(score.label), value, baseline, meaning="On the test set.")
 
 
 def _macs_number(pair: _Pair) -> page.Number:
+  """Returns the MACs of the gated run, in % of the ungated run's where there is one."""
   noun, macs = example_noun(pair.gated.experiment), pair.gated.numbers[pair.score.macs]
   if pair.ungated is None:
     return page.Number(f"MACs per {noun}", format_count(macs), _NO_BASELINE, meaning=_MACS)
@@ -460,7 +479,7 @@ def draw_costs(runs: Sequence[Run], groups: Sequence[Group]) -> list[page.Pictur
     for score in SCORES:
       points = []
       for run in group.scored(score):
-        points.append(_Point(run, run.numbers[score.macs], 100 * run.numbers[score.share]))
+        points.append(_Point(run, run.numbers[score.macs], 100 * run.numbers[score.key]))
       if points:
         pictures.append(_draw_cost(points, group, score, styles=styles))
   return pictures
@@ -471,7 +490,7 @@ def draw_courses(runs: Sequence[Run], groups: Sequence[Group]) -> list[page.Pict
   styles, pictures = _styles(runs), []
   for group in groups:
     for score in SCORES:
-      curves = _curves(group, "test", score.share, scale=100)
+      curves = _curves(group, "test", score.key, scale=100)
       if _have_a_course(curves):
         pictures.append(
           _draw_curves(
@@ -527,6 +546,7 @@ def _curves(group: Group, split: str, name: str, *, scale: int = 1) -> list[_Cur
 
 
 def _have_a_course(curves: Sequence[_Curve]) -> bool:
+  """Checks that some curve has more than one point."""
   # A single point makes no curve.
   return any(len(curve.steps) > 1 for curve in curves)
 
@@ -563,6 +583,7 @@ def _draw_cost(
 
 
 def _draw_point(axes: Any, point: _Point, style: _Style) -> None:
+  """Draws the mark of a run."""
   # Baselines are grey and hollow.
   colour = _UNGATED if point.run.ungated else style.colour
   axes.plot(
@@ -578,6 +599,7 @@ def _draw_point(axes: Any, point: _Point, style: _Style) -> None:
 
 
 def _name_point(axes: Any, point: _Point) -> None:
+  """Writes the name of a run next to its mark."""
   axes.annotate(
     plain(point.run.name, 24),
     (point.macs, point.percent),
@@ -648,6 +670,7 @@ def _draw_curves(
 
 
 def _axes(runs: int) -> tuple[Any, Any]:
+  """Returns a figure with room for a legend of so many runs, and its axes."""
   from matplotlib.figure import Figure  # imports slowly
 
   figure = Figure(figsize=(page.WIDTH, 3.4 + 0.2 * runs), layout="constrained")
@@ -655,6 +678,7 @@ def _axes(runs: int) -> tuple[Any, Any]:
 
 
 def _label(figure: Any, axes: Any, *, xlabel: str, ylabel: str, margin: float) -> None:
+  """Labels the axes of a figure, and draws their grid and the legend."""
   from matplotlib.ticker import EngFormatter
 
   axes.set(xlabel=xlabel, ylabel=ylabel)

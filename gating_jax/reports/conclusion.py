@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import jax
 
 from gating_jax.checks import first_line, printable, quoted
 from gating_jax.config_files import Config
-from gating_jax.reports import opening, page, surroundings
+from gating_jax.reports import frame, page, timings
 from gating_jax.terminal import say, warn
 from gating_jax.timing import CHOSEN, MASKED, UNGATED
 from gating_jax.training import rundir
 from gating_jax.training.hosts import PeerError
-from gating_jax.training.journal import TENSORBOARD_DIR, write_json
+from gating_jax.training.journal import TENSORBOARD_DIR, read_json, write_json
 from gating_jax.training.rundir import RunDir
 
 FAILURE_FILE = "failure.json"
@@ -31,7 +30,7 @@ _LINES = 12
 # The outcomes of gates, in the order in which they are shown.
 _OUTCOMES = ("conditional", "always_open", "always_closed", "random_dropout")
 # What a compiled network does, by its strategy.
-_WAYS = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
+_ACTIONS = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
 # By mode: what it does, and for how long.
 _NEXT = {
   "compile": "times programs that skip closed units; some minutes",
@@ -40,7 +39,7 @@ _NEXT = {
 }
 
 
-def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
+def closing_text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
   """Returns an empty line and at most twelve lines of text.
 
   Args:
@@ -61,7 +60,7 @@ def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -
   return "\n".join(lines)
 
 
-def following(path: Path, modes: Sequence[str]) -> list[str]:
+def next_commands(path: Path, modes: Sequence[str]) -> list[str]:
   """Returns the commands of those modes that have no output yet, or else of a comparison.
 
   Each line ends with a shell comment that describes the command, so it can be pasted as it is.
@@ -82,8 +81,8 @@ def _is_done(path: Path, mode: str) -> bool:
   """Checks for an export, or for times of the newest checkpoint."""
   # A page is never done: it can be written again after each of the other modes.
   if mode == "compile":
-    times = surroundings.read_times(path)
-    return times is not None and times.of(_newest_step(path))
+    measured = timings.read_times(path)
+    return measured is not None and measured.belong_to(_newest_step(path))
   return mode == "export" and (path / "export").exists()
 
 
@@ -106,7 +105,7 @@ def refusal(check: Callable[[Any], None], of: Any) -> str:
   return ""
 
 
-def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def outcome_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns rows of MACs per image and of gate outcomes, from the result of a run on images."""
   # A net without gates has no gate outcomes.
   rows = []
@@ -119,14 +118,14 @@ def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   return rows
 
 
-def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str]]:
+def time_rows(tables: Mapping[str, timings.Rows]) -> list[tuple[str, str]]:
   """Returns a row for each table of `--mode=compile`: the strategy that is used, and its speed.
 
   Args:
-    timings: by title, rows with the fields of `inference.compiled.Timing`.
+    tables: rows of times, by title.
   """
   found = []
-  for title, rows in timings.items():
+  for title, rows in tables.items():
     chosen = ungated = None
     for row in rows:
       # Rows of single parts are left out: what counts at the end is the whole network.
@@ -138,7 +137,7 @@ def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str,
     if chosen is None or ungated is None:
       continue
     # The choice may be not to skip at all, where skipping is slower.
-    way = _WAYS.get(chosen["strategy"], f"skipping ({chosen['strategy']})")
+    way = _ACTIONS.get(chosen["strategy"], f"skipping ({chosen['strategy']})")
     faster = ungated["seconds"] / chosen["seconds"]
     text = (
       f"{1e3 * chosen['seconds']:.2f} ms by {way}; ungated {1e3 * ungated['seconds']:.2f} ms, "
@@ -146,6 +145,25 @@ def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str,
     )
     found.append((title, text))
   return found
+
+
+def conclude_times(run_dir: RunDir, step: int, tables: Mapping[str, timings.Rows]) -> None:
+  """Writes new times into the page of the run, and prints the last lines of `--mode=compile`.
+
+  Args:
+    run_dir: of the run.
+    step: of the checkpoint that was timed.
+    tables: rows of times, by title, as `timings.write_times` returns them.
+  """
+  # A page of this step shows the times at once; one of another step must be written again.
+  has_times, modes = frame.refresh_times(run_dir.path), []
+  if run_dir.report.exists() and not has_times:
+    modes.append("report")
+  if run_dir.config().get("experiment") == "classification":
+    modes.append("export")
+  done = f"Timed the checkpoint of step {step:,}: median milliseconds of a call."
+  made = ("made", f"{run_dir.path / timings.TIMES_FILE}, {timings.PICTURE_FILE}")
+  say(closing_text(done, [made, *time_rows(tables)], next_commands(run_dir.path, modes)))
 
 
 @contextlib.contextmanager
@@ -182,12 +200,13 @@ def failure_notice(run_dir: RunDir) -> str:
   if (run_dir.path / rundir.RESULT_FILE).exists():
     return ""
   try:
-    return _said(json.loads((run_dir.path / FAILURE_FILE).read_text("utf-8", "replace")))
-  except (OSError, ValueError, TypeError, KeyError):  # no failure, or a damaged note of one
+    return _said(read_json(run_dir.path / FAILURE_FILE))
+  except (TypeError, KeyError):  # no failure, or a damaged note of one
     return ""
 
 
 def _said(failure: Mapping[str, Any]) -> str:
+  """Returns the notice of a recorded failure."""
   return (
     f"This run failed and is not finished: {printable(failure['reason'])} "
     f"({printable(failure['date'])})"
@@ -225,7 +244,7 @@ def _report_failure(
       page.write_page(
         run_dir.report,
         str(config.experiment),
-        [opening.settings_section(configured)],
+        [frame.settings_section(configured)],
         subtitle=run_dir.path.name,
         opening=begin,
       )
@@ -234,4 +253,5 @@ def _report_failure(
 
 
 def _now() -> str:
+  """Returns the present time in UTC, to the minute."""
   return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

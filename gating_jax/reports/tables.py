@@ -175,6 +175,7 @@ def video_headline(result: Mapping[str, Any]) -> str:
 
 
 def _video_score(result: Mapping[str, Any]) -> Row:
+  """Returns the row of the score of a run on videos."""
   # Videos with a single label have an accuracy; with several labels, a mean average precision.
   key = "accuracy" if "accuracy" in result else "mean_average_precision"
   value = f"{format_percent(result[key], 2)}  ({result['videos']:,} videos)"
@@ -187,7 +188,7 @@ _TASK_SETTINGS = {"task_aware": "task-aware", "task_agnostic": "task-agnostic"}
 _TASK_MEASURES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 
 
-class TaskTable(NamedTuple):
+class AccuracyTable(NamedTuple):
   """A table of accuracies, task by task, and of measures over tasks."""
 
   header: list[str]
@@ -229,7 +230,7 @@ def render_tasks(result: Mapping[str, Any]) -> str:
   return "\n".join([*lines, *task_reasons(result), "", render_rows(task_rows(result))])
 
 
-def task_tables(result: Mapping[str, Any]) -> list[TaskTable]:
+def task_tables(result: Mapping[str, Any]) -> list[AccuracyTable]:
   """Returns a table for the task known at the test, and one for the task unknown.
 
   Rows are the accuracies on each task, then the measures over tasks.
@@ -240,7 +241,7 @@ def task_tables(result: Mapping[str, Any]) -> list[TaskTable]:
   tables = []
   for setting in _tested_settings(result):
     header = [f"{_TASK_SETTINGS[setting]} accuracy (%)", "when learned", "at the end"]
-    tables.append(TaskTable(header, _task_scores(result, [setting])))
+    tables.append(AccuracyTable(header, _task_scores(result, [setting])))
   return tables
 
 
@@ -285,6 +286,7 @@ def task_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def _tested_settings(result: Mapping[str, Any]) -> list[str]:
+  """Returns the settings, task known and task unknown, that a result has."""
   return [setting for setting in _TASK_SETTINGS if setting in result]
 
 

@@ -1,24 +1,50 @@
-"""Times that `--mode=compile` measures: as text, as a picture, and on the page of a run.
+"""Times of each way to run a network: measured by `--mode=compile`, written, read and shown.
 
-A row is a mapping with the fields of `gating_jax.inference.compiled.Timing`.
+They are shown as text, as a picture, and on the page of the run. A row is a mapping with the fields
+of `gating_jax.inference.compiled.Timing`.
+
+Axes: M images.
 Reference: Verelst and Tuytelaars, 2020 (time against MACs).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
+from gating_jax import timing
+from gating_jax.inference.compiled import CompiledImages, Timing, spread_indices
+from gating_jax.inference.conditional import CompiledConditional
+from gating_jax.inference.strategies import why_not
 from gating_jax.reports import page
 from gating_jax.reports.text import align_columns, format_milliseconds, plain
-from gating_jax.timing import CHOSEN, EXIT_DISPATCH, MASKED, SEGMENTS, UNGATED
+from gating_jax.terminal import say, working
+from gating_jax.timing import (
+  CHOSEN,
+  EXIT_DISPATCH,
+  MASKED,
+  SEGMENTS,
+  UNGATED,
+  ReportProgress,
+)
+from gating_jax.training import rundir
+from gating_jax.training.journal import read_json, write_json
 
 Rows = Sequence[Mapping[str, Any]]
+TIMES_FILE, PICTURE_FILE = "compile.json", "compile.png"
+_CALIBRATION = 256  # images, at most
+# One image shows latency, a batch throughput; the fastest strategies may differ.
+_BATCHES, _REPEATS = (1, 64), 20
 _TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
 # Definitions of the ways to run a network that have a name of their own.
 _WAYS = {
@@ -43,10 +69,10 @@ class Times:
 
   step: int
   device: str
-  timings: Mapping[str, Sequence[Mapping[str, Any]]]
+  timings: Mapping[str, Rows]
   pixels: tuple[int, int] | None = None
 
-  def of(self, step: int | None) -> bool:
+  def belong_to(self, step: int | None) -> bool:
     """Checks that the times belong to this step; None stands for any step."""
     return step is None or self.step == step
 
@@ -67,6 +93,103 @@ def parse_times(found: Any) -> Times | None:
   except (KeyError, TypeError, ValueError, AttributeError):
     return None
   return times if times.timings else None
+
+
+def read_times(path: Path) -> Times | None:
+  """Reads the times in a run directory; None if they are missing or damaged."""
+  return parse_times(read_json(path / TIMES_FILE))
+
+
+def write_times(
+  run_dir: rundir.RunDir,
+  step: int,
+  tables: Iterable[tuple[str, Sequence[Timing]]],
+  *,
+  pixels: Sequence[int] | None = None,
+) -> dict[str, Rows]:
+  """Prints tables as they are measured; writes all of them and their picture, or nothing.
+
+  Args:
+    run_dir: of the run.
+    step: of the checkpoint that was compiled.
+    tables: pairs of a title and its rows.
+    pixels: height and width of the images, from which a page tells what was timed.
+  Returns:
+    The rows, by title.
+  Raises:
+    RunDirError: files of this checkpoint exist, or are being written.
+  """
+  found = {}
+  with _stage_times(run_dir.path, step) as folder:
+    say(f"checkpoint of step {step}, timed on {timing.device()}: some minutes")
+    # `tables` is lazy: each table is printed as soon as it is measured.
+    for title, rows in tables:
+      found[title] = [dataclasses.asdict(row) for row in rows]
+      say(f"\n{title}\n" + render_timings(found[title]))
+    measured = {
+      "step": step,
+      "device": timing.device(),
+      "jax_version": jax.__version__,
+      "pixels": None if pixels is None else list(pixels),
+      "timings": found,
+    }
+    write_json(folder / TIMES_FILE, measured)
+    with working("drawing the times", "a few seconds"):
+      page.save_figure(draw_timings(found, columns=2), folder / PICTURE_FILE)
+  return found
+
+
+@contextlib.contextmanager
+def _stage_times(path: Path, step: int) -> Iterator[Path]:
+  """Stages files like `rundir.staged`; keeps those of another step under a name with that step."""
+  names, other = (TIMES_FILE, PICTURE_FILE), read_times(path)
+  if other is not None and other.step == step:
+    other = None
+  with rundir.staged(path, names if other is None else ()) as folder:
+    yield folder
+    # Only now, when the new files are complete: an interruption leaves the old ones in place.
+    for name in names:
+      file = path / name
+      if other is not None and file.exists():
+        file.rename(file.with_stem(f"{file.stem}_of_step_{other.step}"))
+
+
+def calibration_images(
+  images: Any, normalise: Callable[[Any], jax.Array], count: int = _CALIBRATION
+) -> np.ndarray:
+  """Returns `[M, H, W, D]` network inputs of at most `count` images, evenly spaced in a set."""
+  return np.asarray(normalise(images.read(spread_indices(len(images), count))[0]), np.float32)
+
+
+@contextlib.contextmanager
+def announce_timing(title: str) -> Iterator[ReportProgress]:
+  """Tells that each way to run so many examples is compiled and timed, and how far it is."""
+  with working(f"compiling and timing each way to run {title}", "up to a few minutes") as progress:
+    yield progress
+
+
+def time_images(
+  compiled: Callable[..., CompiledImages], images: np.ndarray
+) -> Iterator[tuple[str, Sequence[Timing]]]:
+  """Yields title and rows of a net's times, for one image at a time and for a batch.
+
+  Args:
+    compiled: `compile_conditional` or `compile_exits` of the net.
+    images: `[M, H, W, D]`, the calibration images.
+  """
+  for size in _BATCHES:
+    with announce_timing(timing_title(size, "image")) as progress:
+      made = compiled(
+        input_shape=images.shape[1:],
+        batch_size=size,
+        calibration=images,
+        repeats=_REPEATS,
+        progress=progress,
+      )
+    # Where it cannot run, the table lacks this strategy without a word.
+    if isinstance(made, CompiledConditional) and (reason := why_not("native")):
+      say(f"\nthe strategy native is not tried: {reason}")
+    yield timing_title(size, "image"), made.report()
 
 
 def timing_title(count: int, noun: str) -> str:
@@ -92,7 +215,7 @@ def time_number(
   # For scenes only the backbone is timed, so the number has another name.
   name = "Milliseconds of the backbone" if noun == "scene" else f"Milliseconds per {noun}"
   timed, place = _timed_input(noun, times), _place("time", step)
-  pairs = _single_examples(times) if times is not None and times.of(step) else []
+  pairs = _single_examples(times) if times is not None and times.belong_to(step) else []
   if times is not None and pairs:
     compiled = statistics.fmean(pair.compiled for pair in pairs)
     ungated = statistics.fmean(pair.ungated for pair in pairs)
@@ -114,7 +237,7 @@ def time_number(
     return page.Number(name, "–", "not measured", meaning=meaning, place=place)
   # Times of another step are mentioned but not shown: all numbers of a page are of one checkpoint.
   found = "not measured, nor was the ungated network"
-  if times is not None and not times.of(step):
+  if times is not None and not times.belong_to(step):
     found = f"measured at step {times.step:,}, not at step {step:,} like the rest of the page"
   return page.Number(
     name,
@@ -146,7 +269,7 @@ def times_section(
     terms=_PICTURE_TERMS,
   )
   text = f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}."
-  if not times.of(step):
+  if not times.belong_to(step):
     text += (
       f" The rest of this page is of step {step:,}, so these times belong to a different network."
     )
@@ -203,6 +326,7 @@ def _page_table(timings: Mapping[str, Rows]) -> page.Table:
 
 
 def _page_rows(title: str, whole: Rows) -> list[list[str]]:
+  """Returns the rows of the page's table for one table of times."""
   ungated = _seconds_where(whole, "strategy", UNGATED)
   rows = []
   for row in whole:
@@ -242,6 +366,7 @@ def _timed_input(noun: str, times: Times | None) -> str:
 
 
 def _size(times: Times | None) -> str:
+  """Returns the size of the timed images in words; empty where it is not recorded."""
   if times is None or times.pixels is None:
     return ""
   height, width = times.pixels
@@ -284,6 +409,7 @@ def _seconds_where(rows: Rows, field: str, value: Any) -> float | None:
 
 
 def _parse_pixels(found: Any) -> tuple[int, int] | None:
+  """Parses height and width; None where they were not recorded."""
   if found is None:
     return None
   height, width = found

@@ -228,6 +228,15 @@ def write_json(path: Path, value: Any) -> None:
   write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+  """Reads a JSON file; None where it is missing or damaged."""
+  try:
+    return json.loads(path.read_text("utf-8", "replace"))
+  # RecursionError: a damaged file may nest deeper than Python can follow.
+  except (OSError, ValueError, RecursionError):
+    return None
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
   """Reads the records of a journal's file; none if it is missing.
 

@@ -13,15 +13,7 @@ import numpy as np
 
 from gating_jax import experiments
 from gating_jax.analysis import statistics
-from gating_jax.reports import (
-  conclusion,
-  opening,
-  page,
-  surroundings,
-  tables,
-  text,
-  timeline,
-)
+from gating_jax.reports import conclusion, frame, page, tables, text, timeline
 from gating_jax.training import rundir
 from gating_jax.training.journal import Journal
 from gating_jax.video import speed
@@ -86,12 +78,12 @@ def write_report(
 ) -> None:
   """Writes the run's page; `notice` is its first text."""
   config = experiment.config
-  around = surroundings.read_surroundings(
+  around = frame.read_surroundings(
     run_dir,
     config,
     step=step,
     # The reason why `--mode=compile` cannot add times to this run, if there is one.
-    not_compiled=conclusion.refusal(speed.check, experiment),
+    not_compiled=conclusion.refusal(speed.check_compilable, experiment),
   )
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections = [
@@ -119,9 +111,9 @@ def write_report(
       "Chosen segments of the first test videos, and the relevant ones where they are known.",
       _time_lines(experiment, tested),
     ),
-    opening.times_section("video", around),
-    opening.settings_section(configured),
-    opening.about_section(around),
+    frame.times_section("video", around),
+    frame.settings_section(configured),
+    frame.about_section(around),
   ]
   page.write_page(
     run_dir.report,
@@ -137,7 +129,7 @@ def _make_opening(
   result: Mapping[str, Any],
   tested: Arrays,
   *,
-  around: opening.Surroundings,
+  around: frame.Surroundings,
   notice: str,
 ) -> page.Opening:
   """Builds the large numbers, and the picture of chosen segments."""
@@ -148,36 +140,36 @@ def _make_opening(
     "mean_average_precision": "Mean over classes of the average precision on {} test videos.",
   }[key]
   numbers = [
-    opening.score_number(
+    frame.score_number(
       f"test {name}",
       result[key],
       key=key,
       around=around,
       meaning=meaning.format(f"{result['videos']:,}"),
     ),
-    opening.macs_number(
+    frame.macs_number(
       result["mac_ratio"],
       executed=result["macs"],
       dense=result["all_segments_macs"],
       noun="video",
       around=around,
     ),
-    opening.time_number("video", around)
+    frame.time_number("video", around)
     # Times of `--mode=compile` for this step; without them, those that the run measured itself.
-    if around.times and around.times.of(around.step)
+    if around.times and around.times.belong_to(around.step)
     else _speed(result, around),
   ]
   return page.Opening(
     numbers,
     _choices(experiment, tested),
-    opening.why_no_baseline(around, experiments.KINDS[experiment.config.experiment].how),
+    frame.why_no_baseline(around, experiments.KINDS[experiment.config.experiment].how),
     notice,
   )
 
 
-def _speed(result: Mapping[str, Any], around: opening.Surroundings) -> page.Number:
+def _speed(result: Mapping[str, Any], around: frame.Surroundings) -> page.Number:
   """Returns the milliseconds of a video as the run itself has measured them."""
-  number = opening.time_number("video", around)
+  number = frame.time_number("video", around)
   if "videos_per_second" not in result:
     return number
   # The result has videos per second; the page shows time per video, like all pages.

@@ -51,7 +51,7 @@ class LongVideo(runner.Programme):
   """The choice of segments of long videos: pretraining of the nets, then of gate and classifier."""
 
   experiment: VideoExperiment
-  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": speed.run}
+  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": speed.compile_run}
 
   @property
   def title(self) -> str:

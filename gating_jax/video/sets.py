@@ -41,7 +41,7 @@ def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
   """
   data = config.data
   if data.name == composed.NAME:
-    return composed.composed(
+    return composed.make_videos(
       split, videos=data[f"{split}_videos"], segments=data.segments, seed=config.seed
     )
   # Breakfast needs no table: its folder holds the labels.

@@ -17,8 +17,7 @@ from gating_jax.inference.compiled import AUTO, Timing, runs_over
 from gating_jax.inference.segments import CompiledSegments, compile_segments, dense_programs
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import compaction
-from gating_jax.reports import compile_report
-from gating_jax.reports.timings import timing_title
+from gating_jax.reports import conclusion, timings
 from gating_jax.timing import SEGMENTS, race
 from gating_jax.training import rundir
 from gating_jax.video import sets
@@ -28,20 +27,21 @@ from gating_jax.video.build import LIGHT, VideoExperiment
 _BATCHES, _REPEATS = (1, 8), 20
 
 
-def run(
+def compile_run(
   experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
 ) -> None:
   """Times the ways to run on test videos, and writes the tables.
 
   Raises:
     RunDirError: the tables exist, or another process writes them.
-    ValueError: as in `check`.
+    ValueError: as in `check_compilable`.
   """
-  check(experiment)
-  compile_report.write_times(run_dir, step, _tables(experiment, variables))
+  check_compilable(experiment)
+  tables = timings.write_times(run_dir, step, _tables(experiment, variables))
+  conclusion.conclude_times(run_dir, step, tables)
 
 
-def check(experiment: VideoExperiment) -> None:
+def check_compilable(experiment: VideoExperiment) -> None:
   """Raises ValueError for a run that skips no segments of a heavy net in batches."""
   if not skips(experiment):
     raise ValueError(
@@ -87,8 +87,8 @@ def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, 
   """Yields title and rows, for each number of videos."""
   for count in _BATCHES:
     inputs = _read(experiment, count)
-    title = timing_title(len(inputs["valid"]), "video")
-    with compile_report.announce_timing(title) as progress:
+    title = timings.timing_title(len(inputs["valid"]), "video")
+    with timings.announce_timing(title) as progress:
       network = _compile(
         experiment,
         variables,

@@ -14,12 +14,11 @@ import pytest
 
 from gating_jax import runner
 from gating_jax.continual import build, compile, registry, run, training
-from gating_jax.continual import report as continual_report
 from gating_jax.continual.method import LearnerState, TaskTable
 from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
 from gating_jax.models import vggs
-from gating_jax.reports import compile_report, tasks
+from gating_jax.reports import tasks, timings
 from gating_jax.training import devices, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import read_lines
@@ -59,10 +58,9 @@ def config():
 
 @pytest.fixture
 def resumable(monkeypatch):
-  """Runs keep every checkpoint, and draw no reports, which take a third of their time."""
+  """Runs keep every checkpoint, and draw no reports."""
   monkeypatch.setattr(runner, "Checkpoints", functools.partial(Checkpoints, keep=100))
-  monkeypatch.setattr(continual_report, "write_pictures", lambda *_: None)
-  monkeypatch.setattr(continual_report, "write_report", lambda *_: None)
+  runs.without_reports(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -383,8 +381,7 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_learner(
   finished, tmp_path, monkeypatch
 ):
   made, workdir, _ = finished
-  monkeypatch.setattr(continual_report, "write_pictures", lambda *_: None)
-  monkeypatch.setattr(continual_report, "write_report", lambda *_: None)
+  runs.without_reports(monkeypatch)
   copy = shutil.copytree(workdir, tmp_path / "run")
   steps = sorted(int(folder.name) for folder in (copy / "checkpoints").iterdir())
   cut_back(copy, steps[-2])
@@ -429,7 +426,11 @@ def test_every_method_is_built_and_predicts(changes, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"model.name": "resnet8", "model.width": 0.25}])
-def test_a_run_grows_where_the_first_task_takes_all_there_is(changes, config, tmp_path):
+def test_a_run_grows_where_the_first_task_takes_all_there_is(
+  changes, config, tmp_path, monkeypatch
+):
+  if changes:  # the page of the first case is enough
+    runs.without_reports(monkeypatch)
   made = config(
     **{
       "gates.when_full": "grow",
@@ -636,6 +637,7 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
   end, learner = final_learner(made, tmp_path)
   assert end == build.build(made).steps_per_task
   assert int(learner.task) == 2
+  runs.without_reports(monkeypatch)  # the first run has drawn them
   for first in (end - 1, 2):  # all steps taken, and some
     cut_back(tmp_path, first)
     if first == 2:
@@ -653,12 +655,14 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
   "changes", [{}, {"method": "multitask_gates"}, {"model.name": "resnet8", "model.width": 0.25}]
 )
 def test_the_net_of_each_task_is_compiled(changes, config, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(compile_report, "_REPEATS", 1)
-  monkeypatch.setattr(compile_report, "_BATCHES", (1, 3))
+  monkeypatch.setattr(timings, "_REPEATS", 1)
+  monkeypatch.setattr(timings, "_BATCHES", (1, 3))
   made = config(
     **{"model.gate.initial_open": 0.5, "gates.threshold": 0.0, "gates.sparsity": 0.0, **changes}
   )
-  run.run(made, tmp_path / "run", "train")
+  with monkeypatch.context() as patch:
+    runs.without_reports(patch)
+    run.run(made, tmp_path / "run", "train")
   run.run(made, tmp_path / "run", "compile")
   said = capsys.readouterr().out
   found = json.loads((tmp_path / "run" / "compile.json").read_text())
@@ -687,7 +691,7 @@ def test_the_net_of_each_task_is_compiled(changes, config, tmp_path, capsys, mon
 def test_what_has_no_gates_is_not_compiled(config, tmp_path):
   experiment = build.build(config(method="ewc"))
   with pytest.raises(ValueError, match="method must have conditional gates per task .*; got 'ewc'"):
-    compile.run(experiment, rundir.RunDir(tmp_path), 1, experiment.fresh())
+    compile.compile_run(experiment, rundir.RunDir(tmp_path), 1, experiment.fresh())
 
 
 def test_no_task_learnt_is_said(config, tmp_path):

@@ -345,7 +345,7 @@ def test_other_features_are_chosen_by_name(tmp_path, loader):
   made_tfds.write_splits(tmp_path, of, {"train": examples}, name=name)
   images = loader(name, "train", tmp_path, image="picture", label="kind")
   assert (read(images)[1], images.class_names) == ([0, 1], ("cat", "dog"))
-  assert image_sets.size(name, "train", tmp_path, image="picture", label="kind") == 2
+  assert image_sets.count_images(name, "train", tmp_path, image="picture", label="kind") == 2
   with pytest.raises(
     ValueError,
     match=rf"a data set with image and label; {name} has no \['image', 'label'\]. "

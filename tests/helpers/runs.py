@@ -8,9 +8,13 @@ import shutil
 import pytest
 
 from gating_jax import terminal
+from gating_jax.continual import report as continual_report
+from gating_jax.images.classification import Classification
 from gating_jax.inference import compiled as compiled_nets
 from gating_jax.inference import conditional
-from gating_jax.reports import compile_report
+from gating_jax.reports import timings
+from gating_jax.video import report as video_report
+from gating_jax.video import speed
 
 
 def said(programme, config, workdir, mode):
@@ -25,6 +29,18 @@ def announced(patch):
   patch.setattr(terminal, "_AFTER", 0.0)
 
 
+def without_reports(patch):
+  """Lets runs write no pictures and no pages, and time no programs, which takes a third of a run.
+
+  Pages that are asked for by `--mode=report` are drawn all the same in runs on images.
+  """
+  patch.setattr(Classification, "_write_files", lambda *_: None)
+  for report in (continual_report, video_report):
+    patch.setattr(report, "write_pictures", lambda *_: None)
+    patch.setattr(report, "write_report", lambda *_: None)
+  patch.setattr(speed, "speed", lambda *_: {})
+
+
 def race_by(patch, race):
   """Replaces the race of programs, of parts and of whole networks."""
   for module in (compiled_nets, conditional):
@@ -36,8 +52,8 @@ def compiled(programme, finished, folder):
   made, workdir, _ = finished
   copy = shutil.copytree(workdir, folder / "run")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(compile_report, "_REPEATS", 1)
-    patch.setattr(compile_report, "_BATCHES", (3,))
+    patch.setattr(timings, "_REPEATS", 1)
+    patch.setattr(timings, "_BATCHES", (3,))
     announced(patch)
     printed = said(programme, made, copy, "compile")
   return json.loads((copy / "compile.json").read_text()), printed

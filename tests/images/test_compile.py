@@ -1,68 +1,16 @@
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from configs import digits_resnet20
 from gating_jax import runner
 from gating_jax.images import classification
-from gating_jax.inference.conditional import CompiledConditional
-from gating_jax.inference.exits import CompiledExits
 from gating_jax.models import resnets
-from gating_jax.reports import compile_report, page, surroundings, timings
+from gating_jax.reports import timings
 from gating_jax.training import rundir
 from gating_jax.training.evaluation import Evaluation
 from tests.helpers import tiny_cli
-
-
-def test_an_absent_kernel_is_named_with_the_tables_that_lack_it(monkeypatch, capsys):
-  monkeypatch.setattr(compile_report, "why_not", lambda name: f"no compiler for {name}")
-  for kind, said in (
-    (CompiledConditional, True),
-    (CompiledExits, False),
-  ):  # a program with exits has no such strategy
-    made = kind.__new__(kind)
-    made.report = lambda: ()
-    list(
-      compile_report.time_images(lambda made=made, **_: made, np.zeros((2, 8, 8, 1), np.float32))
-    )
-    assert (
-      "the strategy native is not tried: no compiler for native" in capsys.readouterr().out
-    ) == said
-
-
-def test_what_takes_long_is_on_the_edge_of_the_picture():
-  row = {"part": 1, "strategy": "masked", "mac_ratio": 0.5, "time_ratio": 1.0}
-  figure = timings.draw_timings(
-    {"a table": [row, row | {"strategy": "switch", "time_ratio": 5.0}]}, columns=2
-  )
-  (axes,) = figure.axes
-  heights = [float(points.get_offsets()[0, 1]) for points in axes.collections]
-  assert heights == pytest.approx([100.0, axes.get_ylim()[1]])
-
-
-def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(
-  tmp_path, monkeypatch, capsys
-):
-  monkeypatch.setattr(page, "save_figure", lambda _, path: path.write_bytes(b"a picture"))
-  (tmp_path / "config.json").write_text('{"experiment": "segmentation"}')
-  (tmp_path / "report.html").write_text("a page of an older checkpoint")
-  monkeypatch.setattr(surroundings, "refresh_times", lambda _: False)
-  tables = [("1 image at a time", [])]
-  write = lambda step: compile_report.write_times(
-    rundir.RunDir(tmp_path), step, tables, pixels=(8, 12)
-  )
-  write(7)
-  write(9)
-  steps = {
-    file.name: json.loads(file.read_text())["step"] for file in tmp_path.glob("compile*.json")
-  }
-  assert steps == {"compile.json": 9, "compile_of_step_7.json": 7}
-  assert {file.name for file in tmp_path.glob("*.png")} == {"compile.png", "compile_of_step_7.png"}
-  assert "--mode=report    # writes the page of the newest checkpoint" in capsys.readouterr().out
-  with pytest.raises(rundir.RunDirError, match=r"compile\.json exists; rename it"):
-    write(9)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +35,8 @@ def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates,
 @pytest.mark.slow
 def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
-  monkeypatch.setattr(compile_report, "_REPEATS", 1)
-  monkeypatch.setattr(compile_report, "_BATCHES", (1, 3))
+  monkeypatch.setattr(timings, "_REPEATS", 1)
+  monkeypatch.setattr(timings, "_BATCHES", (1, 3))
   config = digits_resnet20.get_config()
   config.update_from_flattened_dict({"model.name": "tiny", "optim.epochs": 1})
   classification.run(config, tmp_path / "run", "train")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from gating_jax.images import report
+from gating_jax.reports import frame, images, page
 from gating_jax.reports import gates as gate_pictures
-from gating_jax.reports import images, opening, page
 from tests.helpers import report_data
 
 
@@ -176,7 +176,7 @@ def test_easy_and_hard_are_quarters_by_loss_wherever_they_stand():
 
 
 def test_large_numbers_stand_next_to_the_ungated_baseline():
-  around = opening.Surroundings(baseline=opening.Baseline("dense", {"accuracy": 0.75}))
+  around = frame.Surroundings(baseline=frame.Baseline("dense", {"accuracy": 0.75}))
   run = report_data.run(how="gates=none", around=around)
   begin = report.make_opening(run)
   accuracy, macs, time = begin.numbers

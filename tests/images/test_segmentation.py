@@ -20,7 +20,7 @@ from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.images import segmentation
 from gating_jax.models import resnets
 from gating_jax.models.summary import ModelCounts, model_summary
-from gating_jax.reports import compile_report
+from gating_jax.reports import timings
 from gating_jax.training import devices, evaluation, steps
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import tiny, tiny_cli
@@ -225,8 +225,8 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(
 
 @pytest.mark.slow
 def test_the_backbone_of_a_run_is_compiled(config, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(compile_report, "_REPEATS", 1)
-  monkeypatch.setattr(compile_report, "_BATCHES", (1, 3))
+  monkeypatch.setattr(timings, "_REPEATS", 1)
+  monkeypatch.setattr(timings, "_BATCHES", (1, 3))
   made = config()
   segmentation.run(made, tmp_path / "run", "train")
   segmentation.run(made, tmp_path / "run", "compile")

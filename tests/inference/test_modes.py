@@ -51,7 +51,7 @@ def quantised():
 def with_exits():
   net = exits.fold_exits(EXITS, gated_models.random_variables(EXITS))
   images = gated_models.images()
-  return net, exits.program()(net, images), exits.program(2)(net, images)
+  return net, exits.make_program()(net, images), exits.make_program(2)(net, images)
 
 
 def analysed():

@@ -112,9 +112,7 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
 
 def test_gates_of_a_blocks_output_cannot_be_taken():
   net = NETS["outputs"]
-  choices = [
-    pruning.PruneMask(*np.zeros((2, group.gates), bool)) for _, _, group, _ in folded.places(net)
-  ]
+  choices = [pruning.PruneMask.nothing(place.group.gates) for place in folded.group_places(net)]
   choices[1].removed[0] = True
   with pytest.raises(ValueError, match="must not change the gates of a block's output"):
     pruning.apply_pruning(net, choices)

@@ -238,3 +238,12 @@ def test_the_best_are_the_best_where_scores_are_whole_numbers_or_truth_values(dt
   scores = jnp.asarray(np.array([[0, 0, 1, 0], [1, 0, 0, 0]], dtype))
   chosen = selection.top_k(scores, jnp.ones((2, 4), bool), 1)
   np.testing.assert_array_equal(chosen, scores.astype(jnp.float32))
+
+
+def test_former_names_answer_as_those_of_today_and_warn():
+  logits, valid = jnp.array([[1.0, -1.0]]), jnp.ones((1, 2), bool)
+  with pytest.warns(DeprecationWarning, match="now called ensure_one_open"):
+    kept = selection.keep_best(jnp.zeros((1, 2)), logits, valid)
+  with pytest.warns(DeprecationWarning, match="now called budget_to_k"):
+    k = selection.k_for(valid, 0.5)
+  assert (kept.tolist(), k.tolist()) == ([[1.0, 0.0]], [1])

@@ -19,7 +19,7 @@ from tests.helpers.programmes import StandIn
 
 def test_a_conclusion_has_at_most_twelve_lines_and_keeps_the_next_command():
   rows = [(f"row {i}", str(i)) for i in range(30)]
-  lines = conclusion.text("Done.", rows, ["one", "two"]).splitlines()
+  lines = conclusion.closing_text("Done.", rows, ["one", "two"]).splitlines()
   assert lines[:3] == ["", "Done.", "  row 0  0"]
   assert lines[-2:] == ["next: one", "      two"]
   assert len(lines) == 1 + 12
@@ -28,7 +28,7 @@ def test_a_conclusion_has_at_most_twelve_lines_and_keeps_the_next_command():
 def test_the_next_command_is_what_was_not_called_yet(tmp_path):
   run = tmp_path / "a run"
   run.mkdir()
-  both = conclusion.following(run, ["compile", "export"])
+  both = conclusion.next_commands(run, ["compile", "export"])
   assert [shlex.split(line, comments=True) for line in both] == [
     ["gating-jax", f"--workdir={run}", f"--mode={mode}"] for mode in ("compile", "export")
   ]
@@ -40,12 +40,12 @@ def test_the_next_command_is_what_was_not_called_yet(tmp_path):
     (run / "compile.json").write_text(
       '{"step": 7, "device": "a cpu", "timings": {"1 image at a time": []}}'
     )
-    assert conclusion.following(run, ["compile", "export"]) == left
+    assert conclusion.next_commands(run, ["compile", "export"]) == left
   (run / "compile.json").write_text(
     '{"step": 8, "device": "a cpu", "timings": {"1 image at a time": []}}'
   )
   (run / "export").mkdir()
-  (line,) = conclusion.following(run, ["compile", "export"])
+  (line,) = conclusion.next_commands(run, ["compile", "export"])
   assert "--mode=compare" in line
 
 
@@ -74,7 +74,7 @@ def test_times_are_of_the_whole_network_that_runs(chosen, expected):
       )
     ),
   ]
-  assert conclusion.times({"1 image at a time": rows}) == [("1 image at a time", expected)]
+  assert conclusion.time_rows({"1 image at a time": rows}) == [("1 image at a time", expected)]
 
 
 def test_the_numbers_of_images_are_macs_and_gates():
@@ -87,12 +87,12 @@ def test_the_numbers_of_images_are_macs_and_gates():
     "always_closed": 1,
     "random_dropout": 0,
   }
-  assert conclusion.gates(result) == [
+  assert conclusion.outcome_rows(result) == [
     ("MACs per image", "1,000, 50.0 % of the ungated net's, gate networks included"),
     ("gates", "10: 7 conditional, 2 always open, 1 always closed, 0 random dropout"),
   ]
-  assert conclusion.gates({}) == []
-  assert conclusion.following(Path("run"), [])[0].startswith(
+  assert conclusion.outcome_rows({}) == []
+  assert conclusion.next_commands(Path("run"), [])[0].startswith(
     "gating-jax --workdir=run,ANOTHER_RUN --mode=compare"
   )
 

@@ -268,3 +268,87 @@ def test_a_table_for_each_setting_and_why_a_measure_is_missing():
     1,
     1,
   ]
+
+
+ALL_OF_IMAGES = dict(
+  accuracy=0.5,
+  mean_iou=0.5,
+  images=3,
+  params=3,
+  gate_params=1,
+  ungated_macs=10,
+  macs=5.0,
+  mac_ratio=0.5,
+  budget=0.5,
+  gates=4,
+  macs_p10=1.0,
+  macs_p90=2.0,
+  macs_std=0.1,
+  macs_of_quarter1=1.0,
+  macs_of_quarter4=2.0,
+  always_open=1,
+  always_closed=1,
+  random_dropout=1,
+  conditional=1,
+  mean_open=0.5,
+  class_information=0.1,
+  class_information_floor=0.0,
+  head_macs=1,
+)
+
+ALL_OF_VIDEOS = dict(
+  accuracy=0.5,
+  videos=3,
+  all_segments_macs=10,
+  macs=5.0,
+  mac_ratio=0.5,
+  share=0.5,
+  share_p10=0.1,
+  share_p90=0.9,
+  precision=0.5,
+  recall=0.5,
+  relevant_share=0.1,
+  unreadable=1,
+  missing=1,
+  classes_left_out=["a"],
+  videos_per_second=1.0,
+  all_segments_videos_per_second=2.0,
+)
+
+ALL_OF_TASKS = dict(
+  task_classifier_accuracy=0.5,
+  dense_macs=10,
+  dense_macs_reduced=5,
+  task_aware_macs=5.0,
+  task_agnostic_macs=9.0,
+  params=3,
+  memory_mb=1.0,
+  mean_gate_overlap=0.5,
+  free_units={"conv": (1, 2)},
+)
+
+
+def test_every_row_of_every_result_is_defined():
+  rows = [
+    *tables.classification_rows(ALL_OF_IMAGES),
+    *tables.scene_rows(ALL_OF_IMAGES | {"iou/a": 0.5}),
+    *tables.video_rows(ALL_OF_VIDEOS),
+    *tables.video_rows(
+      {"mean_average_precision": 0.5} | {k: v for k, v in ALL_OF_VIDEOS.items() if k != "accuracy"}
+    ),
+    *tables.task_rows(ALL_OF_TASKS),
+  ]
+  assert [name for name, _ in rows if not tables.meaning(name)] == []
+
+
+def test_every_measure_of_tasks_is_defined():
+  accuracies = {
+    "accuracies": [[0.5]],
+    "average_accuracy": 0.5,
+    "forgetting": None,
+    "backward_transfer": None,
+    "forward_transfer": None,
+    "reasons": {},
+  }
+  ((_, rows),) = tables.task_tables({"task_names": ["one"], "task_aware": accuracies})
+  assert {name for name, *_ in rows} == {"one", *tables.TASK_MEANINGS}

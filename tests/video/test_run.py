@@ -434,7 +434,7 @@ def compiled(config, tmp_path_factory):
     patch.setattr(speed, "_REPEATS", 1)
     patch.setattr(speed, "_BATCHES", (2,))
     with rundir.open_run(tmp_path_factory.mktemp("compiled") / "run", experiment.config) as run_dir:
-      speed.run(experiment, run_dir, 0, variables)
+      speed.compile_run(experiment, run_dir, 0, variables)
   return json.loads((run_dir.path / "compile.json").read_text())
 
 

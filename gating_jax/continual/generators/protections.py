@@ -63,7 +63,7 @@ def gated(
     tasks: T.
     gates: how tasks are gated and protected.
   """
-  records = shared_generator.records(generator)
+  records = shared_generator.trace_records(generator)
 
   def init(shared):
     """Creates the state before any task: no filter is frozen."""
@@ -87,7 +87,7 @@ def gated(
 
     def mask(updates, params):
       """Zeroes the updates of frozen filters."""
-      return shared_generator.slowed(updates, free)
+      return shared_generator.slow_updates(updates, free)
 
     return wgan.GeneratorHooks(records_loss=penalty, update=mask)
 
@@ -98,7 +98,7 @@ def gated(
     # On latents of its own, since a generator has no validation images.
     relevant = open_rates(generator, variables, key) > gates.threshold
     if gates.shut_gates:
-      own = units.shut(own, records, relevant)
+      own = units.close_gates(own, records, relevant)
     state = FrozenFilters(
       frozen=units.freeze(state.frozen, records, relevant),
       relevant=state.relevant.at[task].set(relevant),
@@ -118,7 +118,8 @@ def open_rates(generator: Generator, variables: Tree, key: Array) -> np.ndarray:
   Returns:
     `[U]`.
   """
-  counts = np.zeros(units.count_units(shared_generator.records(generator)), np.float32)
+  # Batch by batch, in memory for one batch.
+  counts = np.zeros(units.count_units(shared_generator.trace_records(generator)), np.float32)
   for i in range(_PROBE_BATCHES):
     counts += np.asarray(_count_opened(generator, variables, jax.random.fold_in(key, i)))
   return counts / (_PROBES * _PROBE_BATCHES)
@@ -129,9 +130,10 @@ def _count_opened(generator: Generator, variables: Tree, key: Array) -> Array:
   """Counts the latents of a batch for which each gate opens, `[U]`."""
   # The classes in turn: each has an equal part in the rates.
   labels = jnp.arange(_PROBES) % classes_of(generator)
-  outputs: Any = generator.apply(variables, wgan.latents(key, _PROBES, generator.latent), labels)
+  z = wgan.draw_latents(key, _PROBES, generator.latent)
+  outputs: Any = generator.apply(variables, z, labels)
   _, records = outputs
-  return jnp.sum(units.joined(records), axis=0)
+  return jnp.sum(units.join_gates(records), axis=0)
 
 
 class UsedUnits(MemoryNode):
@@ -157,8 +159,8 @@ def masked(
   Raises:
     ValueError: a setting breaks its rule.
   """
-  hat.check(steepness, sparsity)
-  records = shared_generator.records(generator)
+  hat.check_settings(steepness, sparsity)
+  records = shared_generator.trace_records(generator)
 
   def init(shared):
     """Creates the state before any task: masks `[T, U]` of 0."""
@@ -166,7 +168,7 @@ def masked(
 
   def begin(state, shared, fresh, key):
     """Returns a task's initial parameters: the shared filters and drawn embeddings."""
-    return {"shared": shared, "own": hat.drawn(fresh["own"], key)}
+    return {"shared": shared, "own": hat.draw_embeddings(fresh["own"], key)}
 
   def training(state, step):
     """Returns the hooks of a training step, at this step's slope."""
@@ -181,26 +183,28 @@ def masked(
 
     def penalty(records):
       """Returns the weighted regulariser of the masks."""
-      return sparsity * hat.regulariser(hat.masks(records), used)
+      return sparsity * hat.regulariser(hat.join_masks(records), used)
 
     def gradient(grads, params):
       """Compensates the gradients of embeddings for the slope."""
-      return hat.compensated(grads, params, s=s, steepness=steepness)
+      return hat.compensate_gradients(grads, params, s=s, steepness=steepness)
 
     def update(updates, params):
       """Limits the embeddings and scales shared updates by their plasticity."""
       # The limits apply after the factor on the updates.
-      updates = hat.limited(hat.of_embeddings(lambda u: _EMBEDDING_RATE * u, updates), params)
+      updates = hat.limit_embeddings(
+        hat.change_embeddings(lambda u: _EMBEDDING_RATE * u, updates), params
+      )
       shared = shared_generator.split(updates, records)["shared"]
       free = hat.plasticity(shared, records, used=used, started=jnp.ones(()))
-      return shared_generator.slowed(updates, free)
+      return shared_generator.slow_updates(updates, free)
 
     return wgan.GeneratorHooks(view=view, records_loss=penalty, gradient=gradient, update=update)
 
   def finish(state, task, params, batch_stats, key):
     """Keeps the task's mask `[U]` at the largest slope."""
     # a^t = sigmoid(s_max e^t): the mask that the task keeps is almost binary.
-    mask = jax.nn.sigmoid(steepness * hat.embeddings(params["own"], records))
+    mask = jax.nn.sigmoid(steepness * hat.join_embeddings(params["own"], records))
     return UsedUnits(state.masks.at[task].set(mask)), params["own"]
 
   def view(params):

@@ -127,7 +127,7 @@ def shared_generative(
   )
 
 
-def records(generator: Generator) -> Records:
+def trace_records(generator: Generator) -> Records:
   """Returns the records of one image, as shapes."""
   z = jax.ShapeDtypeStruct((1, generator.latent), jnp.float32)
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -146,7 +146,7 @@ def split(params: Tree, records: Records) -> dict[str, Tree]:
 
   Args:
     params: of the generator.
-    records: as `records` returns them.
+    records: as `trace_records` returns them.
   Returns:
     `{"shared", "own"}`.
   """
@@ -155,7 +155,7 @@ def split(params: Tree, records: Records) -> dict[str, Tree]:
   return shared_net.split(params, lambda path: path[:-1] in gated)
 
 
-def slowed(updates: Tree, free: Tree) -> Tree:
+def slow_updates(updates: Tree, free: Tree) -> Tree:
   """Multiplies updates by how far each parameter may move.
 
   Args:
@@ -211,7 +211,7 @@ class _SharedGenerator:
   ) -> tuple[SharedGeneratorMemory, Mapping[str, Array]]:
     """Trains the generator for one step on `[N, H, W, D]` pixels and `[N]` labels."""
     state = memory.training
-    step = wgan.make_train_step(
+    step = wgan.make_wgan_step(
       self.generator,
       self._critic,
       self.settings,
@@ -281,7 +281,7 @@ class _SharedGenerator:
 
   def _split(self, params: Tree) -> dict[str, Tree]:
     """Splits parameters into `{"shared", "own"}`."""
-    return split(params, records(self.generator))
+    return split(params, trace_records(self.generator))
 
   def _variables(self, shared: Tree, own: Variables) -> Tree:
     """Returns the variables of one task's generator, in evaluation."""

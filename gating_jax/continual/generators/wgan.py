@@ -95,7 +95,7 @@ def init_state(
   """Creates a fresh state.
 
   Args:
-    generator, critic: as in `make_train_step`.
+    generator, critic: as in `make_wgan_step`.
     settings: of the training.
     seed: of the initial parameters.
   """
@@ -129,6 +129,7 @@ def unchanged(params: Any) -> Any:
 
 
 def _first_unchanged(tree, params):
+  """Returns gradients or updates as they are."""
   return tree
 
 
@@ -150,7 +151,7 @@ class GeneratorHooks:
   update: Callable[[Any, Any], Any] = _first_unchanged
 
 
-def make_train_step(
+def make_wgan_step(
   generator: nn.Module,
   critic: nn.Module,
   settings: WganSettings,
@@ -212,7 +213,7 @@ class _Generated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-  """The arguments of `make_train_step`."""
+  """The arguments of `make_wgan_step`."""
 
   generator: nn.Module
   critic: nn.Module
@@ -225,6 +226,7 @@ class _Training:
     self, state: WganState, pixels: Array, labels: Array | None = None
   ) -> tuple[WganState, dict[str, Array]]:
     """Takes one step on `[B * S, H, W, D]` pixels and `[B * S]` labels."""
+    # By the step alone, so that a resumed training draws the same.
     key = jax.random.fold_in(jax.random.key(self.seed), state.step)
     turns = self.settings.critic_steps
     # An unconditional network takes no labels, though the data have some.
@@ -251,7 +253,7 @@ class _Training:
   ) -> _Generated:
     """Generates images in training mode."""
     latent_key = jax.random.fold_in(key, LATENT_STREAM)
-    z = latents(latent_key, count, size=self.generator.latent, axis_name=self.axis_name)
+    z = draw_latents(latent_key, count, size=self.generator.latent, axis_name=self.axis_name)
     # Gradients are with respect to `params`, through the view.
     variables = {"params": self.hooks.view(params), "batch_stats": state.batch_stats}
     (images, records), updates = self.generator.apply(
@@ -271,6 +273,7 @@ class _Training:
     real, labels = to_unit(images.pixels), images.labels
     # Training mode, as for the generator's update; the new statistics are not kept here.
     fake = self._generate(state.generator, state, labels=labels, count=len(real), key=key).images
+    # The penalty is taken at one point between each real image and a generated one.
     mix = _uniform(jax.random.fold_in(key, MIX_STREAM), len(real), self.axis_name)
 
     def loss(params):
@@ -377,7 +380,7 @@ def gradient_penalty(critic: Callable[[Array], Array], images: Array) -> Array:
   return jnp.mean(jnp.square(norms - 1))
 
 
-def latents(key: Array, n: int, size: int, axis_name: Hashable | None = None) -> Array:
+def draw_latents(key: Array, n: int, size: int, axis_name: Hashable | None = None) -> Array:
   """Draws standard normal latents.
 
   An example's latent depends on its position in the whole batch, not on the number of devices.

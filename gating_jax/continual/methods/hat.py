@@ -45,7 +45,7 @@ from gating_jax.continual.method import (
   tree_megabytes,
   tree_size,
 )
-from gating_jax.continual.units import count_units, layer_name, places
+from gating_jax.continual.units import count_units, layer_name, record_places
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
 from gating_jax.types import Array, Path, Records
@@ -73,12 +73,12 @@ def hat(
   Raises:
     ValueError: a setting breaks its rule.
   """
-  check(steepness, sparsity)
+  check_settings(steepness, sparsity)
   net = shared_net.SharedNet(model, problem)
   return _Hat(net, counts, steepness=steepness, sparsity=sparsity).method()
 
 
-def check(steepness: float, sparsity: float) -> None:
+def check_settings(steepness: float, sparsity: float) -> None:
   """Raises ValueError unless `steepness` >= 1 and `sparsity` >= 0."""
   if not steepness >= 1:
     raise ValueError(f"steepness must be >= 1; got {steepness}")
@@ -147,7 +147,8 @@ def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> T
     a tree of factors that broadcast over the parameters.
   """
   out, into = {}, {}
-  for record, place in places(records):
+  # A record's units are the outputs of its writers, and the inputs of its readers.
+  for record, place in record_places(records):
     out |= dict.fromkeys(record.writers, used[place])
     into |= dict.fromkeys(record.readers, used[place])
 
@@ -164,7 +165,7 @@ def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> T
   return traverse_util.path_aware_map(free, shared)
 
 
-def of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
+def change_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
   """Changes the embeddings of a tree, and nothing else.
 
   Args:
@@ -179,13 +180,14 @@ def of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tr
   return traverse_util.unflatten_dict(flat)
 
 
-def drawn(params: Tree, key: Array) -> Tree:
+def draw_embeddings(params: Tree, key: Array) -> Tree:
   """Draws embeddings from a standard normal distribution."""
+  # A key per parameter, whether it is an embedding or not: as many as any tree may need.
   keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
-  return of_embeddings(lambda e: jax.random.normal(next(keys), e.shape), params)
+  return change_embeddings(lambda e: jax.random.normal(next(keys), e.shape), params)
 
 
-def compensated(grads: Tree, params: Tree, *, s: Array, steepness: float) -> Tree:
+def compensate_gradients(grads: Tree, params: Tree, *, s: Array, steepness: float) -> Tree:
   """Multiplies the gradients of embeddings by `compensation`, which undoes the slope.
 
   Args:
@@ -198,20 +200,20 @@ def compensated(grads: Tree, params: Tree, *, s: Array, steepness: float) -> Tre
     """Multiplies the gradient of one embedding."""
     return grad * compensation(e, s, steepness)
 
-  return of_embeddings(compensate, grads, params)
+  return change_embeddings(compensate, grads, params)
 
 
-def limited(updates: Tree, params: Tree) -> Tree:
+def limit_embeddings(updates: Tree, params: Tree) -> Tree:
   """Changes updates to keep every embedding within its limits."""
 
   def limit(update, e):
     """Returns the update that ends within the limits."""
     return jnp.clip(e + update, -EMBEDDING_LIMIT, EMBEDDING_LIMIT) - e
 
-  return of_embeddings(limit, updates, params)
+  return change_embeddings(limit, updates, params)
 
 
-def embeddings(params: Tree, records: Records) -> Array:
+def join_embeddings(params: Tree, records: Records) -> Array:
   """Returns the `[U]` embeddings of a task.
 
   Args:
@@ -226,10 +228,10 @@ def embeddings(params: Tree, records: Records) -> Array:
 
 def at_slope(params: Tree, s: Array | float) -> Tree:
   """Multiplies the embeddings by s: the network then makes the masks `sigmoid(s e)`."""
-  return of_embeddings(lambda e: s * e, params)
+  return change_embeddings(lambda e: s * e, params)
 
 
-def masks(records: Records) -> Array:
+def join_masks(records: Records) -> Array:
   """Returns the `[U]` masks, which are the same for all examples."""
   return jnp.concatenate([record.gates[0] for record in records])
 
@@ -281,18 +283,19 @@ class _Hat:
   def loss(self, params: Tree, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the cross-entropy plus the regulariser, at this step's slope."""
     s = slope(jnp.asarray(batch.place), self.steepness)
+    # The gates are sigmoids of their embeddings: s e in place of e makes the masks of this step.
     forward = self.net.apply(at_slope(params, s), learner.batch_stats, batch.x, train=True)
     terms = shared_net.head_terms(
       forward.logits, batch.labels, task=learner.task, problem=self.net.problem
     )
-    terms["sparsity"] = regulariser(masks(forward.records), learner.memory.used)
+    terms["sparsity"] = regulariser(join_masks(forward.records), learner.memory.used)
     total = terms["cross_entropy"] + self.sparsity * terms["sparsity"]
     return total, (terms, forward.batch_stats)
 
   def gradient(self, grads: Tree, learner: LearnerState, batch: Batch) -> Tree:
     """Compensates the gradients of embeddings for the slope."""
     s = slope(jnp.asarray(batch.place), self.steepness)
-    return compensated(grads, learner.params, s=s, steepness=self.steepness)
+    return compensate_gradients(grads, learner.params, s=s, steepness=self.steepness)
 
   def update(self, updates: Tree, grads: Tree, learner: LearnerState) -> tuple[Tree, HatMemory]:
     """Scales shared updates by their plasticity and limits the embeddings."""
@@ -304,11 +307,12 @@ class _Hat:
       started=jnp.float32(learner.task > 0),
     )
     updates = {**updates, "shared": jax.tree.map(jnp.multiply, updates["shared"], free)}
-    return limited(updates, learner.params), learner.memory
+    return limit_embeddings(updates, learner.params), learner.memory
 
   def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Stores the task's own part and adds its mask to the cumulative one."""
     fresh_key, settle_key = jax.random.split(key)
+    # Before the task's part is stored: evaluation normalises by these statistics.
     batch_stats = self._settled(learner, data.pixels, settle_key)
     own = shared_net.own_part(learner.params, batch_stats)
     # At s_max, as in evaluation.
@@ -342,9 +346,9 @@ class _Hat:
     # All tasks learnt are in `kept`; the part for the next one does not count.
     learnt = first_tasks(kept, int(learner.task))
     # At s_max a unit is in use where its embedding is positive.
-    used = jax.vmap(lambda net: embeddings(net, self.records))(kept["net"]) > 0
+    used = jax.vmap(lambda net: join_embeddings(net, self.records))(kept["net"]) > 0
     relevant = {}
-    for record, place in places(self.records):
+    for record, place in record_places(self.records):
       relevant[layer_name(record)] = np.asarray(used[:, place])
     return Footprint(
       params=tree_size((learner.params["shared"], learnt)),
@@ -355,12 +359,12 @@ class _Hat:
   def _fresh(self, key: Array) -> tuple[Tree, Tree]:
     """Initialises parameters and statistics, with drawn embeddings."""
     params, batch_stats = self.net.fresh(key)
-    return drawn(params, jax.random.fold_in(key, 0)), batch_stats
+    return draw_embeddings(params, jax.random.fold_in(key, 0)), batch_stats
 
   def _mask_at_rest(self, params: Tree, batch_stats: Tree) -> Array:
     """Returns the `[U]` mask of the current task at s_max."""
     x = jnp.zeros((1, *self.net.problem.shape))
-    return masks(self.net.apply(at_slope(params, self.steepness), batch_stats, x).records)
+    return join_masks(self.net.apply(at_slope(params, self.steepness), batch_stats, x).records)
 
   def _settled(self, learner: LearnerState, pixels: Array, key: Array) -> Tree:
     """Computes the running statistics at s_max."""

@@ -152,6 +152,7 @@ def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
       exemplars=exemplars,
       means=means,
       has_mean=has_mean,
+      # The outputs s* of the next task's loss.
       teacher=Variables(learner.params, learner.batch_stats),
     )
     return learner.replace(memory=memory)
@@ -249,5 +250,6 @@ def nearest_mean(features: Array, means: Array, has_mean: Array) -> Array:
 
 
 def _unit(x: Array) -> Array:
+  """Scales vectors, `[..., F]`, to norm 1."""
   # Features of 0 have no direction and stay 0.
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

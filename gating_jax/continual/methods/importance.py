@@ -190,6 +190,7 @@ def _consolidation(
 
   def end_task(learner, data, key):
     """Keeps the task's Fisher diagonal and its final parameters."""
+    # The importance is for this task's predictions, so it is measured where the training has ended.
     fisher = _fisher_of_task(network, learner, data, key=key, examples=examples)
     of_task = EwcMemory(anchor=learner.params, fisher=fisher)
     return learner.replace(memory=keep(learner.memory, int(learner.task), of_task))
@@ -279,6 +280,7 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
   def update(updates, grads, learner):
     """Adds the step to the path; the updates stay the same."""
     memory = learner.memory
+    # At the parameters before the step, as `grads`.
     of_penalty = jax.grad(penalty)(learner.params, memory)
 
     def extend(path, grad, of_penalty, update):

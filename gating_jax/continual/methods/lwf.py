@@ -45,6 +45,7 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
 
   def loss(params, learner, batch):
     """Computes the cross-entropy plus the distillation of old heads."""
+    # One pass gives the logits of all heads, for both terms.
     logits, batch_stats = network.train_logits(params, learner.batch_stats, batch.x, key=batch.key)
     cross_entropy = jnp.mean(network.cross_entropy(logits, batch.labels, learner.task))
     # The teacher is in evaluation, on the same images.

@@ -208,7 +208,7 @@ class _Multitask:
 
     def gates_of(learner, x):
       """Returns the gates of all tasks for each image, `[N, T, U]`."""
-      return jnp.moveaxis(units.joined(self._run_tasks(learner, x).records), 0, 1)
+      return jnp.moveaxis(units.join_gates(self._run_tasks(learner, x).records), 0, 1)
 
     gates = self.problem.in_batches(gates_of, learner, data.validation_pixels)
     task_of_image = self.problem.task_of(np.asarray(data.validation_labels))
@@ -234,6 +234,7 @@ class _Multitask:
     params = tree_size(learner.params)
     if not self.settings:
       return Footprint(params, 0.0)
+    # Tasks share all units: none is kept for later ones.
     available = np.ones(self.counts.gates, bool)
     relevant = units.used_by(learner.memory.relevant, available, self.net.shapes[0])
     return Footprint(params, 0.0, relevant)

@@ -76,6 +76,7 @@ class _Progressive:
   def init(self, key: Array) -> InitialState:
     """Initialises the first column, and the memory of all columns."""
     column = self._fresh(key)
+    # Entries of columns to come hold initial values, which nothing reads.
     memory = stack_tasks(column, self.problem.tasks)
     return InitialState(column.params, column.batch_stats, memory)
 

@@ -31,6 +31,7 @@ learning with A-GEM", 2019.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,17 +53,13 @@ from gating_jax.types import Array
 
 
 def er(network: Network, replay: replay_memory.ReplaySettings) -> Method:
-  """Makes the method; its memory is a `replay_memory.ReplayMemory`.
+  """Makes experience replay; its memory is a `replay_memory.ReplayMemory`.
 
   Args:
     network: to train.
     replay: sizes of the memory and of each draw.
   """
   problem = network.problem
-
-  def init(key: Array) -> InitialState:
-    """Initialises the network and an empty memory."""
-    return InitialState(*network.init(key), replay_memory.empty(replay.images, problem.shape))
 
   def loss(params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the mean cross-entropy over the batch and the replayed images."""
@@ -81,18 +78,13 @@ def er(network: Network, replay: replay_memory.ReplaySettings) -> Method:
     terms = {"cross_entropy": jnp.mean(new), "replay": jnp.mean(old)}
     return jnp.mean(each), (terms, batch_stats)
 
-  def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
-    """Adds the task's images to the memory."""
-    memory = replay_memory.add_task(learner.memory, data.pixels, data.labels, key=key)
-    return learner.replace(memory=memory)
-
-  return Method(init, loss, end_task, network.predict)
+  return Method(_make_init(network, replay), loss, _end_task, network.predict)
 
 
 def derpp(
   network: Network, replay: replay_memory.ReplaySettings, *, alpha: float, beta: float
 ) -> Method:
-  """Makes the method; its memory is a `replay_memory.ReplayMemory` with logits `[S, K]`.
+  """Makes DER++; its memory is a `replay_memory.ReplayMemory` with logits `[S, K]`.
 
   Args:
     network: to train.
@@ -171,17 +163,13 @@ def squared_gap(logits: Array, stored: Array, counted: Array) -> Array:
 
 
 def agem(network: Network, replay: replay_memory.ReplaySettings) -> Method:
-  """Makes the method; its memory is a `replay_memory.ReplayMemory`.
+  """Makes A-GEM; its memory is a `replay_memory.ReplayMemory`.
 
   Args:
     network: to train.
     replay: sizes of the memory and of each draw.
   """
   problem = network.problem
-
-  def init(key: Array) -> InitialState:
-    """Initialises the network and an empty memory."""
-    return InitialState(*network.init(key), replay_memory.empty(replay.images, problem.shape))
 
   def gradient(grads: Any, learner: LearnerState, batch: Batch) -> Any:
     """Removes the part of the gradient that would increase the loss on the memory."""
@@ -201,12 +189,8 @@ def agem(network: Network, replay: replay_memory.ReplaySettings) -> Method:
     # An empty memory constrains nothing.
     return jax.tree.map(lambda g, p: jnp.where(drawn.filled, p, g), grads, projected)
 
-  def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
-    """Adds the task's images to the memory."""
-    memory = replay_memory.add_task(learner.memory, data.pixels, data.labels, key=key)
-    return learner.replace(memory=memory)
-
-  return Method(init, network.loss, end_task, network.predict, gradient=gradient)
+  init = _make_init(network, replay)
+  return Method(init, network.loss, _end_task, network.predict, gradient=gradient)
 
 
 def project(gradient: Any, reference: Any) -> Any:
@@ -225,3 +209,22 @@ def project(gradient: Any, reference: Any) -> Any:
   square = jnp.asarray(optax.tree.vdot(reference, reference))
   share = jnp.where(along < 0, along / jnp.where(square > 0, square, 1.0), 0.0)
   return jax.tree.map(lambda g, r: g - share * r, gradient, reference)
+
+
+def _make_init(
+  network: Network, replay: replay_memory.ReplaySettings
+) -> Callable[[Array], InitialState]:
+  """Makes the `init` of a method whose memory is of images alone."""
+
+  def init(key: Array) -> InitialState:
+    """Initialises the network and an empty memory."""
+    memory = replay_memory.empty(replay.images, network.problem.shape)
+    return InitialState(*network.init(key), memory)
+
+  return init
+
+
+def _end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
+  """Adds the task's images to a memory of images alone."""
+  memory = replay_memory.add_task(learner.memory, data.pixels, data.labels, key=key)
+  return learner.replace(memory=memory)

@@ -351,14 +351,14 @@ class _TaskGates:
 
   def _with_gates_shut(self, own: Tree, kept: AnyArray) -> Tree:
     """Returns a task's own parameters, with the gates of all but the kept units closed."""
-    return {**own, "net": units.shut(own["net"], self.net.shapes[0], kept)}
+    return {**own, "net": units.close_gates(own["net"], self.net.shapes[0], kept)}
 
   def _open_rates(self, learner: LearnerState, pixels: Array) -> np.ndarray:
     """Computes the fraction of images for which each gate of the current task opens, `[U]`."""
 
     def gates_of(learner, x):
       """Returns the gates of the current task, `[N, U]`."""
-      return units.joined(self.net.apply(learner.params, learner.batch_stats, x).records)
+      return units.join_gates(self.net.apply(learner.params, learner.batch_stats, x).records)
 
     return self.problem.in_batches(gates_of, learner, pixels).mean(axis=0, dtype=np.float64)
 
@@ -372,7 +372,7 @@ class _TaskGates:
     if task + 1 == self.problem.tasks or self.settings.when_full != "grow":
       return available
     records, used = self.net.shapes[0], np.asarray(memory.relevant).any(0) | relevant
-    return units.grown(
+    return units.grow_layers(
       records,
       available,
       units.full_layers(records, used, available),

@@ -25,13 +25,16 @@ GENERATOR = Generator(
   gating="channel",
   gate=GateSettings(hidden=4, initial_open=0.6),
 )
-RECORDS = shared_generator.records(GENERATOR)
+RECORDS = shared_generator.trace_records(GENERATOR)
 KEY = jax.random.key(0, impl="rbg")
 UNITS = 12  # 8 of the first map, 4 of the second
 
 
+init, apply = jax.jit(GENERATOR.init), jax.jit(GENERATOR.apply)
+
+
 def fresh():
-  return GENERATOR.init(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))
+  return init(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))
 
 
 def protection(**changes):
@@ -62,7 +65,7 @@ def learnt(**changes):
   """Returns the rehearsal, its memory after each task, and the images it recalled then."""
   method, recalled = rehearsal(**changes), []
   step = jax.jit(method.pretrain_step)
-  memories = [method.init(KEY)]
+  memories = [jax.jit(method.init)(KEY)]
   for task in range(TASKS):
     memory = memories[-1]
     for _ in range(8):
@@ -160,7 +163,7 @@ def test_units_whose_gates_open_often_are_relevant_and_other_gates_are_shut():
 def test_open_gates_cost_their_share_after_the_patience():
   gates = protection(sparsity=2.0, patience=3.0)
   state = gates.init(shared_generator.split(fresh()["params"], RECORDS)["shared"])
-  _, records = GENERATOR.apply(fresh(), jax.random.normal(KEY, (9, 4)), jnp.zeros(9, int))
+  _, records = apply(fresh(), jax.random.normal(KEY, (9, 4)), jnp.zeros(9, int))
   shares = [np.mean(r.gates) for r in records]
   for step, price in ((2, 0.0), (3, 2.0)):
     np.testing.assert_allclose(

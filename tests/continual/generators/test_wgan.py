@@ -44,7 +44,7 @@ PAIR = Pair(), PairCritic()
 def generated(generator, state, key, n, labels=None):
   """Returns `[n, H, W, D]` uint8 images of the averaged parameters."""
   variables = {"params": state.average, "batch_stats": state.batch_stats}
-  made, _ = generator.apply(variables, wgan.latents(key, n, generator.latent), labels)
+  made, _ = generator.apply(variables, wgan.draw_latents(key, n, generator.latent), labels)
   return wgan.to_pixels(made)
 
 
@@ -73,7 +73,7 @@ def test_it_learns_how_two_pixels_belong_together():
   left = np.arange(60, 201, 4)
   pixels = np.stack([left, 230 - left // 2], axis=-1).astype(np.uint8).reshape(-1, 1, 2, 1)
   settings = WganSettings(critic_steps=3, learning_rate=2e-3)
-  run = jax.jit(steps.resident_steps(wgan.make_train_step(*PAIR, settings, seed=0)))
+  run = jax.jit(steps.resident_steps(wgan.make_wgan_step(*PAIR, settings, seed=0)))
   draw = jax.jit(lambda state: generated(PAIR[0], state, jax.random.key(1), 500))
   made = lambda state: np.asarray(draw(state), float).reshape(-1, 2)
   off_line = lambda pairs: np.mean(np.abs(pairs[:, 1] - (230 - pairs[:, 0] / 2)))
@@ -92,7 +92,7 @@ def test_it_learns_how_two_pixels_belong_together():
 
 @functools.cache
 def step(seed=0):
-  return jax.jit(wgan.make_train_step(*PAIR, SETTINGS, seed=seed))
+  return jax.jit(wgan.make_wgan_step(*PAIR, SETTINGS, seed=seed))
 
 
 @functools.cache
@@ -142,7 +142,7 @@ def test_a_step_by_hand():
   key = jax.random.fold_in(jax.random.key(0), 0)
   draw = lambda i, stream: jax.random.fold_in(jax.random.fold_in(key, i), stream)
   make = lambda params, i: generator.apply(
-    {"params": params}, wgan.latents(draw(i, wgan.LATENT_STREAM), 4, 2), None
+    {"params": params}, wgan.draw_latents(draw(i, wgan.LATENT_STREAM), 4, 2), None
   )[0]
   score = lambda params, x: critic.apply({"params": params}, x, None)
 
@@ -173,7 +173,7 @@ def test_a_step_by_hand():
 
 @functools.cache
 def gated_step(axis_name=None):
-  return wgan.make_train_step(
+  return wgan.make_wgan_step(
     *gated_nets(axis_name),
     SETTINGS,
     seed=0,
@@ -245,7 +245,7 @@ def test_an_update_may_leave_parameters_as_they_are_to_the_bit():
   }
   state = start()
   run = jax.jit(
-    wgan.make_train_step(*PAIR, SETTINGS, seed=0, hooks=wgan.GeneratorHooks(update=freeze))
+    wgan.make_wgan_step(*PAIR, SETTINGS, seed=0, hooks=wgan.GeneratorHooks(update=freeze))
   )
   new, _ = run(*(run(state, *images(8))[0], *images(8, seed=1)))
   for part in (new.generator, new.average):
@@ -261,7 +261,7 @@ def test_the_gradient_is_changed_before_the_optimiser_and_the_update_after_it():
     update=lambda updates, params: jax.tree.map(lambda u: 3 * u, updates),
   )
   state = start()
-  new, _ = jax.jit(wgan.make_train_step(*PAIR, SETTINGS, seed=0, hooks=change))(state, *images(8))
+  new, _ = jax.jit(wgan.make_wgan_step(*PAIR, SETTINGS, seed=0, hooks=change))(state, *images(8))
   expected = jax.tree.map(lambda p: p - 3e-3 * sign(p), state.generator)
   assert tiny.relative_gap(new.generator, expected) < 1e-6
 
@@ -274,7 +274,7 @@ def test_the_generator_runs_with_a_view_of_its_parameters():
   times = lambda factor: lambda params: jax.tree.map(lambda p: factor * p, params)
   halved = start().replace(generator=times(0.5)(start().generator))
   run = jax.jit(
-    wgan.make_train_step(*PAIR, SETTINGS, seed=0, hooks=wgan.GeneratorHooks(view=times(2.0)))
+    wgan.make_wgan_step(*PAIR, SETTINGS, seed=0, hooks=wgan.GeneratorHooks(view=times(2.0)))
   )
   new, metrics = run(halved, *images(8))
   expected, same = step()(start(), *images(8))
@@ -291,7 +291,7 @@ def test_sizes_of_images(shape):
 
   def run(pixels):
     fresh = wgan.init_state(generator, critic, SETTINGS, 0)
-    state, _ = wgan.make_train_step(generator, critic, SETTINGS, seed=0)(
+    state, _ = wgan.make_wgan_step(generator, critic, SETTINGS, seed=0)(
       fresh, pixels, jnp.zeros(8, int)
     )
     return fresh, state, generated(generator, state, jax.random.key(1), 5, jnp.arange(5) % 3)

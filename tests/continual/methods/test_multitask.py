@@ -125,7 +125,7 @@ def test_open_gates_cost_after_the_patience_and_every_task_pays_for_its_own():
   learner = tiny_tasks.learner(made)
   records = shared_net.SharedNet(model("gates"), tiny_tasks.problem()).shapes[0]
   net = learner.params["own"]["net"]
-  none = units.shut(jax.tree.map(lambda x: x[1], net), records, np.zeros(10, bool))
+  none = units.close_gates(jax.tree.map(lambda x: x[1], net), records, np.zeros(10, bool))
   learner = learner.replace(
     params={**learner.params, "own": {**learner.params["own"], "net": put_task(net, 1, none)}}
   )
@@ -178,7 +178,7 @@ def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
     for layer in ("layer1", "layer2"):
       logits = own[layer]["gate"]["head"]["logits"]
       logits["kernel"] = jnp.zeros_like(logits["kernel"])
-    net = put_task(net, t, units.shut(own, records, kept[t]))
+    net = put_task(net, t, units.close_gates(own, records, kept[t]))
   learner = learner.replace(params={**learner.params, "own": {**learner.params["own"], "net": net}})
   ended = made.end_task(
     learner, data._replace(validation_pixels=data.pixels, validation_labels=data.labels), None

@@ -35,7 +35,7 @@ def test_terms_by_hand_with_one_image_in_memory():
     pixels=jnp.asarray(remembered), labels=jnp.array([0]), extra=jnp.asarray(STORED)
   )
   learner = learner.replace(memory=memory, task=jnp.int32(1))
-  total, (terms, _) = method().loss(learner.params, learner, batch())
+  total, (terms, _) = jax.jit(method().loss)(learner.params, learner, batch())
   net = toy.network()
   new = net.logits(learner.params, {}, batch().x)
   old = np.asarray(net.logits(learner.params, {}, toy.normalise(jnp.asarray(remembered))))[0]
@@ -67,7 +67,7 @@ def test_squared_gap_by_hand():
 def test_nothing_is_replayed_before_there_is_a_memory():
   learner = toy.start(method())
   first = batch()._replace(labels=batch().labels - 2)
-  total, (terms, _) = method().loss(learner.params, learner, first)
+  total, (terms, _) = jax.jit(method().loss)(learner.params, learner, first)
   assert (float(terms["logits"]), float(terms["replay"])) == (0.0, 0.0)
   assert float(total) == float(terms["cross_entropy"]) > 0
 

@@ -6,8 +6,7 @@ import pytest
 from configs import split_digits
 from gating_jax import experiments
 from gating_jax.continual import registry
-from gating_jax.reports import opening, page, surroundings
-from gating_jax.training import provenance
+from gating_jax.reports import frame, page
 from gating_jax.training.rundir import flatten
 from tests.helpers import tiny_tasks
 
@@ -17,6 +16,7 @@ CONFIG = {
   "model": {"name": "tiny", "gating": "channel", "init_from": None, "gate": {"hidden": 16}},
   "optim": {"epochs": 3},
 }
+
 ROW = {
   "part": None,
   "mac_ratio": 0.5,
@@ -28,7 +28,9 @@ ROW = {
   "open_ratio": 1.02,
   "strategy": "switch",
 }
+
 UNGATED = ROW | {"strategy": "ungated", "mac_ratio": 1.0, "seconds": 0.004, "chosen": False}
+
 TIMES = {
   "step": 7,
   "device": "a machine",
@@ -57,7 +59,7 @@ def made(tmp_path):
 
 def baseline_of(folder):
   mine = json.loads((folder / "config.json").read_text())
-  found = surroundings.find_baseline(folder, mine, experiments.KINDS["classification"])
+  found = frame.find_baseline(folder, mine, experiments.KINDS["classification"])
   return found and found.name
 
 
@@ -118,7 +120,7 @@ def test_a_baseline_of_an_older_version_may_lack_fields_that_are_none(made):
   ],
 )
 def test_a_network_is_ungated_that_computes_the_same_for_all(experiment, field, gated, ungated):
-  is_ungated = lambda value, **more: surroundings.is_ungated(
+  is_ungated = lambda value, **more: frame.is_ungated(
     {"experiment": experiment, field: value, **more}
   )
   assert [value for value in (*gated, *ungated) if is_ungated(value)] == list(ungated)
@@ -142,10 +144,10 @@ def test_methods_whose_network_is_built_without_gates_are_ungated(monkeypatch):
     config.method = method
     with pytest.raises(Made) as made:
       registry.build_method(config, tiny_tasks.problem())
-    assert (
-      surroundings.is_ungated({"experiment": "continual", "method": method}) != made.value.args[0]
-    ), method
-  assert not surroundings.is_ungated({"experiment": "continual", "method": "of a newer version"})
+    assert frame.is_ungated({"experiment": "continual", "method": method}) != made.value.args[0], (
+      method
+    )
+  assert not frame.is_ungated({"experiment": "continual", "method": "of a newer version"})
 
 
 def test_measured_times_are_written_into_the_page_of_their_step(tmp_path, monkeypatch):
@@ -153,17 +155,17 @@ def test_measured_times_are_written_into_the_page_of_their_step(tmp_path, monkey
   file = tmp_path / "report.html"
 
   def page_of(step):
-    around = opening.Surroundings(step=step, workdir="a run")
-    begin = page.Opening([opening.time_number("image", around)])
-    page.write_page(file, "A run", [opening.times_section("image", around)], opening=begin)
+    around = frame.Surroundings(step=step, workdir="a run")
+    begin = page.Opening([frame.time_number("image", around)])
+    page.write_page(file, "A run", [frame.times_section("image", around)], opening=begin)
     return file.read_text()
 
   (tmp_path / "compile.json").write_text(json.dumps(TIMES))
   older = page_of(6)
-  assert not surroundings.refresh_times(tmp_path)
+  assert not frame.refresh_times(tmp_path)
   assert file.read_text() == older
   assert "gating-jax --mode=compile --workdir=&#39;a run&#39;" in page_of(7)
-  assert surroundings.refresh_times(tmp_path)
+  assert frame.refresh_times(tmp_path)
   html = file.read_text()
   assert '<p class="value">2 ms</p>' in html
   assert "ungated: 4 ms" in html
@@ -174,61 +176,60 @@ def test_measured_times_are_written_into_the_page_of_their_step(tmp_path, monkey
   )
 
 
-@pytest.mark.parametrize(
-  "text",
-  [
-    None,
-    "",
-    "[]",
-    "{}",
-    '{"step": 1, "device": "a", "timings": [1]}',
-    '{"step": 1, "device": "a", "timings": {}}',
-    '{"step": 1, "device": "a", "timings": {"a": [{"part": 0}]}}',
-  ],
-)
-def test_missing_and_damaged_times_are_no_times(tmp_path, text):
-  if text is not None:
-    (tmp_path / "compile.json").write_text(text)
-  assert surroundings.read_times(tmp_path) is None
-  assert not surroundings.refresh_times(tmp_path)  # there is no page either
+START = {
+  "date": "2026-01-02T03:04:05+00:00",
+  "command": "gating-jax --config=a.py",
+  "commit": "abc-dirty",
+  "versions": {"jax": "1.2"},
+  "hardware": "a machine",
+  "devices": 8,
+  "processes": 2,
+}
 
 
-def test_starts_are_kept_in_their_order_and_old_runs_have_none(tmp_path, monkeypatch):
-  assert provenance.read_starts(tmp_path) == []
-  monkeypatch.setattr("sys.argv", ["/a/folder/cli.py", "--config=a b.py", "--workdir=it's\udcff\n"])
-  for _ in range(2):
-    provenance.record_start(tmp_path)
-  first, second = provenance.read_starts(tmp_path)
-  assert (
-    first["command"]
-    == second["command"]
-    == r"gating-jax '--config=a b.py' $'--workdir=it\x27s\xff\x0a'"
+def cells(section):
+  return dict(section.parts[0].rows)
+
+
+def test_the_page_says_where_the_run_comes_from():
+  found = cells(
+    frame.about_section(
+      frame.Surroundings(starts=[START, START], report=START, seed=3, workdir="runs/a")
+    )
   )
-  assert first.keys() == {
-    "date",
-    "command",
-    "commit",
-    "versions",
-    "hardware",
-    "devices",
-    "processes",
+  assert found == {
+    "started": START["date"],
+    "command": START["command"],
+    "commit": "abc-dirty",
+    "versions": "jax 1.2",
+    "seed": "3",
+    "hardware": "a machine; devices: 8, processes: 2",
+    "run directory": "runs/a",
+    "resumed (1)": f"{START['date']}, a machine; devices: 8, processes: 2",
+    "page written": START["date"],
+    "by": START["command"],
+    "with commit": "abc-dirty",
+    "on": "a machine; devices: 8, processes: 2",
   }
-  assert first["date"].endswith("+00:00")
-  assert {"python", "jax", "numpy"} <= first["versions"].keys()
 
 
-@pytest.mark.parametrize(
-  "text", ["", "[]", "{}", '{"starts": 3}', '{"starts": [3]}', "[" * 100_000]
-)
-def test_damaged_starts_are_none(tmp_path, text):
-  (tmp_path / provenance.FILE).write_text(text)
-  assert provenance.read_starts(tmp_path) == []
+@pytest.mark.parametrize("starts", [[], [{}], [{"versions": 3, "commit": None, "hardware": ""}]])
+def test_what_an_old_run_does_not_tell_is_not_recorded(starts):
+  found = cells(frame.about_section(frame.Surroundings(starts=starts)))
+  assert {
+    found[name].partition(" (")[0]
+    for name in ("started", "command", "commit", "versions", "hardware")
+  } == {"not recorded"}
 
 
-def test_the_oldest_start_and_the_newest_are_kept(tmp_path, monkeypatch):
-  numbers = iter(range(100))
-  monkeypatch.setattr(provenance, "describe", lambda: {"number": next(numbers)})
-  for _ in range(60):
-    provenance.record_start(tmp_path)
-  kept = [start["number"] for start in provenance.read_starts(tmp_path)]
-  assert kept == [0, *range(11, 60)]
+def test_an_ungated_run_is_its_own_baseline():
+  around = frame.Surroundings(ungated=True)
+  assert (
+    frame.score_number("accuracy", 0.5, key="accuracy", around=around, meaning="").baseline
+    == "this run is ungated: it is a baseline"
+  )
+  assert (
+    frame.macs_number(1, executed=5, dense=5, noun="image", around=around).baseline
+    == "this run is ungated, 5 per image"
+  )
+  assert frame.why_no_baseline(around, "somehow") == ""
