@@ -5,7 +5,7 @@
     gating-jax --config=configs/composed_timegate.py --workdir=runs/timegate
     python docs/pictures.py runs/digits runs/split_digits runs/timegate
 
-Most are taken from the runs' own pages. The gates over images are drawn anew, with fewer gates than
+Most are taken from the runs' own pages. The gates over images are drawn here, with fewer gates than
 a page has, and the accuracies against MACs are those of a table in docs/results/images.md.
 """
 
