@@ -53,9 +53,9 @@ class GateRecord:
       its outputs.
   """
 
-  logits: Any
-  probs: Any
-  gates: Any
+  logits: AnyArray
+  probs: AnyArray
+  gates: AnyArray
   macs_per_unit: int = 0
   macs_per_pair: int = 0
   writers: tuple[Path, ...] = ()

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import gating_jax
 from configs import common
@@ -85,6 +86,12 @@ def train_loss(params: Any, batch_stats: Any, x: jax.Array, key: jax.Array) -> j
   return jnp.mean(logits) + shaping + l0_loss(records) + mac_loss(records)
 
 
+def loss_of_logged_gates(logits: np.ndarray, gates: np.ndarray) -> float:
+  """Computes losses of arrays of the host."""
+  record = GateRecord(logits=logits, probs=1 / (1 + np.exp(-logits)), gates=gates)
+  return float(batch_shaping_loss(logits, beta(0.6, 0.4)).mean() + l0_loss([record, gates]))
+
+
 def sum_over_layers(records: Records, prior: Prior) -> jax.Array:
   """Adds the losses of all layers."""
   losses = [batch_shaping_loss(record, prior).mean() for record in records]
@@ -141,6 +148,7 @@ def mistakes(logits: jax.Array, images: jax.Array) -> None:
   GatedChannels(32)  # pyright: ignore[reportCallIssue]
   GateSettings(initial_opened=0.5)  # pyright: ignore[reportCallIssue]
   GateRecord(logits, logits)  # pyright: ignore[reportCallIssue]
+  GateRecord(logits=[0.5], probs=logits, gates=logits)  # pyright: ignore[reportArgumentType]
   resnet("resnet20", classes="ten")  # pyright: ignore[reportArgumentType]
   _, records = resnet("resnet20", classes=10).apply({}, images)
   print(records.logits)  # pyright: ignore[reportAttributeAccessIssue]

@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from gating_jax.checks import one_of, shown
 from gating_jax.ops import arguments, collectives, relaxations
 from gating_jax.ops.arguments import float_dtype
-from gating_jax.types import Array, GateRecord, Path, Records
+from gating_jax.types import AnyArray, Array, GateRecord, Path, Records
 
 # Name of every gate module inside its block; `is_gate_path` recognises gates by it.
 GATE_NAME = "gate"
@@ -333,7 +333,7 @@ class ChannelGate(nn.Module):
     return jax.vmap(sample)(keys, logits)
 
 
-def apply_gates(x: Array, gates: Array) -> Array:
+def apply_gates(x: Array, gates: AnyArray) -> Array:
   """Switches channels: `[N, H, W, C]` features times `[N, C / b]` gates of b channels each.
 
   The b channels of a gate are adjacent. The result has the type of the features; float32 if they

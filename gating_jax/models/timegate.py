@@ -34,7 +34,7 @@ from gating_jax.layers.segment_gate import (
 from gating_jax.ops import arguments, collectives, selection
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.compaction import open_backward
-from gating_jax.types import Apply, Array, GateRecord, Records
+from gating_jax.types import AnyArray, Apply, Array, GateRecord, Records
 
 SELECTIONS = ("gate", "confidence", *POLICIES)
 POOLINGS = ("max", "mean", "attention")
@@ -173,7 +173,7 @@ class SegmentNet(nn.Module):
     """Runs the heavy net on single segments, `[N, ...]` to `[N, C]`; also returns its records."""
     return self.heavy(clips, train)
 
-  def _encode_with_open_backward(self, clips: Array, gates: Array, capacity: int) -> Array:
+  def _encode_with_open_backward(self, clips: Array, gates: AnyArray, capacity: int) -> Array:
     """Runs the heavy net on all segments; its backward pass runs on the open ones alone."""
     # A copy outside this module, since `open_backward` differentiates a pure function.
     variables, heavy = self.heavy.variables, self.heavy.clone(parent=None, name=None)
@@ -224,7 +224,7 @@ class Classifier(nn.Module):
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, features: Array, gates: Array, train: bool = False) -> Array:
+  def __call__(self, features: Array, gates: AnyArray, train: bool = False) -> Array:
     # Attention weights the chosen segments by the softmax of a score each.
     scores = nn.Dense(1, name="scores")(features)[..., 0] if self.pooling == "attention" else None
     h = pool(features, gates, self.pooling, scores=scores)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from gating_jax.checks import is_array, shown
-from gating_jax.types import Array, GateRecord
+from gating_jax.types import AnyArray, Array, GateRecord
 
 # NumPy's kinds of types that hold no real number: objects, texts, bytes, complex numbers, times.
 _NO_NUMBERS = "OSUcmM"
@@ -179,7 +179,7 @@ def items(name: str, values: Any, what: str) -> tuple[Any, ...]:
   return tuple(values)
 
 
-def of_record(value: Array | GateRecord, field: str) -> Array:
+def of_record(value: AnyArray | GateRecord, field: str) -> AnyArray:
   """Returns a field of a `GateRecord`; any other value as it is.
 
   >>> of_record(GateRecord(logits=1.0, probs=0.7, gates=1.0), "probs"), of_record(0.5, "probs")
@@ -207,7 +207,7 @@ def prng_key(name: str, key: Any) -> None:
     raise TypeError(f"{name} must be a PRNG key, such as jax.random.key(0); got {shown(key)}")
 
 
-def as_float(x: Array) -> Array:
+def as_float(x: AnyArray) -> Array:
   """Returns `x` in floating point of at least 32 bits, in which priors and losses compute.
 
   bfloat16, float16, integers, truth values and Python's numbers become float32; float64 stays.

@@ -20,7 +20,7 @@ from gating_jax.checks import one_of
 from gating_jax.ops import arguments, collectives, ranking
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.priors import Prior, check_prior
-from gating_jax.types import Array, GateRecord
+from gating_jax.types import AnyArray, Array, GateRecord
 
 EXCHANGES = ("gather", "all_to_all")
 # Least mean of a learned prior. Below it, a batch has hardly an example on one side, and Beta's
@@ -28,7 +28,7 @@ EXCHANGES = ("gather", "all_to_all")
 _LEAST_MEAN = 0.05
 
 
-def empirical_cdf(x: Array, axis: int = 0) -> Array:
+def empirical_cdf(x: AnyArray, axis: int = 0) -> Array:
   """Computes each value's level in its column: `rank / (N + 1)`, without a gradient.
 
   Tied values have their mean rank.
@@ -58,12 +58,12 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
 
 @ranking.reverse_mode_only
 def batch_shaping_loss(
-  logits: Array | GateRecord,
+  logits: AnyArray | GateRecord,
   prior: Prior,
   *,
   axis: int = 0,
   axis_name: Hashable | None = None,
-  weights: Array | None = None,
+  weights: AnyArray | None = None,
   exchange: str = "gather",
 ) -> Array:
   """Computes the squared gap between each gate's empirical CDF and a prior's, from log-odds.
@@ -123,12 +123,12 @@ def batch_shaping_loss(
 
 @ranking.reverse_mode_only
 def cdf_matching_loss(
-  x: Array,
+  x: AnyArray,
   prior: Prior,
   *,
   axis: int = 0,
   axis_name: Hashable | None = None,
-  weights: Array | None = None,
+  weights: AnyArray | None = None,
   exchange: str = "gather",
 ) -> Array:
   """Computes `batch_shaping_loss` on the natural axis, for probabilities or any real feature.
@@ -153,8 +153,8 @@ def cdf_matching_loss(
 
 
 def generalised_batch_shaping_loss(
-  logits: Array | GateRecord,
-  mean_logits: Array,
+  logits: AnyArray | GateRecord,
+  mean_logits: AnyArray,
   prior: Callable[[Array], Prior],
   hyperprior: Prior,
   **options,
@@ -223,7 +223,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(
-  name: str, x: Array, prior: Prior, *, cdf: Callable, axis: int, weights: Array | None
+  name: str, x: AnyArray, prior: Prior, *, cdf: Callable, axis: int, weights: AnyArray | None
 ) -> _Prepared:
   """Computes the prior's CDF at each value, checks all shapes, and moves the batch axis first."""
   x, axis = _batch(x, axis, name)
@@ -248,10 +248,10 @@ def _prepare(
   # A NaN stays one, whatever the CDF returns for it.
   values = jnp.where(jnp.isnan(x), jnp.nan, values.astype(x.dtype))
   # All axes but the first become one: each column is ranked on its own.
-  keys, values, weights = jax.tree.map(
+  keys, values, of_examples = jax.tree.map(
     lambda v: v.reshape(v.shape[0], -1), (lax.stop_gradient(x), values, weights)
   )
-  return _Prepared(keys, values, weights, columns)
+  return _Prepared(keys, values, of_examples, columns)
 
 
 def _loss_over_devices(batch: _Prepared, *, axis_name: Hashable | None, exchange: str) -> Array:

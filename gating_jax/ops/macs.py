@@ -11,12 +11,13 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import float_dtype
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import AnyArray, Array, GateRecord, Records
 
 
 def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
@@ -78,13 +79,13 @@ def gated_macs(records: Records) -> int:
   return total
 
 
-def _open_units(gates: Array) -> Array:
+def _open_units(gates: AnyArray) -> Any:
   """Returns the number of open units of each example, `[N]`."""
   gates = _wide(gates)
   return (gates > 0).astype(gates.dtype).sum(-1)
 
 
-def _wide(x: Array) -> Array:
+def _wide(x: AnyArray) -> Any:
   """Returns x in float32, or in float64 if it is that, as NumPy's arrays may be.
 
   MACs exceed what 16 bits can count.

@@ -25,9 +25,9 @@ from gating_jax.checks import former_keyword, former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float, number_as
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, gated_macs
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import AnyArray, Array, GateRecord, Records
 
-Layers = Sequence[Array | GateRecord]
+Layers = Sequence[AnyArray | GateRecord]
 # For `closed_share`, a gate counts as open from this fraction of examples on.
 LEAST_RATE = 0.01
 # A gate of this open probability may well be drawn open in the next batch: it is not closed.

@@ -24,7 +24,7 @@ from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.priors import Prior, beta
 from gating_jax.training import optim
 from gating_jax.training.closed_gates import CLOSED
-from gating_jax.types import Array, Records
+from gating_jax.types import AnyArray, Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
@@ -403,7 +403,7 @@ def _reduced(per_gate: Array, records: Records, reduction: str) -> Array:
   return jnp.sum(per_gate * jnp.concatenate(weights))
 
 
-def weighted_mean(values: Array, weights: Array, axis_name: Hashable | None = None) -> Array:
+def weighted_mean(values: AnyArray, weights: Array, axis_name: Hashable | None = None) -> Array:
   """Computes the weighted mean over the whole batch, on one device or over those of `axis_name`.
 
   It is 0 where nothing has weight.

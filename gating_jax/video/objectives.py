@@ -20,7 +20,7 @@ from gating_jax.ops.penalties import LEAST_RATE
 from gating_jax.ops.priors import Prior
 from gating_jax.training.closed_gates import SEGMENTS_CLOSED
 from gating_jax.training.objectives import GatePenalties, ImageObjective, weighted_mean
-from gating_jax.types import Array, Records
+from gating_jax.types import AnyArray, Array, Records
 
 SEGMENT_SPARSITIES = ("none", "mean", "target")
 Terms = Mapping[str, Array]
@@ -138,7 +138,7 @@ class VideoObjective:
     channel_penalty, channel_terms = self.channels.gate_terms(tuple(channels), step, axis_name)
     return total + channel_penalty, terms | _of_channels(channel_terms)
 
-  def _shaping(self, logits: Array, seen: Array, axis_name: Hashable | None) -> Array:
+  def _shaping(self, logits: AnyArray, seen: Array, axis_name: Hashable | None) -> Array:
     """Computes the batch-shaping loss of all segments, padding left out.
 
     They share one gate network, so they are one column.
