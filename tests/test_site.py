@@ -1,5 +1,6 @@
 """The documentation site builds strictly, names every public name, and fetches nothing."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -24,6 +25,14 @@ def test_the_reference_has_every_public_name_once():
   names = reference_names()
   assert len(names) == len(set(names))
   assert {f"gating_jax.{name}" for name in gating_jax.__all__} <= set(names)
+
+
+@pytest.mark.parametrize("package", ["ops", "layers", "models", "analysis", "inference", "testing"])
+def test_the_reference_has_every_public_name_of_a_package(package):
+  public = importlib.import_module(f"gating_jax.{package}").__all__
+  # A name that the top level has too is described under that.
+  described = {name.rpartition(".")[2] for name in reference_names()}
+  assert set(public) <= described
 
 
 def test_every_page_ends_with_what_to_read_next():
