@@ -1,6 +1,6 @@
 """The documentation site builds strictly, names every public name, and fetches nothing."""
 
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import gating_jax
+from gating_jax.training import rundir
 from tests.helpers import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -39,6 +40,25 @@ def test_every_page_ends_with_what_to_read_next():
   for page in sorted((ROOT / "docs").rglob("*.md")):
     last = page.read_text().rstrip().split("\n\n")[-1]
     assert last.startswith("Next: "), page
+
+
+@pytest.mark.parametrize(
+  ("name", "function"),
+  [
+    ("common", "image_config"),
+    ("continual_common", "continual_config"),
+    ("video_common", "video_config"),
+  ],
+)
+def test_the_table_of_a_config_has_every_field_once(name, function):
+  spec = importlib.util.spec_from_file_location("site_fields", ROOT / "docs" / "site_fields.py")
+  site_fields = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(site_fields)
+  fields = site_fields.ConfigFile(ROOT / "configs" / f"{name}.py").fields()
+  # A row without a default describes a whole section.
+  paths = [field.path for field in fields if field.default]
+  config = getattr(importlib.import_module(f"configs.{name}"), function)()
+  assert sorted(paths) == sorted(rundir.flatten(config))
 
 
 @pytest.mark.slow
