@@ -1,5 +1,6 @@
 """The documentation site builds strictly, names every public name, and fetches nothing."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 import gating_jax
+from gating_jax.training import rundir
 from tests.helpers import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -26,10 +28,37 @@ def test_the_reference_has_every_public_name_once():
   assert {f"gating_jax.{name}" for name in gating_jax.__all__} <= set(names)
 
 
+@pytest.mark.parametrize("package", ["ops", "layers", "models", "analysis", "inference", "testing"])
+def test_the_reference_has_every_public_name_of_a_package(package):
+  public = importlib.import_module(f"gating_jax.{package}").__all__
+  # A name that the top level has too is described under that.
+  described = {name.rpartition(".")[2] for name in reference_names()}
+  assert set(public) <= described
+
+
 def test_every_page_ends_with_what_to_read_next():
   for page in sorted((ROOT / "docs").rglob("*.md")):
     last = page.read_text().rstrip().split("\n\n")[-1]
     assert last.startswith("Next: "), page
+
+
+@pytest.mark.parametrize(
+  ("name", "function"),
+  [
+    ("common", "image_config"),
+    ("continual_common", "continual_config"),
+    ("video_common", "video_config"),
+  ],
+)
+def test_the_table_of_a_config_has_every_field_once(name, function):
+  spec = importlib.util.spec_from_file_location("site_fields", ROOT / "docs" / "site_fields.py")
+  site_fields = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(site_fields)
+  fields = site_fields.ConfigFile(ROOT / "configs" / f"{name}.py").fields()
+  # A row without a default describes a whole section.
+  paths = [field.path for field in fields if field.default]
+  config = getattr(importlib.import_module(f"configs.{name}"), function)()
+  assert sorted(paths) == sorted(rundir.flatten(config))
 
 
 @pytest.mark.slow
