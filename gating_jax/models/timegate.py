@@ -237,7 +237,7 @@ class Classifier(nn.Module):
     return nn.Dense(self.classes, name="logits")(h)
 
 
-def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) -> Array:
+def pool(features: Array, gates: AnyArray, kind: str, scores: Array | None = None) -> Array:
   """Pools the chosen segments of each video to one vector.
 
   Args:

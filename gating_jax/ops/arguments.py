@@ -223,7 +223,7 @@ def as_float(x: AnyArray) -> Array:
   return x.astype(jnp.float32)
 
 
-def float_dtype(x: Array) -> np.dtype:
+def float_dtype(x: AnyArray) -> np.dtype:
   """Returns the type of `x` if it is a floating one, else float32.
 
   Integers and truth values count as float32.
