@@ -592,16 +592,11 @@ def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "initial_open"), [(0.4, 0.85), (0.6, 0.3)])
-<<<<<<< HEAD
-def test_a_net_ends_at_its_budget_from_above_and_from_below(budget, initial_open, config, tmp_path):
-  """To 0.04 on 360 test images after 132 steps; to 0.02 on CIFAR-10, see docs/results/images.md."""
-=======
 def test_a_net_ends_at_its_budget_from_above_and_from_below(
   budget, initial_open, config, tmp_path, monkeypatch
 ):
   """To 0.04 on 360 test images after 132 steps; to 0.02 on CIFAR-10, see docs/results/images.md."""
   runs.without_reports(monkeypatch)
->>>>>>> dd46438ede788bd49763d7bbb6b9014bc7e493a7
   classification.run(
     config(
       **{
