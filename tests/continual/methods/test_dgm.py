@@ -27,12 +27,12 @@ GENERATOR = Generator(
   gating="channel",
   gate=GateSettings(context="none", relaxation="sigmoid"),
 )
-RECORDS = shared.trace_records(GENERATOR)
 KEY = jax.random.key(0, impl="rbg")
 UNITS = 12
 fresh = functools.cache(
   lambda: shared.split(
-    jax.jit(GENERATOR.init)(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))["params"], RECORDS
+    jax.jit(GENERATOR.init)(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))["params"],
+    shared.trace_records(GENERATOR),
   )
 )
 

@@ -6,7 +6,7 @@ import pytest
 
 from gating_jax.continual.method import Batch
 from gating_jax.continual.methods import importance
-from gating_jax.continual.methods.fine_tuning import fine_tuning
+from gating_jax.continual.methods.lwf import fine_tuning
 from gating_jax.training import devices
 from tests.helpers import conflicting
 
