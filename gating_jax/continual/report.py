@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.analysis import statistics
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
@@ -183,7 +183,7 @@ def write_report(
   begin = page.Opening(
     _numbers(result, around),
     pictures[shown],
-    frame.why_no_baseline(around, experiments.KINDS[config.experiment].how),
+    frame.why_no_baseline(around, programmes.PROGRAMMES[config.experiment].how),
     notice,
   )
   # The contents need all processes, and are complete here.
