@@ -210,14 +210,14 @@ def _result_section(result: Mapping[str, Any]) -> page.Section:
 
 
 _COLUMNS = (
-  ("when learned", "accuracy on the task's test images just after it was learned, in %"),
+  ("when learnt", "accuracy on the task's test images just after it was learnt, in %"),
   ("at the end", "the same after the last task learnt"),
 )
-_TASK = "classes that are learned together; tasks are in the order of learning"
+_TASK = "classes that are learnt together; tasks are in the order of learning"
 _TERMS = {
   "accuracies": (
     ("tested on task", "the task of the test images"),
-    ("after learning task", "the last task that was learned before this test"),
+    ("after learning task", "the last task that was learnt before this test"),
     (
       "accuracy",
       "fraction of the task's test images whose most likely class is the true one, in %",
