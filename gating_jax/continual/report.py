@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.analysis import statistics
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
@@ -187,7 +187,7 @@ def write_report(
   begin = page.Opening(
     _numbers(result, around),
     pictures[shown],
-    frame.why_no_baseline(around, experiments.KINDS[config.experiment].how),
+    frame.why_no_baseline(around, programmes.PROGRAMMES[config.experiment].how),
     notice,
   )
   # The contents need all processes, and are complete here.
@@ -214,14 +214,14 @@ def _result_section(result: Mapping[str, Any]) -> page.Section:
 
 
 _COLUMNS = (
-  ("when learned", "accuracy on the task's test images just after it was learned, in %"),
+  ("when learnt", "accuracy on the task's test images just after it was learnt, in %"),
   ("at the end", "the same after the last task learnt"),
 )
-_TASK = "classes that are learned together; tasks are in the order of learning"
+_TASK = "classes that are learnt together; tasks are in the order of learning"
 _TERMS = {
   "accuracies": (
     ("tested on task", "the task of the test images"),
-    ("after learning task", "the last task that was learned before this test"),
+    ("after learning task", "the last task that was learnt before this test"),
     (
       "accuracy",
       "fraction of the task's test images whose most likely class is the true one, in %",

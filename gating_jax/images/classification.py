@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import jax
 from flax import traverse_util
 
-from gating_jax import experiments, runner
+from gating_jax import programmes, runner
 from gating_jax.analysis import outcomes
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
@@ -77,7 +77,7 @@ class Classification(runner.Programme):
   @property
   def noun(self) -> str:
     """Returns the word for an example."""
-    return experiments.KINDS[self.config.experiment].noun
+    return programmes.PROGRAMMES[self.config.experiment].noun
 
   def prepare(self, key: jax.Array, pixels: jax.Array) -> jax.Array:
     """Augments and normalises uint8 pixels for training."""
@@ -376,7 +376,7 @@ class Classification(runner.Programme):
           step=step,
           not_compiled=conclusion.refusal(compile.check_compilable, experiment.model),
         ),
-        how=experiments.KINDS[config.experiment].how,
+        how=programmes.PROGRAMMES[config.experiment].how,
         notice=notice,
       ),
     )

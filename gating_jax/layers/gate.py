@@ -104,11 +104,8 @@ class GateSettings:
   block: int = 1
 
   def __post_init__(self):
-    arguments.whole_number("gate hidden", self.hidden)
+    check_sampling(self)
     arguments.whole_number("gate block", self.block)
-    arguments.number("gate initial_open", self.initial_open, "in (0, 1)", lambda v: 0 < v < 1)
-    arguments.number("gate temperature", self.temperature, "> 0", lambda v: 0 < v < math.inf)
-    arguments.number("gate noise_scale", self.noise_scale, ">= 0", lambda v: 0 <= v < math.inf)
     one_of("gate context", self.context, CONTEXTS)
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
     if self.context == "random" and self.relaxation != "straight_through":
@@ -144,6 +141,14 @@ class GateSettings:
         f"{channels} channels"
       )
     return size
+
+
+def check_sampling(gate: Any) -> None:
+  """Raises an error unless the fields that settings of all gates have are in their range."""
+  arguments.whole_number("gate hidden", gate.hidden)
+  arguments.number("gate initial_open", gate.initial_open, "in (0, 1)", lambda v: 0 < v < 1)
+  arguments.number("gate temperature", gate.temperature, "> 0", lambda v: 0 < v < math.inf)
+  arguments.number("gate noise_scale", gate.noise_scale, ">= 0", lambda v: 0 <= v < math.inf)
 
 
 def check_gate_settings(name: str, settings: object) -> None:

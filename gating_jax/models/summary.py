@@ -310,7 +310,7 @@ def video_summary(
   selector = gate_network + whole.macs - light.macs - heavy.macs - classifier
   if model.selection == "gate" and model.gate.context == "attention":
     # Products without a kernel: queries with keys, and weights with values.
-    selector += 2 * segments**2 * model.gate.gate.hidden
+    selector += 2 * segments**2 * model.gate.hidden
   light_before, heavy_before = made_elsewhere
   return VideoCounts(
     segments=segments,

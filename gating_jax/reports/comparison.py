@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gating_jax.experiments import Score, example_noun
+from gating_jax.programmes import Score, example_noun
 from gating_jax.reports import conclusion, frame, page
 from gating_jax.reports.compared_runs import (
   MISSING,
@@ -88,7 +88,7 @@ def _about_section(runs: Sequence[Run]) -> page.Section:
   return frame.about_runs_section(origins, provenance.describe())
 
 
-# By their names in results, which differ between kinds of experiment; a run has some of them.
+# By their names in results, which differ between programmes; a run has some of them.
 _SUMMARISED = {
   "accuracy": "accuracy",
   "mean_iou": "mean IoU",

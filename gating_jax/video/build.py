@@ -211,12 +211,10 @@ def _segment_net(config: Config, classes: int) -> SegmentNet:
       concepts=gate.concepts,
       context=gate.context,
       relaxation=gate.relaxation,
-      gate=GateSettings(
-        hidden=gate.hidden,
-        initial_open=gate.initial_open,
-        temperature=gate.temperature,
-        noise_scale=gate.noise_scale,
-      ),
+      hidden=gate.hidden,
+      initial_open=gate.initial_open,
+      temperature=gate.temperature,
+      noise_scale=gate.noise_scale,
     ),
   )
 

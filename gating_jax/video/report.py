@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.analysis import statistics
 from gating_jax.reports import conclusion, frame, page, tables, text, timeline
 from gating_jax.training import rundir
@@ -162,7 +162,7 @@ def _make_opening(
   return page.Opening(
     numbers,
     _choices(experiment, tested),
-    frame.why_no_baseline(around, experiments.KINDS[experiment.config.experiment].how),
+    frame.why_no_baseline(around, programmes.PROGRAMMES[experiment.config.experiment].how),
     notice,
   )
 

@@ -37,7 +37,7 @@ class Heavy(nn.Module):
 
 
 def net(selection="gate", context="none", *, light=True, gated=False, **settings):
-  gate = SegmentGateSettings(K, context, gate=GateSettings(hidden=HIDDEN))
+  gate = SegmentGateSettings(K, context, hidden=HIDDEN)
   return SegmentNet(
     CLASSES, Light() if light else None, Heavy(gated), selection, gate=gate, **settings
   )

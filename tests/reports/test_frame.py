@@ -4,7 +4,7 @@ import json
 import pytest
 
 from configs import split_digits
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.continual import registry
 from gating_jax.reports import frame, page
 from gating_jax.training.rundir import flatten
@@ -59,7 +59,7 @@ def made(tmp_path):
 
 def baseline_of(folder):
   mine = json.loads((folder / "config.json").read_text())
-  found = frame.find_baseline(folder, mine, experiments.KINDS["classification"])
+  found = frame.find_baseline(folder, mine, programmes.PROGRAMMES["classification"])
   return found and found.name
 
 
