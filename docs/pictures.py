@@ -37,7 +37,7 @@ DIGITS = {
   "Fraction of each class": "gates_and_classes",
 }
 TASKS = {"Filters": "tasks_and_units", "Accuracy on each task": "accuracies_of_tasks"}
-VIDEOS = {"Chosen segments": "timeline"}
+VIDEOS = {"Chosen segments": "timeline", "scene 3, activity 2": "one_video"}
 _GATES, _IMAGES = 6, 9  # rows and columns of the gates over images
 _COLOURS = 64  # of a picture; fewer make smaller files
 
