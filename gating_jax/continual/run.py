@@ -18,8 +18,9 @@ from gating_jax.continual.method import LearnerState, Method
 from gating_jax.continual.training import finish_task, make_advance, make_evaluate, test_tasks
 from gating_jax.reports import conclusion, tables
 from gating_jax.terminal import TRAINING, say, working
-from gating_jax.training import closed_gates, hosts, outlines
+from gating_jax.training import hosts, outlines
 from gating_jax.training.checkpoints import Checkpoint
+from gating_jax.training.closed_gates import CLOSED, NOTHING_LEFT, ClosingWatch, Limit
 from gating_jax.training.rundir import RunDir
 
 # The name of pretraining in messages: no other phase comes before the training on a task.
@@ -121,7 +122,7 @@ class ContinualLearning(runner.Programme):
   def _learn(self, training: runner.Training) -> bool:
     """Learns the tasks that are left; returns False where the training was asked to stop."""
     experiment = self.experiment
-    advance_on, watch = make_advance(experiment), closed_gates.watch_tasks()
+    advance_on, watch = make_advance(experiment), watch_tasks()
     end_stage = _make_end_stage(experiment, training)
     for task in experiment.stages:
       # A resumed run has learnt some tasks already.
@@ -209,3 +210,12 @@ def _make_end_stage(
     training.save()
 
   return end_stage
+
+
+def watch_tasks() -> ClosingWatch:
+  """Returns the watch over task gates: filters that a task closes are left for the next tasks."""
+  advice = (
+    "lower gates.sparsity, or raise gates.patience, the number of epochs that a task first learns "
+    "without it"
+  )
+  return ClosingWatch([Limit(CLOSED, NOTHING_LEFT, advice)])

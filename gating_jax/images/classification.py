@@ -29,8 +29,17 @@ from gating_jax.layers.gate import is_gate_path
 from gating_jax.reports import conclusion, frame, page, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.terminal import say, working
-from gating_jax.training import closed_gates, devices, evaluation, hosts, outlines, rundir, steps
+from gating_jax.training import devices, evaluation, hosts, outlines, rundir, steps
 from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training.closed_gates import (
+  CLOSED,
+  MOST_CLOSED,
+  NOTHING_LEFT,
+  ClosingWatch,
+  Limit,
+  accepted_fraction,
+  advise_on_loss,
+)
 from gating_jax.training.evaluation import Evaluation
 from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, read_lines
 from gating_jax.training.rundir import RunDir, RunDirError
@@ -40,6 +49,12 @@ from gating_jax.training.steps import Advance, MappedSteps, TrainState
 _CUT_OUT = 1
 # How titles describe a network, by `model.gating`, where they do not name a kind of gates.
 _GATING_TITLES = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
+# Regularisers with one strength, and its setting.
+_REGULARISERS = {
+  "entropy": "loss.entropy.coefficient",
+  "decision_entropy": "loss.decision_entropy.coefficient",
+  "away_from_half": "loss.away_from_half.coefficient",
+}
 
 
 def run(config: Config, workdir: Path, mode: str) -> None:
@@ -166,7 +181,7 @@ class Classification(runner.Programme):
         self.make_advance(train, training.step),
         experiment.settings,
         evaluate=evaluate,
-        watch=closed_gates.watch_images(self.config),
+        watch=watch_images(self.config),
       )
       if not ended:
         return None
@@ -477,3 +492,25 @@ def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) ->
         f"here and {there} in {folder}"
       )
   return traverse_util.unflatten_dict({**ours, **loaded})
+
+
+def watch_images(config: Config) -> ClosingWatch:
+  """Returns the watch over classifiers and segmentation."""
+  gating, gate, loss = config.model.gating, config.model.gate, config.loss
+  # An exit that no image passes is not a closed gate; random gates learn nothing.
+  if gating in ("none", "exits") or gate.context == "random":
+    return ClosingWatch(())
+  if gating == "experts":
+    advice = "raise loss.balance.coefficient, with loss.regulariser=balance"
+    return ClosingWatch([Limit(CLOSED, MOST_CLOSED, advice, subject="experts")])
+  if loss.regulariser in _REGULARISERS:
+    advice = f"lower {_REGULARISERS[loss.regulariser]}, or use loss.regulariser=batch_shaping"
+  elif loss.regulariser == "none":
+    advice = (
+      "lower optim.learning_rate or optim.gate_lr_multiplier, or use loss.regulariser=batch_shaping"
+    )
+  else:
+    advice = advise_on_loss("loss", loss, shaped=loss.regulariser == "batch_shaping")
+  # Gates that see no input prune: they are meant to close for all examples.
+  most = NOTHING_LEFT if gate.context == "none" else accepted_fraction(loss.sparsity)
+  return ClosingWatch([Limit(CLOSED, most, advice)])

@@ -22,8 +22,18 @@ from gating_jax.data.image_sets import process_indices
 from gating_jax.data.videos import VideoArrays
 from gating_jax.reports import tables
 from gating_jax.terminal import say, working
-from gating_jax.training import closed_gates, devices, hosts, outlines, steps
+from gating_jax.training import devices, hosts, outlines, steps
 from gating_jax.training.checkpoints import Checkpoint
+from gating_jax.training.closed_gates import (
+  CLOSED,
+  MOST_CLOSED,
+  SEGMENTS_CLOSED,
+  ClosingWatch,
+  Limit,
+  accepted_fraction,
+  advise_lower,
+  advise_on_loss,
+)
 from gating_jax.training.journal import numbers
 from gating_jax.training.rundir import RunDir
 from gating_jax.training.steps import Advance, MappedSteps, TrainState
@@ -216,7 +226,7 @@ class LongVideo(runner.Programme):
       self.make_advance(phase, train, training.step),
       phase.settings,
       evaluate=evaluate,
-      watch=closed_gates.watch_videos(self.config),
+      watch=watch_videos(self.config),
     )
 
   def _training_set(self, nets: Any) -> Any:
@@ -257,3 +267,19 @@ class LongVideo(runner.Programme):
     training.journal.write(training.step, "test", numbers(result))
     histograms = report.count_histograms(self.experiment, behaviour)
     training.journal.write_histograms(training.step, "test", histograms)
+
+
+def watch_videos(config: Config) -> ClosingWatch:
+  """Returns the watch over the gate of segments and the channel gates of the heavy net."""
+  limits, loss = [], config.loss
+  if config.model.selection == "gate":
+    advice = (
+      f"{advise_lower('loss', loss.sparsity)} or loss.sparsity.kind=target, or raise "
+      f"loss.batch_shaping.coefficient (now {loss.batch_shaping.coefficient:g})"
+    )
+    limits.append(Limit(SEGMENTS_CLOSED, MOST_CLOSED, advice, subject="segments"))
+  if config.model.heavy.gating != "none":
+    advice = advise_on_loss("loss.channels", loss.channels, shaped=True)
+    most, subject = accepted_fraction(loss.channels.sparsity), "heavy net's channel gates"
+    limits.append(Limit(f"channels_{CLOSED}", most, advice, subject=subject))
+  return ClosingWatch(limits)
