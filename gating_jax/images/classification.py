@@ -86,7 +86,7 @@ class Classification(runner.Programme):
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.export_run,
-    "compile": compile.compile_run,
+    "compile": functools.partial(compile.compile_run, then=("export",)),
   }
 
   @property

@@ -147,20 +147,22 @@ def time_rows(tables: Mapping[str, timings.Rows]) -> list[tuple[str, str]]:
   return found
 
 
-def conclude_times(run_dir: RunDir, step: int, tables: Mapping[str, timings.Rows]) -> None:
+def conclude_times(
+  run_dir: RunDir, step: int, tables: Mapping[str, timings.Rows], *, then: Sequence[str] = ()
+) -> None:
   """Writes new times into the page of the run, and prints the last lines of `--mode=compile`.
 
   Args:
     run_dir: of the run.
     step: of the checkpoint that was timed.
     tables: rows of times, by title, as `timings.write_times` returns them.
+    then: modes that may follow, next to writing the page again.
   """
   # A page of this step shows the times at once; one of another step must be written again.
   has_times, modes = frame.refresh_times(run_dir.path), []
   if run_dir.report.exists() and not has_times:
     modes.append("report")
-  if run_dir.config().get("experiment") == "classification":
-    modes.append("export")
+  modes += then
   done = f"Timed the checkpoint of step {step:,}: median milliseconds of a call."
   made = ("made", f"{run_dir.path / timings.TIMES_FILE}, {timings.PICTURE_FILE}")
   say(closing_text(done, [made, *time_rows(tables)], next_commands(run_dir.path, modes)))
