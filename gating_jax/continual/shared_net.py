@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,9 +34,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.types import Array, Records
-
-Tree = Any
+from gating_jax.types import Array, Records, Tree
 
 
 class TaskForward(NamedTuple):

@@ -45,9 +45,8 @@ from gating_jax.continual.method import (
 )
 from gating_jax.continual.rehearsal import Rehearsal, Replay
 from gating_jax.continual.shared_net import SharedNet, TaskForward
-from gating_jax.types import Array
+from gating_jax.types import Array, Tree
 
-Tree = Any
 # Softens the softmax of the distillation loss.
 TEMPERATURE = 2.0
 

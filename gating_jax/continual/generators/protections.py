@@ -20,7 +20,6 @@ a synaptic plasticity driven framework for continual learning", CVPR 2019.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +31,12 @@ from gating_jax.continual.generators import wgan
 from gating_jax.continual.method import MemoryNode
 from gating_jax.continual.methods import hat
 from gating_jax.models.generator import Generator
-from gating_jax.types import Array
+from gating_jax.types import Array, Tree
 
 # Latents per batch, and batches, that show which gates a task opens.
 _PROBES, _PROBE_BATCHES = 250, 40
 # Factor on HAT's updates of embeddings.
 _EMBEDDING_RATE = 10.0
-Tree = Any
 
 
 class FrozenFilters(MemoryNode):

@@ -41,9 +41,7 @@ from gating_jax.continual.rehearsal import (
 )
 from gating_jax.continual.units import gated_layers
 from gating_jax.models.generator import Critic, Generator
-from gating_jax.types import Array, Records
-
-Tree = Any
+from gating_jax.types import Array, Records, Tree
 
 
 @dataclasses.dataclass(frozen=True)

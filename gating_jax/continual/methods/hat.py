@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -48,14 +47,13 @@ from gating_jax.continual.method import (
 from gating_jax.continual.units import count_units, layer_name, record_places
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.types import Array, Records
+from gating_jax.types import Array, Records, Tree
 
 EMBEDDING_LIMIT = 6.0
 # Limit of the compensation's cosh, as in the authors' code.
 EXPONENT_LIMIT = 50.0
 # 0.9^50 = 0.5 % of the old statistics is left.
 _SETTLING_BATCHES = 50
-Tree = Any
 
 
 def hat(

@@ -16,7 +16,6 @@ Reference: Caruana, "Multitask learning", 1997; Abati et al., 2020 (the gates).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -45,9 +44,7 @@ from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops.penalties import closed_share
 from gating_jax.training.closed_gates import CLOSED
-from gating_jax.types import Array
-
-Tree = Any
+from gating_jax.types import Array, Tree
 
 
 def multitask_gates(

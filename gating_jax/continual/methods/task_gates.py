@@ -59,10 +59,9 @@ from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops.penalties import closed_share
 from gating_jax.training.closed_gates import CLOSED
-from gating_jax.types import Array
+from gating_jax.types import Array, Tree
 
 WHEN_FULL = ("error", "reuse", "grow")
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
