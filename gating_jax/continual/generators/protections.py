@@ -70,7 +70,7 @@ def gated(
 
   def begin(state, shared, fresh, key):
     """Returns a task's initial parameters: frozen filters, and fresh ones elsewhere."""
-    return {**fresh, "shared": units.reinitialise_free(state.frozen, shared, fresh["shared"])}
+    return fresh._replace(shared=units.reinitialise_free(state.frozen, shared, fresh.shared))
 
   def training(state, step):
     """Returns the hooks of a training step: masked updates and the gates' penalty."""
@@ -91,8 +91,8 @@ def gated(
 
   def finish(state, task, params, batch_stats, key):
     """Freezes the filters of relevant units and closes the other gates of the task."""
-    own = params["own"]
-    variables = {"params": shared_net.merge(params["shared"], own), "batch_stats": batch_stats}
+    own = params.own
+    variables = {"params": shared_net.merge(params.shared, own), "batch_stats": batch_stats}
     # On latents of its own, since a generator has no validation images.
     relevant = open_rates(generator, variables, key) > gates.threshold
     if gates.shut_gates:
@@ -164,7 +164,7 @@ def masked(
 
   def begin(state, shared, fresh, key):
     """Returns a task's initial parameters: the shared filters and drawn embeddings."""
-    return {"shared": shared, "own": hat.draw_embeddings(fresh["own"], key)}
+    return shared_net.Parts(shared, hat.draw_embeddings(fresh.own, key))
 
   def training(state, step):
     """Returns the hooks of a training step, at this step's slope."""
@@ -191,7 +191,7 @@ def masked(
       updates = hat.limit_embeddings(
         hat.change_embeddings(lambda u: _EMBEDDING_RATE * u, updates), params
       )
-      shared = shared_generator.split(updates, records)["shared"]
+      shared = shared_generator.split(updates, records).shared
       free = hat.plasticity(shared, records, used=used, started=jnp.ones(()))
       return shared_generator.slow_updates(updates, free)
 
@@ -200,8 +200,8 @@ def masked(
   def finish(state, task, params, batch_stats, key):
     """Keeps the task's mask `[U]` at the largest slope."""
     # a^t = sigmoid(s_max e^t): the mask that the task keeps is almost binary.
-    mask = jax.nn.sigmoid(steepness * hat.join_embeddings(params["own"], records))
-    return UsedUnits(state.masks.at[task].set(mask)), params["own"]
+    mask = jax.nn.sigmoid(steepness * hat.join_embeddings(params.own, records))
+    return UsedUnits(state.masks.at[task].set(mask)), params.own
 
   def view(params):
     """Returns the parameters with which the generator makes the masks of the largest slope."""
