@@ -17,6 +17,8 @@ Array = jax.Array
 # An array of the host or of a device.
 AnyArray = jax.Array | np.ndarray
 Path = tuple[str, ...]
+# A tree of arrays, such as parameters: JAX has no type for it.
+Tree = Any
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")

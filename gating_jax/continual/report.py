@@ -20,7 +20,7 @@ from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import layer_names
 from gating_jax.reports import conclusion, frame, page, tables, tasks
 from gating_jax.reports import images as image_pictures
-from gating_jax.reports.text import plain
+from gating_jax.reports.text import format_percent, plain
 from gating_jax.training import hosts, rundir
 from gating_jax.training.journal import Journal
 
@@ -180,7 +180,7 @@ def write_report(
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections += [
-    frame.times_section("image", around),
+    frame.run_times_section("image", around),
     frame.settings_section(configured),
     frame.about_section(around),
   ]
@@ -278,7 +278,7 @@ def _numbers(result: Mapping[str, Any], around: frame.Surroundings) -> list[page
   return [
     score,
     frame.macs_number(macs / dense, executed=macs, dense=dense, noun="image", around=around),
-    frame.time_number("image", around),
+    frame.run_time_number("image", around),
   ]
 
 
@@ -343,7 +343,7 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: LearnerStat
       most_open = np.argsort(-logits[task][:, unit], kind="stable")[:_IMAGES]
       rows.append(looks[task].pixels[most_open])
       name = plain(experiment.task_names[task], 20)
-      labels.append(f"{name}\nopen: {100 * rates[task, unit]:.0f} %")
+      labels.append(f"{name}\nopen: {format_percent(float(rates[task, unit]), 0)}")
     parts.append(
       page.embed_figure(
         image_pictures.draw_image_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True

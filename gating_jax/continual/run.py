@@ -17,6 +17,7 @@ from gating_jax.continual.build import ContinualExperiment, build
 from gating_jax.continual.method import LearnerState, Method
 from gating_jax.continual.training import finish_task, make_advance, make_evaluate, test_tasks
 from gating_jax.reports import conclusion, tables
+from gating_jax.reports.text import format_percent
 from gating_jax.terminal import TRAINING, say, working
 from gating_jax.training import hosts, outlines
 from gating_jax.training.checkpoints import Checkpoint
@@ -73,14 +74,14 @@ class ContinualLearning(runner.Programme):
       if name not in result:
         continue
       accuracy, forgetting = result[name]["average_accuracy"], result[name]["forgetting"]
-      text = f"{100 * accuracy:.2f} %, mean of {learnt} tasks"
+      text = f"{format_percent(accuracy, 2)}, mean of {learnt} tasks"
       # A single task has nothing to forget.
       if forgetting is not None:
         text += f"; forgetting: {100 * forgetting:z.2f} points"
       numbers.append((f"accuracy, {words}", text))
     # With the task known; with it unknown the cost depends on how it is inferred.
     macs, dense = result["task_aware_macs"], result["dense_macs"]
-    ratio = f"{100 * macs / dense:.1f} % of the net without gates"
+    ratio = f"{format_percent(macs / dense, 1)} of the net without gates"
     numbers.append(("MACs per image, task known", f"{macs:,.0f}, {ratio}"))
     return numbers
 
@@ -197,10 +198,9 @@ def _make_end_stage(
     training.state, training.step = learner, training.step + 1
     scores = metrics.mean_scores(learner)
     line = dict(scores)
-    text = (
-      f"after task {task + 1}: accuracy {100 * scores['task_aware.average_accuracy']:.2f} % with "
-      f"the task known, {100 * scores['task_agnostic.average_accuracy']:.2f} % without"
-    )
+    known = format_percent(scores["task_aware.average_accuracy"], 2)
+    unknown = format_percent(scores["task_agnostic.average_accuracy"], 2)
+    text = f"after task {task + 1}: accuracy {known} with the task known, {unknown} without"
     for layer, (count, units) in free.items():
       line[f"free_units/{layer}"] = float(count)
       text += f"\n  free units, {layer}: {count} of {units}"

@@ -16,11 +16,10 @@ import numpy as np
 from flax import traverse_util
 
 from gating_jax.layers.gate import LOGITS
-from gating_jax.types import AnyArray, Array, GateRecord, Path, Records
+from gating_jax.types import AnyArray, Array, GateRecord, Path, Records, Tree
 
 # Log-odds of a gate that never opens.
 SHUT = -1e3
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from gating_jax.images.build import EXITS, Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.reports import conclusion, frame, page, tables
 from gating_jax.reports import gates as gate_pictures
+from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
 from gating_jax.training import devices, evaluation, hosts, outlines, rundir, steps
 from gating_jax.training.checkpoints import restore_newest
@@ -86,7 +87,7 @@ class Classification(runner.Programme):
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.export_run,
-    "compile": compile.compile_run,
+    "compile": functools.partial(compile.compile_run, then=("export",)),
   }
 
   @property
@@ -304,7 +305,7 @@ class Classification(runner.Programme):
       histograms = evaluation.histograms(evaluated.gates, self.experiment.counts.gate_layers)
       training.journal.write_histograms(training.step, "test", histograms)
     key, name = self.score
-    training.say(f"test {name} {100 * evaluated.result[key]:.2f} %")
+    training.say(f"test {name} {format_percent(evaluated.result[key], 2)}")
     return evaluated
 
   def _add_layers(self, evaluated: Evaluation) -> None:

@@ -84,7 +84,7 @@ class Run:
 SCORES = programmes.all_scores()
 
 
-class Group(NamedTuple):
+class RunGroup(NamedTuple):
   """Runs of one programme that learn, and are tested on, the same data.
 
   Attributes:
@@ -201,7 +201,7 @@ def read_run(folder: Path, name: str) -> Run:
   )
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
   """Groups runs by what they are tested on, in the order of each group's first run."""
   alike = {}
   for run in runs:
@@ -214,7 +214,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     name = _short_name(members[0])
     # Empty where experiment and data set alone tell the group apart.
     own = _own_settings(members[0], firsts)
-    groups.append(Group(f"{name} ({own})" if own else name, members))
+    groups.append(RunGroup(f"{name} ({own})" if own else name, members))
   return groups
 
 

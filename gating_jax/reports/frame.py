@@ -326,14 +326,14 @@ def macs_number(
   return page.Number("MACs", format_percent(ratio, 1), compared, meaning=meaning)
 
 
-def time_number(noun: str, around: Surroundings) -> page.Number:
+def run_time_number(noun: str, around: Surroundings) -> page.Number:
   """Returns the milliseconds per example as a large number."""
   return timings.time_number(
     around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled
   )
 
 
-def times_section(noun: str, around: Surroundings) -> page.Section:
+def run_times_section(noun: str, around: Surroundings) -> page.Section:
   """Returns the section of times of each way to run the network."""
   return timings.times_section(around.times, noun, step=around.step, refused=around.not_compiled)
 

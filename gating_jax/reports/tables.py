@@ -495,6 +495,26 @@ TASK_MEANINGS = {
   "when the task was learnt; below 0 where tasks are forgotten.",
 }
 
+# Rows of comparisons, keyed as `_MEANINGS`.
+COMPARED_MEANINGS = {
+  "tested on": "The data set; scores on different ones are not comparable.",
+  "state": "Whether the run is finished.",
+  "last step": "The newest step with a record, in updates of the parameters.",
+  "mean IoU": _MEANINGS["mean IoU"],
+  "accuracy": "On the test set; of a sequence of tasks the mean over tasks at the end.",
+  "mean average precision": _MEANINGS["test mean average precision"],
+  "forgetting": TASK_MEANINGS["forgetting (points)"],
+  "MACs": f"The {_MACS} of one image or video, mean over the test set, gate networks included.",
+  "share": "The MACs as a fraction of those of the run's own network without gates.",
+  "parameters": _MEANINGS["parameters"],
+  "gates": "Open for 1 to 99 % of the test set (conditional), for more, for less, or decided by "
+  "noise (at random).",
+  "units that two tasks share": _MEANINGS["units that two tasks share"],
+  "segments chosen": "Fraction of a video's segments that the heavy network runs on, mean over "
+  "videos.",
+  "seconds": "Of the training since it was last started or resumed.",
+}
+
 
 def meaning(name: str) -> str:
   """Returns the definition of a row of a table of results; empty if there is none.

@@ -21,6 +21,7 @@ from gating_jax.config_files import Config
 from gating_jax.data.image_sets import process_indices
 from gating_jax.data.videos import VideoArrays
 from gating_jax.reports import tables
+from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
 from gating_jax.training import devices, hosts, outlines, steps
 from gating_jax.training.checkpoints import Checkpoint
@@ -75,11 +76,11 @@ class LongVideo(runner.Programme):
 
   def main_numbers(self, result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the score, MACs, the fraction of segments and, where it was timed, the speed."""
-    ratio = f"{100 * result['mac_ratio']:.1f} %"
+    ratio = format_percent(result["mac_ratio"], 1)
     found = [
       tables.video_rows(result)[0],
       ("MACs per video", f"{result['macs']:,.0f}, {ratio} of the heavy net on all segments"),
-      ("segments chosen", f"{100 * result['share']:.1f} %"),
+      ("segments chosen", format_percent(result["share"], 1)),
     ]
     if "videos_per_second" in result:
       baseline = f"the heavy net on all segments: {result['all_segments_videos_per_second']:.1f}"

@@ -38,9 +38,7 @@ from gating_jax.continual.method import (
   tree_size,
 )
 from gating_jax.models.columns import Column, column_macs, output_shapes
-from gating_jax.types import Array
-
-Tree = Any
+from gating_jax.types import Array, Tree
 
 
 def progressive(column: Column, problem: Problem) -> Method:
