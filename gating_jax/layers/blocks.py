@@ -138,6 +138,9 @@ class _ResidualBlock(nn.Module):
       # Only the identity can replace a closed branch.
       keeps_shape = self.stride == 1 and x_shape[-1] == convs[-1].features
       return (_whole_branch(calls),) if keeps_shape else ()
+    if self.gating not in ("channel", "all_channels"):
+      # Groups that nothing multiplies would count as gated without an effect.
+      raise ValueError(f"gating {self.gating!r} is in GATINGS, but _groups does not describe it")
     gated_output = self.gating == "all_channels"
     hidden = _hidden_groups(calls, gated_input=self.gated_input, gated_output=gated_output)
     return (*hidden, _output_group(calls[-1], project, x_shape)) if gated_output else hidden
