@@ -141,13 +141,13 @@ def build(
     0 if model.light is None else config.data.light_macs,
     config.data[f"{source}_macs"],
   )
-  counts = video_summary(model, shapes, made_elsewhere=feature_macs)
+  counts = video_summary(model, shapes, precomputed=feature_macs)
   # The cost of a segment is known only once the heavy net is counted.
   model = model.clone(macs_per_segment=counts.heavy.macs)
   # The baseline of all ratios: every segment by the heavy net, no light net and no gate.
   dense = model.clone(selection="all", light=None, light_head=False, heavy=nets(config)[1])
   reference = video_summary(
-    dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs)
+    dense, sets.network_shapes(train, config), precomputed=(0, config.data.heavy_macs)
   )
   # The heavy net itself, also where the light net takes its place and `counts` are of that.
   check_budget("loss.channels.sparsity", config.loss.channels.sparsity, reference.heavy)
