@@ -236,6 +236,7 @@ def _on_hard(run: ImageRun) -> str:
 
 
 def _outcomes(run: ImageRun) -> page.EmbeddedPicture:
+  """Draws how many test images each gate is open for, by layer."""
   return page.embed_figure(
     gate_pictures.draw_outcomes(run.gates.diagnosis, run.layer_sizes, run.layer_names),
     f"Gates of each layer, by how many of the {len(run.images.macs):,} test {run.noun}s they are "
@@ -254,6 +255,7 @@ def _outcomes(run: ImageRun) -> page.EmbeddedPicture:
 
 
 def _by_layer(run: ImageRun) -> page.Section:
+  """Returns the table of the gates of each layer."""
   # Layers have the numbers that the figures give them.
   layers = list(zip(run.layer_names, run.layer_sizes, strict=True))
   header, *rows = tables.gate_rows(by_layer(run.gates.diagnosis, layers))
@@ -263,6 +265,7 @@ def _by_layer(run: ImageRun) -> page.Section:
 
 
 def _over_training(run: ImageRun) -> page.Section:
+  """Returns the figures of how gates changed over the training."""
   names, history = run.layer_names, run.histograms
   # The panels of a deep network would not fit on a page.
   left_out = len(names) - len(gate_pictures.shown_layers(len(names)))
@@ -313,6 +316,7 @@ def _over_training(run: ImageRun) -> page.Section:
 
 
 def _selective(run: ImageRun) -> page.Section:
+  """Shows the most selective gates, each with images that open it."""
   title = f"The most selective gates, and the {run.noun}s that open them"
   rates, labels = run.gates.diagnosis.open_rates, run.images.labels
   # Gates that are open for no image, or for all, are not selective.
@@ -393,6 +397,7 @@ def _mostly(run: ImageRun, gate: int) -> str:
 
 
 def _classes(run: ImageRun) -> page.Section:
+  """Shows the gates that tell most about the class."""
   title, information = "Gates and classes", run.gates.diagnosis.class_information
   # Classes without test images have no rates.
   known = np.flatnonzero(~np.isnan(run.gates.class_rates).any(axis=1))
@@ -442,6 +447,7 @@ def _classes(run: ImageRun) -> page.Section:
 
 
 def _extremes(run: ImageRun) -> page.Section:
+  """Shows the images with the least and the largest loss."""
   images = run.images
   order = np.argsort(images.losses, kind="stable")
 
@@ -485,6 +491,7 @@ def _percent(rate: float) -> str:
 
 
 def _class(run: ImageRun, k: int) -> str:
+  """Returns the name of class `k`, shortened."""
   return plain(run.class_names[k], 15)
 
 
@@ -496,6 +503,7 @@ class _Place(NamedTuple):
 
 
 def _place(run: ImageRun, gate: int) -> _Place:
+  """Returns the place of the gate with this number among all gates."""
   ends = np.cumsum(run.layer_sizes)
   # The end of a layer is the first gate of the next one, hence `right`.
   layer = int(np.searchsorted(ends, gate, side="right"))
@@ -503,5 +511,6 @@ def _place(run: ImageRun, gate: int) -> _Place:
 
 
 def _short(run: ImageRun, gate: int) -> str:
+  """Returns the short name of a gate, `layer:number`."""
   place = _place(run, gate)
   return f"{place.layer:02d}:{place.number}"
