@@ -790,10 +790,7 @@ def account(
   Returns:
     An `Account`, per image.
   """
-  gates = []
-  for of_group in zip(*batches, strict=True):
-    gates.append(np.concatenate(of_group))
-  of_parts = folded.macs_by_part(net, shape, gates)
+  of_parts = folded.macs_by_part(net, shape, folded.join_batches(batches))
   walks = [list(folded.walk(net, gates)) for gates in batches]
   dense, opened, computed, heads = [], [], [], []
   for i, part in enumerate(net.parts):
