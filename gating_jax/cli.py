@@ -1,7 +1,4 @@
-"""The command `gating-jax`, the only file that reads the command line.
-
-`gating_jax.__main__` starts it.
-"""
+"""The command `gating-jax`: its flags, modes, messages and exit status."""
 
 from __future__ import annotations
 

@@ -243,6 +243,7 @@ def _on_hard(run: ImageRun) -> str:
 
 
 def _outcomes(run: ImageRun) -> page.EmbeddedPicture:
+  """Draws how many test images each gate is open for, by layer."""
   return page.embed_figure(
     gate_pictures.draw_outcomes(run.gated.diagnosis, run.layer_sizes, run.layer_names),
     f"Gates of each layer, by how many of the {len(run.images.macs):,} test {run.noun}s they are "
@@ -261,6 +262,7 @@ def _outcomes(run: ImageRun) -> page.EmbeddedPicture:
 
 
 def _by_layer(run: ImageRun) -> page.Section:
+  """Returns the table of the gates of each layer."""
   # Layers have the numbers that the figures give them.
   layers = list(zip(run.layer_names, run.layer_sizes, strict=True))
   header, *rows = tables.gate_rows(by_layer(run.gated.diagnosis, layers))
@@ -270,6 +272,7 @@ def _by_layer(run: ImageRun) -> page.Section:
 
 
 def _over_training(run: ImageRun) -> page.Section:
+  """Returns the figures of how gates changed over the training."""
   names, history = run.layer_names, run.histograms
   # The panels of a deep network would not fit on a page.
   left_out = len(names) - len(gate_pictures.shown_layers(len(names)))
@@ -320,6 +323,7 @@ def _over_training(run: ImageRun) -> page.Section:
 
 
 def _selective(run: ImageRun) -> page.Section:
+  """Shows the most selective gates, each with images that open it."""
   title = f"The most selective gates, and the {run.noun}s that open them"
   rates, labels = run.gated.diagnosis.open_rates, run.images.labels
   # Gates that are open for no image, or for all, are not selective.
@@ -401,6 +405,7 @@ def _mostly(run: ImageRun, gate: int) -> str:
 
 
 def _classes(run: ImageRun) -> page.Section:
+  """Shows the gates that tell most about the class."""
   title, diagnosis = "Gates and classes", run.gated.diagnosis
   class_rates, information = run.gated.class_rates, diagnosis.class_information
   # As for all sets whose images have classes.
@@ -455,6 +460,7 @@ def _classes(run: ImageRun) -> page.Section:
 
 
 def _extremes(run: ImageRun) -> page.Section:
+  """Shows the images with the least and the largest loss."""
   images = run.images
   order = np.argsort(images.losses, kind="stable")
 
@@ -498,7 +504,9 @@ def _percent(rate: float) -> str:
 
 
 def _class(run: ImageRun, k: int) -> str:
-  assert run.class_names is not None  # as for every image with a class
+  """Returns the name of class `k`, shortened."""
+  # As for every image with a class.
+  assert run.class_names is not None
   return plain(run.class_names[k], 15)
 
 
@@ -510,6 +518,7 @@ class _Place(NamedTuple):
 
 
 def _place(run: ImageRun, gate: int) -> _Place:
+  """Returns the place of the gate with this number among all gates."""
   ends = np.cumsum(run.layer_sizes)
   # The end of a layer is the first gate of the next one, hence `right`.
   layer = int(np.searchsorted(ends, gate, side="right"))
@@ -517,5 +526,6 @@ def _place(run: ImageRun, gate: int) -> _Place:
 
 
 def _short(run: ImageRun, gate: int) -> str:
+  """Returns the short name of a gate, `layer:number`."""
   place = _place(run, gate)
   return f"{place.layer:02d}:{place.number}"

@@ -299,10 +299,8 @@ def gates_of(net: FoldedNet, images: Any) -> tuple[np.ndarray, ...]:
   """Computes the gates of every group on images, `[M, U]` of 0 and 1; arguments as `observe`."""
   # Logits only: outputs of all images could fill the memory.
   pieces = [observation.logits for observation in observe(net, images)]
-  gates = []
-  for of_group in zip(*pieces, strict=True):
-    gates.append(np.asarray(threshold_gate(np.concatenate(of_group))))
-  return tuple(gates)
+  logits = folded.join_batches(pieces)
+  return tuple(np.asarray(threshold_gate(of_group)) for of_group in logits)
 
 
 def _batches(images: Any) -> Iterator[np.ndarray]:
@@ -337,14 +335,13 @@ class NetCounter:
   """Sums over batches for the `GroupStatistics` of all groups of a network."""
 
   def __init__(self, net: FoldedNet):
-    self._places = group_places(net)
-    self._counters = [GateCounter(place.group.gates) for place in self._places]
+    self._counters = {place: GateCounter(place.group.gates) for place in group_places(net)}
     self._images = 0
 
   def add(self, logits: tuple[np.ndarray, ...], images: int) -> None:
     """Adds the logits of a batch of N images, `[N, U]` for each group."""
     self._images += images
-    for counter, of_group in zip(self._counters, logits, strict=True):
+    for counter, of_group in zip(self._counters.values(), logits, strict=True):
       counter.add(of_group)
 
   def result(self) -> tuple[GroupStatistics, ...]:
@@ -357,7 +354,7 @@ class NetCounter:
     if not self._images:
       raise ValueError("calibration must have at least one image; got none")
     found = []
-    for place, counter in zip(self._places, self._counters, strict=True):
+    for place, counter in self._counters.items():
       found.append(GroupStatistics(**vars(counter.result()), **place._asdict()))
     return tuple(found)
 
@@ -398,7 +395,7 @@ def _switched(net: FoldedNet, gates: AllGates, *, buckets: int, shape: Shape, co
       names.append("native" if part.layer_gate else MASKED)
   strategies = [[name] for name in names]
   found = account(net, shape, [gates], strategies=strategies, contexts=contexts, size=count)
-  return found.of_program(names)
+  return found.program_macs(names)
 
 
 def _union(gates: np.ndarray) -> np.ndarray:

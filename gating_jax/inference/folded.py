@@ -112,6 +112,11 @@ class Group:
     return jnp.concatenate([jnp.ones((each.shape[0], self.always), each.dtype), each], axis=1)
 
 
+def expand_groups(groups: Sequence[Group], gates: Sequence[AnyArray]) -> list[Array]:
+  """Expands the `[N, U]` gates of each group to `[N, C]`, a factor for each channel."""
+  return [group.expand(g) for group, g in zip(groups, gates, strict=True)]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -170,8 +175,7 @@ class _Gated:
 
   def masks(self, gates: Sequence[AnyArray]) -> list[Array]:
     """Expands the gates of the inner groups to `[N, C]`, a factor for each channel."""
-    inner = self.inner_groups
-    return [group.expand(g) for group, g in zip(inner, gates[: len(inner)], strict=True)]
+    return expand_groups(self.inner_groups, gates[: len(self.inner_groups)])
 
 
 @jax.tree_util.register_dataclass
@@ -328,6 +332,11 @@ def group_places(net: FoldedNet) -> list[GroupPlace]:
     for j, group in enumerate(part.groups):
       found.append(GroupPlace(part=i, index=j, group=group, layer_gate=part.layer_gate))
   return found
+
+
+def join_batches(batches: Sequence[AllGates]) -> list[np.ndarray]:
+  """Joins the gates of several batches: `[N, U]` of each group to `[M, U]`."""
+  return [np.concatenate(of_group) for of_group in zip(*batches, strict=True)]
 
 
 # `(part, x, gates, gates of x) -> y`; the part is of the kind that the runner was made for.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gating_jax.checks import one_of
+from gating_jax.checks import former_keyword, one_of
 from gating_jax.layers.conv import (
   CONVOLUTIONS,
   ConvMacs,
@@ -104,19 +104,19 @@ class _ResidualBlock(nn.Module):
       **spread,
     )
 
-  def _joined(self, x: Array, beside: Array | None) -> Array:
+  def _joined(self, x: Array, extra: Array | None) -> Array:
     """Returns the first convolution's input: x, and channels that the shortcut does not see."""
-    if beside is None:
+    if extra is None:
       return x
     if self.gating != "none":
-      raise ValueError(f"extra input channels (beside) need gating 'none'; got {self.gating!r}")
-    arguments.real_array("beside", beside)
-    if jnp.shape(beside)[:-1] != x.shape[:-1]:
+      raise ValueError(f"extra input channels need gating 'none'; got {self.gating!r}")
+    arguments.real_array("extra", extra)
+    if jnp.shape(extra)[:-1] != x.shape[:-1]:
       raise ValueError(
-        f"beside must have the examples and pixels of x, {x.shape[:-1]}; got shape "
-        f"{jnp.shape(beside)}"
+        f"extra must have the examples and pixels of x, {x.shape[:-1]}; got shape "
+        f"{jnp.shape(extra)}"
       )
-    return jnp.concatenate([x, beside], axis=-1)
+    return jnp.concatenate([x, extra], axis=-1)
 
   def _records(
     self, x: Array, train: bool, *, convs: Sequence[Conv], project: Conv | None
@@ -226,15 +226,16 @@ class BasicBlock(_ResidualBlock):
       g = gate(x) in {0, 1}^(inner_width features)
 
   With `gating="all_channels"` it switches those of y too. `[N, H, W, D]` to `([N, H', W',
-  features], records)`, or the same with frames. `beside`, `[N, H, W, E]`, are more channels for
+  features], records)`, or the same with frames. `extra`, `[N, H, W, E]`, are more channels for
   conv1 only, in a block without gates.
   """
 
   expansion = 1
 
+  @former_keyword("beside", "extra")
   @nn.compact
   def __call__(
-    self, x: Array, train: bool = False, beside: Array | None = None
+    self, x: Array, train: bool = False, extra: Array | None = None
   ) -> tuple[Array, Records]:
     self._check(x)
     width = scaled(self.features, self.inner_width)
@@ -242,7 +243,7 @@ class BasicBlock(_ResidualBlock):
     conv1 = self._conv("conv1", features=width, window=3, stride=self.stride, dilation=first)
     conv2 = self._conv("conv2", features=self.features, window=3, dilation=second)
     project = self._project(x, self.features)
-    h = nn.relu(conv1(self._joined(x, beside), train))
+    h = nn.relu(conv1(self._joined(x, extra), train))
     convs = (conv1, conv2)
     records = self._records(x, train, convs=convs, project=project)
     if self._skips(records, train):
@@ -259,14 +260,15 @@ class Bottleneck(_ResidualBlock):
 
   The 3x3 convolution has the stride. With `gating="all_channels"` the gates switch the block's
   outputs too. `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the same with frames.
-  `beside` is as in `BasicBlock`.
+  `extra` is as in `BasicBlock`.
   """
 
   expansion = 4
 
+  @former_keyword("beside", "extra")
   @nn.compact
   def __call__(
-    self, x: Array, train: bool = False, beside: Array | None = None
+    self, x: Array, train: bool = False, extra: Array | None = None
   ) -> tuple[Array, Records]:
     self._check(x)
     out = self.expansion * self.features
@@ -278,7 +280,7 @@ class Bottleneck(_ResidualBlock):
     conv3 = self._conv("conv3", features=out, window=1)
     convs = (conv1, conv2, conv3)
     project = self._project(x, out)
-    h1 = nn.relu(conv1(self._joined(x, beside), train))
+    h1 = nn.relu(conv1(self._joined(x, extra), train))
     records = self._records(x, train, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)

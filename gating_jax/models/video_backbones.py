@@ -1,7 +1,7 @@
 """Networks for video segments, by name: light ones see a frame, heavy ones a clip of frames.
 
 All return `([N, C] float32 features, records)`. The residual ones are those for images, in
-`models/resnet.py` and `models/mobilenet.py`; I3D is here.
+`models/resnets.py` and `models/mobilenet.py`; I3D is here.
 
 Axes: N segments, F frames, H and W pixels, D channels, C features.
 Reference: Hussein et al., "TimeGate: conditional gating of segments in long-range activities",

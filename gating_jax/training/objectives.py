@@ -362,29 +362,6 @@ class ImageObjective:
     return penalties.target_rate_loss(records, target=self.target, axis_name=axis_name)
 
 
-def batch_shaping_term(
-  records: Records,
-  prior: Prior,
-  reduction: str = "layer_mean",
-  *,
-  axis_name: Hashable | None = None,
-) -> Array:
-  """Computes the batch-shaping loss of every gate of a network, reduced to a scalar.
-
-  One sort serves all layers together. It is the term alone, for losses of one's own and for
-  `benchmarks/training_step.py`; objectives need its parts by gate as well.
-
-  Args:
-    records: records of one forward pass, each with `[N, C]` logits.
-    prior: the distribution of each gate's open probability over the batch.
-    reduction: as in `ImageObjective`.
-    axis_name: as in `batch_shaping_loss`.
-  Returns:
-    a scalar.
-  """
-  return _reduced(_shaping_per_gate(records, prior, axis_name), records, reduction)
-
-
 def _shaping_per_gate(records: Records, prior: Prior, axis_name: Hashable | None) -> Array:
   logits = jnp.concatenate([record.logits for record in records], axis=-1)
   return batch_shaping_loss(logits, prior, axis_name=axis_name)

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import optax
 
-from gating_jax.checks import one_of
 from gating_jax.config_files import Config
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.layers.blocks import GATINGS
@@ -112,7 +111,12 @@ class VideoExperiment:
 
   def prepare(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Converts a batch's arrays to the inputs of the whole network."""
-    return sets.network_inputs(inputs, self.config, heavy_from=heavy_from(self.config))
+    return sets.network_inputs(inputs, self.config, heavy_from=self.heavy_from)
+
+  @property
+  def heavy_from(self) -> str:
+    """Returns which net, `light` or `heavy`, has the heavy one's place in the network."""
+    return heavy_from(self.config)
 
 
 def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExperiment:
@@ -142,13 +146,13 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
     0 if model.light is None else config.data.light_macs,
     config.data[f"{source}_macs"],
   )
-  counts = video_summary(model, shapes, made_elsewhere=feature_macs)
+  counts = video_summary(model, shapes, precomputed=feature_macs)
   # The cost of a segment is known only once the heavy net is counted.
   model = model.clone(macs_per_segment=counts.heavy.macs)
   # The baseline of all ratios: every segment by the heavy net, no light net and no gate.
   dense = model.clone(selection="all", light=None, light_head=False, heavy=nets(config)[1])
   reference = video_summary(
-    dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs)
+    dense, sets.network_shapes(train, config), precomputed=(0, config.data.heavy_macs)
   )
   # The heavy net itself, also where the light net takes its place and `counts` are of that.
   check_budget("loss.channels.sparsity", config.loss.channels.sparsity, reference.heavy)
@@ -349,14 +353,20 @@ def _loop(config: Config, train: Any, name: str) -> loop.LoopSettings:
 
 
 def _check(config: Config) -> None:
-  one_of("model.selection", config.model.selection, (*SELECTIONS, LIGHT))
+  """Raises a ValueError where a setting breaks its rule; the message names the field."""
+  _check_model(config)
   _check_skipped_backward(config)
+  _check_sets(config)
+  _check_training(config)
+  _check_together(config)
+
+
+def _check_model(config: Config) -> None:
+  """Checks the settings of the networks."""
   settings.check(
     config,
     choices={
-      "data.name": sets.SETS,
-      "data.layout": sets.LAYOUTS,
-      "training": TRAININGS,
+      "model.selection": (*SELECTIONS, LIGHT),
       "model.light.name": LIGHT_NETS,
       "model.heavy.name": HEAVY_NETS,
       "model.heavy.gating": GATINGS,
@@ -364,6 +374,46 @@ def _check(config: Config) -> None:
       "model.dtype": settings.DTYPES,
       "model.gate.context": SEGMENT_CONTEXTS,
       "model.gate.relaxation": SEGMENT_RELAXATIONS,
+    },
+    positive=("model.light.width", "model.heavy.width"),
+    at_least={},
+    fractions=("model.segment_fraction", "model.backward_share"),
+    rules={},
+  )
+
+
+def _check_sets(config: Config) -> None:
+  """Checks the settings of the data, before any are opened."""
+  settings.check(
+    config,
+    choices={"data.name": sets.SETS, "data.layout": sets.LAYOUTS},
+    at_least={
+      "data.segments": 1,
+      "data.frames": 1,
+      "data.size": 1,
+      "data.train_videos": 1,
+      "data.test_videos": 1,
+      "data.workers": 0,
+      "data.light_macs": 0,
+      "data.heavy_macs": 0,
+    },
+    numbers=("data.mean", "data.std"),
+    rules={"data.std": (lambda std: min(std) > 0, "a tuple of positive numbers")},
+  )
+
+
+def _check_training(config: Config) -> None:
+  """Checks the settings of both trainings, and of their losses."""
+  rules = {
+    "optim.lr_drop_at": (settings.all_numbers, "a tuple of fractions"),
+    "optim.batch_size": settings.divides_over_devices(),
+  }
+  if config.pretrain.epochs:
+    rules["pretrain.batch_size"] = settings.divides_over_devices()
+  settings.check(
+    config,
+    choices={
+      "training": TRAININGS,
       "pretrain.target": TARGETS,
       "loss.sparsity.kind": SEGMENT_SPARSITIES,
       "loss.channels.batch_shaping.reduction": REDUCTIONS,
@@ -373,8 +423,6 @@ def _check(config: Config) -> None:
       "devices.backend": devices.BACKENDS,
     },
     positive=(
-      "model.light.width",
-      "model.heavy.width",
       "optim.learning_rate",
       "pretrain.learning_rate",
       "optim.drop_factor",
@@ -392,14 +440,6 @@ def _check(config: Config) -> None:
     ),
     at_least={
       "seed": 0,
-      "data.segments": 1,
-      "data.frames": 1,
-      "data.size": 1,
-      "data.train_videos": 1,
-      "data.test_videos": 1,
-      "data.workers": 0,
-      "data.light_macs": 0,
-      "data.heavy_macs": 0,
       "pretrain.epochs": 0,
       "pretrain.segments_per_video": 1,
       "pretrain.batch_size": 1,
@@ -408,23 +448,9 @@ def _check(config: Config) -> None:
       "devices.steps_per_dispatch": 1,
       "log_every": 1,
     },
-    fractions=(
-      "model.segment_fraction",
-      "model.backward_share",
-      "loss.sparsity.target",
-      "loss.channels.sparsity.target",
-    ),
-    numbers=("data.mean", "data.std"),
-    rules={
-      "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
-      "optim.lr_drop_at": (settings.all_numbers, "a tuple of fractions"),
-      "optim.batch_size": settings.divides_over_devices(),
-      **(
-        {"pretrain.batch_size": settings.divides_over_devices()} if config.pretrain.epochs else {}
-      ),
-    },
+    fractions=("loss.sparsity.target", "loss.channels.sparsity.target"),
+    rules=rules,
   )
-  _check_together(config)
 
 
 def _check_data(config: Config, train: Any) -> None:

@@ -19,7 +19,7 @@ from gating_jax.models.timegate import find_concepts
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoint, restore_newest
 from gating_jax.video import evaluate
-from gating_jax.video.build import Phase, VideoExperiment, heavy_from
+from gating_jax.video.build import Phase, VideoExperiment
 
 PRETRAIN_DIR = "pretrain"
 # Concepts are found from at most so many segments.
@@ -114,7 +114,7 @@ def placed_nets(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
   if nets is None:
     return {}
   # Maps each slot of the whole network to the trained net that fills it.
-  places = {"heavy": heavy_from(experiment.config)}
+  places = {"heavy": experiment.heavy_from}
   if experiment.model.light is not None:
     places["light"] = "light"
   renamed = {}
