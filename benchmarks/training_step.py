@@ -95,7 +95,7 @@ def training(args, images, gating):
   config = cifar10_resnet20.get_config(f"batch={args.batch},gates={gating},epochs=1000")
   config.model.name = args.model
   # In place of CIFAR-10, which need not be there.
-  with mock.patch.multiple(image_sets, load=lambda *_: images, size=lambda *_: len(images)):
+  with mock.patch.multiple(image_sets, load=lambda *_: images, count_images=lambda *_: len(images)):
     experiment = classification.build(config)
   state = devices.replicate(
     steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape)
