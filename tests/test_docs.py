@@ -66,11 +66,19 @@ def config_of(flags):
     if blocks(page, "python")
   ],
 )
-def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
+def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   names = {"__name__": "page"}
   for block in blocks(page, "python"):
+    # Numbers that the comments behind `print` promise.
+    said = re.findall(r"^print\(.*\)  # (\d+(?:\.\d+)?)$", block, re.MULTILINE)
+    capsys.readouterr()
     exec(compile(block, page, "exec"), names)  # noqa: S102
+    if said:
+      printed = capsys.readouterr().out.split()
+      assert [float(number) for number in printed] == pytest.approx(
+        [float(number) for number in said], rel=0.05
+      )
   assert not list(tmp_path.iterdir())
 
 
