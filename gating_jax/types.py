@@ -53,6 +53,11 @@ class GateRecord:
       bypasses the layer, as through a shortcut.
     gate: path of the module that decides. Records of one module follow each other, in the order of
       its outputs.
+
+  >>> gates = np.array([[1.0, 0.0], [1.0, 1.0]])
+  >>> record = GateRecord(logits=2 * gates - 1, probs=0.9 * gates, gates=gates, macs_per_unit=72)
+  >>> record.gates.sum(axis=1) * record.macs_per_unit
+  array([ 72., 144.])
   """
 
   logits: AnyArray

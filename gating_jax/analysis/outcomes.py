@@ -38,6 +38,10 @@ class Tally:
     probs: `[G]` sum of the open probability.
     entropies: `[G]` sum of the entropy of the open probability, in bits.
     disagreements: `[G]` sum of the probability that two draws of the noise differ.
+
+  >>> batch = tally(np.array([[1, 0]]), np.array([[0.9, 0.2]]), np.array([1]), 2)
+  >>> (batch + batch).examples
+  array([0, 2])
   """
 
   examples: np.ndarray
@@ -64,6 +68,11 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int
     probs: `[N, G]` probability that it is open under the noise of training; see `open_probs`.
     labels: `[N]` integers below `classes`.
     classes: K.
+
+  >>> gates, probs = np.array([[1, 0], [1, 1]]), np.array([[0.9, 0.1], [0.9, 0.6]])
+  >>> tally(gates, probs, np.array([0, 1]), 2).opened
+  array([[1, 0],
+         [1, 1]])
   """
   member = np.arange(classes)[:, None] == labels
   # Sums over a whole set of examples need more digits than float32 has.
@@ -102,6 +111,10 @@ class Diagnosis:
     outcomes: positions in `OUTCOMES`; see `outcomes`.
     floor: bits that chance alone adds, on average, to an uncorrected estimate of the class
       information.
+
+  >>> sums = tally(np.array([[1], [0]]), np.array([[0.9], [0.2]]), np.array([0, 1]), 2)
+  >>> diagnose(sums).open_rates
+  array([0.5])
   """
 
   open_rates: np.ndarray
@@ -113,7 +126,16 @@ class Diagnosis:
 
 
 def diagnose(sums: Tally) -> Diagnosis:
-  """Diagnoses each gate from the sums over a whole set."""
+  """Diagnoses each gate from the sums over a whole set.
+
+  Args:
+    sums: of `tally`, added up over at least one example.
+
+  >>> gates, labels = np.array([[1, 0], [1, 1]] * 50), np.array([0, 1] * 50)
+  >>> found = diagnose(tally(gates, gates, labels, 2))
+  >>> [OUTCOMES[i] for i in found.outcomes]
+  ['always_open', 'conditional']
+  """
   n = sums.examples.sum()
   open_rates = sums.opened.sum(axis=0) / n
   disagreement = sums.disagreements / n
@@ -184,6 +206,12 @@ def information_floor(examples: np.ndarray) -> float:
       (K' - 1) / (2 N log 2)
 
   Here K' classes occur among N examples.
+
+  Args:
+    examples: `[K]` examples of each class.
+
+  >>> round(information_floor(np.array([50, 50])), 5)
+  0.00721
   """
   return float((np.count_nonzero(examples) - 1) / (2 * examples.sum() * np.log(2)))
 

@@ -30,6 +30,11 @@ class GateStatistics:
     opened: `[U]` number of images on which each unit is open.
     together: `[U, U]` number of images on which both units are open.
     highest, lowest: `[U]` the largest and the smallest logit seen.
+
+  >>> counter = GateCounter(2)
+  >>> counter.add(np.array([[1.0, -1.0], [2.0, 3.0]]))
+  >>> counter.result().varies
+  array([False,  True])
   """
 
   images: int
@@ -84,7 +89,13 @@ class GateStatistics:
 
 
 class GateCounter:
-  """Sums over batches for the `GateStatistics` of a group of U units."""
+  """Sums over batches for the `GateStatistics` of a group of U units.
+
+  >>> counter = GateCounter(2)
+  >>> counter.add(np.array([[1.0, -1.0], [2.0, 3.0]]))
+  >>> counter.result().open_rates
+  array([1. , 0.5])
+  """
 
   def __init__(self, units: int):
     self._images = 0

@@ -112,6 +112,12 @@ def analyse(
     An `Analysis`.
   Raises:
     ValueError: no images, images of unlike shapes or not finite, or a model that cannot be folded.
+
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> analysis = analyse(model, model.init(jax.random.key(0), x), x)
+  >>> analysis.images, len(analysis.gate_statistics)
+  (2, 1)
   """
   net = model if isinstance(model, FoldedNet) else fold(model, variables)
   check_float(net)
@@ -224,6 +230,14 @@ def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> 
     images: `[M, H, W, D]` network inputs, or an iterable of batches.
   Raises:
     ValueError: no images.
+
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> analysis = analyse(model, model.init(jax.random.key(0), x), x)
+  >>> static = find_static_units(analysis.net, analysis.gate_statistics)
+  >>> # The images of the calibration itself move nothing.
+  >>> pruning_error(analysis.net, static, x).affected
+  0.0
   """
   small = apply_pruning(net, choices)
   total, affected, changed, gap_affected, gap_others = 0, 0, 0, 0.0, 0.0

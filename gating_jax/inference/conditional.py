@@ -169,6 +169,16 @@ def compile_conditional(
     A `CompiledConditional`.
   Raises:
     ValueError: an unknown strategy, a network without the gates it takes, or values out of range.
+
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> program = compile_conditional(
+  ...   model, variables, input_shape=(6, 6, 1), batch_size=2, strategy="masked"
+  ... )
+  >>> outputs, gate_logits = program(x)
+  >>> outputs.shape, gate_logits[0].shape
+  ((2, 3), (2, 4))
   """
   one_of("strategy", strategy, (AUTO, *STRATEGIES))
   for name in candidates or ():

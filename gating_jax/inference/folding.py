@@ -45,6 +45,11 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None) -> FoldedNet:
   Raises:
     ValueError: another model, gates that are never exactly closed, or variables of another model.
     TypeError: variables that are no mapping.
+
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> net = fold(model, model.init(jax.random.key(0), x))
+  >>> len(net.parts), net.classifier[0].shape
+  (1, (4, 3))
   """
   check_foldable(model)
   assert isinstance(model, (ResNet, VGG))  # which has been checked

@@ -49,7 +49,11 @@ class GroupStatistics(GateStatistics):
 
 
 class PruneMask(NamedTuple):
-  """The static units of one group: `[U]` bool, pruned units and units that lose their gate."""
+  """The static units of one group: `[U]` bool, pruned units and units that lose their gate.
+
+  >>> PruneMask(removed=np.array([True, False]), ungated=np.array([False, False])).gated
+  array([False,  True])
+  """
 
   removed: np.ndarray
   ungated: np.ndarray

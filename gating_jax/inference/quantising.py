@@ -52,6 +52,16 @@ def quantise(net: FoldedNet) -> FoldedNet:
   Raises:
     ValueError: kernels that are int8 already.
     TypeError: a network that is not folded.
+
+  Args:
+    net: a network of `fold` or `prune`, float32.
+
+  >>> from gating_jax.inference.folding import fold
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> net = quantise(fold(model, model.init(jax.random.key(0), x)))
+  >>> net.classifier[0].values.dtype, dequantise(net).classifier[0].dtype
+  (dtype('int8'), dtype('float32'))
   """
   check_folded(net)
   check_float(net)

@@ -228,6 +228,12 @@ class BasicBlock(_ResidualBlock):
   With `gating="all_channels"` it switches those of y too. `[N, H, W, D]` to `([N, H', W',
   features], records)`, or the same with frames. `extra`, `[N, H, W, E]`, are more channels for
   conv1 only, in a block without gates.
+
+  >>> import jax
+  >>> block, x = BasicBlock(features=8, gating="channel"), jnp.zeros((2, 4, 4, 8))
+  >>> (y, (record,)), _ = jax.eval_shape(lambda: block.init_with_output(jax.random.key(0), x))
+  >>> y.shape, record.gates.shape
+  ((2, 4, 4, 8), (2, 8))
   """
 
   expansion = 1
@@ -261,6 +267,12 @@ class Bottleneck(_ResidualBlock):
   The 3x3 convolution has the stride. With `gating="all_channels"` the gates switch the block's
   outputs too. `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the same with frames.
   `extra` is as in `BasicBlock`.
+
+  >>> import jax
+  >>> block, x = Bottleneck(features=2, gating="channel"), jnp.zeros((2, 4, 4, 8))
+  >>> (y, records), _ = jax.eval_shape(lambda: block.init_with_output(jax.random.key(0), x))
+  >>> y.shape, [record.gates.shape for record in records]
+  ((2, 4, 4, 8), [(2, 2), (2, 2)])
   """
 
   expansion = 4

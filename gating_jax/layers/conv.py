@@ -62,6 +62,11 @@ class ConvNorm(nn.Module):
     norm: False for a bias in place of the normalisation.
     dilation: distance of the window's taps, in pixels.
     group_norm: whether GroupNorm, which treats every example alone, replaces BatchNorm.
+
+  >>> conv, x = ConvNorm(features=8, window=3, stride=2), jnp.zeros((1, 16, 16, 3))
+  >>> y, _ = jax.eval_shape(lambda: conv.init_with_output(jax.random.key(0), x, train=False))
+  >>> y.shape
+  (1, 8, 8, 8)
   """
 
   features: int
@@ -139,6 +144,11 @@ class FactorisedConvNorm(nn.Module):
       M = floor(t a D features / (a D + t features))
 
   Fields are as in `ConvNorm`.
+
+  >>> conv, x = FactorisedConvNorm(features=6, window=3), jnp.zeros((1, 4, 8, 8, 3))
+  >>> y, _ = jax.eval_shape(lambda: conv.init_with_output(jax.random.key(0), x, train=False))
+  >>> y.shape
+  (1, 4, 8, 8, 6)
   """
 
   features: int

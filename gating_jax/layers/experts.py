@@ -41,6 +41,12 @@ class Experts(nn.Module):
     axis_name: mapped device axis over which the head's BatchNorm takes its statistics.
   Raises:
     ValueError: experts of different MACs, when called.
+
+  >>> from gating_jax.layers.conv import ConvNorm
+  >>> experts, x = Experts((ConvNorm(4, 3), ConvNorm(4, 3)), top_k=1), jnp.ones((2, 8, 8, 3))
+  >>> (y, (record,)), _ = jax.eval_shape(lambda: experts.init_with_output(jax.random.key(0), x))
+  >>> y.shape, record.gates.shape
+  ((2, 8, 8, 4), (2, 2))
   """
 
   experts: tuple[nn.Module, ...]

@@ -93,6 +93,10 @@ class GateSettings:
     ValueError: a field out of range, or `context="random"` with another relaxation than
       `straight_through`.
     TypeError: a field of another kind.
+
+  >>> settings = GateSettings(initial_open=0.5, block=8)
+  >>> settings.initial_logit, settings.channels_per_gate(32)
+  (0.0, 8)
   """
 
   hidden: int = 16
@@ -161,6 +165,10 @@ class GateHead(nn.Module):
 
   `[N, H, W, D]` or `[N, D]` to `[N, units]`, computed in float32. In training a batch without
   examples is a ValueError: its mean is NaN, which BatchNorm would keep.
+
+  >>> head, x = GateHead(units=5), jnp.zeros((2, 8, 8, 3))
+  >>> head.apply(head.init(jax.random.key(0), x), x).shape
+  (2, 5)
   """
 
   units: int
@@ -207,6 +215,9 @@ class GatedChannels(NamedTuple):
     macs_per_pair: MACs of one channel together with one of the group before it; for the first
       group, with one of the record before, that of the block's input.
     writers, readers: as in `GateRecord`.
+
+  >>> GatedChannels(channels=32, macs_per_channel=27)
+  GatedChannels(channels=32, macs_per_channel=27, macs_per_pair=0, writers=(), readers=())
   """
 
   channels: int
@@ -222,6 +233,12 @@ class ChannelGate(nn.Module):
   Called with `[N, H, W, D]`, it returns one `GateRecord` per group. With `train=True` gates are
   sampled and need a PRNG stream named `gate`. The noise of an example depends on its place in the
   whole batch, not on its device.
+
+  >>> gate = ChannelGate((GatedChannels(channels=4, macs_per_channel=27),))
+  >>> x = jnp.ones((2, 8, 8, 3))
+  >>> (record,) = gate.apply(gate.init(jax.random.key(0), x), x)
+  >>> record.gates.shape, record.macs_per_unit
+  ((2, 4), 27)
   """
 
   groups: tuple[GatedChannels, ...]

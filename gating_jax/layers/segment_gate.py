@@ -61,6 +61,9 @@ class SegmentGateSettings:
     hidden, initial_open, temperature, noise_scale: as in `GateSettings`.
   Raises:
     ValueError, TypeError: a field out of range or of another kind.
+
+  >>> SegmentGateSettings(concepts=16, context="none").initial_logit
+  0.0
   """
 
   concepts: int = 128
@@ -103,6 +106,11 @@ class SegmentGate(nn.Module):
   segment of every video is open: the likeliest, if no other is. The statistics of training include
   all T segments, padding too: devices with more or less padding then agree with one device that
   holds the whole batch.
+
+  >>> gate = SegmentGate(SegmentGateSettings(concepts=4, hidden=8, context="none"))
+  >>> x, valid = jnp.ones((2, 6, 3)), jnp.ones((2, 6), bool)
+  >>> gate.apply(gate.init(jax.random.key(0), x, valid), x, valid).gates.shape
+  (2, 6)
   """
 
   settings: SegmentGateSettings = SegmentGateSettings()
@@ -227,7 +235,15 @@ class Policy(nn.Module):
 
 
 def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
-  """Returns the record of gates that were not sampled: their probabilities are 0 and 1."""
+  """Returns the record of gates that were not sampled: their probabilities are 0 and 1.
+
+  Args:
+    gates: `[B, T]`, 0 or 1.
+    macs_per_unit: MACs of one segment.
+
+  >>> deterministic_record(jnp.array([[1.0, 0.0]]), 72).logits
+  Array([[ inf, -inf]], dtype=float32)
+  """
   arguments.real_array("gates", gates)
   gates = jnp.asarray(gates)
   logits = jnp.where(gates > 0, jnp.full_like(gates, jnp.inf), -jnp.inf)

@@ -41,6 +41,12 @@ class MobileNet(nn.Module):
     dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics and features
       are float32.
     axis_name: mapped device axis over which BatchNorm takes its statistics.
+
+  >>> import jax
+  >>> model, x = MobileNet(((1, 8, 1, 1), (6, 8, 1, 2)), head=24), jnp.zeros((2, 16, 16, 3))
+  >>> (features, _), _ = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), x))
+  >>> features.shape
+  (2, 24)
   """
 
   stages: tuple[tuple[int, int, int, int], ...] = MOBILENET_V2

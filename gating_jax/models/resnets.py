@@ -133,6 +133,13 @@ class ResNet(nn.Module):
       open examples gradients are NaN, see `open_backward`.
     axis_name: mapped device axis over which BatchNorm takes its statistics and examples are
       numbered.
+
+  >>> model, x = ResNet(classes=10, blocks=(1, 1, 1), gating="channel"), jnp.zeros((2, 16, 16, 3))
+  >>> (logits, records), _ = jax.eval_shape(
+  ...   lambda: model.init_with_output(jax.random.key(0), x)
+  ... )
+  >>> logits.shape, [record.gates.shape for record in records]
+  ((2, 10), [(2, 16), (2, 32), (2, 64)])
   """
 
   if TYPE_CHECKING:

@@ -47,6 +47,10 @@ class ModelCounts:
     gate_macs: multiply-accumulates per example of the gate networks.
     gated: the part of `macs` that gates can switch off.
     gate_layers: name and number of gates of each gated layer, in the order of the records.
+
+  >>> counts = ModelCounts(params=9, gate_params=2, gates=8, macs=1000, gate_macs=50, gated=600)
+  >>> counts.never_gated_macs, counts.always_macs
+  (400, 450)
   """
 
   params: int
@@ -212,6 +216,10 @@ class VideoCounts:
     light, heavy: sizes of the two nets, for one segment.
     selector: MACs of the segment gate and of the light net's head, for a video of T segments.
     classifier: MACs of the classifier for a video.
+
+  >>> heavy = ModelCounts(params=9, gate_params=0, gates=0, macs=100, gate_macs=0, gated=0)
+  >>> VideoCounts(segments=4, light=NOTHING, heavy=heavy, selector=0, classifier=7).all_segments
+  407
   """
 
   segments: int

@@ -61,6 +61,14 @@ class VGG(nn.Module):
     gating: `none` or `channel`.
     gate: settings of the gates.
     dtype, axis_name: as in `ResNet`.
+
+  >>> import jax
+  >>> model, x = VGG(classes=10, chain=(8, "pool", 16), gating="channel"), jnp.zeros((2, 8, 8, 3))
+  >>> (logits, records), _ = jax.eval_shape(
+  ...   lambda: model.init_with_output(jax.random.key(0), x)
+  ... )
+  >>> logits.shape, [record.gates.shape for record in records]
+  ((2, 10), [(2, 8), (2, 16)])
   """
 
   if TYPE_CHECKING:

@@ -86,6 +86,11 @@ def first_sure(answers: Array, stay: Array) -> Array:
     stay: `[N, X]`, above 0 where the network runs on; once it is not, it stays so.
   Raises:
     ValueError: the shapes do not fit together.
+
+  >>> answers = jnp.array([[[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.3, 0.7]]])
+  >>> first_sure(answers, jnp.array([[-1.0], [1.0]]))
+  Array([[0.9, 0.1],
+         [0.3, 0.7]], dtype=float32)
   """
   arguments.real_array("answers", answers, "[N, X + 1, K]")
   arguments.real_array("stay", stay, "[N, X]")

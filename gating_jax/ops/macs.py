@@ -51,6 +51,12 @@ def executed_macs(records: Records) -> Array:
     ValueError: no records, the first one claims pairs with one before it, or records of several
       batches.
     TypeError: `records` is no list of `GateRecord`.
+
+  >>> gates = np.array([[1.0, 0.0], [1.0, 1.0]])
+  >>> first = GateRecord(gates, gates, gates, macs_per_unit=10)
+  >>> second = GateRecord(gates, gates, gates, macs_per_unit=1, macs_per_pair=5)
+  >>> executed_macs((first, second))
+  array([16., 42.])
   """
   records = checked_records(records, "gates")
   return _macs(records, [_open_units(r.gates) for r in records])
@@ -60,6 +66,15 @@ def expected_macs(records: Records) -> Array:
   """Computes `executed_macs` at the units' probabilities of being open, `[N]`.
 
   Two units of a pair count as independent.
+
+  Args:
+    records: as in `executed_macs`.
+  Raises:
+    ValueError, TypeError: as `executed_macs`.
+
+  >>> probs = np.array([[0.5, 0.25]])
+  >>> expected_macs([GateRecord(probs, probs, probs, macs_per_unit=8)])
+  array([6.])
   """
   records = checked_records(records, "probs")
   # The expected number of open units of each layer.
@@ -67,7 +82,18 @@ def expected_macs(records: Records) -> Array:
 
 
 def gated_macs(records: Records) -> int:
-  """Computes the MACs per example with every gate open."""
+  """Computes the MACs per example with every gate open.
+
+  Args:
+    records: in the network's order; only the number of gates and the costs count.
+  Raises:
+    ValueError, TypeError: as `executed_macs`.
+
+  >>> gates = np.zeros((1, 4))
+  >>> first = GateRecord(gates, gates, gates, macs_per_unit=10)
+  >>> gated_macs([first, GateRecord(gates, gates, gates, macs_per_pair=5)])
+  120
+  """
   total = before = 0
   for record in checked_records(records):
     # Only the last axes matter: records may be of different batches, such as images and segments.

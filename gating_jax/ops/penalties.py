@@ -179,6 +179,13 @@ def mac_loss(records: Records) -> Array:
 
   It is `l0_loss` with every gate weighted by its cost. Products of two layers' gates are taken at
   the product of their probabilities.
+
+  Args:
+    records: of one forward pass, with `[N, C]` probabilities.
+
+  >>> probs = jnp.array([[0.5, 0.25]])
+  >>> mac_loss([GateRecord(probs, probs, probs, macs_per_unit=8)])
+  Array(0.375, dtype=float32)
   """
   records = checked_records(records, "probs", with_examples=True)
   # One ratio for the network, not one per layer: layers count by their cost.
@@ -212,6 +219,15 @@ def mac_budget_loss(
     never_gated_macs: MACs per example of everything that is never gated, without gate networks.
     budget: fraction in (0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
+  Returns:
+    a scalar in [0, 1).
+  Raises:
+    ValueError: a number out of range, or records as in `executed_macs`.
+
+  >>> probs, gates = jnp.array([[0.5, 0.5]]), jnp.array([[1.0, 0.0]])
+  >>> record = GateRecord(probs, probs, gates, macs_per_unit=8)
+  >>> print(f"{mac_budget_loss([record], never_gated_macs=4, budget=0.5):.4f}")
+  0.0100
   """
   arguments.number("never_gated_macs", never_gated_macs, ">= 0", lambda v: v >= 0)
   budget = arguments.parameter("budget", budget, "in (0, 1]", lambda v: (v > 0) & (v <= 1))

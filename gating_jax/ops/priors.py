@@ -64,6 +64,10 @@ class Prior:
     shape: that of the parameters, `()` where one prior serves all columns.
   Raises:
     TypeError: a field that is no function where one belongs, or a shape that is no tuple.
+
+  >>> prior = Prior("exponential", cdf=lambda x: -jnp.expm1(-x), pdf=lambda x: jnp.exp(-x))
+  >>> print(f"{prior.cdf(jnp.array(1.0)):.4f}")
+  0.6321
   """
 
   name: str

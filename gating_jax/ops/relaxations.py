@@ -63,6 +63,18 @@ def straight_through(
   """Steps at 0, with the gradient of `sigmoid(noisy_logits / temperature)`.
 
   The caller adds the noise.
+
+  Args:
+    noisy_logits: log-odds with their noise, any shape.
+    temperature: > 0, of the backward pass only.
+  Raises:
+    ValueError: a temperature that is known and not above 0.
+    TypeError: an argument that is no real numbers.
+
+  >>> straight_through(jnp.array([-1.0, 2.0]))
+  Array([0., 1.], dtype=float32)
+  >>> print(f"{jax.grad(straight_through)(0.0):.4f}")
+  0.3750
   """
   noisy_logits, temperature = arguments.aligned(
     _as_logits(noisy_logits), _checked_temperature(temperature)
@@ -85,6 +97,9 @@ def binary_concrete(
       sigmoid((logit + noise) / temperature),   so P(gate > 1/2) = sigmoid(logit)
 
   Arguments are as in `straight_through_gate`; the probability holds at noise scale 1.
+
+  >>> binary_concrete(jax.random.key(0), jnp.array([-50.0, 50.0])).round(3)
+  Array([0., 1.], dtype=float32)
   """
   noisy, temperature = arguments.aligned(
     _add_logistic(key, logits, noise_scale), _checked_temperature(temperature)
@@ -103,6 +118,9 @@ def hard_concrete(
   """Samples binary concrete gates, stretched to `(low, high)` and clipped to [0, 1].
 
   Exact zeros and ones have mass. See `hard_concrete_open_prob`, `hard_concrete_mean`.
+
+  >>> hard_concrete(jax.random.key(0), jnp.array([-50.0, 50.0]))
+  Array([0., 1.], dtype=float32)
 
   Reference: Louizos et al., 2018, section 2.2.
   """
@@ -152,6 +170,15 @@ def hard_concrete_mean(
       clip(low + (high - low) * sigmoid(logit), 0, 1)
 
   Here (low, high) is `stretch`.
+
+  Args:
+    logits: as in `hard_concrete`, any shape.
+    stretch: `(low, high)` with low < 0 and high > 1.
+  Raises:
+    ValueError, TypeError: another stretch.
+
+  >>> hard_concrete_mean(jnp.array([-4.0, 0.0, 4.0])).round(3)
+  Array([0. , 0.5, 1. ], dtype=float32)
   """
   low, high = _check_stretch(stretch)
   return jnp.clip(low + (high - low) * jax.nn.sigmoid(_as_logits(logits)), 0, 1)

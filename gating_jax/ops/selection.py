@@ -101,6 +101,16 @@ def random_k(
 
   The draw depends on the video's place in the whole batch, not on how the batch is spread over the
   devices of `axis_name`.
+
+  Args:
+    key: a PRNG key.
+    valid: `[B, T]` bool.
+    k: segments per video, a number or `[B]`.
+    axis_name: mapped device axis of the batch.
+
+  >>> valid = jnp.array([[True] * 4, [True, False, False, False]])
+  >>> random_k(jax.random.key(0), valid, 2).sum(axis=1)
+  Array([2., 1.], dtype=float32)
   """
   arguments.prng_key("key", key)
   batch, segments = _checked_valid(valid).shape
