@@ -300,6 +300,12 @@ def video_summary(
       precomputed features.
   Raises:
     TypeError: another network, or a shape that is missing.
+
+  >>> from gating_jax.models.video_backbones import FeaturePool
+  >>> model = SegmentNet(classes=10, light=FeaturePool(), heavy=FeaturePool())
+  >>> shapes = {"light": (6, 4), "heavy": (6, 4), "valid": (6,)}
+  >>> video_summary(model, shapes, precomputed=(100, 1000)).heavy.macs
+  1000
   """
   arguments.instance("model", model, SegmentNet, "a SegmentNet")
   arguments.instance("shapes", shapes, Mapping, "a mapping of names to shapes")

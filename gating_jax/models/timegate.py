@@ -68,6 +68,16 @@ class SegmentNet(nn.Module):
     backward_capacity: largest number of chosen segments in a training batch; the heavy net's
       backward pass runs on no more, see `open_backward`. None: on all. The heavy net must treat
       each clip alone and have no gates.
+
+  >>> from gating_jax.models.video_backbones import FeaturePool
+  >>> model = SegmentNet(classes=10, light=FeaturePool(), heavy=FeaturePool())
+  >>> x, valid = jnp.ones((2, 6, 4)), jnp.ones((2, 6), bool)
+  >>> inputs = {"light": x, "heavy": x, "valid": valid}
+  >>> (outputs, (record,)), _ = jax.eval_shape(
+  ...   lambda: model.init_with_output(jax.random.key(0), inputs)
+  ... )
+  >>> outputs["logits"].shape, record.gates.shape
+  ((2, 10), (2, 6))
   """
 
   if TYPE_CHECKING:
