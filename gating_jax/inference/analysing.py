@@ -172,6 +172,13 @@ def prune(
     The smaller network.
   Raises:
     ValueError, TypeError: as `find_static_units`; or no analysis.
+
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> small = prune(analyse(model, model.init(jax.random.key(0), x), x))
+  >>> # The parts stay; their channels may be fewer.
+  >>> len(small.parts)
+  1
   """
   rule = "an Analysis, as returned by analyse(model, variables, images)"
   arguments.instance("analysis", analysis, Analysis, rule)

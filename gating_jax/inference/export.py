@@ -108,6 +108,16 @@ def export_model(
     ValueError: a card that is no JSON or names a field that is written anyway, or another bad
       argument.
     TypeError: a model that is not folded, or an argument of another kind.
+
+  >>> import tempfile
+  >>> from gating_jax.inference.folding import fold
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> net = fold(model, model.init(jax.random.key(0), x))
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   path = export_model(net, f"{folder}/net", input_shape=(6, 6, 1), platforms=("cpu",))
+  ...   sorted(file.name for file in path.iterdir())
+  ['card.json', 'program.stablehlo', 'weights.safetensors']
   """
   arguments.instance("directory", directory, (str, os.PathLike), "a path")
   arguments.instance("card", card, Mapping, "a mapping of names to JSON values")
@@ -181,6 +191,21 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
 
   Raises:
     ExportError: a file is missing, cut off, changed, or not what the program takes.
+
+  Args:
+    directory: of `export_model`.
+
+  >>> import tempfile
+  >>> from gating_jax.inference.folding import fold
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> net = fold(model, model.init(jax.random.key(0), x))
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   path = export_model(net, f"{folder}/net", input_shape=(6, 6, 1), platforms=("cpu",))
+  ...   loaded = load_exported(path)
+  >>> outputs, gate_logits = loaded(x)
+  >>> loaded.card["input_shape"], outputs.shape, gate_logits[0].shape
+  ([6, 6, 1], (2, 3), (2, 4))
   """
   # Imported here: only exports need it.
   from safetensors import SafetensorError

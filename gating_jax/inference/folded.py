@@ -246,6 +246,16 @@ class FoldedNet:
 
   Its parts run in order; then follow the mean over pixels and the classifier, if any. Without
   `pooled` it ends with the last feature map.
+
+  Attributes:
+    parts: layers and blocks.
+    classifier: kernel `[D', classes]` and bias, or None.
+    pooled: whether the mean over pixels follows the parts.
+
+  >>> net = FoldedNet(parts=(), classifier=(jnp.ones((3, 2)), jnp.zeros(2)))
+  >>> outputs, gate_logits = run(net, jnp.ones((1, 4, 4, 3)))
+  >>> outputs.shape, gate_logits
+  ((1, 2), ())
   """
 
   parts: tuple[Part, ...]

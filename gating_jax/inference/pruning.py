@@ -97,6 +97,16 @@ def find_static_units(
     One `PruneMask` for each group, in the order of `gate_statistics`.
   Raises:
     ValueError: a setting out of range, or statistics of another network.
+
+  >>> import jax
+  >>> import jax.numpy as jnp
+  >>> from gating_jax.inference.analysing import analyse
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> analysis = analyse(model, model.init(jax.random.key(0), x), x)
+  >>> (mask,) = find_static_units(analysis.net, analysis.gate_statistics)
+  >>> mask.removed.shape, mask.ungated.shape
+  ((4,), (4,))
   """
   _check_arguments(
     net, gate_statistics, multiple=multiple, confidence=confidence, max_rate=max_rate
@@ -139,6 +149,15 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
   Raises:
     ValueError, TypeError: choices that are not those of the network's groups, or a network that is
       not folded.
+
+  >>> import jax
+  >>> import jax.numpy as jnp
+  >>> from gating_jax.inference.folding import fold
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> net = fold(model, model.init(jax.random.key(0), x))
+  >>> len(apply_pruning(net, [PruneMask.nothing(4)]).parts)
+  1
   """
   check_folded(net)
   rule = "one PruneMask per group, as from find_static_units"

@@ -74,7 +74,14 @@ def quantise(net: FoldedNet) -> FoldedNet:
 
 
 def dequantise(net: FoldedNet) -> FoldedNet:
-  """Returns a network of `quantise` in float32, and any other network as it is."""
+  """Returns a network of `quantise` in float32, and any other network as it is.
+
+  >>> net = FoldedNet(parts=(), classifier=(jnp.ones((3, 2)), jnp.zeros(2)))
+  >>> dequantise(quantise(net)).classifier[0].round(3)
+  Array([[1., 1.],
+         [1., 1.],
+         [1., 1.]], dtype=float32)
+  """
   return jax.tree.map(_dequantise, net, is_leaf=_is_int8)
 
 

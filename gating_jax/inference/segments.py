@@ -226,6 +226,15 @@ def compile_segments(
     A `CompiledSegments`.
   Raises:
     TypeError, ValueError: naming the first argument that is wrong.
+
+  >>> from gating_jax.models.video_backbones import FeaturePool
+  >>> model = SegmentNet(classes=10, light=FeaturePool(), heavy=FeaturePool())
+  >>> x, valid = jnp.ones((2, 6, 4)), jnp.ones((2, 6), bool)
+  >>> inputs = {"light": x, "heavy": x, "valid": valid}
+  >>> variables = jax.jit(model.init)(jax.random.key(0), inputs)
+  >>> program = compile_segments(model, variables, capacities=(4, 12))
+  >>> program(inputs).outputs["logits"].shape
+  (2, 10)
   """
   arguments.instance("model", model, SegmentNet, "a SegmentNet")
   arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")

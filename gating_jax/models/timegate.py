@@ -314,6 +314,13 @@ class SegmentClassifier(nn.Module):
 
   `{"light": [N, ...], "heavy": [N, ...]}` to `(outputs, records)`: the outputs `light` and `heavy`
   are logits `[N, targets]`; all other inputs are returned unchanged.
+
+  >>> from gating_jax.models.video_backbones import FeaturePool
+  >>> model = SegmentClassifier(targets=5, light=FeaturePool(), heavy=FeaturePool())
+  >>> inputs = {"light": jnp.ones((2, 4)), "heavy": jnp.ones((2, 4))}
+  >>> (outputs, _), _ = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), inputs))
+  >>> outputs["heavy"].shape
+  (2, 5)
   """
 
   targets: int
