@@ -26,6 +26,12 @@ FORMER = """
   quantise relaxed_bernoulli resnet slim sort_with_vjp static_units straight_through_gate
   symmetric_beta target_rate_loss threshold_gate uniform vgg
 """
+# What a function returns or raises, whose example shows it; and what needs a run or a large
+# network, which the guides show.
+WITHOUT_EXAMPLE = """
+  Analysis CompiledConditional CompiledExits CompiledSegments ExitNet ExportError InflatedInception
+  Loaded LossCheck LossCheckError compile_exits fold_exits load_run
+"""
 
 
 @pytest.mark.parametrize("name", FORMER.split())
@@ -93,6 +99,23 @@ def test_type_checkers_dir_and_python_find_the_same_names(name):
   assert not submodules.intersection(package.__all__)
   for public, home in imported.items():
     assert getattr(package, public) is getattr(importlib.import_module(home), public)
+
+
+def public_values():
+  """Yields each public function and class once, with its name."""
+  seen = set()
+  for name in ("", ".analysis", ".inference", ".layers", ".models", ".ops", ".testing"):
+    package = importlib.import_module(f"gating_jax{name}")
+    for public in package.__all__:
+      value = getattr(package, public)
+      if public not in seen and callable(value):
+        seen.add(public)
+        yield public, value
+
+
+def test_every_public_name_has_an_example():
+  lacking = {name for name, value in public_values() if ">>>" not in (value.__doc__ or "")}
+  assert lacking == set(WITHOUT_EXAMPLE.split())
 
 
 def test_a_package_imports_a_name_when_it_is_used():
