@@ -282,7 +282,7 @@ TASK_SEQUENCES = {
   # Training amplifies rounding, which differs between numbers of threads: five seeds, both ways.
   "split_digits": Row(
     "split digits, task gates, two cores",
-    train("split_digits", "split_digits.py"),
+    f"taskset -c 0,1 {train('split_digits', 'split_digits.py')}",
     TASKS,
     of_run("split_digits"),
     (0, 1, 2, 3, 4),
