@@ -139,6 +139,9 @@ def measure_rows(args, names):
       print(f"{name}: NOT DONE: {error!r}", flush=True)
       failed.append(name)
       continue
+    # A row takes hours, in which the code may have been changed.
+    if commit_of_code() != commit:
+      sys.exit(f"{name} is not stored: the code was committed anew while it was measured")
     store(name, entry(row.what, shown(row), commit, row.seeds, hardware, values))
     print(f"{name}: done", flush=True)
   if failed:

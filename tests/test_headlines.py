@@ -272,6 +272,17 @@ def test_a_command_for_all_seeds_runs_once_and_may_give_means_alone(headline, me
   }
 
 
+def test_a_row_is_not_stored_if_the_code_changes_meanwhile(
+  headline, measuring, monkeypatch, tmp_path
+):
+  commits = iter(["abc", "abc", "def"])
+  monkeypatch.setattr(headline, "commit_of_code", lambda: next(commits))
+  row = of_seed(headline, tmp_path)
+  with pytest.raises(SystemExit, match="second is not stored: the code was committed anew"):
+    measuring({"first": row, "second": row})
+  assert set(json.loads(headline.FILE.read_text())["rows"]) == {"first"}
+
+
 def test_only_must_name_a_row(headline, measuring, tmp_path, capsys):
   with pytest.raises(SystemExit):
     measuring({"one": of_seed(headline, tmp_path)}, "--only=two")
