@@ -229,6 +229,9 @@ class BasicBlock(_ResidualBlock):
   features], records)`, or the same with frames. `extra`, `[N, H, W, E]`, are more channels for
   conv1 only, in a block without gates.
 
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
+
   >>> import jax
   >>> block, x = BasicBlock(features=8, gating="channel"), jnp.zeros((2, 4, 4, 8))
   >>> (y, (record,)), _ = jax.eval_shape(lambda: block.init_with_output(jax.random.key(0), x))
@@ -267,6 +270,9 @@ class Bottleneck(_ResidualBlock):
   The 3x3 convolution has the stride. With `gating="all_channels"` the gates switch the block's
   outputs too. `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the same with frames.
   `extra` is as in `BasicBlock`.
+
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
   >>> import jax
   >>> block, x = Bottleneck(features=2, gating="channel"), jnp.zeros((2, 4, 4, 8))

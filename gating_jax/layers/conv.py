@@ -62,6 +62,8 @@ class ConvNorm(nn.Module):
     norm: False for a bias in place of the normalisation.
     dilation: distance of the window's taps, in pixels.
     group_norm: whether GroupNorm, which treats every example alone, replaces BatchNorm.
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
   >>> conv, x = ConvNorm(features=8, window=3, stride=2), jnp.zeros((1, 16, 16, 3))
   >>> y, _ = jax.eval_shape(lambda: conv.init_with_output(jax.random.key(0), x, train=False))
@@ -144,6 +146,9 @@ class FactorisedConvNorm(nn.Module):
       M = floor(t a D features / (a D + t features))
 
   Fields are as in `ConvNorm`.
+
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
   >>> conv, x = FactorisedConvNorm(features=6, window=3), jnp.zeros((1, 4, 8, 8, 3))
   >>> y, _ = jax.eval_shape(lambda: conv.init_with_output(jax.random.key(0), x, train=False))

@@ -166,6 +166,9 @@ class GateHead(nn.Module):
   `[N, H, W, D]` or `[N, D]` to `[N, units]`, computed in float32. In training a batch without
   examples is a ValueError: its mean is NaN, which BatchNorm would keep.
 
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
+
   >>> head, x = GateHead(units=5), jnp.zeros((2, 8, 8, 3))
   >>> head.apply(head.init(jax.random.key(0), x), x).shape
   (2, 5)
@@ -233,6 +236,9 @@ class ChannelGate(nn.Module):
   Called with `[N, H, W, D]`, it returns one `GateRecord` per group. With `train=True` gates are
   sampled and need a PRNG stream named `gate`. The noise of an example depends on its place in the
   whole batch, not on its device.
+
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
   >>> gate = ChannelGate((GatedChannels(channels=4, macs_per_channel=27),))
   >>> x = jnp.ones((2, 8, 8, 3))

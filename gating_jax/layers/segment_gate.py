@@ -107,6 +107,9 @@ class SegmentGate(nn.Module):
   all T segments, padding too: devices with more or less padding then agree with one device that
   holds the whole batch.
 
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
+
   >>> gate = SegmentGate(SegmentGateSettings(concepts=4, hidden=8, context="none"))
   >>> x, valid = jnp.ones((2, 6, 3)), jnp.ones((2, 6), bool)
   >>> gate.apply(gate.init(jax.random.key(0), x, valid), x, valid).gates.shape
@@ -240,6 +243,8 @@ def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
   Args:
     gates: `[B, T]`, 0 or 1.
     macs_per_unit: MACs of one segment.
+  Raises:
+    TypeError: gates that are no real numbers.
 
   >>> deterministic_record(jnp.array([[1.0, 0.0]]), 72).logits
   Array([[ inf, -inf]], dtype=float32)

@@ -41,6 +41,8 @@ class MobileNet(nn.Module):
     dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics and features
       are float32.
     axis_name: mapped device axis over which BatchNorm takes its statistics.
+  Raises:
+    ValueError: when called, inputs of another rank.
 
   >>> import jax
   >>> model, x = MobileNet(((1, 8, 1, 1), (6, 8, 1, 2)), head=24), jnp.zeros((2, 16, 16, 3))

@@ -38,6 +38,9 @@ class EarlyExitNet(ResNet):
 
   Attributes:
     threshold: fraction of the largest entropy, in (0, 1), below which an exit is taken.
+  Raises:
+    TypeError, ValueError: when called, as `ResNet`; or no classes, a single stage, gates of its own,
+      or clips.
 
   >>> from gating_jax.models.summary import model_summary
   >>> from gating_jax.models.resnets import resnet
@@ -137,6 +140,8 @@ class ExpertNet(ResNet):
   Attributes:
     experts: number of experts.
     top_k: number of experts that contribute for an example; None for all.
+  Raises:
+    TypeError, ValueError: when called, as `ResNet`; or gates of its own.
 
   >>> from gating_jax.models.summary import model_summary
   >>> from gating_jax.models.resnets import resnet

@@ -133,6 +133,8 @@ class ResNet(nn.Module):
       open examples gradients are NaN, see `open_backward`.
     axis_name: mapped device axis over which BatchNorm takes its statistics and examples are
       numbered.
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
   >>> model, x = ResNet(classes=10, blocks=(1, 1, 1), gating="channel"), jnp.zeros((2, 16, 16, 3))
   >>> (logits, records), _ = jax.eval_shape(

@@ -68,6 +68,8 @@ class SegmentNet(nn.Module):
     backward_capacity: largest number of chosen segments in a training batch; the heavy net's
       backward pass runs on no more, see `open_backward`. None: on all. The heavy net must treat
       each clip alone and have no gates.
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
   >>> from gating_jax.models.video_backbones import FeaturePool
   >>> model = SegmentNet(classes=10, light=FeaturePool(), heavy=FeaturePool())

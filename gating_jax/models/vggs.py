@@ -61,6 +61,8 @@ class VGG(nn.Module):
     gating: `none` or `channel`.
     gate: settings of the gates.
     dtype, axis_name: as in `ResNet`.
+  Raises:
+    TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
   >>> import jax
   >>> model, x = VGG(classes=10, chain=(8, "pool", 16), gating="channel"), jnp.zeros((2, 8, 8, 3))

@@ -72,6 +72,8 @@ class InflatedInception(nn.Module):
     dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics and features
       are float32.
     axis_name: mapped device axis over which BatchNorm takes its statistics.
+  Raises:
+    ValueError: when called, inputs of another rank, or an unknown stem.
   """
 
   stages: tuple[tuple[tuple[int, ...], ...], ...] = I3D

@@ -136,6 +136,8 @@ def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, .
     total: largest number of units; the last size holds them.
     buckets: largest number of sizes; fewer if they coincide.
     multiple: sizes are rounded up to multiples of this, e.g. the number of devices.
+  Raises:
+    ValueError, TypeError: an argument that is no whole number >= 1.
 
   >>> bucket_sizes(10, 4), bucket_sizes(10, 4, multiple=4)
   ((3, 5, 8, 10), (4, 8, 12))

@@ -67,6 +67,8 @@ def stay_logits(exits: Array, threshold: float) -> Array:
   Args:
     exits: `[N, X, K]` logits of the exits before the last, in their order.
     threshold: fraction of the largest entropy, in (0, 1): an exit with less entropy is taken.
+  Raises:
+    ValueError, TypeError: exits of another shape, or a threshold out of range.
 
   >>> stay_logits(jnp.array([[[0.0, 1.0], [0.0, 9.0], [0.0, 0.0]]]), 0.5).round(2)
   Array([[ 1.66, -6.33, -6.33]], dtype=float32)

@@ -176,6 +176,8 @@ def generalised_batch_shaping_loss(
   Returns:
     the loss of each gate, `[C]`, and that of the means, a scalar; dimensionless, to be weighted and
     added.
+  Raises:
+    ValueError, TypeError: as `batch_shaping_loss`; or a `prior` that is no function.
   Reference: Havtorn et al., 2023 (MSViT), section 3.
 
   >>> from gating_jax.ops.priors import beta, symmetric_beta
@@ -198,6 +200,11 @@ def noise_floor(n: int) -> float:
   """Computes the expected mean-form loss of n i.i.d. samples of the prior itself.
 
       1 / (6 (n + 1))
+
+  Args:
+    n: number of examples of the whole batch, at least 1.
+  Raises:
+    ValueError, TypeError: n is no such number.
 
   >>> round(noise_floor(256), 6)
   0.000649

@@ -26,6 +26,8 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
   Args:
     kernel_shape: `[*window, Cin / groups, Cout]`; a dense kernel is `[Cin, Cout]`.
     output_shape: `[N, *spatial, Cout]`.
+  Raises:
+    ValueError, TypeError: sizes that are no whole numbers >= 0.
 
   >>> conv_macs((3, 3, 16, 32), (1, 8, 8, 32))
   294912

@@ -73,6 +73,9 @@ def target_rate_loss(
       as drawn are taken.
     target: a rate in [0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
+  Raises:
+    ValueError: no layer, a layer without examples, or a target out of range.
+    TypeError: no list of layers.
 
   >>> target_rate_loss([jnp.array([[1.0], [0.0]])], target=0.6)
   Array(0.01, dtype=float32)
@@ -99,6 +102,9 @@ def entropy_loss(probs: Layers, *, axis_name: Hashable | None = None) -> Array:
   Args:
     probs: one `[N, C]` array or record per layer.
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
+  Raises:
+    ValueError: no layer, or a layer without examples.
+    TypeError: no list of layers.
 
   >>> print(f"{entropy_loss([jnp.array([[0.0, 1.0], [1.0, 1.0]])]):.4f}")
   0.5000
@@ -119,6 +125,9 @@ def decision_entropy_loss(probs: Layers) -> Array:
     probs: one `[N, C]` array of open probabilities, or one record, per layer.
   Returns:
     A scalar in [0, 1], in bits.
+  Raises:
+    ValueError: no layer, or a layer without examples.
+    TypeError: no list of layers.
 
   >>> print(f"{decision_entropy_loss([jnp.array([[0.0, 0.5], [1.0, 0.5]])]):.4f}")
   0.5000
@@ -139,6 +148,10 @@ def indecision_loss(probs: Layers) -> Array:
 
   The mean is over examples and all gates of all layers.
 
+  Raises:
+    ValueError: no layer, or a layer without examples.
+    TypeError: no list of layers.
+
   >>> indecision_loss([jnp.array([[0.5, 1.0]]), jnp.array([[0.0, 0.5]])])
   Array(0.5, dtype=float32)
   """
@@ -155,6 +168,8 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
   Args:
     records: their `probs` add up to 1 over the C units.
     axis_name: as in `batch_shaping_loss`; means are over the whole batch.
+  Raises:
+    ValueError, TypeError: records as in `executed_macs`, or without examples.
 
   >>> from gating_jax.types import GateRecord
   >>> gates = jnp.array([[0.5, 0.0], [0.75, 0.0]])
@@ -182,6 +197,8 @@ def mac_loss(records: Records) -> Array:
 
   Args:
     records: of one forward pass, with `[N, C]` probabilities.
+  Raises:
+    ValueError, TypeError: records as in `executed_macs`, or without examples.
 
   >>> probs = jnp.array([[0.5, 0.25]])
   >>> mac_loss([GateRecord(probs, probs, probs, macs_per_unit=8)])

@@ -98,6 +98,9 @@ def binary_concrete(
 
   Arguments are as in `straight_through_gate`; the probability holds at noise scale 1.
 
+  Raises:
+    ValueError, TypeError: as `straight_through_gate`.
+
   >>> binary_concrete(jax.random.key(0), jnp.array([-50.0, 50.0])).round(3)
   Array([0., 1.], dtype=float32)
   """
@@ -119,6 +122,12 @@ def hard_concrete(
 
   Exact zeros and ones have mass. See `hard_concrete_open_prob`, `hard_concrete_mean`.
 
+  Args:
+    key, logits, temperature, noise_scale: as in `straight_through_gate`.
+    stretch: `(low, high)` with low < 0 and high > 1.
+  Raises:
+    ValueError, TypeError: an argument out of range or of another kind.
+
   >>> hard_concrete(jax.random.key(0), jnp.array([-50.0, 50.0]))
   Array([0., 1.], dtype=float32)
 
@@ -139,6 +148,13 @@ def hard_concrete_open_prob(
   """Computes P(hard concrete gate > 0), the probability in the L0 term.
 
       sigmoid(logit - temperature * log(-low / high))
+
+  Args:
+    logits: log-odds, any shape.
+    temperature: > 0.
+    stretch: `(low, high)` with low < 0 and high > 1.
+  Raises:
+    ValueError, TypeError: an argument out of range or of another kind.
 
   >>> print(f"{hard_concrete_open_prob(0.0):.4f}")
   0.8318
@@ -189,6 +205,12 @@ def clipped_sigmoid(logits: AnyArray, *, slope: float = 0.25) -> Array:
 
   Slope 1/4 is the sigmoid's tangent at 0.
 
+  Args:
+    logits: log-odds, any shape.
+    slope: > 0.
+  Raises:
+    ValueError, TypeError: another slope, or logits that are no real numbers.
+
   >>> clipped_sigmoid(jnp.array([-3.0, 0.0, 1.0, 3.0]))
   Array([0.  , 0.5 , 0.75, 1.  ], dtype=float32)
   """
@@ -198,6 +220,11 @@ def clipped_sigmoid(logits: AnyArray, *, slope: float = 0.25) -> Array:
 
 def threshold_gate(logits: AnyArray) -> Array:
   """Computes the evaluation gate: 1 where the logit is above 0, else 0; no gradient, no key.
+
+  Args:
+    logits: log-odds, any shape.
+  Raises:
+    TypeError: logits that are no real numbers.
 
   >>> threshold_gate(jnp.array([-1.0, 0.0, 2.0]))
   Array([0., 0., 1.], dtype=float32)

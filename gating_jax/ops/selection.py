@@ -38,6 +38,8 @@ def ensure_one_open(gates: Array, logits: Array, valid: Array) -> Array:
     valid: `[B, T]` bool.
   Returns:
     `[B, T]`, dtype of `gates`; float32 for whole numbers and truth values.
+  Raises:
+    ValueError, TypeError: arrays of other or unlike shapes, or that are no real numbers.
 
   >>> logits, valid = jnp.array([[-2.0, -1.0, 5.0]]), jnp.array([[True, True, False]])
   >>> ensure_one_open(jnp.zeros((1, 3)), logits, valid)
@@ -58,6 +60,8 @@ def top_k(scores: AnyArray, valid: AnyArray, k: int | AnyArray) -> Array:
       below `-inf`: it is chosen only if nothing else is left.
     valid: `[B, T]` bool.
     k: segments per video, a number or `[B]`; a video with no more than k has all chosen.
+  Raises:
+    ValueError, TypeError: arrays of other or unlike shapes, or a k that is no whole number >= 1.
 
   >>> top_k(jnp.array([[0.1, 0.9, 0.5, 2.0]]), jnp.array([[True, True, True, False]]), 2)
   Array([[0., 1., 1., 0.]], dtype=float32)
@@ -75,6 +79,14 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
   """Selects k segments at the centres of k equal parts of each video's valid length n.
 
       floor((i + 1/2) n / k)
+
+  Args:
+    valid: `[B, T]` bool.
+    k: segments per video, a number or `[B]`.
+  Returns:
+    `[B, T]`, 0.0 or 1.0.
+  Raises:
+    ValueError, TypeError: another shape, or a k that is no whole number >= 1.
 
   >>> uniform_k(jnp.array([[True] * 8, [True] * 3 + [False] * 5]), 2)
   Array([[0., 0., 1., 0., 0., 0., 1., 0.],
@@ -107,6 +119,8 @@ def random_k(
     valid: `[B, T]` bool.
     k: segments per video, a number or `[B]`.
     axis_name: mapped device axis of the batch.
+  Raises:
+    ValueError, TypeError: arrays of other or unlike shapes, or a k that is no whole number >= 1.
 
   >>> valid = jnp.array([[True] * 4, [True, False, False, False]])
   >>> random_k(jax.random.key(0), valid, 2).sum(axis=1)
@@ -122,6 +136,14 @@ def random_k(
 
 def first_k(valid: AnyArray, k: int | AnyArray) -> Array:
   """Selects the first k segments in the `frame_exit_order` of each video's valid length.
+
+  Args:
+    valid: `[B, T]` bool.
+    k: segments per video, a number or `[B]`.
+  Returns:
+    `[B, T]`, 0.0 or 1.0.
+  Raises:
+    ValueError, TypeError: another shape, or a k that is no whole number >= 1.
 
   >>> first_k(jnp.array([[True] * 5, [True] * 3 + [False] * 2]), 2)
   Array([[1., 0., 1., 0., 0.],
