@@ -39,8 +39,8 @@ class EarlyExitNet(ResNet):
   Attributes:
     threshold: fraction of the largest entropy, in (0, 1), below which an exit is taken.
   Raises:
-    TypeError, ValueError: when called, as `ResNet`; or no classes, a single stage, gates of its own,
-      or clips.
+    TypeError, ValueError: when called, as `ResNet`; or no classes, a single stage, other gates, or
+      clips.
 
   >>> from gating_jax.models.summary import model_summary
   >>> from gating_jax.models.resnets import resnet
