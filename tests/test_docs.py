@@ -70,15 +70,16 @@ def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch, caps
   monkeypatch.chdir(tmp_path)
   names = {"__name__": "page"}
   for block in blocks(page, "python"):
-    # Numbers that the comments behind `print` promise.
+    # Numbers that the comments behind `print` promise, with as many decimals.
     said = re.findall(r"^print\(.*\)  # (\d+(?:\.\d+)?)$", block, re.MULTILINE)
     capsys.readouterr()
     exec(compile(block, page, "exec"), names)  # noqa: S102
     if said:
       printed = capsys.readouterr().out.split()
-      assert [float(number) for number in printed] == pytest.approx(
-        [float(number) for number in said], rel=0.05
-      )
+      assert len(printed) == len(said)
+      for number, rounded in zip(printed, said, strict=True):
+        decimals = len(rounded.partition(".")[2])
+        assert f"{float(number):.{decimals}f}" == rounded
   assert not list(tmp_path.iterdir())
 
 

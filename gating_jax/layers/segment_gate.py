@@ -112,7 +112,8 @@ class SegmentGate(nn.Module):
 
   >>> gate = SegmentGate(SegmentGateSettings(concepts=4, hidden=8, context="none"))
   >>> x, valid = jnp.ones((2, 6, 3)), jnp.ones((2, 6), bool)
-  >>> gate.apply(gate.init(jax.random.key(0), x, valid), x, valid).gates.shape
+  >>> record, _ = jax.jit(gate.init_with_output)(jax.random.key(0), x, valid)
+  >>> record.gates.shape
   (2, 6)
   """
 
