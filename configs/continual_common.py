@@ -57,9 +57,13 @@ def continual_config() -> Config:
       "hat": {
         "steepness": 400.0,  # s_max, the slope of the masks in evaluation
         "sparsity": 0.75,  # c, penalty on the fraction of free units that a task takes
+        # its authors': large, since the compensation makes the embeddings' gradients large;
+        # here and below, None is optim.grad_clip_norm
+        "grad_clip_norm": 10_000.0,
       },
       "progressive": {
         "alpha": 0.1,  # initial weight of an older column's features
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not state any
       },
       "router": {  # task inference, for when the task is unknown
         "rehearsal": "episodic",  # or generative, gated_generative, masked_generative, none
@@ -95,27 +99,34 @@ def continual_config() -> Config:
       "ewc": {
         "strength": 200.0,  # lambda of lambda/2; less at a larger learning rate
         "examples": 500,  # images of a task for its Fisher diagonal, at most
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not state any
       },
       "online_ewc": {
         "strength": 200.0,
         "decay": 1.0,  # of the Fisher diagonal of earlier tasks, in [0, 1]
         "examples": 500,
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not state any
       },
       "si": {
         "strength": 10.0,  # c, without 1/2
         "damping": 0.1,  # xi, in units of a squared change of a parameter
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not clip
       },
       "lwf": {
         "weight": 1.0,  # of each old head
         "temperature": 2.0,
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not state any
       },
       "replay": {  # the replay memory, of every method that has one
         "images": 2000,
         "batch_size": 64,  # images replayed at each step, over all devices; also for generators
+        # of er, agem and icarl, whose authors do not clip
+        "grad_clip_norm": config_dict.placeholder(float),
       },
       "derpp": {
         "alpha": 0.5,  # weight of the squared distance to stored logits
         "beta": 2.0,  # weight of the cross-entropy of replayed images
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not clip
       },
       "dgm": {  # its generator is that of generative rehearsal, with masks
         "steepness": 400.0,  # as for hat
@@ -134,7 +145,8 @@ def continual_config() -> Config:
         "warmup": 0.0,
         "momentum": 0.9,
         "weight_decay": 5e-4,  # always 0 for gate parameters
-        "grad_clip_norm": 1.0,  # largest norm of the gradient
+        # largest norm of the gradient, for methods whose own section has None or no such field
+        "grad_clip_norm": 1.0,
       },
       "devices": {"backend": "pmap"},  # or shard_map
       "log_every": 50,  # steps

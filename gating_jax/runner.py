@@ -127,7 +127,7 @@ def run(programme: Programme, workdir: Path, mode: str) -> None:
     with rundir.open_run(workdir, programme.config) as run_dir:
       _train(programme, run_dir)
     return
-  run_dir = rundir.existing_run(workdir, programme.config)
+  run_dir = rundir.existing_run(workdir, programme.config, only_tested=mode == "evaluate")
   if mode == "evaluate":
     _evaluate(programme, run_dir)
   elif mode == "report":

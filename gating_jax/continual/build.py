@@ -15,7 +15,13 @@ import optax
 
 from gating_jax.config_files import Config
 from gating_jax.continual.method import LearnerState, Method, Problem, TaskTable
-from gating_jax.continual.registry import METHODS, REHEARSALS, build_method, build_network
+from gating_jax.continual.registry import (
+  METHODS,
+  REHEARSALS,
+  build_method,
+  build_network,
+  gradient_clip,
+)
 from gating_jax.data import augment, image_sets
 from gating_jax.models.resnets import RESNETS
 from gating_jax.models.summary import model_summary, reduced_macs
@@ -242,7 +248,7 @@ def _build_optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTran
       gate_lr_multiplier=1.0 if config.method == "hat" else training.gate_lr_multiplier,
     )
   # Clips the gradient of the loss alone, before weight decay and momentum.
-  return optax.chain(optax.clip_by_global_norm(training.grad_clip_norm), sgd)
+  return optax.chain(optax.clip_by_global_norm(gradient_clip(config)), sgd)
 
 
 def _check(config: Config) -> None:
@@ -300,3 +306,5 @@ def _check(config: Config) -> None:
       "tasks.order_seed": (lambda seed: seed is None or seed >= 0, "None or >= 0"),
     },
   )
+  # Checked here as well, before the data are read.
+  gradient_clip(config)

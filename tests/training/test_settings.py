@@ -4,6 +4,7 @@ import json
 import pytest
 
 from gating_jax import config_files
+from gating_jax.continual import registry
 from gating_jax.training.rundir import RunDirError
 from gating_jax.training.settings import config_of
 
@@ -33,6 +34,13 @@ def test_the_config_of_a_run_is_read_as_it_was(tmp_path, name):
 def test_a_field_that_is_newer_than_the_run_may_be_absent_where_it_is_none(tmp_path):
   write(tmp_path, data__label_feature=..., data__image_feature=...)
   assert "label_feature" not in config_of(tmp_path).data
+
+
+def test_a_run_from_before_hats_own_limit_on_the_gradient_keeps_that_of_all_methods(tmp_path):
+  write(tmp_path, "split_digits", method="hat", hat__grad_clip_norm=...)
+  config = config_of(tmp_path)
+  assert config.hat.grad_clip_norm is None
+  assert registry.gradient_clip(config) == config.optim.grad_clip_norm == 1.0
 
 
 @pytest.mark.parametrize(
