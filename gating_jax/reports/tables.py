@@ -129,6 +129,12 @@ def _outcome_rows(result: Mapping[str, Any]) -> list[Row]:
 
 # Long videos.
 
+# Rows of the videos that could not be read, by the entry of a result.
+_UNREADABLE = {
+  "unreadable": "videos that could not be read",
+  "training_unreadable": "training videos that could not be read",
+}
+
 
 def video_rows(result: Mapping[str, Any]) -> list[Row]:
   """Returns rows of name and value, from the result of `video.evaluate.test_network`."""
@@ -150,8 +156,11 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
     chance = format_percent(result["relevant_share"], 1)
     rows.append(Row("chosen segments that matter", f"{precision}  (by chance {chance})"))
     rows.append(Row("segments that matter, chosen", format_percent(result["recall"], 1)))
-  if result["unreadable"]:
-    rows.append(Row("videos that could not be read", f"{result['unreadable']}"))
+  # Test videos, and training videos where they were read.
+  for key, row in _UNREADABLE.items():
+    if result.get(key):
+      value = _count_names(result[key], result.get(f"{key}_names", ()))
+      rows.append(Row(row, value))
   if result["missing"]:
     rows.append(Row("videos without a file", f"{result['missing']}"))
   if result.get("classes_left_out"):
@@ -160,6 +169,14 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
     baseline = f"(heavy net on all segments: {result['all_segments_videos_per_second']:.1f})"
     rows.append(Row("videos per second", f"{result['videos_per_second']:.1f}  {baseline}"))
   return rows
+
+
+def _count_names(count: int, names: Sequence[str]) -> str:
+  """Returns a number with the first names of what is counted."""
+  if not names:
+    return f"{count}"
+  more = f" and {count - len(names)} more" if count > len(names) else ""
+  return f"{count}  ({plain(', '.join(names), 200)}{more})"
 
 
 def render_video(result: Mapping[str, Any]) -> str:
@@ -468,6 +485,8 @@ _MEANINGS = {
   "segments that matter, chosen": "Recall: of the segments that the label depends on, the "
   "fraction that is chosen.",
   "videos that could not be read": "Excluded from all numbers.",
+  "training videos that could not be read": "Since the last start of the training; other training "
+  "videos took their places.",
   "videos without a file": "Named in the table of videos but missing; excluded from all numbers.",
   "classes without a test video": "Excluded from the mean over classes.",
   "videos per second": "On this machine, light network and gate included; in parentheses for the "

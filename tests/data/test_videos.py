@@ -199,14 +199,44 @@ def test_damaged_videos_count_for_nothing_and_are_named_once(tmp_path, warnings,
   assert "cannot be read" not in capfd.readouterr().err  # of a worker
 
 
-def test_an_epoch_goes_on_over_damaged_videos(tmp_path, warnings):
-  for name in NAMES:
-    made_videos.write(tmp_path / f"{name}.mp4", 6)
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_readable_videos_take_the_places_of_damaged_ones_in_training(tmp_path, warnings, workers):
+  for i, name in enumerate(NAMES):
+    made_videos.write(tmp_path / f"{name}.mp4", 6 + i)
+  # Videos 0, 2 and 6 stay whole; their last frames tell them apart.
   damage(tmp_path)
-  videos = VideoFolder(table(), tmp_path, **CLIPS)
-  read = list(videos.batches(7, 0, 1, 2))
-  assert [batch["weight"].sum() for batch in read] == [3, 3]
+  whole = VideoFolder(table(), tmp_path, **CLIPS).read([0, 2, 6])
+  warnings.clear()
+  videos = VideoFolder(table(), tmp_path, **CLIPS, workers=workers)
+  read = list(videos.batches(7, 0, 1, 3))
+  for step, batch in enumerate(read):
+    assert batch["weight"].tolist() == [[1]] * 7
+    places = []
+    for clips, label in zip(batch["clips"][:, 0], batch["label"][:, 0], strict=True):
+      (place,) = np.flatnonzero([np.array_equal(clips, other) for other in whole["clips"]])
+      assert label == whole["label"][place]
+      places.append((0, 2, 6)[place])
+    # What can be read keeps its place.
+    for place, wanted in zip(places, batch_indices(0, step, 7, 7), strict=True):
+      assert place == wanted or wanted in (1, 3, 4, 5)
   assert len(warnings) == 4
+  # Others take the places after a restart as well.
+  again = VideoFolder(table(), tmp_path, **CLIPS)
+  same(next(again.batches(7, 2, 1, 3)), read[2])
+
+
+def test_training_on_files_none_of_which_can_be_read_is_refused_with_the_first_five(
+  tmp_path, warnings
+):
+  for name in NAMES:
+    (tmp_path / f"{name}.npy").write_bytes(b"nothing")
+  np.save(tmp_path / "v6.npy", np.ones((3, 2)))
+  videos = FeatureFolder(table(), tmp_path, segments=2)
+  (tmp_path / "v6.npy").write_bytes(b"nothing")
+  with pytest.raises(ValueError, match=r"none of 7 videos can be read: v0 \(.*v4 \(.* and 2 more$"):
+    next(videos.batches(4, 0, 1, 1))
+  assert videos.name_unreadable() == ["v0", "v1", "v2", "v3", "v4"]
+  assert len(videos.unreadable) == len(warnings) == 7
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -357,7 +387,7 @@ def test_a_thread_without_stderr_reads_on_after_a_file_that_cannot_be_read(featu
   with ThreadPoolExecutor(1) as thread:
     videos = thread.submit(open_features, features).result()
     read = thread.submit(lambda: list(videos.batches(7, 0, 1, 2))).result()
-  assert [(batch["label"].shape[0], batch["weight"].sum()) for batch in read] == [(7, 6)] * 2
+  assert [(batch["label"].shape[0], batch["weight"].sum()) for batch in read] == [(7, 7)] * 2
   assert set(videos.unreadable) == {"v3"}
 
 

@@ -123,6 +123,14 @@ def test_rows_of_videos_are_what_is_known():
   ("more", "row"),
   [
     ({"unreadable": 3}, ("videos that could not be read", "3")),
+    (
+      {"unreadable": 2, "unreadable_names": ["a", "b"]},
+      ("videos that could not be read", "2  (a, b)"),
+    ),
+    (
+      {"training_unreadable": 7, "training_unreadable_names": ["a", "b", "c", "d", "e"]},
+      ("training videos that could not be read", "7  (a, b, c, d, e and 2 more)"),
+    ),
     ({"missing": 2}, ("videos without a file", "2")),
     (
       {"precision": 0.5, "relevant_share": 0.3, "recall": 0.8},
@@ -309,6 +317,7 @@ ALL_OF_VIDEOS = dict(
   recall=0.5,
   relevant_share=0.1,
   unreadable=1,
+  training_unreadable=1,
   missing=1,
   classes_left_out=["a"],
   videos_per_second=1.0,

@@ -197,6 +197,38 @@ def feature_settings(folder):
   }
 
 
+@pytest.mark.parametrize("training", ["two_stage", "end_to_end"])
+def test_training_on_files_none_of_which_can_be_read_is_refused(config, tmp_path, training):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  for i in range(16):
+    np.save(tmp_path / f"video{i}.npy", np.full((3, 5), np.nan, np.float32))
+  made = config("features_timegate", **feature_settings(tmp_path), training=training)
+  message = r"none of 1\d (training )?videos c\w+ be read: video.*, video.* more"
+  with pytest.raises(ValueError, match=message):
+    run.run(made, tmp_path / "run", "train")
+  assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_readable_videos_take_the_places_of_others_among_the_features(config, tmp_path):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  experiment = build.build(config("features_timegate", **feature_settings(tmp_path)))
+  given = experiment.train.names
+  for name in (given[2], given[5]):
+    np.save(tmp_path / f"{name}.npy", np.full((3, 5), np.nan, np.float32))
+  # Networks on features have no variables.
+  train = evaluate.extract_features(experiment, {"params": {}, "batch_stats": {}})
+  assert train.arrays["weight"].tolist() == [1] * len(given)
+  for i, name in enumerate(train.names):
+    assert (name == given[i]) == (i not in (2, 5))
+    own = experiment.train.read([given.index(name)])
+    np.testing.assert_array_equal(train.arrays["light"][i], own["light"][0])
+    assert train.arrays["label"][i] == own["label"][0]
+  assert evaluate.count_unread(experiment.train) == {
+    "training_unreadable": 2,
+    "training_unreadable_names": [given[2], given[5]],
+  }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_features_made_elsewhere_are_trained_on(config, tmp_path, multi_label):
