@@ -51,6 +51,11 @@ def video_config() -> Config:
         "heavy_folder": config_dict.placeholder(str),
         # videos of a split, evenly spaced in its table; None: all
         "at_most": config_dict.placeholder(int),
+        # fraction of the training videos that is held out, to set thresholds so that the budget is
+        # met on new videos, and to choose the epoch where eval_every is set; None: nothing is
+        "validation": config_dict.placeholder(float),
+        # csv: a file of names to hold out, in place of a fraction
+        "validation_split": config_dict.placeholder(str),
         "light_macs": 0,  # of extracting the features of a segment, where it is known
         "heavy_macs": 0,
         "workers": 0,  # processes that decode; 0: threads of this one
@@ -89,6 +94,11 @@ def video_config() -> Config:
           "temperature": 2 / 3,
           "noise_scale": 1.0,
         },
+      },
+      "budget": {
+        # video: each video has the budget, so that easy ones do not pay for others; set: the set
+        # has it, on average; None: as set, but confidence takes a fixed number of each video
+        "scope": config_dict.placeholder(str),
       },
       # gate and classifier on features of the trained nets; end_to_end: all together
       "training": "two_stage",
@@ -145,6 +155,8 @@ _VARIANTS = {
   "target": common.setting("loss.sparsity.target", float),
   "context": common.setting("model.gate.context"),
   "heavy": common.setting("model.heavy.name"),
+  "scope": common.setting("budget.scope"),
+  "validation": common.setting("data.validation", float),
   "training": common.setting("training"),
   "epochs": common.setting("optim.epochs", int),
   "layout": common.setting("data.layout"),

@@ -28,6 +28,7 @@ def get_config(arg: str = ""):
   config.data.segments = 64
   config.data.size = 112
   config.data.workers = 4
+  config.data.validation = 0.2
   config.model.light.name = "mobilenet"
   config.model.heavy.name = "resnet3d18"
   config.model.dtype = "bfloat16"

@@ -209,6 +209,7 @@ _LONG_VIDEO = ProgrammeRow(
     "model.segment_fraction",
     "model.heavy.gating",
     "model.heavy.gate.",
+    "budget.",
     "loss.",
     "optim.epochs",
     "optim.gate_lr_multiplier",

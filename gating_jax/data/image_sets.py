@@ -319,17 +319,45 @@ def padded_batches(examples: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
   return examples.map(read, range(0, len(examples), batch_size))
 
 
+def hold_out(
+  labels: np.ndarray,
+  fraction: float,
+  rng: np.random.Generator,
+  *,
+  classes: Iterable[int] | None = None,
+) -> np.ndarray:
+  """Chooses the examples that are held out of training: a fraction of each class.
+
+  Args:
+    labels: `[M]` classes; or `[M, classes]` of 0 and 1, of which a fraction of all is taken.
+    fraction: in (0, 1).
+    rng: draws them.
+    classes: those to take examples of; None for all.
+  Returns:
+    Their indices, ascending. A class of two examples or more keeps one on either side.
+
+  >>> hold_out(np.array([0, 1, 0, 1, 1]), 0.5, np.random.default_rng(0)).size
+  3
+  """
+  groups = []
+  if labels.ndim == 2:
+    groups.append(np.arange(len(labels)))
+  else:
+    # Class by class, so that each keeps its fraction and at least one example on either side.
+    for c in np.unique(labels) if classes is None else classes:
+      groups.append(np.flatnonzero(labels == c))
+  held = []
+  for own in groups:
+    count = np.clip(round(fraction * len(own)), 1, len(own) - 1)
+    held.append(rng.permutation(own)[:count])
+  return np.sort(np.concatenate(held))
+
+
 def _make_task(
   train: Images, test: Images, classes: range, *, validation: float, rng: np.random.Generator
 ) -> Task:
   """Makes the task of these classes; the generator chooses the images that are held out."""
-  held = []
-  # Class by class, so that each keeps its fraction and at least one image on either side.
-  for c in classes:
-    own = np.flatnonzero(train.labels == c)
-    count = np.clip(round(validation * len(own)), 1, len(own) - 1)
-    held.append(rng.permutation(own)[:count])
-  held = np.sort(np.concatenate(held))
+  held = hold_out(train.labels, validation, rng, classes=classes)
   of_train = np.flatnonzero(np.isin(train.labels, classes))
   of_test = np.flatnonzero(np.isin(test.labels, classes))
   return Task(

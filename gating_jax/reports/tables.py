@@ -149,6 +149,7 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
       f"{result['macs']:,.0f}  ({mac_ratio}, light net and gate included)",
     ),
     Row("segments chosen", f"{share}  (10 to 90 % of videos: {low} to {high})"),
+    *_split_rows(result),
   ]
   # Only made videos know which of their segments the label depends on.
   if "precision" in result:
@@ -169,6 +170,24 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
     baseline = f"(heavy net on all segments: {result['all_segments_videos_per_second']:.1f})"
     rows.append(Row("videos per second", f"{result['videos_per_second']:.1f}  {baseline}"))
   return rows
+
+
+def _split_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns rows that compare training, validation and test videos; none without a validation."""
+  splits = result.get("splits")
+  if not splits:
+    return []
+  scores, shares = [], []
+  for of_split in splits.values():
+    score = "accuracy" if "accuracy" in of_split else "mean_average_precision"
+    scores.append(format_percent(of_split[score], 1))
+    share, spread = format_percent(of_split["share"], 1), 100 * of_split["share_std"]
+    shares.append(f"{share} (± {spread:.1f})")
+  names = " / ".join(splits)
+  return [
+    Row(f"score: {names}", " / ".join(scores)),
+    Row(f"share of segments: {names}", " / ".join(shares)),
+  ]
 
 
 def _count_names(count: int, names: Sequence[str]) -> str:
@@ -480,6 +499,10 @@ _MEANINGS = {
   "the fraction of the baseline's.",
   "segments chosen": "Fraction of a video's segments that the heavy network runs on: the mean, "
   "and the 10th and 90th percentile over videos.",
+  "score:": "The score on each split: what training has seen, what thresholds and epoch were "
+  "chosen on, and what neither has seen.",
+  "share of segments:": "Fraction of a video's segments that the heavy network runs on, on each "
+  "split: the mean over videos, and in parentheses the standard deviation over videos, in points.",
   "chosen segments that matter": "Precision: of the chosen segments, the fraction that the label "
   "depends on.",
   "segments that matter, chosen": "Recall: of the segments that the label depends on, the "

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.analysis import statistics
+from gating_jax.checks import few
 from gating_jax.data.image_sets import padded_batches
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.ops import confidence, selection
@@ -26,6 +27,22 @@ from gating_jax.video.build import VideoExperiment
 Arrays = dict[str, np.ndarray]
 # Arrays of the videos themselves that are kept with the results of a test.
 _KEPT = ("valid", "label", "weight", "units", "relevant")
+# Splits of videos, as results name them.
+TRAINING, VALIDATION, TEST = "training", "validation", "test"
+# Entries of a result that are compared over splits.
+_COMPARED = (
+  "videos",
+  "unreadable",
+  "accuracy",
+  "mean_average_precision",
+  "share",
+  "share_std",
+  "share_p10",
+  "share_p90",
+  "mac_ratio",
+)
+# Unreadable videos that an error or a result names.
+_NAMED = 5
 
 
 def extract_features(
@@ -33,10 +50,15 @@ def extract_features(
 ) -> VideoArrays:
   """Returns the training set with the nets' features in place of their inputs.
 
+  The row of a video that could not be read is that of another one, since a blank one would go into
+  the statistics of BatchNorm.
+
   Args:
     experiment: the experiment of the network.
     variables: variables of the nets, each under its name.
     nets: names of the nets.
+  Raises:
+    ValueError: no training video could be read; the first five are named.
   """
 
   def features(variables, batch):
@@ -44,31 +66,38 @@ def extract_features(
     return _features(experiment, variables, batch, nets=nets).of_net
 
   train = experiment.train
-  arrays = _over(experiment, features, variables, videos=train)
-  return VideoArrays(arrays, train.class_names, train.names, unit_names=train.unit_names)
+  arrays = compute_over(experiment, features, variables, videos=train)
+  read, names = _which_read(arrays, train, TRAINING), train.names
+  if not read.all():
+    rows = np.arange(len(train))
+    # The run's seed: a restart finds the same rows.
+    rng = np.random.default_rng(experiment.config.seed)
+    rows[~read] = rng.choice(np.flatnonzero(read), size=np.sum(~read))
+    arrays = {name: values[rows] for name, values in arrays.items()}
+    names = tuple(names[row] for row in rows)
+  return VideoArrays(arrays, train.class_names, names, unit_names=train.unit_names)
 
 
-def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], Arrays]:
-  """Tests the whole network on every test video once.
+def test_network(
+  experiment: VideoExperiment, variables: Any, split: str
+) -> tuple[dict[str, Any], Arrays]:
+  """Tests the whole network on every video of a split once.
 
-  Videos that could not be read are counted and left out.
+  Videos that could not be read are counted and left out, and the first five are named.
 
   Returns:
     `(result, arrays)`: the scores by name, and outputs and gates of each video that was read.
   Raises:
-    ValueError: no test video could be read.
+    ValueError: no test video could be read; the first five are named.
   """
-  config, test_set = experiment.config, experiment.test
+  config, test_set = experiment.config, videos_of(experiment, split)
   if config.model.selection == "prefix":
-    tested = _exit_early(experiment, variables)
+    tested = _exit_early(experiment, variables, split)
   else:
     of_batch = functools.partial(outcome, experiment)
-    tested = _over(experiment, of_batch, variables, videos=test_set)
-  # Weight 0 marks a video that could not be read.
-  read = tested["weight"] > 0
+    tested = compute_over(experiment, of_batch, variables, videos=test_set)
+  read = _which_read(tested, test_set, split)
   tested = {name: values[read] for name, values in tested.items()} | {"index": np.flatnonzero(read)}
-  if not read.any():
-    raise ValueError(f"none of {len(read)} test videos could be read")
   macs = experiment.counts.per_video(tested["gates"], tested["valid"], tested["heavy_macs"])
   everything = experiment.reference.all_valid(tested["valid"])
   report = metrics.segment_report(
@@ -83,6 +112,7 @@ def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str,
   result = {
     "videos": len(macs),
     "unreadable": int(np.sum(~read)),
+    "unreadable_names": _name_unread(test_set, read),
     "missing": len(getattr(test_set, "missing", ())),
     **_score(test_set, tested),
     **segments,
@@ -94,6 +124,76 @@ def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str,
     "gate_macs": experiment.counts.selector,
   }
   return result, tested
+
+
+def videos_of(experiment: VideoExperiment, split: str) -> VideoArrays | VideoSet:
+  """Returns the videos of a split.
+
+  Raises:
+    ValueError: no videos are held out for validation.
+  """
+  videos = {
+    TRAINING: experiment.train,
+    VALIDATION: experiment.validation,
+    TEST: experiment.test,
+  }[split]
+  if videos is None:
+    raise ValueError(f"data.validation must hold videos out for the split {split!r}; got None")
+  return videos
+
+
+def compare_splits(
+  experiment: VideoExperiment, variables: Any, of_test: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+  """Tests the network on all splits, to show what differs on videos that training has not seen.
+
+  Args:
+    experiment: the experiment of the network.
+    variables: of the whole network.
+    of_test: the result on the test set.
+  Returns:
+    by split, its score and the fraction of segments chosen, with the spread over videos.
+  """
+  results = {}
+  for split in (TRAINING, VALIDATION):
+    results[split], _ = test_network(experiment, variables, split)
+  results[TEST] = of_test
+  splits = {}
+  for split, result in results.items():
+    splits[split] = {name: result[name] for name in _COMPARED if name in result}
+  return splits
+
+
+def count_unread(videos: VideoArrays | VideoSet) -> dict[str, Any]:
+  """Counts the training videos that could not be read so far, and names the first five.
+
+  Returns:
+    entries of a result.
+  """
+  # Arrays in memory have been read.
+  if not isinstance(videos, VideoSet):
+    return {}
+  names = videos.name_unreadable()
+  return {"training_unreadable": len(videos.unreadable), "training_unreadable_names": names}
+
+
+def _which_read(arrays: Arrays, videos: VideoArrays | VideoSet, split: str) -> np.ndarray:
+  """Returns `[M]` bool: the videos that could be read.
+
+  Raises:
+    ValueError: none could; the first five are named.
+  """
+  # Weight 0 marks a video that could not be read.
+  read = arrays["weight"] > 0
+  if not read.any():
+    named = few(videos.names, _NAMED)
+    raise ValueError(f"none of {len(read)} {split} videos could be read: {named}")
+  return read
+
+
+def _name_unread(videos: VideoArrays | VideoSet, read: np.ndarray) -> list[str]:
+  """Returns the names of the first five videos that could not be read."""
+  return [videos.names[row] for row in np.flatnonzero(~read)[:_NAMED]]
 
 
 def _score(test_set: VideoArrays | VideoSet, tested: Arrays) -> dict[str, Any]:
@@ -185,10 +285,11 @@ def _features(
   return _Features(of_net, records)
 
 
-def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
-  """Runs FrameExit: segments one by one in their order until the classifier is sure.
+def _exit_early(experiment: VideoExperiment, variables: Any, split: str) -> Arrays:
+  """Runs FrameExit on a split: segments one by one in their order until the classifier is sure.
 
-  The threshold is the one that meets the budget on the training videos.
+  The threshold is the one that meets the budget on the validation videos, or on the training videos
+  where none are held out.
   """
   model, multi_label = experiment.model, experiment.test.multi_label
 
@@ -205,15 +306,17 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
       "heavy_macs": experiment.counts.heavy.per_example(features.records, valid.shape),
     }
 
-  train = _over(experiment, steps, variables, videos=experiment.train)
-  tested = _over(experiment, steps, variables, videos=experiment.test)
-  # Weight 0 marks a video that could not be read.
-  read = train["weight"] > 0
-  lengths = train["valid"][read].sum(axis=1)
+  held = TRAINING if experiment.validation is None else VALIDATION
+  known = compute_over(experiment, steps, variables, videos=videos_of(experiment, held))
+  tested = known
+  if split != held:
+    tested = compute_over(experiment, steps, variables, videos=videos_of(experiment, split))
+  read = _which_read(known, videos_of(experiment, held), held)
+  lengths = known["valid"][read].sum(axis=1)
   # No budget is below one segment of every video.
   one_each = float(np.mean(1 / lengths))
   threshold = confidence.step_threshold_for_budget(
-    train["steps"][read],
+    known["steps"][read],
     lengths,
     share=max(experiment.config.model.segment_fraction, one_each),
     multi_label=multi_label,
@@ -230,7 +333,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
   }
 
 
-def _over(
+def compute_over(
   experiment: VideoExperiment, fn: Callable, variables: Any, *, videos: VideoArrays | VideoSet
 ) -> Arrays:
   """Computes `fn(variables, batch)` for every video once.

@@ -16,7 +16,7 @@ import numpy as np
 
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
-from gating_jax.data import augment, composed, video_tables
+from gating_jax.data import augment, composed, image_sets, video_tables
 from gating_jax.data.video_features import FeatureFolder
 from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.videos import VideoArrays, VideoSet
@@ -24,36 +24,43 @@ from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
 
+# The splits of a set; `validation` is held out of training.
+SPLITS = ("train", "validation", "test")
 SETS = (composed.NAME, "videos", "features")
 LAYOUTS = ("csv", "breakfast", "charades", "multithumos")
 # Arrays of a batch that networks may look at, and those that objectives may look at.
 INPUTS = ("clips", "light", "heavy", "valid", "relevant")
 TARGETS = ("label", "weight", "valid", "units")
+# Number folded into the seed of the videos that are held out. Runs depend on it.
+_HELD_OUT = 1
 
 Batch = Mapping[str, Any]
 
 
 def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
-  """Opens the `train` or `test` set.
+  """Opens one of the `SPLITS`; `validation` is there where `holds_out` says so.
 
   Raises:
     ValueError: naming the field.
   """
   data = config.data
   if data.name == composed.NAME:
+    videos = data.test_videos if split == "test" else data.train_videos
+    if split == "validation":
+      videos = max(1, round(data.get("validation") * videos))
     return composed.make_videos(
-      split, videos=data[f"{split}_videos"], segments=data.segments, seed=config.seed
+      split,
+      videos=videos,
+      segments=data.segments,
+      seed=config.seed,
+      held_out=data.get("validation") or 0.0,
     )
   # Breakfast needs no table: its folder holds the labels.
   for field in ("table", "folder"):
     if not data[field] and not (field == "table" and data.layout == "breakfast"):
       raise ValueError(f"data.{field} must be set for {data.name}; got {data[field]!r}")
   data = _expanded(data)
-  table = _table(data, data[f"{split}_split"])
-  if data.get("at_most"):
-    # Spread over the table, which may be sorted by class.
-    count = min(data.at_most, len(table))
-    table = table.take(np.linspace(0, len(table) - 1, count).astype(int))
+  table = _table_of_split(data, split, seed=config.seed)
   how = dict(
     segments=data.segments,
     seed=config.seed,
@@ -66,13 +73,41 @@ def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
   return FeatureFolder(table, data.folder, data.heavy_folder, **how)
 
 
+def holds_out(config: Config) -> bool:
+  """Returns whether a config holds videos out of training, as the split `validation`."""
+  # Runs of earlier versions lack the fields.
+  return bool(config.data.get("validation") or config.data.get("validation_split"))
+
+
+def _table_of_split(data: Config, split: str, *, seed: int) -> video_tables.VideoTable:
+  """Reads the table of a split, of which `validation` may be a part of the training table."""
+  of_file = "train" if split == "validation" and not data.get("validation_split") else split
+  table = _table(data, data[f"{of_file}_split"])
+  if data.get("at_most"):
+    # Spread over the table, which may be sorted by class.
+    count = min(data.at_most, len(table))
+    table = table.take(np.linspace(0, len(table) - 1, count).astype(int))
+  if of_file != "train" or not data.get("validation"):
+    return table
+  held = image_sets.hold_out(
+    table.labels, data.validation, np.random.default_rng((seed, _HELD_OUT))
+  )
+  left = np.setdiff1d(np.arange(len(table)), held)
+  if not len(held) or not len(left):
+    raise ValueError(
+      f"data.validation must leave videos in both parts of {len(table)} training videos, which "
+      f"may have to be more; got {data.validation}"
+    )
+  return table.take(held if split == "validation" else left)
+
+
 def _expanded(data: Config) -> Config:
   """Returns the settings with `~` in paths expanded."""
   given = ["table", "folder", "heavy_folder"]
   if data.layout == "csv":
     # Only here is a split a file, and may have a path.
-    given += ["train_split", "test_split"]
-  paths = {name: str(user_path(data[name])) for name in given if data[name]}
+    given += ["train_split", "test_split", "validation_split"]
+  paths = {name: str(user_path(data[name])) for name in given if data.get(name)}
   return ml_collections.ConfigDict({**data, **paths})
 
 

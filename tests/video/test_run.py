@@ -15,7 +15,8 @@ from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
 from gating_jax.models.resnets import ResNet
 from gating_jax.training import loop, rundir
-from gating_jax.video import build, evaluate, report, run, sets, speed
+from gating_jax.training.checkpoints import restore_newest
+from gating_jax.video import build, evaluate, report, run, sets, speed, thresholds
 from gating_jax.video import nets as video_nets
 from tests.helpers import made_videos, pages, tiny
 from tests.helpers.event_files import summaries
@@ -44,6 +45,7 @@ def config():
         "data.train_videos": 32,
         "data.test_videos": 20,
         "data.segments": 14,
+        "data.validation": None,
         "pretrain.epochs": 1,
         "pretrain.batch_size": 16,
         "pretrain.segments_per_video": 1,
@@ -227,6 +229,126 @@ def test_readable_videos_take_the_places_of_others_among_the_features(config, tm
     "training_unreadable": 2,
     "training_unreadable_names": [given[2], given[5]],
   }
+
+
+HELD_OUT = {"data.validation": 0.25, "optim.batch_size": 8, "eval_every": 1.0}
+
+
+@pytest.fixture(scope="module")
+def held_out(config, tmp_path_factory):
+  """`(config, directory)` of a finished run with videos held out of training."""
+  folder = tmp_path_factory.mktemp("held_out")
+  folder_of_features(folder, np.random.default_rng(0))
+  made = config("features_timegate", **feature_settings(folder), **HELD_OUT)
+  said(run, made, folder / "run", "train")
+  return made, folder / "run"
+
+
+def test_a_budget_is_met_on_videos_that_are_held_out(held_out):
+  made, workdir = held_out
+  result = read_result(workdir)
+  splits = result["splits"]
+  assert list(splits) == ["training", "validation", "test"]
+  assert [of_split["videos"] for of_split in splits.values()] == [12, 4, 16]
+  assert splits["test"]["share"] == result["share"]
+  validation = build.build(made).validation
+  one_each = np.mean(1 / validation.read(range(4))["valid"].sum(axis=1))
+  assert one_each <= splits["validation"]["share"] + 1e-6
+  assert splits["validation"]["share"] <= max(0.5, one_each) + 1e-6
+  page = (workdir / "report.html").read_text()
+  assert "share of segments: training / validation / test" in page
+
+
+def test_the_epoch_is_the_one_that_is_best_on_videos_that_are_held_out(held_out):
+  made, workdir = held_out
+  result, chosen = read_result(workdir), json.loads((workdir / "chosen.json").read_text())
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  scores = {line["step"]: line["accuracy"] for line in lines if line["split"] == "validation"}
+  assert set(scores) == {1, 2}
+  assert result["step"] == chosen["step"] == max(scores, key=lambda step: (scores[step], step))
+  assert chosen["is_best"] == (chosen["step"] == 1)
+  assert result["last_step"] == 2
+  printed = said(run, made, workdir, "evaluate")
+  assert f"checkpoint of step {result['step']}" in printed
+  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", printed)
+
+
+def test_a_loaded_run_has_the_threshold_that_was_set_on_held_out_videos(held_out):
+  made, workdir = held_out
+  _, variables, _ = loaded(workdir)
+  chosen = thresholds.load(workdir)
+  like = run.LongVideo(build.build(made)).fresh()
+  restore = thresholds.restore_best if chosen.is_best else restore_last
+  trained = restore(workdir, like).state.params["gate"]["logits"]["bias"]
+  moved = np.asarray(trained) - np.float32(chosen.thresholds["gate"])
+  np.testing.assert_array_equal(variables["params"]["gate"]["logits"]["bias"], moved)
+
+
+def restore_last(workdir, like):
+  """Restores the last state of a training."""
+  return restore_newest(workdir / "checkpoints", like)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"data.validation": 1.0},
+      r"data.validation must be a fraction in \(0, 1\) or None; got 1.0",
+    ),
+    (
+      {"data.validation": 0.5, "data.validation_split": "held.txt"},
+      "data.validation_split must be None if data.validation is 0.5; got 'held.txt'",
+    ),
+    (
+      {"data.validation_split": "held.txt"},
+      "data.validation_split must be None unless splits are files, .*; got 'held.txt'",
+    ),
+    ({"budget.scope": "batch"}, "budget.scope must be one of set, video; got 'batch'"),
+  ],
+)
+def test_settings_of_held_out_videos_are_checked(config, changes, message):
+  with pytest.raises(ValueError, match=message):
+    build.build(config(**changes))
+
+
+def test_videos_are_held_out_of_each_class_or_named_in_a_file(config, tmp_path):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  given = feature_settings(tmp_path)
+  parts = lambda **changes: build.build(
+    config("features_timegate", **given, **{"optim.batch_size": 8, **changes})
+  )
+  whole, cut = parts(), parts(**{"data.validation": 0.25})
+  assert whole.validation is None
+  assert sorted(cut.train.names + cut.validation.names) == sorted(whole.train.names)
+  assert np.bincount(cut.validation.table.labels).tolist() == [2, 1, 1]
+  assert cut.test.names == whole.test.names
+  names = whole.train.names
+  for file, part in (("held", names[:2]), ("rest", names[2:])):
+    (tmp_path / f"{file}.txt").write_text("".join(f"{name}\n" for name in part))
+  given["data.train_split"] = str(tmp_path / "rest.txt")
+  named = parts(**{"data.validation_split": str(tmp_path / "held.txt")})
+  assert (named.validation.names, named.train.names) == (names[:2], names[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"model.selection": "prefix"},
+    {"model.selection": "confidence", "loss.light": 1.0, "budget.scope": "set"},
+    {"budget.scope": "video"},
+  ],
+)
+def test_other_selections_meet_their_budget_on_held_out_videos(config, tmp_path, changes):
+  made = config(**{"training": "end_to_end", "data.validation": 0.5, **changes})
+  run.run(made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert result["splits"]["validation"]["videos"] == 16
+  budget = 0.4 if made.model.selection == "gate" else 0.5
+  # A segment may lie on the other side of a threshold by rounding.
+  assert result["splits"]["validation"]["share"] <= budget + 0.01
+  check_run(made, tmp_path / "run")
 
 
 @pytest.mark.slow
