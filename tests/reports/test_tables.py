@@ -140,6 +140,18 @@ def test_rows_of_videos_are_what_is_known():
       {"videos_per_second": 50.0, "all_segments_videos_per_second": 10.0},
       ("videos per second", "50.0  (heavy net on all segments: 10.0)"),
     ),
+    (
+      {
+        "videos_per_second": 50.0,
+        "all_segments_videos_per_second": 10.0,
+        "timed_videos": 8,
+        "timed_share": 0.5,
+      },
+      (
+        "videos per second",
+        "50.0  (heavy net on all segments: 10.0; 8 videos, 50.0 % of their segments chosen)",
+      ),
+    ),
   ],
 )
 def test_what_some_runs_know_comes_last(more, row):

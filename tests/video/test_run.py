@@ -468,6 +468,40 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(
   assert re.search(r"videos that could not be read +1", said)
 
 
+@pytest.mark.slow
+def test_speed_is_of_videos_spread_over_the_set_relative_to_the_quickest_way_to_see_all(
+  config, monkeypatch, capsys
+):
+  changes = {"model.selection": "uniform", "model.segment_fraction": 0.5}
+  experiment = build.build(config(**changes))
+  inputs = speed._read(experiment, 4)
+  np.testing.assert_array_equal(inputs["clips"], experiment.test.read([0, 6, 12, 19])["clips"])
+  variables = jax.device_get(
+    jax.jit(experiment.model.clone(axis_name=None).init)(
+      jax.random.key(0), experiment.prepare(inputs)
+    )
+  )
+
+  def race_in(seconds):
+    """Makes a race by a made-up clock."""
+
+    def race(runs, _):
+      return {way: [seconds[way if isinstance(way, str) else way.strategy]] for way in runs}
+
+    return race
+
+  clock = {"segments": 1.0, "at once": 2.0, "one by one": 1.5}
+  monkeypatch.setattr(speed, "race", race_in(clock))
+  found = speed.speed(experiment, variables, videos=4)
+  assert (found["videos_per_second"], found["timed_videos"]) == (4 / 1.0, 4)
+  assert found["all_segments_videos_per_second"] == pytest.approx(4 / 1.5)
+  assert found["timed_share"] == pytest.approx(0.5, abs=0.1)
+  # Half of the MACs cannot save two thirds of the time.
+  monkeypatch.setattr(speed, "race", race_in(clock | {"segments": 0.5}))
+  assert speed.speed(experiment, variables, videos=4) == {}
+  assert "the speed is not reported: 3 measurements saved more" in capsys.readouterr().out
+
+
 def check_run(made, workdir, steps=4, videos=20):
   """Checks a finished run: it is not repeated, and its evaluation prints the same accuracy."""
   result = read_result(workdir)
