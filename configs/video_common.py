@@ -59,6 +59,9 @@ def video_config() -> Config:
         "light_macs": 0,  # of extracting the features of a segment, where it is known
         "heavy_macs": 0,
         "workers": 0,  # processes that decode; 0: threads of this one
+        # a folder that keeps resized frames, so that files are decoded once; None: none is kept
+        "cache": config_dict.placeholder(str),
+        "cache_gb": config_dict.placeholder(float),  # its size, in 10^9 bytes; None: 20
         # in training, segments of files start at random positions within their parts of the video
         "jitter": True,
         "mean": (0.5,),

@@ -214,6 +214,8 @@ _LONG_VIDEO = ProgrammeRow(
     "optim.epochs",
     "optim.gate_lr_multiplier",
     "data.workers",
+    "data.cache",
+    "data.cache_gb",
   ),
   how="the variant selection=all of its config",
   tested=(

@@ -28,7 +28,7 @@ REPORT_FILE = "report.html"
 CHECKPOINT_DIR = "checkpoints"
 _LOCK_FILE = ".lock"
 # Fields that change nothing in a training: it may be resumed with others.
-_FREE_IN_TRAINING = ("data.workers",)
+_FREE_IN_TRAINING = ("data.workers", "data.cache", "data.cache_gb")
 # Fields that change nothing in a run that is only tested.
 _FREE_IN_TESTS = (*_FREE_IN_TRAINING, "data.test_split")
 # A folder for files that are being written, next to their final place.

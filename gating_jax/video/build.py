@@ -376,6 +376,7 @@ def _loop(config: Config, train: Any, name: str) -> loop.LoopSettings:
 def _check(config: Config) -> None:
   """Raises a ValueError where a setting breaks its rule; the message names the field."""
   _check_model(config)
+  _check_cache(config)
   _check_skipped_backward(config)
   _check_sets(config)
   _check_held_out(config)
@@ -422,6 +423,18 @@ def _check_sets(config: Config) -> None:
     numbers=("data.mean", "data.std"),
     rules={"data.std": (lambda std: min(std) > 0, "a tuple of positive numbers")},
   )
+
+
+def _check_cache(config: Config) -> None:
+  """Checks the settings of the cache of frames."""
+  data = config.data
+  if data.get("cache") and data.name != "videos":
+    raise ValueError(
+      f"data.cache must be None unless data.name is 'videos', which are decoded; got {data.cache!r}"
+    )
+  gigabytes = data.get("cache_gb")
+  if gigabytes is not None and not 0 < gigabytes < math.inf:
+    raise ValueError(f"data.cache_gb must be a positive finite number or None; got {gigabytes}")
 
 
 def _check_held_out(config: Config) -> None:

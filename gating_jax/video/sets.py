@@ -17,11 +17,13 @@ import numpy as np
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.data import augment, composed, image_sets, video_tables
+from gating_jax.data.array_cache import ArrayCache
 from gating_jax.data.video_features import FeatureFolder
 from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops.collectives import example_keys
+from gating_jax.training import settings
 from gating_jax.types import Array
 
 # The splits of a set; `validation` is held out of training.
@@ -31,6 +33,8 @@ LAYOUTS = ("csv", "breakfast", "charades", "multithumos")
 # Arrays of a batch that networks may look at, and those that objectives may look at.
 INPUTS = ("clips", "light", "heavy", "valid", "relevant")
 TARGETS = ("label", "weight", "valid", "units")
+# Size of a cache, in 10^9 bytes, where a config does not say.
+_CACHE_GB = 20.0
 # Number folded into the seed of the videos that are held out. Runs depend on it.
 _HELD_OUT = 1
 
@@ -69,8 +73,24 @@ def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
     workers=data.workers,
   )
   if data.name == "videos":
-    return VideoFolder(table, data.folder, frames=data.frames, size=(data.size, data.size), **how)
+    size = (data.size, data.size)
+    return VideoFolder(
+      table, data.folder, frames=data.frames, size=size, cache=_open_cache(data), **how
+    )
   return FeatureFolder(table, data.folder, data.heavy_folder, **how)
+
+
+def _open_cache(data: Config) -> ArrayCache | None:
+  """Opens the cache of frames that a config names, or returns None.
+
+  Raises:
+    ValueError: naming the field.
+  """
+  if not data.get("cache"):
+    return None
+  gigabytes = data.get("cache_gb") or _CACHE_GB
+  with settings.named("data.cache"):
+    return ArrayCache(data.cache, round(gigabytes * 1e9))
 
 
 def holds_out(config: Config) -> bool:
