@@ -18,9 +18,15 @@ import numpy as np
 from numpy.lib import format as npy
 
 from gating_jax.data.video_tables import VideoTable
-from gating_jax.data.videos import Batch, Segments, VideoSet, find_file, segment_starts
+from gating_jax.data.videos import (
+  FEATURE_SUFFIXES,
+  Batch,
+  Segments,
+  VideoSet,
+  find_file,
+  segment_starts,
+)
 
-_SUFFIXES = (".npy", ".npz")
 # Number of readable files that settle the shape of features.
 _PROBED = 16
 # First bytes of a `.npz` file.
@@ -68,7 +74,7 @@ class FeatureFolder(VideoSet):
       """Returns the video's feature files as `{key: path}`, or None if one is missing."""
       found = {}
       for key, folder in folders.items():
-        found[key] = find_file(folder, name, _SUFFIXES)
+        found[key] = find_file(folder, name, FEATURE_SUFFIXES)
         # A video needs both of its files.
         if found[key] is None:
           return None

@@ -14,7 +14,9 @@ Reference: Hussein et al., 2020 (segments of 8 frames, spread uniformly over the
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
+import hashlib
 import itertools
 import os
 import threading
@@ -32,7 +34,24 @@ from gating_jax.terminal import warn
 
 Batch = dict[str, np.ndarray]
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
+VIDEO_SUFFIXES = (
+  ".mp4",
+  ".avi",
+  ".mkv",
+  ".webm",
+  ".mov",
+  ".m4v",
+  ".mpg",
+  ".mpeg",
+  ".wmv",
+  ".ts",
+  ".flv",
+  ".3gp",
+  ".ogg",
+)
+FEATURE_SUFFIXES = (".npy", ".npz")
+# Bytes of two files of one size that are compared before they are read whole.
+_BEGINNING = 64 * 1024
 # Results of `map` that are prefetched: few, since each may be a whole batch of videos.
 _PREFETCHED = 2
 # Unreadable videos that an error or a result names.
@@ -111,6 +130,14 @@ class VideoSet(abc.ABC):
   def names(self) -> tuple[str, ...]:
     """Returns the names, one per video."""
     return self.table.names
+
+  @property
+  def paths(self) -> list[Path]:
+    """Returns the file of each video; of one with several, the first."""
+    found = []
+    for file in self._files:
+      found.append(next(iter(file.values())) if isinstance(file, dict) else file)
+    return found
 
   @property
   def class_names(self) -> tuple[str, ...]:
@@ -337,6 +364,82 @@ class VideoArrays:
     return map(fn, items)
 
 
+class SharedFiles(NamedTuple):
+  """Videos of one set that are also in another.
+
+  Attributes:
+    by_path: pairs of names, one of each set, whose paths differ in suffix or case at most.
+    by_content: pairs of names of other paths, whose files are the same byte for byte.
+  """
+
+  by_path: list[tuple[str, str]]
+  by_content: list[tuple[str, str]]
+
+
+def find_shared(one: VideoSet, other: VideoSet) -> SharedFiles:
+  """Finds the videos that two sets have in common; each of the second is named once.
+
+  Files of one size are compared by a hash: of their beginnings first, so that few are read whole.
+  """
+  sizes = {path.stat().st_size for path in other.paths}
+  by_path, by_beginning = {}, collections.defaultdict(list)
+  for name, path in zip(one.names, one.paths, strict=True):
+    by_path.setdefault(_same_video(path), name)
+    size = path.stat().st_size
+    if size in sizes:
+      by_beginning[size, _digest(path, _BEGINNING)].append((name, path))
+  found, sizes = SharedFiles([], []), {size for size, _ in by_beginning}
+  for name, path in zip(other.names, other.paths, strict=True):
+    same_path, size = by_path.get(_same_video(path)), path.stat().st_size
+    if same_path is not None:
+      found.by_path.append((same_path, name))
+    elif size in sizes:
+      alike = by_beginning.get((size, _digest(path, _BEGINNING)), [])
+      for first_name, first_path in alike:
+        if _digest(path) == _digest(first_path):
+          found.by_content.append((first_name, name))
+          break
+  return found
+
+
+def check_apart(**sets: VideoArrays | VideoSet | None) -> None:
+  """Raises a ValueError where a file is in two sets, under names that differ in suffix or case.
+
+  Args:
+    **sets: by the names of their splits; sets in memory have no files, and None is no set.
+  """
+  opened = {split: videos for split, videos in sets.items() if isinstance(videos, VideoSet)}
+  for one, other in itertools.combinations(opened, 2):
+    paths = {_same_video(path) for path in opened[one].paths}
+    shared = []
+    for name, path in zip(opened[other].names, opened[other].paths, strict=True):
+      if _same_video(path) in paths:
+        shared.append(name)
+    if shared:
+      raise ValueError(
+        f"videos must be in one split only; {len(shared)} of {one} are also in {other}: "
+        f"{few(shared, _NAMED)}"
+      )
+
+
+def _same_video(path: Path) -> str:
+  """Returns what the paths of one video have in common, whatever their suffix and case."""
+  # Links lead to the file itself.
+  path = path.resolve()
+  # Only known suffixes go: a name may hold other dots.
+  if path.suffix.lower() in (*VIDEO_SUFFIXES, *FEATURE_SUFFIXES):
+    path = path.with_suffix("")
+  return str(path).casefold()
+
+
+def _digest(path: Path, most: int | None = None) -> bytes:
+  """Returns the hash of a file's first bytes, or of all of them."""
+  with path.open("rb") as file:
+    if most is None:
+      return hashlib.file_digest(file, "blake2b").digest()
+    return hashlib.blake2b(file.read(most)).digest()
+
+
 def segment_starts(
   frames: int, segments: int, length: int, rng: np.random.Generator | None = None
 ) -> np.ndarray:
@@ -421,11 +524,13 @@ def timed_starts(
 def find_file(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None:
   """Returns the first file of this name and one of the suffixes; None if there is none.
 
-  A name with a video's suffix also stands for the file of its features.
+  Suffixes may be in capitals. A name with a video's suffix also stands for the file of its
+  features.
   """
   if "" not in suffixes and name.lower().endswith(VIDEO_SUFFIXES):
     name = str(PurePosixPath(name).with_suffix(""))
-  for suffix in suffixes:
+  # As cameras write them: .MP4.
+  for suffix in (*suffixes, *[suffix.upper() for suffix in suffixes if suffix]):
     path = Path(user_path(folder), name + suffix)
     if path.is_file():
       return path

@@ -129,10 +129,11 @@ def _outcome_rows(result: Mapping[str, Any]) -> list[Row]:
 
 # Long videos.
 
-# Rows of the videos that could not be read, by the entry of a result.
-_UNREADABLE = {
+# Rows of videos that are counted where there are any, by the entry of a result.
+_COUNTED_VIDEOS = {
   "unreadable": "videos that could not be read",
   "training_unreadable": "training videos that could not be read",
+  "copies": "test videos that are copies of training videos",
 }
 
 
@@ -157,8 +158,7 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
     chance = format_percent(result["relevant_share"], 1)
     rows.append(Row("chosen segments that matter", f"{precision}  (by chance {chance})"))
     rows.append(Row("segments that matter, chosen", format_percent(result["recall"], 1)))
-  # Test videos, and training videos where they were read.
-  for key, row in _UNREADABLE.items():
+  for key, row in _COUNTED_VIDEOS.items():
     if result.get(key):
       value = _count_names(result[key], result.get(f"{key}_names", ()))
       rows.append(Row(row, value))
@@ -512,6 +512,8 @@ _MEANINGS = {
   "segments that matter, chosen": "Recall: of the segments that the label depends on, the "
   "fraction that is chosen.",
   "videos that could not be read": "Excluded from all numbers.",
+  "test videos that are copies": "Their files are those of training videos, byte for byte, so that "
+  "the score says less about new videos.",
   "training videos that could not be read": "Since the last start of the training; other training "
   "videos took their places.",
   "videos without a file": "Named in the table of videos but missing; excluded from all numbers.",

@@ -17,8 +17,9 @@ import numpy as np
 from gating_jax.analysis import statistics
 from gating_jax.checks import few
 from gating_jax.data.image_sets import padded_batches
-from gating_jax.data.videos import VideoArrays, VideoSet
+from gating_jax.data.videos import VideoArrays, VideoSet, find_shared
 from gating_jax.ops import confidence, selection
+from gating_jax.terminal import warn
 from gating_jax.training import devices, hosts
 from gating_jax.types import Array, Records
 from gating_jax.video import metrics, sets
@@ -175,6 +176,25 @@ def count_unread(videos: VideoArrays | VideoSet) -> dict[str, Any]:
     return {}
   names = videos.name_unreadable()
   return {"training_unreadable": len(videos.unreadable), "training_unreadable_names": names}
+
+
+def count_copies(
+  train: VideoArrays | VideoSet, test: VideoArrays | VideoSet
+) -> dict[str, int | list[str]]:
+  """Counts the test videos whose files are those of training videos, byte for byte.
+
+  The first five are named, here and in a warning.
+
+  Returns:
+    entries of a result; none for sets in memory, which have no files.
+  """
+  if not (isinstance(train, VideoSet) and isinstance(test, VideoSet)):
+    return {}
+  copies = find_shared(train, test).by_content
+  if copies:
+    pairs = [f"{own} is {other}" for other, own in copies]
+    warn("%d test videos are copies of training videos: %s", len(copies), few(pairs, _NAMED))
+  return {"copies": len(copies), "copies_names": [own for _, own in copies[:_NAMED]]}
 
 
 def _which_read(arrays: Arrays, videos: VideoArrays | VideoSet, split: str) -> np.ndarray:

@@ -20,7 +20,7 @@ import jax
 from gating_jax import runner
 from gating_jax.config_files import Config
 from gating_jax.data.image_sets import process_indices
-from gating_jax.data.videos import VideoArrays
+from gating_jax.data.videos import VideoArrays, check_apart
 from gating_jax.reports import tables
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
@@ -52,9 +52,14 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     config: of the run.
     workdir: the run directory.
     mode: one of those of `runner.run`; `compile` times the ways to run with segments skipped.
+  Raises:
+    ValueError: in training, a video is in two splits; the first five are named.
   """
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
+    # A run may be tested on its own training videos; one that is trained says something else.
+    if mode == "train":
+      check_apart(training=experiment.train, validation=experiment.validation, test=experiment.test)
   runner.run(LongVideo(experiment), workdir, mode)
 
 
@@ -156,6 +161,7 @@ class LongVideo(runner.Programme):
         result |= {"splits": splits, "last_step": training.step}
       # Only here: the other modes do not read the training videos.
       result |= video_evaluation.count_unread(experiment.train)
+      result |= video_evaluation.count_copies(experiment.train, experiment.test)
       # Timed once, at the end: a test during training is not slowed down by it.
       result |= self._speed(variables)
       with working("drawing the report", "up to a minute"):

@@ -131,6 +131,10 @@ def test_rows_of_videos_are_what_is_known():
       {"training_unreadable": 7, "training_unreadable_names": ["a", "b", "c", "d", "e"]},
       ("training videos that could not be read", "7  (a, b, c, d, e and 2 more)"),
     ),
+    (
+      {"copies": 1, "copies_names": ["a"]},
+      ("test videos that are copies of training videos", "1  (a)"),
+    ),
     ({"missing": 2}, ("videos without a file", "2")),
     (
       {"precision": 0.5, "relevant_share": 0.3, "recall": 0.8},
@@ -330,6 +334,7 @@ ALL_OF_VIDEOS = dict(
   relevant_share=0.1,
   unreadable=1,
   training_unreadable=1,
+  copies=1,
   missing=1,
   classes_left_out=["a"],
   videos_per_second=1.0,
