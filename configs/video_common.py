@@ -64,6 +64,11 @@ def video_config() -> Config:
         "cache_gb": config_dict.placeholder(float),  # its size, in 10^9 bytes; None: 20
         # in training, segments of files start at random positions within their parts of the video
         "jitter": True,
+        # in training, the same for all segments of a video; features of trained nets have none
+        "crop_padding": config_dict.placeholder(int),  # largest shift in pixels; None: 0
+        "flip": config_dict.placeholder(bool),  # mirrors half of the videos; None: no
+        # largest change of brightness, contrast and saturation, as a fraction; None: 0
+        "colour": config_dict.placeholder(float),
         "mean": (0.5,),
         "std": (0.5,),
       },

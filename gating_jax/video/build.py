@@ -257,6 +257,7 @@ def _pretraining(config: Config, train: Any, counts: VideoCounts) -> Phase | Non
   def prepare(key, inputs):
     """Picks segments of each video `[B, T, ...]`, and returns both nets' inputs `[B * S, ...]`."""
     picked = sets.pick_segments(key, inputs, pretrain.segments_per_video, axis_name=devices.AXIS)
+    picked = sets.augment_clips(key, picked, config, axis_name=devices.AXIS)
     return sets.network_inputs(picked, config)
 
   return Phase(
@@ -302,9 +303,9 @@ def _training(
 
   def prepare(key, inputs):
     """Returns inputs `[B, T, ...]` of the network, the videos' own or their features."""
-    del key
     if config.training == "two_stage":
       return inputs
+    inputs = sets.augment_clips(key, inputs, config, axis_name=devices.AXIS)
     return sets.network_inputs(inputs, config, heavy_from=heavy_from(config))
 
   return Phase(
@@ -377,6 +378,7 @@ def _check(config: Config) -> None:
   """Raises a ValueError where a setting breaks its rule; the message names the field."""
   _check_model(config)
   _check_cache(config)
+  _check_augmentation(config)
   _check_skipped_backward(config)
   _check_sets(config)
   _check_held_out(config)
@@ -435,6 +437,21 @@ def _check_cache(config: Config) -> None:
   gigabytes = data.get("cache_gb")
   if gigabytes is not None and not 0 < gigabytes < math.inf:
     raise ValueError(f"data.cache_gb must be a positive finite number or None; got {gigabytes}")
+
+
+def _check_augmentation(config: Config) -> None:
+  """Checks the settings of the augmentation, each of which may be None."""
+  data = config.data
+  pad, colour = data.get("crop_padding"), data.get("colour")
+  if pad is not None and pad < 0:
+    raise ValueError(f"data.crop_padding must be >= 0 or None; got {pad}")
+  if colour is not None and not 0 <= colour < 1:
+    raise ValueError(f"data.colour must be in [0, 1) or None; got {colour}")
+  if data.name == "features" and (pad or colour or data.get("flip")):
+    raise ValueError(
+      "data.crop_padding, data.flip and data.colour must be None for 'features', which have no "
+      f"pixels; got {pad}, {data.get('flip')}, {colour}"
+    )
 
 
 def _check_held_out(config: Config) -> None:

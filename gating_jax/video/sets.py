@@ -35,6 +35,8 @@ INPUTS = ("clips", "light", "heavy", "valid", "relevant")
 TARGETS = ("label", "weight", "valid", "units")
 # Size of a cache, in 10^9 bytes, where a config does not say.
 _CACHE_GB = 20.0
+# Number folded into the key of a step, for its augmentation. Runs depend on it.
+_AUGMENT = 1
 # Number folded into the seed of the videos that are held out. Runs depend on it.
 _HELD_OUT = 1
 
@@ -162,6 +164,35 @@ def network_inputs(batch: Batch, config: Config, *, heavy_from: str = "heavy") -
   elif clips is not None:
     inputs["heavy"] = augment.normalise(clips, mean, std)
   return inputs
+
+
+def augment_clips(
+  key: Array, batch: Batch, config: Config, *, axis_name: Hashable | None
+) -> dict[str, Array]:
+  """Augments the clips of a training batch as the config says, each video as a whole.
+
+  Args:
+    key: of the training step.
+    batch: arrays `[B, T, ...]`, or `[B * S, ...]` of picked segments.
+    config: the config of the run.
+    axis_name: mapped device axis, over which each video has a draw of its own.
+  """
+  data, clips = config.data, batch.get("clips")
+  # Runs of earlier versions lack the fields.
+  pad, colour = data.get("crop_padding") or 0, data.get("colour") or 0.0
+  flip = bool(data.get("flip"))
+  if clips is None or not (pad or flip or colour):
+    return dict(batch)
+  # The picked segments of a video are changed alike.
+  videos = clips
+  if "picked" in batch:
+    videos = clips.reshape(*batch["picked"].shape, *clips.shape[1:])
+  # Another key than that of the picked segments.
+  key = jax.random.fold_in(key, _AUGMENT)
+  augmented = augment.augment_videos(
+    key, videos, pad=pad, flip=flip, colour=colour, axis_name=axis_name
+  )
+  return {**batch, "clips": augmented.reshape(clips.shape)}
 
 
 def pick_segments(

@@ -7,6 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from gating_jax.analysis import statistics
 from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
 from gating_jax.models.resnets import ResNet
-from gating_jax.training import loop, rundir
+from gating_jax.training import devices, loop, rundir
 from gating_jax.training.checkpoints import restore_newest
 from gating_jax.video import build, evaluate, report, run, sets, speed, thresholds
 from gating_jax.video import nets as video_nets
@@ -330,11 +331,38 @@ def restore_last(workdir, like):
       "data.validation_split must be None unless splits are files, .*; got 'held.txt'",
     ),
     ({"budget.scope": "batch"}, "budget.scope must be one of set, video; got 'batch'"),
+    ({"data.crop_padding": -1}, "data.crop_padding must be >= 0 or None; got -1"),
+    ({"data.colour": 1.0}, r"data.colour must be in \[0, 1\) or None; got 1.0"),
+    ({"data.cache": "cache"}, "data.cache must be None unless data.name is 'videos', .*'cache'"),
+    ({"data.cache_gb": 0.0}, "data.cache_gb must be a positive finite number or None; got 0.0"),
   ],
 )
-def test_settings_of_held_out_videos_are_checked(config, changes, message):
+def test_settings_that_may_be_none_are_checked(config, changes, message):
   with pytest.raises(ValueError, match=message):
     build.build(config(**changes))
+
+
+def test_segments_of_a_video_are_augmented_alike_in_both_trainings(config):
+  made = config(training="end_to_end", **{"data.crop_padding": 3, "data.flip": True})
+  plain = config(training="end_to_end")
+  clips = np.random.default_rng(0).integers(1, 256, (8, 1, 1, 16, 16, 1), dtype=np.uint8)
+  inputs = {"clips": np.tile(clips, (1, 14, 8, 1, 1, 1)), "valid": np.ones((8, 14), bool)}
+  found = {}
+  for name, each in (("made", made), ("plain", plain)):
+    built = build.build(each)
+    for phase in (built.pretraining, built.training):
+      run_phase = jax.pmap(phase.prepare, axis_name=devices.AXIS, in_axes=(None, 0))
+      spread = {kind: x[:, None] for kind, x in inputs.items()}
+      heavy = np.asarray(run_phase(jax.random.key(0), spread)["heavy"])
+      found[name, phase.name] = heavy.reshape(8, -1, 16, 16)
+  for name, phase in found:
+    frames = found[name, phase]
+    np.testing.assert_array_equal(frames, np.broadcast_to(frames[:, :1], frames.shape))
+  for phase in ("pretrain", "train"):
+    assert not np.array_equal(found["made", phase][:, 0], found["plain", phase][:, 0])
+  # Tests see the videos as they are.
+  tested = built.prepare({kind: jnp.asarray(x) for kind, x in inputs.items()})["heavy"]
+  np.testing.assert_allclose(tested[:, 0, 0, ..., 0], found["plain", "train"][:, 0], rtol=1e-5)
 
 
 def test_videos_are_held_out_of_each_class_or_named_in_a_file(config, tmp_path):
