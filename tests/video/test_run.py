@@ -589,6 +589,23 @@ def test_a_run_is_loaded_in_one_call(finished):
   assert np.mean(right[batch["weight"] > 0]) == pytest.approx(score, abs=0.1)
 
 
+def test_every_test_video_has_a_row_with_its_prediction_and_chosen_segments(finished):
+  _, workdir = finished
+  result = read_result(workdir)
+  with (workdir / "predictions.csv").open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  # One video cannot be read.
+  assert [row["video"] for row in rows] == [f"video{i}" for i in range(16, 32) if i != 17]
+  assert np.mean([row["right"] == "yes" for row in rows]) == pytest.approx(result["accuracy"])
+  for row in rows:
+    assert (row["class"] == row["prediction"]) == (row["right"] == "yes")
+  shares = [len(row["chosen"].split()) / int(row["segments"]) for row in rows]
+  assert np.mean(shares) == pytest.approx(result["share"])
+  page = (workdir / "report.html").read_text()
+  for title in ("Predictions</h2>", "Learning curves</h2>"):
+    assert title in page
+
+
 def test_a_report_is_written_again(finished, tmp_path):
   made, workdir = finished
   shutil.copytree(workdir, tmp_path / "run")
