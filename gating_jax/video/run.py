@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -126,6 +127,8 @@ class LongVideo(runner.Programme):
   def train(self, run_dir: RunDir) -> dict[str, Any] | None:
     """Trains the nets, then gate and classifier; returns the result, or None where it stopped."""
     experiment, phase = self.experiment, self.experiment.training
+    # Both trainings count their seconds from here.
+    started = time.monotonic()
     # Lets the model of this run be loaded without the data.
     outlines.write_outlines(run_dir.path, [experiment.train, experiment.test])
     nets = None
@@ -133,12 +136,12 @@ class LongVideo(runner.Programme):
       with working("loading the trained nets"):
         nets = video_nets.trained_nets(experiment, run_dir.path)
     elif experiment.pretraining:
-      nets = self.pretrain(run_dir)
+      nets = self.pretrain(run_dir, started)
       # Asked to stop: the next start resumes here.
       if nets is None:
         return None
     with contextlib.ExitStack() as held:
-      training = held.enter_context(self._open(phase, run_dir.path))
+      training = held.enter_context(self._open(phase, run_dir.path, started))
       train = self._training_set(nets)
       # The checkpoint of a resumed run already holds the concepts.
       if not training.step:
@@ -171,12 +174,17 @@ class LongVideo(runner.Programme):
         hosts.on_writer(report.write_report, experiment, result, behaviour, run_dir, step)
     return result | {"step": step}
 
-  def pretrain(self, run_dir: RunDir) -> dict[str, Any] | None:
-    """Trains both nets on single segments; returns their variables, or None where it stopped."""
+  def pretrain(self, run_dir: RunDir, started: float | None = None) -> dict[str, Any] | None:
+    """Trains both nets on single segments; returns their variables, or None where it stopped.
+
+    Args:
+      run_dir: the run directory.
+      started: as for `runner.Training`.
+    """
     phase = self.experiment.pretraining
     if phase is None:
       raise ValueError("the config has no pretraining")
-    with self._open(phase, run_dir.path / video_nets.PRETRAIN_DIR) as training:
+    with self._open(phase, run_dir.path / video_nets.PRETRAIN_DIR, started) as training:
       # A phase that has ended is not entered again: no journal, no compilation.
       if training.step < training.total_steps:
         training.begin("training both nets on single segments first")
@@ -242,11 +250,11 @@ class LongVideo(runner.Programme):
     stream = train.batches(batch, first_step, k, total_steps=total, process=process)
     return mapped.on_stream(map(sets.examples, stream))
 
-  def _open(self, phase: Phase, folder: Path) -> runner.Training:
-    """Opens the training of a phase in its folder."""
+  def _open(self, phase: Phase, folder: Path, started: float | None) -> runner.Training:
+    """Opens the training of a phase in its folder, with a clock that has `started`."""
     with working("making the networks", "up to half a minute"):
       fresh = video_nets.initial_state(phase, self.config.seed)
-      return runner.Training(folder, fresh, phase.settings.total_steps)
+      return runner.Training(folder, fresh, phase.settings.total_steps, started)
 
   def _run(
     self,
