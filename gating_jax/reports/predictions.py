@@ -55,6 +55,31 @@ class Predictions:
     return [*self.columns, *(["right"] if self.right is not None else [])]
 
 
+def of_classes(
+  noun: str,
+  labels: np.ndarray,
+  predicted: np.ndarray,
+  class_names: Sequence[str],
+  more: Mapping[str, Sequence[str]] | None = None,
+) -> Predictions:
+  """Returns predictions for examples without names, which are numbered from 0 in the test's order.
+
+  Args:
+    noun: the word for an example, such as `image`.
+    labels, predicted: `[N]` classes, as integers.
+    class_names: one per class.
+    more: further columns, after these.
+  """
+  columns = {
+    noun: [str(number) for number in range(len(labels))],
+    "class": [class_names[c] for c in labels],
+    "prediction": [class_names[c] for c in predicted],
+  }
+  terms = {noun: "its number in the test set, from 0", "prediction": "the likeliest class"}
+  right = np.asarray(labels) == np.asarray(predicted)
+  return Predictions({**columns, **(more or {})}, right, terms)
+
+
 def write_csv(folder: Path, predictions: Predictions) -> None:
   """Writes `predictions.csv`, with a header, into a run directory.
 

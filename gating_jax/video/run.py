@@ -61,6 +61,8 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     # A run may be tested on its own training videos; one that is trained says something else.
     if mode == "train":
       check_apart(training=experiment.train, validation=experiment.validation, test=experiment.test)
+      if advice := sets.advise_segments(experiment.train, config.data):
+        say(advice)
   runner.run(LongVideo(experiment), workdir, mode)
 
 

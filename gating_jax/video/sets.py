@@ -82,6 +82,26 @@ def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
   return FeatureFolder(table, data.folder, data.heavy_folder, **how)
 
 
+def advise_segments(videos: VideoArrays | VideoSet, data: Config) -> str | None:
+  """Returns a line of advice where clips are longer than films, so that segments overlap, or None.
+
+  Args:
+    videos: of training.
+    data: the section of the config.
+  """
+  counts = videos.count_frames() if isinstance(videos, VideoFolder) else []
+  if not counts:
+    return None
+  typical, wanted = int(np.median(counts)), data.segments * data.frames
+  if typical >= wanted:
+    return None
+  fitting = max(1, typical // data.frames)
+  return (
+    f"films of about {typical} frames are shorter than data.segments x data.frames = {wanted}: "
+    f"segments overlap; data.segments={fitting} fits them"
+  )
+
+
 def _open_cache(data: Config) -> ArrayCache | None:
   """Opens the cache of frames that a config names, or returns None.
 

@@ -48,3 +48,11 @@ def test_a_page_shows_wrong_predictions_first_and_at_most_fifty():
 def test_columns_of_other_lengths_are_refused():
   with pytest.raises(ValueError, match="columns and right must have one length; got .*'right': 2"):
     Predictions(COLUMNS, np.ones(2, bool), {})
+
+
+def test_images_are_numbered_and_their_classes_named():
+  found = predictions.of_classes(
+    "image", np.array([1, 0]), np.array([1, 1]), ("cat", "dog"), {"loss": ["0.1", "2.0"]}
+  )
+  assert found.header() == ["image", "class", "prediction", "loss", "right"]
+  assert found.rows() == [["0", "dog", "dog", "0.1", "yes"], ["1", "cat", "dog", "2.0", "no"]]
