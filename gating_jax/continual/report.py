@@ -5,7 +5,7 @@ Axes: T tasks, N images of a task, U gated units of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,10 @@ from gating_jax.analysis import statistics
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import LearnerState
+from gating_jax.continual.training import TaskPredictions
 from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import layer_names
-from gating_jax.reports import conclusion, frame, page, tables, tasks
+from gating_jax.reports import classes, conclusion, frame, page, tables, tasks
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import format_percent, plain
 from gating_jax.training import hosts, rundir
@@ -145,7 +146,9 @@ def write_report(
   learner: LearnerState,
   run_dir: rundir.RunDir,
   step: int,
+  *,
   notice: str = "",
+  predictions: Sequence[TaskPredictions] | None = None,
 ) -> None:
   """Writes the page of a run.
 
@@ -157,8 +160,10 @@ def write_report(
     run_dir: of the run.
     step: of the learner.
     notice: first line of the page, such as that the run has failed.
+    predictions: as in `metrics.collect_result`.
   """
-  config, result = experiment.config, metrics.collect_result(experiment, learner)
+  config = experiment.config
+  result = metrics.collect_result(experiment, learner, predictions)
   around = frame.read_surroundings(
     run_dir,
     config,
@@ -172,7 +177,13 @@ def write_report(
     pictures[name] = page.embed_figure(figure, caption, scrolls=scrolls, terms=_TERMS[name])
   # The picture at the top of the page.
   shown = "filters" if "filters" in pictures else "accuracies"
-  sections = [_result_section(result)]
+  learnt = int(learner.task) * experiment.problem.classes
+  names = experiment.tasks[0].train.class_names[:learnt]
+  sections = [
+    _result_section(result),
+    # With the task unknown: with it known, tasks are not confused.
+    *classes.confusion_section(result["task_agnostic"], names, "image"),
+  ]
   for name, picture in pictures.items():
     if name != shown:
       sections.append(page.Section(name.capitalize(), parts=[picture]))

@@ -71,6 +71,7 @@ class ImageRun:
   config: Sequence[tuple[str, str]]
   read: Callable[[np.ndarray], np.ndarray]
   pictures: Sequence[tuple[Any, str]] = ()
+  confusions: Sequence[page.Section] = ()
   around: frame.Surroundings = frame.Surroundings()
   how: str = "gates=none"
   notice: str = ""
@@ -131,7 +132,8 @@ def make_sections(run: ImageRun) -> list[page.Section]:
 
   Sections without meaning for the run are left out.
   """
-  found = [page.Section("Result", parts=[tables.defined_table(run.rows)]), _score(run)]
+  result = page.Section("Result", parts=[tables.defined_table(run.rows)])
+  found = [result, *run.confusions, _score(run)]
   if run.pictures:
     parts = [page.embed_figure(figure, caption, photo=True) for figure, caption in run.pictures]
     found.append(page.Section(f"Some {run.noun}s", parts=parts))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gating_jax.analysis.outcomes import OUTCOMES, Diagnosis
 from gating_jax.checks import printable
-from gating_jax.reports import page
+from gating_jax.reports import classes, page
 from gating_jax.reports.text import align_columns, format_percent, plain
 
 
@@ -55,7 +55,12 @@ def render_rows(
 def classification_rows(result: Mapping[str, Any]) -> list[Row]:
   """Returns rows of name and value, from the result of `training.evaluation.evaluate`."""
   accuracy = f"{format_percent(result['accuracy'], 2)}  ({result['images']:,} images)"
-  return [Row("test accuracy", accuracy), *_size_and_gate_rows(result)]
+  return [
+    Row("test accuracy", accuracy),
+    *_as_rows(classes.score_rows(result, "accuracy")),
+    *_size_and_gate_rows(result),
+    *_as_rows(classes.class_rows(result)),
+  ]
 
 
 def scene_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -75,11 +80,17 @@ def scene_rows(result: Mapping[str, Any]) -> list[Row]:
   return [
     # The mean first: it is the score by which runs are compared.
     Row("mean IoU", f"{mean_iou}  ({len(class_rows)} classes, {result['images']:,} scenes)"),
+    *_as_rows(classes.score_rows(result, "mean_iou")),
     Row("pixels that are right", format_percent(result["accuracy"], 2)),
     *_size_and_gate_rows(result),
     Row("MACs of the head, always run", f"{result['head_macs']:,}"),
     *class_rows,
   ]
+
+
+def _as_rows(pairs: Sequence[tuple[str, str]]) -> list[Row]:
+  """Returns pairs of name and value as rows."""
+  return [Row(*pair) for pair in pairs]
 
 
 def _size_and_gate_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -142,8 +153,10 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
   mac_ratio = format_percent(result["mac_ratio"], 1)
   share = format_percent(result["share"], 1)
   low, high = format_percent(result["share_p10"], 1), format_percent(result["share_p90"], 1)
+  key = "accuracy" if "accuracy" in result else "mean_average_precision"
   rows = [
     _video_score(result),
+    *_as_rows(classes.score_rows(result, key)),
     Row("MACs per video, heavy net on all segments", f"{result['all_segments_macs']:,.0f}"),
     Row(
       "MACs per video, this net",
@@ -173,7 +186,7 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
       timed = format_percent(result["timed_share"], 1)
       baseline += f"; {result['timed_videos']} videos, {timed} of their segments chosen"
     rows.append(Row("videos per second", f"{result['videos_per_second']:.1f}  ({baseline})"))
-  return rows
+  return rows + _as_rows(classes.class_rows(result))
 
 
 def _split_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -315,6 +328,11 @@ def task_rows(result: Mapping[str, Any]) -> list[Row]:
     if macs is not None:
       ratio = format_percent(macs / result["dense_macs"], 1)
       rows.append(Row(f"MACs per image, {words}", f"{macs:,.0f}  ({ratio} of dense)"))
+  for setting in _tested_settings(result):
+    for name, value in classes.score_rows(result[setting], "average_accuracy"):
+      rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
+    for name, value in classes.class_rows(result[setting]):
+      rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
   rows.append(Row("parameters", f"{result['params']:,}"))
   rows.append(Row("memory beyond the parameters", f"{result['memory_mb']:,.2f} MB"))
   overlap = result.get("mean_gate_overlap")
@@ -469,6 +487,16 @@ _MACS = "multiply-accumulate operations (MACs)"
 # Keyed by the beginning of a row's name: `IoU of` serves the rows of all classes (see `meaning`).
 _MEANINGS = {
   "test accuracy": "Fraction of the test set whose most likely class is the true one.",
+  "95 % interval": "Range of the score that other test examples of the same kind would give; runs "
+  "whose scores differ by less may be alike.",
+  "majority rate": "The accuracy of always predicting the most common class of the test set.",
+  "average precision by chance": "That of a random ranking: the mean over classes of the fraction "
+  "of videos that have the class.",
+  "classes without training": "No training example has them, so that they cannot be learnt.",
+  "classes without test examples": "No test example has them, so that nothing is known of them.",
+  "class ": "Score on the test examples of this class alone: the fraction that is right, or the "
+  "average precision.",
+  "classes above these": "Classes with higher scores than those that are listed.",
   "test mean average precision": "Mean over classes of the average precision of a ranking of the "
   "test videos.",
   "mean IoU": "Mean over classes of intersection over union: pixels of a class that are found, "

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.analysis import statistics
+from gating_jax.analysis import scores, statistics
 from gating_jax.checks import few
 from gating_jax.data.image_sets import padded_batches
 from gating_jax.data.videos import VideoArrays, VideoSet, find_shared
@@ -44,6 +44,8 @@ _COMPARED = (
 )
 # Unreadable videos that an error or a result names.
 _NAMED = 5
+# Resampled test sets for the interval of a mean average precision, which is slow.
+_RESAMPLED = 50
 
 
 def extract_features(
@@ -115,7 +117,7 @@ def test_network(
     "unreadable": int(np.sum(~read)),
     "unreadable_names": _name_unread(test_set, read),
     "missing": len(getattr(test_set, "missing", ())),
-    **_score(test_set, tested),
+    **_score(experiment, test_set, tested),
     **segments,
     "macs": float(macs.mean()),
     "all_segments_macs": everything,
@@ -216,14 +218,43 @@ def _name_unread(videos: VideoArrays | VideoSet, read: np.ndarray) -> list[str]:
   return [videos.names[row] for row in np.flatnonzero(~read)[:_NAMED]]
 
 
-def _score(test_set: VideoArrays | VideoSet, tested: Arrays) -> dict[str, Any]:
+def _score(
+  experiment: VideoExperiment, test_set: VideoArrays | VideoSet, tested: Arrays
+) -> dict[str, Any]:
+  """Returns the score of a split, and what it is worth: see `analysis.scores`."""
+  labels, logits, names = tested["label"], tested["logits"], test_set.class_names
+  trained = scores.count_labels(_labels_of(experiment.train), len(names))
   # With several labels a video is neither right nor wrong: no accuracy.
   if not test_set.multi_label:
-    return {"accuracy": float(np.mean(np.argmax(tested["logits"], axis=1) == tested["label"]))}
-  score = metrics.mean_average_precision(
-    tested["logits"], tested["label"], class_names=test_set.class_names
-  )
-  return {"mean_average_precision": score.mean, "classes_left_out": list(score.left_out)}
+    predicted = np.argmax(logits, axis=1)
+    accuracy = {"accuracy": float(np.mean(predicted == labels))}
+    return accuracy | scores.score_predictions(labels, predicted, names, trained=trained)
+  score = metrics.mean_average_precision(logits, labels, class_names=names)
+
+  def score_some(index):
+    """Returns the mean average precision of some of the videos."""
+    return metrics.mean_average_precision(logits[index], labels[index]).mean
+
+  of_class = {}
+  for name, precision in zip(names, score.per_class.tolist(), strict=True):
+    if not np.isnan(precision):
+      of_class[name] = precision
+  # By chance, the precision of a class is the fraction of videos that have it.
+  with_class = labels.mean(axis=0)
+  interval = scores.bootstrap_interval(score_some, len(labels), _RESAMPLED)
+  return {
+    "mean_average_precision": score.mean,
+    **scores.interval_entries("mean_average_precision", interval),
+    "classes_left_out": list(score.left_out),
+    "classes_without_training": scores.list_untrained(trained, names),
+    "class_average_precision": of_class,
+    "chance_average_precision": float(with_class[with_class > 0].mean()) if of_class else 0.0,
+  }
+
+
+def _labels_of(videos: VideoArrays | VideoSet) -> np.ndarray:
+  """Returns the labels of all videos of a set, without reading any."""
+  return videos.table.labels if isinstance(videos, VideoSet) else videos.arrays["label"]
 
 
 def outcome(

@@ -14,6 +14,7 @@ import numpy as np
 from gating_jax import programmes
 from gating_jax.analysis import statistics
 from gating_jax.reports import (
+  classes,
   conclusion,
   curves,
   frame,
@@ -143,6 +144,7 @@ def write_report(
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections = [
     page.Section("Result", parts=[tables.defined_table(tables.video_rows(result))]),
+    *classes.confusion_section(result, experiment.test.class_names, "video"),
     page.Section(
       "Segments",
       parts=[

@@ -303,6 +303,30 @@ def finished(config, programs, tmp_path_factory):
   return config(), workdir, printed
 
 
+def test_a_result_says_what_its_accuracies_are_worth(finished):
+  _, workdir, printed = finished
+  result = json.loads((workdir / "result.json").read_text())
+  for setting in ("task_aware", "task_agnostic"):
+    of_setting = result[setting]
+    low, high = of_setting["average_accuracy_low"], of_setting["average_accuracy_high"]
+    assert low < of_setting["average_accuracy"] < high
+    confusion = np.array(of_setting["confusion"])
+    assert confusion.shape == (4, 4)
+    # Each task has as many images as its rows.
+    right = [np.trace(confusion[t : t + 2, t : t + 2]) for t in (0, 2)]
+    accuracies = np.array(right) / confusion.reshape(2, -1).sum(axis=1)
+    np.testing.assert_allclose(accuracies, of_setting["accuracies"][-1], rtol=1e-6)
+    assert of_setting["classes_without_training"] == of_setting["classes_without_test"] == []
+  # With the task known, no image is given a class of another task.
+  known = np.array(result["task_aware"]["confusion"])
+  assert not known[:2, 2:].any()
+  assert not known[2:, :2].any()
+  assert 0.5 <= result["task_aware"]["majority_rate"] < 0.56
+  assert 0.25 <= result["task_agnostic"]["majority_rate"] < 0.28
+  assert "95 % interval, task-aware" in printed
+  assert "Confusions of classes" in (workdir / "report.html").read_text()
+
+
 def test_the_training_step_is_one_program_for_all_tasks(finished, programs):
   assert len(programs) == 1
 

@@ -353,6 +353,24 @@ def check_run(made, workdir, printed, total):
   return result, train
 
 
+def test_a_result_says_what_its_accuracy_is_worth(ungated):
+  _, workdir, printed = ungated
+  result = json.loads((workdir / "result.json").read_text())
+  assert result["accuracy_low"] < result["accuracy"] < result["accuracy_high"]
+  # Handwritten digits are even over ten classes.
+  assert 0.1 <= result["majority_rate"] < 0.12
+  confusion = np.array(result["confusion"])
+  assert confusion.sum() == result["images"]
+  assert np.trace(confusion) / confusion.sum() == pytest.approx(result["accuracy"])
+  assert result["classes_without_training"] == result["classes_without_test"] == []
+  assert len(result["class_accuracy"]) == 10
+  for name in ("95 % interval", "majority rate", "class 0"):
+    assert name in printed
+  page = (workdir / "report.html").read_text()
+  assert "Confusions of classes" in page
+  assert "majority rate" in page
+
+
 def check_modes(made, workdir, total):
   """A finished run is not repeated, and its evaluation prints the same accuracy."""
   result = json.loads((workdir / "result.json").read_text())

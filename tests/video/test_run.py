@@ -568,6 +568,19 @@ def check_run(made, workdir, steps=4, videos=20):
   assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", printed)
 
 
+def test_a_result_says_what_its_accuracy_is_worth(finished):
+  _, workdir = finished
+  result = read_result(workdir)
+  assert result["accuracy_low"] < result["accuracy_high"]
+  assert result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"]
+  confusion = np.array(result["confusion"])
+  assert confusion.sum() == result["videos"]
+  assert np.trace(confusion) / confusion.sum() == pytest.approx(result["accuracy"])
+  assert result["majority_rate"] == confusion.sum(axis=1).max() / result["videos"]
+  assert set(result["class_accuracy"]) == {"class 0", "class 1", "class 2"}
+  assert "Confusions of classes" in (workdir / "report.html").read_text()
+
+
 def test_a_run_leaves_what_it_measured(finished):
   made, workdir = finished
   check_run(made, workdir, steps=2, videos=15)
