@@ -21,6 +21,7 @@ from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import layer_names
 from gating_jax.reports import classes, conclusion, frame, page, tables, tasks
 from gating_jax.reports import images as image_pictures
+from gating_jax.reports import predictions as prediction_tables
 from gating_jax.reports.text import format_percent, plain
 from gating_jax.training import hosts, rundir
 from gating_jax.training.journal import Journal
@@ -52,6 +53,29 @@ def write_pictures(
     path = run_dir.path / f"{name}.png"
     page.save_figure(figure, path)
     journal.write_picture(step, f"pictures/{name}", path)
+
+
+def list_predictions(
+  experiment: ContinualExperiment, of_tasks: Sequence[TaskPredictions]
+) -> prediction_tables.Predictions:
+  """Returns the predictions for the test images of all tasks learnt, task by task."""
+  names = experiment.tasks[0].train.class_names
+  columns = {name: [] for name in ("image", "task", "class", "task known", "task unknown")}
+  right = []
+  for number, task in enumerate(of_tasks, start=1):
+    columns["image"] += [str(image) for image in range(len(task.labels))]
+    columns["task"] += [str(number)] * len(task.labels)
+    columns["class"] += [names[c] for c in task.labels]
+    columns["task known"] += [names[c] for c in task.known]
+    columns["task unknown"] += [names[c] for c in task.chosen]
+    right.append(np.asarray(task.chosen) == np.asarray(task.labels))
+  terms = {
+    "image": "its number among the test images of its task, from 0",
+    "task": "the number of its task, from 1",
+    "task known": "the likeliest class of the task's own",
+    "task unknown": "the likeliest class of all tasks learnt, of which the last column speaks",
+  }
+  return prediction_tables.Predictions(columns, np.concatenate(right), terms)
 
 
 def make_histograms(
@@ -184,6 +208,9 @@ def write_report(
     # With the task unknown: with it known, tasks are not confused.
     *classes.confusion_section(result["task_agnostic"], names, "image"),
   ]
+  if predictions is not None:
+    listed = list_predictions(experiment, predictions)
+    sections.append(prediction_tables.make_section(listed, "image"))
   for name, picture in pictures.items():
     if name != shown:
       sections.append(page.Section(name.capitalize(), parts=[picture]))

@@ -25,6 +25,7 @@ from gating_jax.continual.training import (
   test_tasks,
 )
 from gating_jax.reports import conclusion, tables
+from gating_jax.reports import predictions as prediction_tables
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import TRAINING, say, working
 from gating_jax.training import hosts, outlines
@@ -129,6 +130,9 @@ class ContinualLearning(runner.Programme):
     with working("writing the report", "up to a minute"):
       result = metrics.collect_result(experiment, learner, predictions)
       report.write_report(experiment, learner, run_dir, step, predictions=predictions)
+      if predictions is not None:
+        listed = report.list_predictions(experiment, predictions)
+        hosts.on_writer(prediction_tables.write_csv, run_dir.path, listed)
     return result | {"step": step}
 
   def _predict(

@@ -29,7 +29,7 @@ from gating_jax.images import report as image_report
 from gating_jax.images.build import EXITS, Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.reports import classes as class_pages
-from gating_jax.reports import conclusion, frame, page, tables
+from gating_jax.reports import conclusion, frame, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
@@ -339,7 +339,7 @@ class Classification(runner.Programme):
       )
 
   def _write_files(self, run_dir: RunDir, training: runner.Training, evaluated: Evaluation) -> None:
-    """Writes the pictures, a file of gates and the report of a run that has ended."""
+    """Writes pictures, files of gates and predictions, and the report of a run that has ended."""
     experiment, gates = self.experiment, evaluated.gates
     drawn = self.draw(training.state)
     figures = {name: figure for name, (figure, _) in drawn.items()}
@@ -350,6 +350,12 @@ class Classification(runner.Programme):
       tables.write_gate_csv(
         run_dir.path / "gates.csv", gates.diagnosis, experiment.counts.gate_layers
       )
+    found = None
+    # The classes of pixels are no classes of scenes.
+    if self.classes():
+      found = image_report.predict_images(evaluated.images, experiment.test.class_names)
+    if found is not None:
+      predictions.write_csv(run_dir.path, found)
     for name, figure in figures.items():
       page.save_figure(figure, run_dir.path / name)
       # TensorBoard shows the pictures too.

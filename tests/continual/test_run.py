@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import functools
 import importlib
@@ -393,6 +394,12 @@ def test_a_run_leaves_what_it_measured_and_forgets_nothing(finished):
     f"{title}</h2>" in report for title in ("Accuracies", "Overlap", "One gate across tasks")
   )
   assert report.index("Filters that each task reuses") < report.index("<details>"), "opens the page"
+  rows = list(csv.DictReader((workdir / "predictions.csv").read_text().splitlines()))
+  assert [row["task"] for row in rows] == ["1"] * images[0] + ["2"] * images[1]
+  for setting, column in (("task_aware", "task known"), ("task_agnostic", "task unknown")):
+    right = np.array([row[column] == row["class"] for row in rows])
+    of_tasks = [right[: images[0]].mean(), right[images[0] :].mean()]
+    np.testing.assert_allclose(of_tasks, result[setting]["accuracies"][1], rtol=1e-5)
   assert len(re.findall(r"<figcaption>layer\d/\S+, unit \d+\.</figcaption>", report)) >= 2
 
 
