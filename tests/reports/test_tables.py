@@ -119,6 +119,23 @@ def test_rows_of_videos_are_what_is_known():
   ]
 
 
+SPLITS = {
+  "training": {"accuracy": 0.94, "share": 0.5, "share_std": 0.25},
+  "validation": {"accuracy": 0.6, "share": 0.5, "share_std": 0.3},
+  "test": {"accuracy": 0.59, "share": 0.634, "share_std": 0.4},
+}
+
+
+def test_splits_are_compared_side_by_side_where_videos_are_held_out():
+  rows = dict(tables.video_rows(VIDEO | {"splits": SPLITS}))
+  names = "training / validation / test"
+  assert rows[f"score: {names}"] == "94.0 % / 60.0 % / 59.0 %"
+  shares = "50.0 % (± 25.0) / 50.0 % (± 30.0) / 63.4 % (± 40.0)"
+  assert rows[f"share of segments: {names}"] == shares
+  for name in (f"score: {names}", f"share of segments: {names}"):
+    assert tables.meaning(name)
+
+
 @pytest.mark.parametrize(
   ("more", "row"),
   [

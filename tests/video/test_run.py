@@ -347,14 +347,17 @@ def test_segments_of_a_video_are_augmented_alike_in_both_trainings(config):
   plain = config(training="end_to_end")
   clips = np.random.default_rng(0).integers(1, 256, (8, 1, 1, 16, 16, 1), dtype=np.uint8)
   inputs = {"clips": np.tile(clips, (1, 14, 8, 1, 1, 1)), "valid": np.ones((8, 14), bool)}
+  spread = {kind: x[:, None] for kind, x in inputs.items()}
+
+  def prepared(phase):
+    run_phase = jax.pmap(lambda x: phase.prepare(jax.random.key(0), x), axis_name=devices.AXIS)
+    return np.asarray(run_phase(spread)["heavy"]).reshape(8, -1, 16, 16)
+
   found = {}
   for name, each in (("made", made), ("plain", plain)):
     built = build.build(each)
     for phase in (built.pretraining, built.training):
-      run_phase = jax.pmap(phase.prepare, axis_name=devices.AXIS, in_axes=(None, 0))
-      spread = {kind: x[:, None] for kind, x in inputs.items()}
-      heavy = np.asarray(run_phase(jax.random.key(0), spread)["heavy"])
-      found[name, phase.name] = heavy.reshape(8, -1, 16, 16)
+      found[name, phase.name] = prepared(phase)
   for name, phase in found:
     frames = found[name, phase]
     np.testing.assert_array_equal(frames, np.broadcast_to(frames[:, :1], frames.shape))
