@@ -124,6 +124,10 @@ def holds_out(config: Config) -> bool:
 def _table_of_split(data: Config, split: str, *, seed: int) -> video_tables.VideoTable:
   """Reads the table of a split, of which `validation` may be a part of the training table."""
   of_file = "train" if split == "validation" and not data.get("validation_split") else split
+  if data.layout == "csv":
+    for field in ("table", f"{of_file}_split"):
+      if not user_path(data[field]).is_file():
+        raise ValueError(f"data.{field} must be a file; there is no {data[field]!r}")
   table = _table(data, data[f"{of_file}_split"])
   if data.get("at_most"):
     # Spread over the table, which may be sorted by class.

@@ -225,6 +225,14 @@ def test_copies_of_training_videos_are_counted_and_named(config, tmp_path, monke
   assert warned == ["1 test videos are copies of training videos: video20 is video3"]
 
 
+@pytest.mark.parametrize("field", ["data.table", "data.train_split", "data.test_split"])
+def test_a_file_of_names_that_is_not_there_is_named_by_its_field(config, tmp_path, field):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  given = feature_settings(tmp_path) | {field: str(tmp_path / "none.txt")}
+  with pytest.raises(ValueError, match=f"{field} must be a file; there is no .*none.txt"):
+    build.build(config("features_timegate", **given))
+
+
 @pytest.mark.parametrize("training", ["two_stage", "end_to_end"])
 def test_training_on_files_none_of_which_can_be_read_is_refused(config, tmp_path, training):
   folder_of_features(tmp_path, np.random.default_rng(0))
