@@ -35,7 +35,11 @@ def make_section(folders: Mapping[str, Path]) -> page.Section:
     terms = [
       ("step", "updates of the parameters so far, in this phase"),
       ("loss", "of training, with all its terms, mean over the steps since the last point"),
-      ("fraction", "accuracies and the fraction of segments chosen, from 0 to 1"),
+      (
+        "fraction",
+        "accuracies and the fraction of segments chosen, from 0 to 1: in training of all segments "
+        "of the batches, elsewhere the mean over videos",
+      ),
     ]
     figure = draw_curves(lines)
     caption = f"Learning curves of the phase {phase}."

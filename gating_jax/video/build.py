@@ -6,6 +6,7 @@ Every setting is checked before anything is compiled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -118,6 +119,11 @@ class VideoExperiment:
   pretraining: Phase | None
   training: Phase
   validation: VideoArrays | VideoSet | None = None
+
+  @functools.cached_property
+  def programs(self) -> dict[str, Callable]:
+    """Returns the compiled functions of the experiment by name, for `evaluate.compute_over`."""
+    return {}
 
   def prepare(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Converts a batch's arrays to the inputs of the whole network."""

@@ -69,7 +69,8 @@ def extract_features(
     return _features(experiment, variables, batch, nets=nets).of_net
 
   train = experiment.train
-  arrays = compute_over(experiment, features, variables, videos=train)
+  program = f"features of {' and '.join(nets)}"
+  arrays = compute_over(experiment, features, variables, videos=train, program=program)
   read, names = _which_read(arrays, train, TRAINING), train.names
   if not read.all():
     rows = np.arange(len(train))
@@ -98,7 +99,7 @@ def test_network(
     tested = _exit_early(experiment, variables, split)
   else:
     of_batch = functools.partial(outcome, experiment)
-    tested = compute_over(experiment, of_batch, variables, videos=test_set)
+    tested = compute_over(experiment, of_batch, variables, videos=test_set, program="outcome")
   read = _which_read(tested, test_set, split)
   tested = {name: values[read] for name, values in tested.items()} | {"index": np.flatnonzero(read)}
   macs = experiment.counts.per_video(tested["gates"], tested["valid"], tested["heavy_macs"])
@@ -358,11 +359,13 @@ def _exit_early(experiment: VideoExperiment, variables: Any, split: str) -> Arra
     }
 
   held = TRAINING if experiment.validation is None else VALIDATION
-  known = compute_over(experiment, steps, variables, videos=videos_of(experiment, held))
+  program, known_videos = "logits of each step", videos_of(experiment, held)
+  known = compute_over(experiment, steps, variables, videos=known_videos, program=program)
   tested = known
   if split != held:
-    tested = compute_over(experiment, steps, variables, videos=videos_of(experiment, split))
-  read = _which_read(known, videos_of(experiment, held), held)
+    videos = videos_of(experiment, split)
+    tested = compute_over(experiment, steps, variables, videos=videos, program=program)
+  read = _which_read(known, known_videos, held)
   lengths = known["valid"][read].sum(axis=1)
   # No budget is below one segment of every video.
   one_each = float(np.mean(1 / lengths))
@@ -385,19 +388,34 @@ def _exit_early(experiment: VideoExperiment, variables: Any, split: str) -> Arra
 
 
 def compute_over(
-  experiment: VideoExperiment, fn: Callable, variables: Any, *, videos: VideoArrays | VideoSet
+  experiment: VideoExperiment,
+  fn: Callable,
+  variables: Any,
+  *,
+  videos: VideoArrays | VideoSet,
+  program: str,
 ) -> Arrays:
   """Computes `fn(variables, batch)` for every video once.
 
   The result also has the videos' own arrays that are not inputs of networks.
+
+  Args:
+    experiment: the experiment of the network.
+    fn: a function of arrays and of nothing else that changes.
+    variables: its first argument.
+    videos: read in batches.
+    program: the name of `fn`, by which later calls find it compiled.
   """
   config = experiment.config
-  run = devices.map_over_devices(
-    fn,
-    args=(devices.REPLICATED, devices.BATCH),
-    results=devices.BATCH,
-    backend=config.devices.backend,
-  )
+  # A test during training, and one of another split, run the same program.
+  run = experiment.programs.get(program)
+  if run is None:
+    run = experiment.programs[program] = devices.map_over_devices(
+      fn,
+      args=(devices.REPLICATED, devices.BATCH),
+      results=devices.BATCH,
+      backend=config.devices.backend,
+    )
   parts = collections.defaultdict(list)
   for batch, count in padded_batches(videos, config.optim.batch_size):
     inputs = hosts.local_shard(sets.only(batch, sets.INPUTS))

@@ -73,7 +73,7 @@ def find_thresholds(experiment: VideoExperiment, variables: Any) -> dict[str, fl
       return {"score": record.logits}
     return {"score": jnp.max(jax.nn.softmax(outputs["light_logits"]), axis=-1)}
 
-  found = evaluate.compute_over(experiment, score, variables, videos=videos)
+  found = evaluate.compute_over(experiment, score, variables, videos=videos, program="score")
   read = found["weight"] > 0
   if not read.any():
     raise ValueError(f"data.validation: none of {len(read)} validation videos could be read")
