@@ -351,8 +351,9 @@ def test_settings_that_may_be_none_are_checked(config, changes, message):
 
 
 def test_segments_of_a_video_are_augmented_alike_in_both_trainings(config):
-  made = config(training="end_to_end", **{"data.crop_padding": 3, "data.flip": True})
-  plain = config(training="end_to_end")
+  both = {"training": "end_to_end", "pretrain.segments_per_video": 3}
+  made = config(**both, **{"data.crop_padding": 3, "data.flip": True})
+  plain = config(**both)
   clips = np.random.default_rng(0).integers(1, 256, (8, 1, 1, 16, 16, 1), dtype=np.uint8)
   inputs = {"clips": np.tile(clips, (1, 14, 8, 1, 1, 1)), "valid": np.ones((8, 14), bool)}
   spread = {kind: x[:, None] for kind, x in inputs.items()}
