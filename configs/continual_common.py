@@ -32,6 +32,9 @@ def continual_config() -> Config:
       "tasks": {
         "classes_per_task": 2,
         "count": 0,  # 0: as many as the classes make
+        # numbers of the classes of each task, ((0, 1), (2, 3, 4)), which need not be as many; None:
+        # all classes in turn
+        "classes": config_dict.placeholder(tuple),
         "order_seed": config_dict.placeholder(int),  # shuffles the classes; None: their own order
         "validation": 0.1,  # fraction of the training images that is held out
       },
@@ -135,6 +138,8 @@ def continual_config() -> Config:
       },
       "optim": {
         "epochs": 10,  # of the smallest task; every task has as many steps
+        # of every task, in place of epochs: where one task is tiny, the others would starve
+        "steps_per_task": config_dict.placeholder(int),
         "batch_size": 64,  # over all devices; for each task, where all are learnt together
         "eval_batch_size": 256,
         "learning_rate": 0.01,

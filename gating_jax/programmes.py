@@ -185,7 +185,13 @@ _CONTINUAL = ProgrammeRow(
   ),
   how="the variant method=joint of its config, which learns all tasks together, or "
   "method=fine_tuning",
-  tested=(*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"),
+  tested=(
+    *_IMAGE_SET,
+    "tasks.classes_per_task",
+    "tasks.count",
+    "tasks.order_seed",
+    "tasks.classes",
+  ),
 )
 _LONG_VIDEO = ProgrammeRow(
   module="gating_jax.video.run",

@@ -251,7 +251,11 @@ def _class_scores(
     predicted = of_task.known if known else of_task.chosen
     confusion += scores.count_confusion(of_task.labels, predicted, len(names))
     trained += scores.count_labels(task.train.labels, len(names))
-  found = scores.classes_of_score(confusion, names, trained=trained)
+  # Places without a class have no name.
+  own = [place for place, name in enumerate(names) if name]
+  found = scores.classes_of_score(
+    confusion[np.ix_(own, own)], [names[place] for place in own], trained=trained[own]
+  )
   # That of `_baselines` is a mean over tasks, as the average accuracy is.
   del found["majority_rate"]
   return found

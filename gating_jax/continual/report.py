@@ -202,7 +202,7 @@ def write_report(
   # The picture at the top of the page.
   shown = "filters" if "filters" in pictures else "accuracies"
   learnt = int(learner.task) * experiment.problem.classes
-  names = experiment.tasks[0].train.class_names[:learnt]
+  names = [name for name in experiment.tasks[0].train.class_names[:learnt] if name]
   sections = [
     _result_section(result),
     # With the task unknown: with it known, tasks are not confused.

@@ -156,6 +156,7 @@ class ContinualLearning(runner.Programme):
         continue
       # Fails before the training of a task that cannot be learnt.
       experiment.method.check_capacity(training.state)
+      training.say(experiment.describe_training(task))
       advance = advance_on(task)
       first = experiment.first_step(task) + experiment.pretrain_steps
       for phase in experiment.phases(task):

@@ -317,9 +317,15 @@ def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
     def test(learner, pixels, labels, task):
       """Tests `[B, H, W, D]` pixels with `[B]` labels; each result is `[B]`."""
       predicted = method.predict(learner, problem.normalise(pixels), task, seen)
-      chosen = jnp.argmax(predicted.agnostic, axis=-1)
+      aware, agnostic = predicted.aware, predicted.agnostic
+      # Outputs that stand for no class are never chosen.
+      if problem.own_classes is not None:
+        present = jnp.asarray(problem.present)
+        aware = jnp.where(present[task], aware, -jnp.inf)
+        agnostic = jnp.where(present.ravel(), agnostic, -jnp.inf)
+      chosen = jnp.argmax(agnostic, axis=-1)
       # Classes are numbered task by task.
-      known = jnp.argmax(predicted.aware, axis=-1) + task * problem.classes
+      known = jnp.argmax(aware, axis=-1) + task * problem.classes
       return {
         "aware": known == labels,
         "agnostic": chosen == labels,

@@ -15,7 +15,7 @@ import pytest
 
 from gating_jax import runner
 from gating_jax.continual import build, compile, registry, run, training
-from gating_jax.continual.method import LearnerState, TaskTable
+from gating_jax.continual.method import LearnerState, Prediction, TaskTable
 from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
 from gating_jax.models import vggs
@@ -147,6 +147,75 @@ def test_a_limit_that_is_not_positive_is_refused_before_the_data_are_read(config
   field = f"{registry.CLIPPING_SECTIONS[method]}.grad_clip_norm"
   with pytest.raises(ValueError, match=f"^{field} must be positive, or None; got 0.0"):
     build.build(config(**{"method": method, field: 0.0}))
+
+
+UNEVEN = {"tasks.count": 0, "tasks.classes": ((7, 0), (3, 1, 2))}
+
+
+def test_tasks_with_other_numbers_of_classes_have_heads_of_the_largest(config):
+  experiment = build.build(config(**UNEVEN))
+  assert (experiment.problem.tasks, experiment.problem.classes) == (2, 3)
+  assert experiment.problem.own_classes == (2, 3)
+  assert experiment.problem.present.tolist() == [[True, True, False], [True, True, True]]
+  assert experiment.task_names == ["7, 0", "3, 1, 2"]
+
+
+def test_an_output_without_a_class_is_never_chosen(config, monkeypatch):
+  experiment = build.build(config(**UNEVEN, **{"method": "fine_tuning"}))
+  # Scores that rise with their place: the last output of each head would win.
+  scores = jnp.arange(6.0)
+
+  def predict(learner, x, task, seen):
+    aware = jnp.broadcast_to(scores[:3], (len(x), 3))
+    agnostic = jnp.where(jnp.arange(6) < seen * 3, scores, -jnp.inf)
+    macs = jnp.ones(len(x))
+    return Prediction(aware, jnp.broadcast_to(agnostic, (len(x), 6)), macs, macs)
+
+  method = dataclasses.replace(experiment.method, predict=predict)
+  evaluate = training.make_evaluate(dataclasses.replace(experiment, method=method))
+  learner = devices.replicate(jnp.zeros(()))
+  first = evaluate(learner, 0, 1)["predictions"]
+  assert set(first.known) == set(first.chosen) == {1}
+  second = evaluate(learner, 1, 2)["predictions"]
+  assert set(second.known) == set(second.chosen) == {5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gates", "er", "icarl", "hat"])
+def test_tasks_with_other_numbers_of_classes_are_learnt(config, tmp_path, monkeypatch, method):
+  runs.without_reports(monkeypatch)
+  run.run(config(**UNEVEN, **{"method": method, "optim.steps_per_task": 6}), tmp_path, "train")
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert result["task_names"] == ["7, 0", "3, 1, 2"]
+  assert np.array(result["task_agnostic"]["confusion"]).shape == (5, 5)
+  assert result["task_agnostic"]["classes_without_test"] == []
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"tasks.classes": (0, 1)}, "tasks.classes must be a tuple of tuples of numbers, or None"),
+    (
+      {"method": "dgm"},
+      "tasks.classes must have as many classes in every task with method='dgm'",
+    ),
+    ({"router.rehearsal": "generative"}, "as many classes in every task with rehearsal='gen"),
+    ({"optim.steps_per_task": 0}, "optim.steps_per_task must be >= 1 or None; got 0"),
+  ],
+)
+def test_tasks_that_cannot_be_learnt_are_refused(config, changes, message):
+  with pytest.raises(ValueError, match=message):
+    build.build(config(**(UNEVEN | changes)))
+
+
+def test_every_task_has_the_steps_that_are_asked_for_and_says_its_epochs(config):
+  experiment = build.build(config(**{"optim.steps_per_task": 10}))
+  assert experiment.steps_per_task == 11
+  images = len(experiment.tasks[1].train)
+  line = f"task 2: 10 steps, {10 * 64 / images:.1f} epochs of {images} images"
+  assert experiment.describe_training(1) == line
+  by_epochs = build.build(config(**{"optim.epochs": 3}))
+  assert by_epochs.steps_per_task == 3 * by_epochs.steps_per_epoch + 1
 
 
 @pytest.mark.parametrize(("method", "alike"), [("hat", True), ("fine_tuning", False)])
