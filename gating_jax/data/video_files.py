@@ -227,10 +227,13 @@ def read_cached(
       if rng is None:
         cache.put(of_clips, {"clips": clips, "middles": middles})
       return clips, middles
-    found = _pack_film(*_decode_film(path, film, size))
+    found = _decode_film(path, film, size)
     cache.put(of_film, found)
-  film, shown = _unpack_film(found)
+  film, shown, by_fields = _unpack_film(found)
   starts = _choose_starts(film, segments, length=length, rng=rng)
+  if by_fields:
+    # As in `read_clips`, which draws once before it knows that two packets make a frame.
+    starts = _choose_starts(film, segments, length=length, rng=rng)
   # As in `_decode_segments`: frames before the first segment are no answer.
   if shown.times[-1] < film.times[starts.min()]:
     shown = shown._replace(pixels={})
@@ -251,36 +254,40 @@ def _of_frames(film: _Film) -> _Film:
   return film._replace(times=film.times[::2], announced=film.announced // 2)
 
 
-def _decode_film(path: Path, film: _Film, size: tuple[int, int]) -> tuple[_Film, _Shown]:
-  """Decodes all frames of a film. Raises a ValueError as `read_clips` does."""
-  for by_frames in (False, True):
-    # A segment begins with each frame, and ends with the last.
-    starts = np.arange(len(film.times))
-    shown = _decode_segments(path, film, starts, length=len(starts), size=size)
-    if by_frames or not _is_by_fields(film, shown):
-      break
+def _decode_film(path: Path, film: _Film, size: tuple[int, int]) -> dict[str, np.ndarray]:
+  """Decodes all frames of a film, and packs it. Raises a ValueError as `read_clips` does."""
+  shown = _decode_all(path, film, size)
+  by_fields = _is_by_fields(film, shown)
+  if by_fields:
     film = _of_frames(film)
+    shown = _decode_all(path, film, size)
   _check_decoded(film, shown)
-  return film, shown
+  return _pack_film(film, shown, by_fields)
 
 
-def _pack_film(film: _Film, shown: _Shown) -> dict[str, np.ndarray]:
+def _decode_all(path: Path, film: _Film, size: tuple[int, int]) -> _Shown:
+  """Decodes segments of which one begins with each frame and ends with the last."""
+  starts = np.arange(len(film.times))
+  return _decode_segments(path, film, starts, length=len(starts), size=size)
+
+
+def _pack_film(film: _Film, shown: _Shown, by_fields: bool) -> dict[str, np.ndarray]:
   """Returns a decoded film as arrays."""
   numbers = np.array(sorted(shown.pixels))
   return {
     "times": film.times,
     "clock": np.array([film.end, film.zero, film.tick, shown.times[-1]], np.float64),
-    "counts": np.array([film.announced, shown.intact]),
+    "counts": np.array([film.announced, shown.intact, by_fields], np.int64),
     "firsts": np.array([shown.firsts[start] for start in range(len(film.times))]),
     "numbers": numbers,
     "pixels": np.stack([shown.pixels[number] for number in numbers.tolist()]),
   }
 
 
-def _unpack_film(arrays: dict[str, np.ndarray]) -> tuple[_Film, _Shown]:
-  """Returns the decoded film that `_pack_film` has packed."""
+def _unpack_film(arrays: dict[str, np.ndarray]) -> tuple[_Film, _Shown, bool]:
+  """Returns the arguments that `_pack_film` has packed."""
   end, zero, tick, last = arrays["clock"].tolist()
-  announced, intact = arrays["counts"].tolist()
+  announced, intact, by_fields = arrays["counts"].tolist()
   film = _Film(
     times=arrays["times"], end=end, zero=zero, tick=tick, counted=False, announced=announced
   )
@@ -291,7 +298,7 @@ def _unpack_film(arrays: dict[str, np.ndarray]) -> tuple[_Film, _Shown]:
     intact=intact,
     interlaced=False,
   )
-  return film, shown
+  return film, shown, bool(by_fields)
 
 
 def _check_decoded(film: _Film, shown: _Shown) -> None:

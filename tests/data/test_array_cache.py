@@ -168,3 +168,13 @@ def test_a_full_disk_is_said_once_and_stops_nothing(cache, monkeypatch):
     cache.put("key", ARRAYS)
   assert len(said) == 1
   assert said[0].endswith("cannot be written: No space left on device")
+
+
+def test_films_of_two_fields_a_frame_are_cached_as_they_are_read(tmp_path, cache):
+  film = made_videos.write_fields(tmp_path / "a.mp4", 20)
+  draw = lambda seed: None if seed is None else np.random.default_rng(seed)
+  for seed in (None, 0, 1):
+    cached = read_cached(cache, film, **CLIPS, rng=draw(seed))
+    plain = read_clips(film, **CLIPS, rng=draw(seed))
+    for found, expected in zip(cached, plain, strict=True):
+      np.testing.assert_array_equal(found, expected)
