@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gating_jax import runner
 from gating_jax.analysis import statistics
 from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
@@ -236,13 +237,25 @@ def test_a_file_of_names_that_is_not_there_is_named_by_its_field(config, tmp_pat
 @pytest.mark.parametrize("training", ["two_stage", "end_to_end"])
 def test_training_on_files_none_of_which_can_be_read_is_refused(config, tmp_path, training):
   folder_of_features(tmp_path, np.random.default_rng(0))
-  for i in range(16):
-    np.save(tmp_path / f"video{i}.npy", np.full((3, 5), np.nan, np.float32))
   made = config("features_timegate", **feature_settings(tmp_path), training=training)
+  experiment = build.build(made)
+
+  # They can be read when the set is opened, and no longer when training begins.
+  spoil_training_features(tmp_path)
   message = r"none of 1\d (training )?videos c\w+ be read: video.*, video.* more"
   with pytest.raises(ValueError, match=message):
-    run.run(made, tmp_path / "run", "train")
+    runner.run(run.LongVideo(experiment), tmp_path / "run", "train")
   assert not (tmp_path / "run" / "result.json").exists()
+
+  with pytest.raises(ValueError, match=r"must hold readable features; .*video.* and \d+ more"):
+    run.run(made, tmp_path / "other", "train")
+  assert not (tmp_path / "other").exists()
+
+
+def spoil_training_features(folder):
+  """Writes numbers that cannot be learnt into the files of the training videos."""
+  for i in range(16):
+    np.save(folder / f"video{i}.npy", np.full((3, 5), np.nan, np.float32))
 
 
 def test_readable_videos_take_the_places_of_others_among_the_features(config, tmp_path):
