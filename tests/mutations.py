@@ -524,7 +524,8 @@ INFERENCE = [
     "ops/confidence.py",
     "fractions = least + passed.weight[-1] - passed.weight",
     "fractions = least + (passed.weight[-1] - passed.weight) / 2",
-    "ops/test_confidence.py",
+    "ops/test_confidence.py::test_the_threshold_of_open_segments_meets_the_budget_and_no_lower_one"
+    "_does",
   ),
   Mutant(
     "damaged_entry_of_a_cache_taken",
@@ -538,7 +539,7 @@ INFERENCE = [
     "video/sets.py",
     'videos = clips.reshape(*batch["picked"].shape, *clips.shape[1:])',
     "videos = clips[:, None]",
-    "video/test_run.py",
+    "video/test_run.py::test_segments_of_a_video_are_augmented_alike_in_both_trainings",
   ),
   Mutant(
     "unsure_at_the_threshold",
