@@ -286,9 +286,10 @@ def _like_the_best(runs: Sequence[Run]) -> set[tuple[str, str]]:
           scored.append((run.numbers[score.key], interval, run.name))
       if len(scored) < 2:
         continue
-      best, of_best, name_of_best = max(scored, key=lambda entry: entry[0])
+      best, of_best, _ = max(scored, key=lambda entry: entry[0])
       for value, interval, name in scored:
-        if name != name_of_best and scores.may_be_chance(value, best, (interval, of_best)):
+        # Runs that share the best score do not differ.
+        if value != best and scores.may_be_chance(value, best, (interval, of_best)):
           found.add((name, score.key))
   return found
 

@@ -333,9 +333,11 @@ def test_scores_whose_difference_from_the_best_may_be_chance_are_marked():
     image_run("best", with_interval(0.90, 0.88, 0.92)),
     image_run("near", with_interval(0.89, 0.87, 0.91)),
     image_run("far", with_interval(0.80, 0.78, 0.82)),
+    image_run("as good", with_interval(0.90, 0.88, 0.92)),
     image_run("old"),
   ]
-  assert tables(runs)["Results"]["accuracy"] == ["90.00 %", "89.00 % ≈", "80.00 %", "90.00 %"]
+  cells = ["90.00 %", "89.00 % ≈", "80.00 %", "90.00 %", "90.00 %"]
+  assert tables(runs)["Results"]["accuracy"] == cells
   text = comparison.render_comparison(runs)
   assert "≈  The score differs from the best" in text
   assert "≈" not in comparison.render_comparison([runs[0], runs[2]])
