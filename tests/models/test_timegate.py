@@ -173,7 +173,7 @@ def test_only_the_chosen_segments_are_classified(selection):
   assert (np.abs(evaluate(model, opened)[0]["logits"] - outputs["logits"]).max(1) > 1e-2).all()
 
 
-def test_a_threshold_among_the_variables_chooses_the_segments_above_it_and_one_at_least():
+def test_a_threshold_among_the_variables_chooses_segments_above_it_and_at_least_one():
   model, inputs = net("confidence"), videos()
   outputs, _ = evaluate(model, inputs)
   confidence = special.softmax(np.asarray(outputs["light_logits"], np.float64), -1).max(-1)
