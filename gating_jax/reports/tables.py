@@ -144,6 +144,7 @@ def _outcome_rows(result: Mapping[str, Any]) -> list[Row]:
 _COUNTED_VIDEOS = {
   "unreadable": "videos that could not be read",
   "training_unreadable": "training videos that could not be read",
+  "validation_unreadable": "validation videos that could not be read",
   "copies": "test videos that are copies of training videos",
 }
 
@@ -542,6 +543,8 @@ _MEANINGS = {
   "videos that could not be read": "Excluded from all numbers.",
   "test videos that are copies": "Their files are those of training videos, byte for byte, so that "
   "the score says less about new videos.",
+  "validation videos that could not be read": "Excluded from thresholds and from the choice of "
+  "the epoch.",
   "training videos that could not be read": "Since the last start of the training; other training "
   "videos took their places.",
   "videos without a file": "Named in the table of videos but missing; excluded from all numbers.",

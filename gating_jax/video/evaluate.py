@@ -168,9 +168,12 @@ def compare_splits(
   return splits
 
 
-def count_unread(videos: VideoArrays | VideoSet) -> dict[str, Any]:
-  """Counts the training videos that could not be read so far, and names the first five.
+def count_unread(videos: VideoArrays | VideoSet | None, split: str) -> dict[str, Any]:
+  """Counts the videos of a split that could not be read so far, and names the first five.
 
+  Args:
+    videos: of the split; None for no such split.
+    split: its name, with which the entries begin.
   Returns:
     entries of a result.
   """
@@ -178,7 +181,7 @@ def count_unread(videos: VideoArrays | VideoSet) -> dict[str, Any]:
   if not isinstance(videos, VideoSet):
     return {}
   names = videos.name_unreadable()
-  return {"training_unreadable": len(videos.unreadable), "training_unreadable_names": names}
+  return {f"{split}_unreadable": len(videos.unreadable), f"{split}_unreadable_names": names}
 
 
 def count_copies(

@@ -164,8 +164,10 @@ class LongVideo(runner.Programme):
         with working("testing on training and validation videos", about, training.say):
           splits = video_evaluation.compare_splits(experiment, variables, result)
         result |= {"splits": splits, "last_step": training.step}
-      # Only here: the other modes do not read the training videos.
-      result |= video_evaluation.count_unread(experiment.train)
+      # Only here: the other modes do not read these videos.
+      result |= video_evaluation.count_unread(experiment.train, video_evaluation.TRAINING)
+      held = experiment.validation
+      result |= video_evaluation.count_unread(held, video_evaluation.VALIDATION)
       result |= video_evaluation.count_copies(experiment.train, experiment.test)
       # Timed once, at the end: a test during training is not slowed down by it.
       result |= self._speed(variables)

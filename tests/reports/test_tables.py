@@ -351,6 +351,7 @@ ALL_OF_VIDEOS = dict(
   relevant_share=0.1,
   unreadable=1,
   training_unreadable=1,
+  validation_unreadable=1,
   copies=1,
   missing=1,
   classes_left_out=["a"],

@@ -272,10 +272,11 @@ def test_readable_videos_take_the_places_of_others_among_the_features(config, tm
     own = experiment.train.read([given.index(name)])
     np.testing.assert_array_equal(train.arrays["light"][i], own["light"][0])
     assert train.arrays["label"][i] == own["label"][0]
-  assert evaluate.count_unread(experiment.train) == {
+  assert evaluate.count_unread(experiment.train, "training") == {
     "training_unreadable": 2,
     "training_unreadable_names": [given[2], given[5]],
   }
+  assert evaluate.count_unread(experiment.validation, "validation") == {}
 
 
 HELD_OUT = {"data.validation": 0.25, "optim.batch_size": 8, "eval_every": 1.0}
