@@ -9,6 +9,7 @@ Reference: Wilson, 1927 (interval of a fraction); Agresti and Coull, 1998; Efron
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -66,10 +67,10 @@ def mean_interval(fractions: Sequence[float], examples: Sequence[int]) -> Interv
   >>> print(f"{low:.3f} {high:.3f}")
   0.700 0.800
   """
-  fractions, counts = np.asarray(fractions, np.float64), np.asarray(examples, np.float64)
-  shrunk = (fractions * counts + Z**2 / 2) / (counts + Z**2)
-  variance = np.sum(shrunk * (1 - shrunk) / (counts + Z**2)) / len(fractions) ** 2
-  mean, half = float(fractions.mean()), float(Z * np.sqrt(variance))
+  each, counts = np.asarray(fractions, np.float64), np.asarray(examples, np.float64)
+  shrunk = (each * counts + Z**2 / 2) / (counts + Z**2)
+  variance = np.sum(shrunk * (1 - shrunk) / (counts + Z**2)) / len(each) ** 2
+  mean, half = float(each.mean()), float(Z * np.sqrt(variance))
   return Interval(max(0.0, mean - half), min(1.0, mean + half))
 
 
@@ -130,7 +131,7 @@ def classes_of_score(
   found: dict[str, Any] = {
     "majority_rate": float(tested.max() / max(tested.sum(), 1)),
     "class_accuracy": accuracies,
-    "classes_without_test": [class_names[k] for k in np.flatnonzero(tested == 0)],
+    "classes_without_test": [class_names[k] for k in np.flatnonzero(tested == 0).tolist()],
   }
   if len(confusion) <= MOST_CLASSES:
     found["confusion"] = confusion.astype(int).tolist()
@@ -148,7 +149,7 @@ def list_untrained(trained: np.ndarray, class_names: Sequence[str]) -> list[str]
     trained: `[K]` training examples of each class.
     class_names: K names.
   """
-  return [class_names[k] for k in np.flatnonzero(np.asarray(trained) == 0)]
+  return [class_names[k] for k in np.flatnonzero(np.asarray(trained) == 0).tolist()]
 
 
 def count_labels(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -210,8 +211,8 @@ def may_be_chance(first: float, other: float, intervals: tuple[Interval, Interva
   >>> may_be_chance(0.60, 0.58, (Interval(0.5, 0.7), Interval(0.48, 0.68)))
   True
   """
-  halves = [(interval.high - interval.low) / 2 for interval in intervals]
-  return abs(first - other) <= float(np.hypot(*halves))
+  half, other_half = [(interval.high - interval.low) / 2 for interval in intervals]
+  return abs(first - other) <= math.hypot(half, other_half)
 
 
 def _largest_confusions(confusion: np.ndarray, class_names: Sequence[str]) -> list[list[Any]]:

@@ -169,7 +169,7 @@ class BestState:
     # Kept from before a restart: steps that are taken again have the same scores again.
     kept = read_json(self._folder / _SCORE_FILE)
     score = kept.get("score") if isinstance(kept, dict) else None
-    self.score = float(score) if _is_number(score) else -math.inf
+    self.score = float(score) if score is not None and _is_number(score) else -math.inf
 
   def __enter__(self) -> BestState:
     return self
