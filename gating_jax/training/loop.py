@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -127,10 +128,13 @@ def _end_process() -> None:
     f"asked to stop, and busy for {_PATIENCE:.0f} s: ended without another checkpoint; run the "
     "same command to resume from the newest one"
   )
-  # Workers leave shared memory behind unless their pools are closed, which may itself hang.
+  # Closed pools free their shared memory, but each waits for its workers, perhaps in vain.
   closing = threading.Thread(target=_close_pools, daemon=True)
   closing.start()
   closing.join(1.0)
+  # Workers would live on. Python frees the shared memory of a job whose processes have all ended.
+  for worker in multiprocessing.active_children():
+    worker.kill()
   os._exit(128 + signal.SIGTERM)
 
 

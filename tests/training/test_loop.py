@@ -1,6 +1,7 @@
 import asyncio
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -320,6 +321,20 @@ def test_a_sigterm_that_is_not_answered_in_time_ends_the_process(
     assert called.wait(5.0 if ended else 0.6) == ended
     assert stop.requested
   assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_process_that_must_end_at_once_ends_its_workers_first(monkeypatch, capsys):
+  worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+  worker.start()
+  ended = []
+  # Those of other tests must live on.
+  monkeypatch.setattr(loop.multiprocessing, "active_children", lambda: [worker])
+  monkeypatch.setattr(loop.os, "_exit", lambda status: ended.append(status))
+  loop._end_process()
+  worker.join(10)
+  assert worker.exitcode == -signal.SIGKILL
+  assert ended == [128 + signal.SIGTERM]
+  assert "run the same command to resume from the newest one" in capsys.readouterr().out
 
 
 def test_the_loop_answers_a_request_before_it_saves(tmp_path, monkeypatch):
