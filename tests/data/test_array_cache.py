@@ -141,7 +141,7 @@ def test_short_films_are_cached_as_they_are_read(tmp_path, cache, name, codec, f
     np.testing.assert_array_equal(middles, expected[1])
 
 
-def test_a_file_that_changed_is_decoded_again_and_one_that_cannot_be_read_is_not_kept(
+def test_a_changed_file_is_decoded_again_and_one_that_cannot_be_read_is_not_kept(
   tmp_path, cache, film
 ):
   first, _ = read_cached(cache, film, **CLIPS)
