@@ -37,7 +37,7 @@ def without_reports(patch):
   patch.setattr(Classification, "_write_files", lambda *_: None)
   for report in (continual_report, video_report):
     patch.setattr(report, "write_pictures", lambda *_: None)
-    patch.setattr(report, "write_report", lambda *_: None)
+    patch.setattr(report, "write_report", lambda *_, **__: None)
   patch.setattr(speed, "speed", lambda *_: {})
 
 
