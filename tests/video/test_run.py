@@ -551,7 +551,7 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(
 
 
 @pytest.mark.slow
-def test_speed_is_of_videos_spread_over_the_set_relative_to_the_quickest_way_to_see_all(
+def test_speed_is_of_spread_videos_relative_to_the_quickest_way_to_see_all(
   config, monkeypatch, capsys
 ):
   changes = {"model.selection": "uniform", "model.segment_fraction": 0.5}
