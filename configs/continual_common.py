@@ -32,6 +32,9 @@ def continual_config() -> Config:
       "tasks": {
         "classes_per_task": 2,
         "count": 0,  # 0: as many as the classes make
+        # numbers of the classes of each task, ((0, 1), (2, 3, 4)), which need not be as many; None:
+        # all classes in turn
+        "classes": config_dict.placeholder(tuple),
         "order_seed": config_dict.placeholder(int),  # shuffles the classes; None: their own order
         "validation": 0.1,  # fraction of the training images that is held out
       },
@@ -57,9 +60,13 @@ def continual_config() -> Config:
       "hat": {
         "steepness": 400.0,  # s_max, the slope of the masks in evaluation
         "sparsity": 0.75,  # c, penalty on the fraction of free units that a task takes
+        # its authors': large, since the compensation makes the embeddings' gradients large;
+        # here and below, None is optim.grad_clip_norm
+        "grad_clip_norm": 10_000.0,
       },
       "progressive": {
         "alpha": 0.1,  # initial weight of an older column's features
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not state any
       },
       "router": {  # task inference, for when the task is unknown
         "rehearsal": "episodic",  # or generative, gated_generative, masked_generative, none
@@ -95,27 +102,34 @@ def continual_config() -> Config:
       "ewc": {
         "strength": 200.0,  # lambda of lambda/2; less at a larger learning rate
         "examples": 500,  # images of a task for its Fisher diagonal, at most
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not state any
       },
       "online_ewc": {
         "strength": 200.0,
         "decay": 1.0,  # of the Fisher diagonal of earlier tasks, in [0, 1]
         "examples": 500,
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not state any
       },
       "si": {
         "strength": 10.0,  # c, without 1/2
         "damping": 0.1,  # xi, in units of a squared change of a parameter
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not clip
       },
       "lwf": {
         "weight": 1.0,  # of each old head
         "temperature": 2.0,
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not state any
       },
       "replay": {  # the replay memory, of every method that has one
         "images": 2000,
         "batch_size": 64,  # images replayed at each step, over all devices; also for generators
+        # of er, agem and icarl, whose authors do not clip
+        "grad_clip_norm": config_dict.placeholder(float),
       },
       "derpp": {
         "alpha": 0.5,  # weight of the squared distance to stored logits
         "beta": 2.0,  # weight of the cross-entropy of replayed images
+        "grad_clip_norm": config_dict.placeholder(float),  # its authors do not clip
       },
       "dgm": {  # its generator is that of generative rehearsal, with masks
         "steepness": 400.0,  # as for hat
@@ -124,6 +138,8 @@ def continual_config() -> Config:
       },
       "optim": {
         "epochs": 10,  # of the smallest task; every task has as many steps
+        # of every task, in place of epochs: where one task is tiny, the others would starve
+        "steps_per_task": config_dict.placeholder(int),
         "batch_size": 64,  # over all devices; for each task, where all are learnt together
         "eval_batch_size": 256,
         "learning_rate": 0.01,
@@ -134,7 +150,8 @@ def continual_config() -> Config:
         "warmup": 0.0,
         "momentum": 0.9,
         "weight_decay": 5e-4,  # always 0 for gate parameters
-        "grad_clip_norm": 1.0,  # largest norm of the gradient
+        # largest norm of the gradient, for methods whose own section has None or no such field
+        "grad_clip_norm": 1.0,
       },
       "devices": {"backend": "pmap"},  # or shard_map
       "log_every": 50,  # steps

@@ -19,6 +19,7 @@ def get_config(arg: str = ""):
   config = video_common.video_config()
   config.data.name = "features"
   config.data.segments = 64
+  config.data.validation = 0.2
   config.model.light.name = "features"
   config.model.heavy.name = "features"
   config.pretrain.epochs = 0  # there are no nets to train

@@ -51,11 +51,24 @@ def video_config() -> Config:
         "heavy_folder": config_dict.placeholder(str),
         # videos of a split, evenly spaced in its table; None: all
         "at_most": config_dict.placeholder(int),
+        # fraction of the training videos that is held out, to set thresholds so that the budget is
+        # met on new videos, and to choose the epoch where eval_every is set; None: nothing is
+        "validation": config_dict.placeholder(float),
+        # csv: a file of names to hold out, in place of a fraction
+        "validation_split": config_dict.placeholder(str),
         "light_macs": 0,  # of extracting the features of a segment, where it is known
         "heavy_macs": 0,
         "workers": 0,  # processes that decode; 0: threads of this one
+        # a folder that keeps resized frames, so that files are decoded once; None: none is kept
+        "cache": config_dict.placeholder(str),
+        "cache_gb": config_dict.placeholder(float),  # its size, in 10^9 bytes; None: 20
         # in training, segments of files start at random positions within their parts of the video
         "jitter": True,
+        # in training, the same for all segments of a video; features of trained nets have none
+        "crop_padding": config_dict.placeholder(int),  # largest shift in pixels; None: 0
+        "flip": config_dict.placeholder(bool),  # mirrors half of the videos; None: no
+        # largest change of brightness, contrast and saturation, as a fraction; None: 0
+        "colour": config_dict.placeholder(float),
         "mean": (0.5,),
         "std": (0.5,),
       },
@@ -89,6 +102,11 @@ def video_config() -> Config:
           "temperature": 2 / 3,
           "noise_scale": 1.0,
         },
+      },
+      "budget": {
+        # video: each video has the budget, so that easy ones do not pay for others; set: the set
+        # has it, on average; None: as set, but confidence takes a fixed number of each video
+        "scope": config_dict.placeholder(str),
       },
       # gate and classifier on features of the trained nets; end_to_end: all together
       "training": "two_stage",
@@ -145,6 +163,8 @@ _VARIANTS = {
   "target": common.setting("loss.sparsity.target", float),
   "context": common.setting("model.gate.context"),
   "heavy": common.setting("model.heavy.name"),
+  "scope": common.setting("budget.scope"),
+  "validation": common.setting("data.validation", float),
   "training": common.setting("training"),
   "epochs": common.setting("optim.epochs", int),
   "layout": common.setting("data.layout"),

@@ -45,6 +45,11 @@ RENAMED_FIELDS = {
 }
 
 
+# Fields that are newer than some runs, with the value that stands for how those were trained. It
+# may be None where the default is not.
+NEWER_FIELDS = {("hat", "grad_clip_norm"): None}
+
+
 class Config(Protocol):
   """A config or a section of one, as `ml_collections.ConfigDict` is.
 
@@ -229,6 +234,14 @@ def rename_fields(fields: Config | MutableMapping[str, Any], section: str = "") 
       del fields[name]
       lines.append(f"{section}.{name} is now {section}.{new}")
   return lines
+
+
+def add_newer_fields(fields: MutableMapping[str, Any]) -> None:
+  """Gives the config of an earlier run those `NEWER_FIELDS` whose section it has, in place."""
+  for (section, name), value in NEWER_FIELDS.items():
+    held = fields.get(section)
+    if isinstance(held, MutableMapping):
+      held.setdefault(name, value)
 
 
 def rename_override(argument: str) -> str:

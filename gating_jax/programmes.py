@@ -185,7 +185,13 @@ _CONTINUAL = ProgrammeRow(
   ),
   how="the variant method=joint of its config, which learns all tasks together, or "
   "method=fine_tuning",
-  tested=(*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"),
+  tested=(
+    *_IMAGE_SET,
+    "tasks.classes_per_task",
+    "tasks.count",
+    "tasks.order_seed",
+    "tasks.classes",
+  ),
 )
 _LONG_VIDEO = ProgrammeRow(
   module="gating_jax.video.run",
@@ -209,10 +215,13 @@ _LONG_VIDEO = ProgrammeRow(
     "model.segment_fraction",
     "model.heavy.gating",
     "model.heavy.gate.",
+    "budget.",
     "loss.",
     "optim.epochs",
     "optim.gate_lr_multiplier",
     "data.workers",
+    "data.cache",
+    "data.cache_gb",
   ),
   how="the variant selection=all of its config",
   tested=(

@@ -127,7 +127,7 @@ def run(programme: Programme, workdir: Path, mode: str) -> None:
     with rundir.open_run(workdir, programme.config) as run_dir:
       _train(programme, run_dir)
     return
-  run_dir = rundir.existing_run(workdir, programme.config)
+  run_dir = rundir.existing_run(workdir, programme.config, only_tested=mode == "evaluate")
   if mode == "evaluate":
     _evaluate(programme, run_dir)
   elif mode == "report":
@@ -157,18 +157,19 @@ class Training:
     journal: its journal, from `begin` on.
   """
 
-  def __init__(self, folder: Path, fresh: Any, total_steps: int):
+  def __init__(self, folder: Path, fresh: Any, total_steps: int, started: float | None = None):
     """Restores the newest checkpoint, or begins with a fresh state.
 
     Args:
       folder: of the checkpoints' folder and the journal.
       fresh: the state with which training begins.
       total_steps: all steps of the training.
+      started: as for `Journal`: phases of one training share a clock.
     Raises:
       RunDirError: the newest checkpoint is of a later step.
       CheckpointError: there are checkpoints, and none can be read.
     """
-    self.total_steps = total_steps
+    self.total_steps, self._started = total_steps, started
     self._journal: Journal | None = None
     self._folder = folder
     self._checkpoints = Checkpoints(folder / rundir.CHECKPOINT_DIR)
@@ -196,7 +197,7 @@ class Training:
     """
     if self.step:
       say(f"resuming from the checkpoint of step {self.step} in {self._folder}")
-    self._journal = Journal(self._folder, self.step, self.total_steps)
+    self._journal = Journal(self._folder, self.step, self.total_steps, self._started)
     self._pace = Pace(self.journal.say, self.total_steps, others)
     self.say(title)
 

@@ -25,6 +25,10 @@ MASKED, UNGATED, CHOSEN, SEGMENTS, EXIT_DISPATCH = (
   "exit_dispatch",
 )
 
+# The baseline on the examples of a batch one after the other. Tables have the quicker of the two as
+# `ungated`.
+ONE_BY_ONE = "one by one"
+
 # Called with the pieces done and their total.
 ReportProgress = Callable[[int, int], None]
 

@@ -281,7 +281,7 @@ TRAINING = [
   Mutant(
     "another_config_goes_on",
     "training/rundir.py",
-    "_compare(path, run_dir.config(), mine)",
+    "_compare(path, run_dir.config(), mine, free=_FREE_IN_TRAINING)",
     "write_json(file, mine)",
     "training/test_rundir.py::test_another_config_is_refused_with_the_difference",
   ),
@@ -518,6 +518,28 @@ INFERENCE = [
     "if _is_by_fields(film, shown):",
     "if False:",
     "data/test_video_files.py::test_frames_of_two_fields_in_a_packet_each_are_one_frame",
+  ),
+  Mutant(
+    "budget_of_open_segments_missed",
+    "ops/confidence.py",
+    "fractions = least + passed.weight[-1] - passed.weight",
+    "fractions = least + (passed.weight[-1] - passed.weight) / 2",
+    "ops/test_confidence.py::test_the_threshold_of_open_segments_meets_the_budget_and_no_lower_one"
+    "_does",
+  ),
+  Mutant(
+    "damaged_entry_of_a_cache_taken",
+    "data/array_cache.py",
+    "return arrays if _checksum(arrays) == expected else None",
+    "return arrays",
+    "data/test_array_cache.py",
+  ),
+  Mutant(
+    "segments_of_a_video_augmented_apart",
+    "video/sets.py",
+    'videos = clips.reshape(*batch["picked"].shape, *clips.shape[1:])',
+    "videos = clips[:, None]",
+    "video/test_run.py::test_segments_of_a_video_are_augmented_alike_in_both_trainings",
   ),
   Mutant(
     "unsure_at_the_threshold",

@@ -141,6 +141,7 @@ def test_a_run_leaves_its_files(finished):
     "config.json",
     "result.json",
     "metrics.jsonl",
+    "predictions.csv",
     "histograms.jsonl",
     "gates.png",
     "gates.csv",

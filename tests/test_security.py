@@ -163,6 +163,7 @@ def test_the_names_of_classes_do_not_choose_where_files_go(monkeypatch, tmp_path
     "gates.png",
     "histograms.jsonl",
     "metrics.jsonl",
+    "predictions.csv",
     "provenance.json",
     "report.html",
     "result.json",

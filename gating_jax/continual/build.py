@@ -15,7 +15,13 @@ import optax
 
 from gating_jax.config_files import Config
 from gating_jax.continual.method import LearnerState, Method, Problem, TaskTable
-from gating_jax.continual.registry import METHODS, REHEARSALS, build_method, build_network
+from gating_jax.continual.registry import (
+  METHODS,
+  REHEARSALS,
+  build_method,
+  build_network,
+  gradient_clip,
+)
 from gating_jax.data import augment, image_sets
 from gating_jax.models.resnets import RESNETS
 from gating_jax.models.summary import model_summary, reduced_macs
@@ -70,7 +76,7 @@ class ContinualExperiment:
   @property
   def steps_per_task(self) -> int:
     """Counts the steps of a stage: its pretraining, its training, and one for its end."""
-    return self.pretrain_steps + self.steps_per_epoch * self.config.optim.epochs + 1
+    return self.pretrain_steps + _training_steps(self.config, self.steps_per_epoch) + 1
 
   @property
   def total_steps(self) -> int:
@@ -81,6 +87,16 @@ class ContinualExperiment:
     """Returns the first step of the stage that ends with this task."""
     return self.steps_per_task * self.stages.index(task)
 
+  def describe_training(self, task: int) -> str:
+    """Returns a line that says how long a stage trains, in steps and in epochs of its images."""
+    steps = _training_steps(self.config, self.steps_per_epoch)
+    learnt = range(task + 1) if self.method.simultaneous or self.method.cumulative else [task]
+    images = sum(len(self.tasks[each].train) for each in learnt)
+    # Tasks that are learnt at once have a batch each.
+    batches = len(self.tasks) if self.method.simultaneous else 1
+    epochs = steps * batches * self.config.optim.batch_size / images
+    return f"task {task + 1}: {steps} steps, {epochs:.1f} epochs of {images:,} images"
+
   @property
   def task_names(self) -> list[str]:
     """Returns the names of the classes of each task."""
@@ -88,7 +104,9 @@ class ContinualExperiment:
     classes, count = self.tasks[0].train.class_names, self.problem.classes
     names = []
     for task in range(len(self.tasks)):
-      names.append(", ".join(classes[task * count : (task + 1) * count]))
+      # Places without a class have no name.
+      own = filter(None, classes[task * count : (task + 1) * count])
+      names.append(", ".join(own))
     return names
 
   def phases(self, task: int) -> list[loop.LoopSettings]:
@@ -219,9 +237,12 @@ def _build_problem(config: Config, *, tasks: int, shape: tuple[int, int, int]) -
       key, pixels, pad=data.crop_padding, flip=data.flip, axis_name=devices.AXIS
     )
 
+  listed = config.tasks.get("classes")
+  own = None if listed is None else tuple(len(group) for group in listed)
   return Problem(
     tasks=tasks,
-    classes=config.tasks.classes_per_task,
+    classes=config.tasks.classes_per_task if own is None else max(own),
+    own_classes=None if own is None or len(set(own)) == 1 else own,
     shape=shape,
     axis_name=devices.AXIS,
     normalise=normalise,
@@ -230,19 +251,29 @@ def _build_problem(config: Config, *, tasks: int, shape: tuple[int, int, int]) -
   )
 
 
+def _training_steps(config: Config, steps_per_epoch: int) -> int:
+  """Returns the steps of each task's training, without its pretraining and its end.
+
+  An epoch is one of the smallest task: where that is tiny, the others would hardly be trained.
+  """
+  # Older configs have no such field.
+  given = config.optim.get("steps_per_task")
+  return config.optim.epochs * steps_per_epoch if given is None else given
+
+
 def _build_optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
   """Builds the optimiser of one task."""
   training = config.optim
   with settings.named("optim"):
     sgd = optim.sgd(
-      optim.configured_rate(training, training.epochs * steps_per_epoch),
+      optim.configured_rate(training, _training_steps(config, steps_per_epoch)),
       momentum=training.momentum,
       weight_decay=training.weight_decay,
       # HAT's masks are gate parameters too, and HAT sets their pace itself.
       gate_lr_multiplier=1.0 if config.method == "hat" else training.gate_lr_multiplier,
     )
   # Clips the gradient of the loss alone, before weight decay and momentum.
-  return optax.chain(optax.clip_by_global_norm(training.grad_clip_norm), sgd)
+  return optax.chain(optax.clip_by_global_norm(gradient_clip(config)), sgd)
 
 
 def _check(config: Config) -> None:
@@ -300,3 +331,26 @@ def _check(config: Config) -> None:
       "tasks.order_seed": (lambda seed: seed is None or seed >= 0, "None or >= 0"),
     },
   )
+  # Checked here as well, before the data are read.
+  gradient_clip(config)
+  _check_tasks(config)
+
+
+def _check_tasks(config: Config) -> None:
+  """Raises a ValueError for listed tasks, or a number of steps, that cannot be learnt."""
+  given = config.optim.get("steps_per_task")
+  if given is not None and given < 1:
+    raise ValueError(f"optim.steps_per_task must be >= 1 or None; got {given}")
+  listed = config.tasks.get("classes")
+  if listed is None:
+    return
+  for group in listed:
+    if not isinstance(group, (tuple, list)) or not all(isinstance(c, int) for c in group):
+      raise ValueError(f"tasks.classes must be a tuple of tuples of numbers, or None; got {listed}")
+  # A generator makes images of every class that a head has.
+  generates = config.method == "dgm" or (
+    config.method == "gates" and config.router.rehearsal not in ("episodic", "none")
+  )
+  if generates and len({len(group) for group in listed}) > 1:
+    what = "method='dgm'" if config.method == "dgm" else f"rehearsal={config.router.rehearsal!r}"
+    raise ValueError(f"tasks.classes must have as many classes in every task with {what}")

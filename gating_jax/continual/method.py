@@ -202,6 +202,8 @@ class Problem:
     axis_name: mapped device axis of the training step.
     batch_size: batch size of passes over a set outside of training.
     augment: `(key, pixels) -> pixels`, the random changes of training, applied before `normalise`.
+    own_classes: number of classes of each task, at most C; None for C each. A head has C outputs
+      all the same, of which the others are never right.
   """
 
   tasks: int
@@ -211,6 +213,7 @@ class Problem:
   axis_name: Hashable | None = None
   batch_size: int = 256
   augment: Callable[[Array, Array], Array] = _not_augmented
+  own_classes: tuple[int, ...] | None = None
 
   def prepare(self, key: Array, pixels: Array) -> Array:
     """Augments and normalises uint8 pixels for training."""
@@ -220,6 +223,12 @@ class Problem:
   def all_classes(self) -> int:
     """Returns K, the number of classes in all."""
     return self.tasks * self.classes
+
+  @property
+  def present(self) -> np.ndarray:
+    """Returns `[T, C]` bool: the outputs of each task's head that stand for a class."""
+    own = np.asarray(self.own_classes or (self.classes,) * self.tasks)
+    return np.arange(self.classes) < own[:, None]
 
   def task_of(self, labels: Any) -> Any:
     """Returns the tasks of labels; classes are numbered task by task, C of each."""

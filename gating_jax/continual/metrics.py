@@ -11,13 +11,15 @@ Reference: Lopez-Paz and Ranzato, 2017 (backward transfer); Chaudhry et al., 201
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gating_jax.analysis import scores
 from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import Footprint, LearnerState, TaskTable
+from gating_jax.continual.training import TaskPredictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +168,17 @@ def filter_use(relevant: np.ndarray) -> FilterUse:
   )
 
 
-def collect_result(experiment: ContinualExperiment, learner: LearnerState) -> dict[str, Any]:
+def collect_result(
+  experiment: ContinualExperiment,
+  learner: LearnerState,
+  predictions: Sequence[TaskPredictions] | None = None,
+) -> dict[str, Any]:
   """Collects the result of the tasks learnt so far.
 
   Args:
     experiment: of the run.
     learner: after one task or more.
+    predictions: of all tasks learnt, by this learner; None leaves out scores of single classes.
   Returns:
     the result as `reports.tables.render_tasks` wants it.
   """
@@ -198,12 +205,60 @@ def collect_result(experiment: ContinualExperiment, learner: LearnerState) -> di
     # Images that a cumulative method trains on again are a cost too.
     "memory_mb": footprint.memory_mb + _kept_images(experiment, learnt),
   }
+  for setting, accuracies in (("task_aware", table.aware), ("task_agnostic", table.agnostic)):
+    known, last = setting == "task_aware", np.asarray(accuracies)[-1]
+    result[setting] |= _baselines(experiment, last, known=known)
+    if predictions is not None:
+      result[setting] |= _class_scores(experiment, predictions, known=known)
   if footprint.relevant:
     result["free_units"] = free_units(footprint, learnt)
     # Rows of later tasks use no unit yet: two of them would overlap fully.
     overlap = unit_overlap(footprint.relevant)[:learnt, :learnt]
     result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": mean_overlap(overlap)}
   return result
+
+
+def _baselines(
+  experiment: ContinualExperiment, accuracies: np.ndarray, *, known: bool
+) -> dict[str, float]:
+  """Returns the interval of the average accuracy, and that of the most common class.
+
+  Args:
+    experiment: of the run.
+    accuracies: `[S]`, on each task learnt, after the last one.
+    known: whether the task is known at the test.
+  """
+  images, largest = [], []
+  for task in experiment.tasks[: len(accuracies)]:
+    labels = np.asarray(task.test.labels)
+    images.append(len(labels))
+    largest.append(float(np.unique(labels, return_counts=True)[1].max() / len(labels)))
+  # With the task unknown, one class is right on its own task alone.
+  majority = np.mean(largest) if known else np.max(largest) / len(largest)
+  interval = scores.mean_interval(accuracies.tolist(), images)
+  entries = scores.interval_entries("average_accuracy", interval)
+  return entries | {"majority_rate": float(majority)}
+
+
+def _class_scores(
+  experiment: ContinualExperiment, predictions: Sequence[TaskPredictions], *, known: bool
+) -> dict[str, Any]:
+  """Returns the scores of single classes and their confusions, over the tasks learnt."""
+  names = experiment.tasks[0].train.class_names[: len(predictions) * experiment.problem.classes]
+  confusion = np.zeros((len(names), len(names)), np.int64)
+  trained = np.zeros(len(names), np.int64)
+  for task, of_task in zip(experiment.tasks, predictions, strict=False):
+    predicted = of_task.known if known else of_task.chosen
+    confusion += scores.count_confusion(of_task.labels, predicted, len(names))
+    trained += scores.count_labels(task.train.labels, len(names))
+  # Places without a class have no name.
+  own = [place for place, name in enumerate(names) if name]
+  found = scores.classes_of_score(
+    confusion[np.ix_(own, own)], [names[place] for place in own], trained=trained[own]
+  )
+  # That of `_baselines` is a mean over tasks, as the average accuracy is.
+  del found["majority_rate"]
+  return found
 
 
 def mean_scores(learner: LearnerState) -> dict[str, float]:

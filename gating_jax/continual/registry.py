@@ -139,7 +139,9 @@ def _dgm(config, problem):
 
 def _from_section(make, config, section, *args, without=()):
   """Calls `make(*args, **config[section])`, without some of the section's fields."""
-  fields = {name: value for name, value in config[section].items() if name not in without}
+  # The optimiser clips, not the method.
+  left_out = {*without, "grad_clip_norm"}
+  fields = {name: value for name, value in config[section].items() if name not in left_out}
   with settings.named(section):
     return make(*args, **fields)
 
@@ -209,8 +211,8 @@ def _progressive(config, problem):
       width=model.width,
       dtype=settings.DTYPES[model.dtype],
       axis_name=problem.axis_name,
+      alpha=config.progressive.alpha,
       **kind,
-      **config.progressive,
     ),
     problem,
   )
@@ -301,6 +303,27 @@ def build_network(
   return resnet(model.name, classes, stem="cifar", gating=gating, **fields)
 
 
+def gradient_clip(config: Config) -> float:
+  """Returns the largest norm of the gradient: that of the method's section, else that of `optim`.
+
+  Methods differ in the gradients that they clip. HAT multiplies those of its embeddings by its
+  compensation, s_max^2 and more: clipped to a norm of 1, those of all weights would nearly vanish.
+
+  Args:
+    config: of the experiment.
+  Raises:
+    ValueError: the norm is not positive; the message names the field.
+  """
+  section = CLIPPING_SECTIONS.get(config.method)
+  # Older configs have no such field.
+  own = None if section is None else config[section].get("grad_clip_norm")
+  if own is None:
+    return config.optim.grad_clip_norm
+  if not own > 0:
+    raise ValueError(f"{section}.grad_clip_norm must be positive, or None; got {own!r}")
+  return own
+
+
 def _check_norm(model: Config) -> None:
   """Raises ValueError for a network without BatchNorm that must have it."""
   if model.name not in VGGS and not model.norm:
@@ -314,6 +337,19 @@ REHEARSALS = {
   "generative": _generative,
   "gated_generative": _gated_generative,
   "masked_generative": _masked_generative,
+}
+# Section of a config that may hold a method's own limit on the gradient, by `method`.
+CLIPPING_SECTIONS = {
+  "hat": "hat",
+  "progressive": "progressive",
+  "ewc": "ewc",
+  "online_ewc": "online_ewc",
+  "si": "si",
+  "lwf": "lwf",
+  "derpp": "derpp",
+  "er": "replay",
+  "agem": "replay",
+  "icarl": "replay",
 }
 # By `method` of a config.
 METHODS = {

@@ -5,7 +5,7 @@ Axes: T tasks, N images of a task, U gated units of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +16,13 @@ from gating_jax.analysis import statistics
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import LearnerState
+from gating_jax.continual.training import TaskPredictions
 from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import layer_names
+from gating_jax.reports import classes as class_pages
 from gating_jax.reports import conclusion, frame, page, tables, tasks
 from gating_jax.reports import images as image_pictures
+from gating_jax.reports import predictions as prediction_tables
 from gating_jax.reports.text import format_percent, plain
 from gating_jax.training import hosts, rundir
 from gating_jax.training.journal import Journal
@@ -51,6 +54,29 @@ def write_pictures(
     path = run_dir.path / f"{name}.png"
     page.save_figure(figure, path)
     journal.write_picture(step, f"pictures/{name}", path)
+
+
+def list_predictions(
+  experiment: ContinualExperiment, of_tasks: Sequence[TaskPredictions]
+) -> prediction_tables.Predictions:
+  """Returns the predictions for the test images of all tasks learnt, task by task."""
+  names = experiment.tasks[0].train.class_names
+  columns = {name: [] for name in ("image", "task", "class", "task known", "task unknown")}
+  right = []
+  for number, task in enumerate(of_tasks, start=1):
+    columns["image"] += [str(image) for image in range(len(task.labels))]
+    columns["task"] += [str(number)] * len(task.labels)
+    columns["class"] += [names[c] for c in task.labels]
+    columns["task known"] += [names[c] for c in task.known]
+    columns["task unknown"] += [names[c] for c in task.chosen]
+    right.append(np.asarray(task.chosen) == np.asarray(task.labels))
+  terms = {
+    "image": "its number among the test images of its task, from 0",
+    "task": "the number of its task, from 1",
+    "task known": "the likeliest class of the task's own",
+    "task unknown": "the likeliest class of all tasks learnt, of which the last column speaks",
+  }
+  return prediction_tables.Predictions(columns, np.concatenate(right), terms)
 
 
 def make_histograms(
@@ -145,7 +171,9 @@ def write_report(
   learner: LearnerState,
   run_dir: rundir.RunDir,
   step: int,
+  *,
   notice: str = "",
+  predictions: Sequence[TaskPredictions] | None = None,
 ) -> None:
   """Writes the page of a run.
 
@@ -157,8 +185,10 @@ def write_report(
     run_dir: of the run.
     step: of the learner.
     notice: first line of the page, such as that the run has failed.
+    predictions: as in `metrics.collect_result`.
   """
-  config, result = experiment.config, metrics.collect_result(experiment, learner)
+  config = experiment.config
+  result = metrics.collect_result(experiment, learner, predictions)
   around = frame.read_surroundings(
     run_dir,
     config,
@@ -172,7 +202,16 @@ def write_report(
     pictures[name] = page.embed_figure(figure, caption, scrolls=scrolls, terms=_TERMS[name])
   # The picture at the top of the page.
   shown = "filters" if "filters" in pictures else "accuracies"
-  sections = [_result_section(result)]
+  learnt = int(learner.task) * experiment.problem.classes
+  names = [name for name in experiment.tasks[0].train.class_names[:learnt] if name]
+  sections = [
+    _result_section(result),
+    # With the task unknown: with it known, tasks are not confused.
+    *class_pages.confusion_section(result["task_agnostic"], names, "image"),
+  ]
+  if predictions is not None:
+    listed = list_predictions(experiment, predictions)
+    sections.append(prediction_tables.make_section(listed, "image"))
   for name, picture in pictures.items():
     if name != shown:
       sections.append(page.Section(name.capitalize(), parts=[picture]))

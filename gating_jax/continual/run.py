@@ -15,8 +15,17 @@ from gating_jax.config_files import Config
 from gating_jax.continual import compile, metrics, report
 from gating_jax.continual.build import ContinualExperiment, build
 from gating_jax.continual.method import LearnerState, Method
-from gating_jax.continual.training import finish_task, make_advance, make_evaluate, test_tasks
+from gating_jax.continual.training import (
+  TaskPredictions,
+  TaskTest,
+  finish_task,
+  make_advance,
+  make_evaluate,
+  predict_tasks,
+  test_tasks,
+)
 from gating_jax.reports import conclusion, tables
+from gating_jax.reports import predictions as prediction_tables
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import TRAINING, say, working
 from gating_jax.training import hosts, outlines
@@ -110,27 +119,44 @@ class ContinualLearning(runner.Programme):
         f"{self.title}, {len(experiment.tasks)} tasks",
         others=lambda step: {_PRETRAINING: _pretrain_steps_left(experiment, step)},
       )
-      if not self._learn(training):
+      # One for all stages, whose last program serves the predictions at the end.
+      evaluate = make_evaluate(experiment)
+      if not self._learn(training, evaluate):
         return None
       learner, step = training.state, training.step
       with working("drawing pictures", "up to a minute", training.say):
         hosts.on_writer(report.write_pictures, experiment, learner, run_dir, training.journal, step)
+    predictions = self._predict(step, learner, evaluate)
     with working("writing the report", "up to a minute"):
-      result = metrics.collect_result(experiment, learner)
-      report.write_report(experiment, learner, run_dir, step)
+      result = metrics.collect_result(experiment, learner, predictions)
+      report.write_report(experiment, learner, run_dir, step, predictions=predictions)
+      if predictions is not None:
+        listed = report.list_predictions(experiment, predictions)
+        hosts.on_writer(prediction_tables.write_csv, run_dir.path, listed)
     return result | {"step": step}
 
-  def _learn(self, training: runner.Training) -> bool:
+  def _predict(
+    self, step: int, learner: LearnerState, evaluate: TaskTest
+  ) -> list[TaskPredictions] | None:
+    """Predicts the test images of all tasks learnt; None within a task, which is half learnt."""
+    if step % self.experiment.steps_per_task:
+      return None
+    learnt = int(learner.task)
+    with working(f"predicting the images of {learnt} tasks", "up to a minute"):
+      return predict_tasks(learner, evaluate, learnt)
+
+  def _learn(self, training: runner.Training, evaluate: TaskTest) -> bool:
     """Learns the tasks that are left; returns False where the training was asked to stop."""
     experiment = self.experiment
     advance_on, watch = make_advance(experiment), watch_tasks()
-    end_stage = _make_end_stage(experiment, training)
+    end_stage = _make_end_stage(experiment, training, evaluate)
     for task in experiment.stages:
       # A resumed run has learnt some tasks already.
       if task < int(training.state.task):
         continue
       # Fails before the training of a task that cannot be learnt.
       experiment.method.check_capacity(training.state)
+      training.say(experiment.describe_training(task))
       advance = advance_on(task)
       first = experiment.first_step(task) + experiment.pretrain_steps
       for phase in experiment.phases(task):
@@ -143,7 +169,7 @@ class ContinualLearning(runner.Programme):
 
   def test(self, step: int, learner: LearnerState) -> dict[str, Any]:
     """Tests a learner on all tasks that it has learnt; returns the result."""
-    experiment, learnt = self.experiment, int(learner.task)
+    experiment, learnt, predictions = self.experiment, int(learner.task), None
     # Within a task the parameters are those of the task being learnt: only the table has results.
     if step % experiment.steps_per_task:
       say(
@@ -154,16 +180,21 @@ class ContinualLearning(runner.Programme):
       with working(
         f"testing on the images of {learnt} tasks", "programs are compiled first, up to a minute"
       ):
-        learner = test_tasks(learner, make_evaluate(experiment), learnt)
-    return metrics.collect_result(experiment, learner)
+        evaluate = make_evaluate(experiment)
+        learner = test_tasks(learner, evaluate, learnt)
+        predictions = predict_tasks(learner, evaluate, learnt)
+    return metrics.collect_result(experiment, learner, predictions)
 
   def report(
     self, run_dir: RunDir, step: int, learner: LearnerState, *, notice: str
   ) -> dict[str, Any]:
     """Writes the page of a learner, with the tests that followed each task."""
+    predictions = self._predict(step, learner, make_evaluate(self.experiment))
     with working("drawing the report", "up to a minute"):
-      report.write_report(self.experiment, learner, run_dir, step, notice)
-    return metrics.collect_result(self.experiment, learner)
+      report.write_report(
+        self.experiment, learner, run_dir, step, notice=notice, predictions=predictions
+      )
+    return metrics.collect_result(self.experiment, learner, predictions)
 
 
 def _pretrain_steps_left(experiment: ContinualExperiment, step: int) -> int:
@@ -175,10 +206,10 @@ def _pretrain_steps_left(experiment: ContinualExperiment, step: int) -> int:
 
 
 def _make_end_stage(
-  experiment: ContinualExperiment, training: runner.Training
+  experiment: ContinualExperiment, training: runner.Training, evaluate: TaskTest
 ) -> Callable[[int], None]:
   """Makes the last step of a stage, `task -> None`: it ends the task and tests all so far."""
-  evaluate, make_counts = make_evaluate(experiment), report.make_histograms(experiment)
+  make_counts = report.make_histograms(experiment)
 
   def end_stage(task):
     """Ends the stage of this task, notes its results and saves the learner."""

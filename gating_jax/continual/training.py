@@ -5,8 +5,10 @@ Axes: B examples on this device, M resident images, T tasks.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,8 @@ from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.training.steps import Advance
 from gating_jax.types import Array
 
-# The test of one task: `(learner, task, seen) -> ` its entries of the table.
-TaskTest = Callable[[LearnerState, int, int], dict[str, float]]
+# The test of one task: `(learner, task, seen) -> ` its entries of the table, and `predictions`.
+TaskTest = Callable[[LearnerState, int, int], dict[str, Any]]
 
 _AUGMENT, _METHOD = range(2)
 
@@ -274,11 +276,35 @@ def test_tasks(learner: LearnerState, evaluate: TaskTest, learnt: int) -> Learne
   return learner.replace(table=devices.replicate(TaskTable(**columns)))
 
 
+class TaskPredictions(NamedTuple):
+  """Classes of the test images of a task, `[M]` each, in the order of learning.
+
+  Attributes:
+    labels: the true ones.
+    known: predicted with the task known.
+    chosen: predicted with the task unknown.
+  """
+
+  labels: np.ndarray
+  known: np.ndarray
+  chosen: np.ndarray
+
+
+def predict_tasks(learner: LearnerState, evaluate: TaskTest, learnt: int) -> list[TaskPredictions]:
+  """Predicts the classes of the test images of all tasks learnt.
+
+  Args:
+    learner, evaluate, learnt: as in `test_tasks`.
+  """
+  return [evaluate(learner, task, learnt)["predictions"] for task in range(learnt)]
+
+
 def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
   """Makes the test of one task.
 
   Returns:
-    `(learner, task, seen) -> ` the entries of the table for the test images of `task`.
+    `(learner, task, seen) -> ` the entries of the table for the test images of `task`, and their
+    `predictions`.
   """
   config, method, problem = experiment.config, experiment.method, experiment.problem
 
@@ -291,14 +317,23 @@ def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
     def test(learner, pixels, labels, task):
       """Tests `[B, H, W, D]` pixels with `[B]` labels; each result is `[B]`."""
       predicted = method.predict(learner, problem.normalise(pixels), task, seen)
-      chosen = jnp.argmax(predicted.agnostic, axis=-1)
+      aware, agnostic = predicted.aware, predicted.agnostic
+      # Outputs that stand for no class are never chosen.
+      if problem.own_classes is not None:
+        present = jnp.asarray(problem.present)
+        aware = jnp.where(present[task], aware, -jnp.inf)
+        agnostic = jnp.where(present.ravel(), agnostic, -jnp.inf)
+      chosen = jnp.argmax(agnostic, axis=-1)
+      # Classes are numbered task by task.
+      known = jnp.argmax(aware, axis=-1) + task * problem.classes
       return {
-        # Classes are numbered task by task.
-        "aware": jnp.argmax(predicted.aware, axis=-1) == labels - task * problem.classes,
+        "aware": known == labels,
         "agnostic": chosen == labels,
         "task": chosen // problem.classes == task,
         "macs": predicted.macs,
         "agnostic_macs": predicted.agnostic_macs,
+        "known_class": known,
+        "chosen_class": chosen,
       }
 
     return devices.map_over_devices(
@@ -309,18 +344,22 @@ def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
     )
 
   def evaluate(learner, task, seen):
-    """Returns the mean results on the test images of `task`."""
-    run = mapped(seen)
-    values = {name: [] for name in TaskTable._fields}
+    """Returns the mean results on the test images of `task`, and its `TaskPredictions`."""
+    run, values = mapped(seen), collections.defaultdict(list)
     for batch, count in image_sets.padded_batches(experiment.tasks[task].test, problem.batch_size):
       results = hosts.allgather(run(learner, *hosts.local_shard(batch), np.int32(task)))
       # The last batch is padded: only its first `count` images are new.
       for name, of_batch in results.items():
         values[name].append(np.asarray(of_batch)[:count])
-    means = {}
-    for name, parts in values.items():
+    found: dict[str, Any] = {}
+    for name in TaskTable._fields:
       # float64: a float32 mean of MACs loses digits.
-      means[name] = float(np.concatenate(parts).mean(dtype=np.float64))
-    return means
+      found[name] = float(np.concatenate(values[name]).mean(dtype=np.float64))
+    found["predictions"] = TaskPredictions(
+      labels=np.asarray(experiment.tasks[task].test.labels),
+      known=np.concatenate(values["known_class"]),
+      chosen=np.concatenate(values["chosen_class"]),
+    )
+    return found
 
   return evaluate

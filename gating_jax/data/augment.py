@@ -1,6 +1,6 @@
-"""Augmentation inside the training step: crop, flip, normalise and cut out uint8 images.
+"""Augmentation inside the training step: of uint8 images, and of videos as a whole.
 
-Axes: B images, H and W pixels, D channels.
+Axes: B images or videos, T segments of F frames, H and W pixels, D channels.
 """
 
 from __future__ import annotations
@@ -72,6 +72,80 @@ def crop_and_flip(
 
   # One key per example of the whole batch, so that results do not depend on the number of devices.
   return jax.vmap(one)(example_keys(key, pixels.shape[0], axis_name), padded)
+
+
+def augment_videos(
+  key: Array,
+  videos: Array,
+  *,
+  pad: int,
+  flip: bool,
+  colour: float,
+  axis_name: Hashable | None = None,
+) -> Array:
+  """Shifts, mirrors and recolours each video, the same way in all of its frames.
+
+  Motion and the order of segments stay as they are. A video's draw depends on its index in the
+  whole batch, not on the device it is on.
+
+  Args:
+    key, axis_name: as in `crop_and_flip`.
+    videos: `[B, T, F, H, W, D]` uint8: T segments of F frames.
+    pad, flip: as in `crop_and_flip`.
+    colour: as `strength` in `jitter_colour`.
+  Returns:
+    Videos of the same shape and dtype.
+  """
+  where, shade = jax.random.split(key)
+  # All frames of a video as the channels of one image, so that one draw moves them.
+  stacked = jnp.moveaxis(videos, (1, 2), (3, 4))
+  images = stacked.reshape(*stacked.shape[:3], -1)
+  moved = crop_and_flip(where, images, pad=pad, flip=flip, axis_name=axis_name)
+  moved = jnp.moveaxis(moved.reshape(stacked.shape), (3, 4), (1, 2))
+  return jitter_colour(shade, moved, strength=colour, axis_name=axis_name)
+
+
+def jitter_colour(
+  key: Array, videos: Array, *, strength: float, axis_name: Hashable | None = None
+) -> Array:
+  """Changes brightness, contrast and, of three channels, saturation of each video at random.
+
+      x -> b x;   x -> m + c (x - m), m the mean grey of the video;   x -> g + s (x - g), g its grey
+
+  The factors b, c and s are uniform in `1 - strength` to `1 + strength`.
+
+  Args:
+    key, axis_name: as in `crop_and_flip`.
+    videos: `[B, ..., D]` uint8, RGB where D is 3.
+    strength: in [0, 1); 0 for no change.
+  Returns:
+    Videos of the same shape and dtype.
+
+  Reference: the colour jitter of torchvision, here in this order.
+  """
+  if not strength:
+    return videos
+
+  def one(key, video):
+    """Changes the colours of one video `[..., D]`."""
+    low, high = jnp.float32(1 - strength), jnp.float32(1 + strength)
+    brightness, contrast, saturation = jax.random.uniform(key, (3,), jnp.float32, low, high)
+    x = jnp.clip(video.astype(jnp.float32) * brightness, 0, 255)
+    mean = jnp.mean(_grey(x))
+    x = jnp.clip(mean + contrast * (x - mean), 0, 255)
+    if video.shape[-1] == 3:
+      grey = _grey(x)
+      x = jnp.clip(grey + saturation * (x - grey), 0, 255)
+    return jnp.round(x).astype(jnp.uint8)
+
+  return jax.vmap(one)(example_keys(key, videos.shape[0], axis_name), videos)
+
+
+def _grey(x: Array) -> Array:
+  """Returns the luma `[..., 1]` of RGB colours `[..., 3]` (ITU-R BT.601); else their mean."""
+  if x.shape[-1] != 3:
+    return jnp.mean(x, axis=-1, keepdims=True)
+  return jnp.sum(x * jnp.array([0.299, 0.587, 0.114], x.dtype), axis=-1, keepdims=True)
 
 
 def cut_out(key: Array, x: Array, *, size: int, axis_name: Hashable | None = None) -> Array:

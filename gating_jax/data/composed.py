@@ -69,19 +69,23 @@ CLASS_NAMES = tuple(
 )
 
 
-def make_videos(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> VideoArrays:
+def make_videos(
+  split: str, *, videos: int, segments: int = 16, seed: int = 0, held_out: float = 0.0
+) -> VideoArrays:
   """Makes a split; the same arguments make the same videos. Splits share no digit image.
 
   Args:
-    split: `train` or `test`.
+    split: `train`, `validation` or `test`.
     videos: M.
     segments: T, at least `MIN_SEGMENTS`.
     seed: of everything random.
+    held_out: fraction of the training digits, in (0, 1), of which `validation` is made and `train`
+      is not; 0 for no such split.
   Returns:
     Videos of 16 classes, balanced. `units` is the unit action of each segment, -1 for clutter;
     `relevant` marks the tools of the video's scene.
   Raises:
-    ValueError: no videos, or too few segments.
+    ValueError: no videos, too few segments, or a validation split of nothing.
 
   >>> make_videos("test", videos=2).arrays["clips"].shape
   (2, 16, 8, 16, 16, 1)
@@ -92,9 +96,13 @@ def make_videos(split: str, *, videos: int, segments: int = 16, seed: int = 0) -
     raise ValueError(
       f"segments must be >= {MIN_SEGMENTS}, the length of the longest activity; got {segments}"
     )
-  digits = image_sets.load(image_sets.DIGITS, split)
+  if split == "validation" and not held_out:
+    raise ValueError("held_out must be in (0, 1) for the validation split; got 0")
+  digits = image_sets.load(image_sets.DIGITS, "train" if split == "validation" else split)
+  if held_out and split != "test":
+    digits = _part_of(digits, split, held_out)
   # The splits differ in their random numbers as well as in their digits.
-  rng = np.random.default_rng((seed, split == "test"))
+  rng = np.random.default_rng((seed, {"train": 0, "test": 1, "validation": 2}[split]))
   labels = rng.permutation(np.arange(videos) % len(CLASS_NAMES)).astype(np.int32)
   units = np.empty((videos, segments), np.int32)
   relevant = np.empty((videos, segments), bool)
@@ -111,6 +119,15 @@ def make_videos(split: str, *, videos: int, segments: int = 16, seed: int = 0) -
   }
   names = tuple(f"{split} {i}" for i in range(videos))
   return VideoArrays(arrays, CLASS_NAMES, names, unit_names=UNIT_NAMES)
+
+
+def _part_of(digits: image_sets.Images, split: str, held_out: float) -> image_sets.Images:
+  """Returns the training digits of which a split is made, where some are held out."""
+  # A fixed seed: the same digits are held out in every run.
+  held = image_sets.hold_out(digits.labels, held_out, np.random.default_rng(0))
+  if split == "validation":
+    return digits.take(held)
+  return digits.take(np.setdiff1d(np.arange(len(digits.labels)), held))
 
 
 def motions(scene: int, code: int) -> dict[int, int]:

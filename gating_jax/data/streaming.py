@@ -24,6 +24,8 @@ from gating_jax.data import image_sets, tfds
 
 # Fraction of the shorter side that the central crop keeps: 224 of 256, as is usual on ImageNet.
 _EVAL_FRACTION = 0.875
+# Pools of workers that read ahead at present.
+_POOLS: list[Any] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +229,8 @@ def prefetch(
     buffer_size: number of threads, and of results that they may hold ready. Each worker process
       holds up to two.
   Returns:
-    An iterator of the results.
+    An iterator of the results. Its workers end, and their shared memory is freed, with it: at its
+    end, by its `close`, or by `close_pools`.
 
   >>> list(prefetch(lambda n: n * n, range(4), workers=0))
   [0, 1, 4, 9]
@@ -235,11 +238,34 @@ def prefetch(
   dataset = grain.MapDataset.source(items).map(fn)
   if not workers:
     threads = grain.ReadOptions(num_threads=buffer_size, prefetch_buffer_size=buffer_size)
-    return iter(dataset.to_iter_dataset(threads))
+    return _closing(iter(dataset.to_iter_dataset(threads)))
   # grain passes absl's flags on to the workers; outside absl programs nobody has parsed them.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   # Few results per worker, since each may be a whole batch of images or videos.
   processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
   one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-  return iter(dataset.to_iter_dataset(one_by_one).mp_prefetch(processes))
+  return _closing(iter(dataset.to_iter_dataset(one_by_one).mp_prefetch(processes)))
+
+
+def _closing(pool: Any) -> Iterator[Any]:
+  """Yields the results of a pool of workers, and closes it at the end, whatever that is."""
+  _POOLS.append(pool)
+  try:
+    yield from pool
+  finally:
+    # Also where the consumer stops early, or fails.
+    _close(pool)
+
+
+def _close(pool: Any) -> None:
+  """Ends the workers of a pool; a second call does nothing."""
+  if pool in _POOLS:
+    _POOLS.remove(pool)
+    pool.close()
+
+
+def close_pools() -> None:
+  """Ends all workers that read ahead, before a process that cannot end in order."""
+  for pool in list(_POOLS):
+    _close(pool)

@@ -17,10 +17,19 @@ from typing import BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
+from gating_jax.checks import few
 from gating_jax.data.video_tables import VideoTable
-from gating_jax.data.videos import Batch, Segments, VideoSet, find_file, segment_starts
+from gating_jax.data.videos import (
+  FEATURE_SUFFIXES,
+  Batch,
+  Segments,
+  VideoSet,
+  find_file,
+  segment_starts,
+)
 
-_SUFFIXES = (".npy", ".npz")
+# Unreadable files that an error names.
+_NAMED = 5
 # Number of readable files that settle the shape of features.
 _PROBED = 16
 # First bytes of a `.npz` file.
@@ -68,7 +77,7 @@ class FeatureFolder(VideoSet):
       """Returns the video's feature files as `{key: path}`, or None if one is missing."""
       found = {}
       for key, folder in folders.items():
-        found[key] = find_file(folder, name, _SUFFIXES)
+        found[key] = find_file(folder, name, FEATURE_SUFFIXES)
         # A video needs both of its files.
         if found[key] is None:
           return None
@@ -179,17 +188,17 @@ def _common_shape(files: Sequence[Path]) -> tuple[int, ...]:
   Args:
     files: files of features `[T, ...]`.
   Raises:
-    ValueError: no file can be read; the message has the first reason.
+    ValueError: no file can be read; the first five are named with their reasons.
   """
-  shapes, why = [], ""
+  shapes, reasons = [], []
   for file in files:
     try:
       shapes.append(read_features(file).shape[1:])
     # A damaged file makes its reader raise errors of many types.
     except Exception as error:
-      why = why or f"{file}: {error}"
+      reasons.append(f"{file} ({error})")
     if len(shapes) == _PROBED:
       break
   if not shapes:
-    raise ValueError(f"the folder must hold readable features; {why}")
+    raise ValueError(f"the folder must hold readable features; {few(reasons, _NAMED)}")
   return collections.Counter(shapes).most_common(1)[0][0]

@@ -13,6 +13,7 @@ Axes: T segments, F frames each, H and W pixels, N frames of a video.
 from __future__ import annotations
 
 import collections
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from gating_jax.data.array_cache import ArrayCache
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import (
   VIDEO_SUFFIXES,
@@ -63,6 +65,8 @@ _DENSEST = 64
 _SPLICE = 10.0
 # Seconds, to which Matroska rounds times.
 _ROUNDING = 1e-3
+# Bytes of a film's resized frames, beyond which a cache keeps clips instead.
+_LARGEST = 2**26
 # Fraction of what a file announces; if less can be decoded, the file is damaged.
 _WHOLE = 0.9
 
@@ -82,6 +86,8 @@ class VideoFolder(VideoSet):
     seed: of the order and of the jitter.
     jitter: whether segments start at random in training, each in its own part of the video.
     workers: number of processes that decode; 0 for threads of this process.
+    cache: keeps resized frames, so that a film is decoded once; None to decode it each time. The
+      clips are the same.
   Raises:
     ValueError: PyAV is missing, a name would leave the folder, or none of the files is there.
   """
@@ -97,11 +103,12 @@ class VideoFolder(VideoSet):
     seed: int = 0,
     jitter: bool = False,
     workers: int = 0,
+    cache: ArrayCache | None = None,
   ):
     if frames < 1 or min(size) < 1:
       raise ValueError(f"frames and size must be at least 1; got {frames} and {size}")
     require_av()
-    self._frames, self._size = frames, (size[0], size[1])
+    self._frames, self._size, self._cache = frames, (size[0], size[1]), cache
 
     def find(name):
       """Returns the video's file, or None if it is missing."""
@@ -109,13 +116,29 @@ class VideoFolder(VideoSet):
 
     super().__init__(table, find, segments=segments, seed=seed, jitter=jitter, workers=workers)
 
+  def count_frames(self, most: int = 16) -> list[int]:
+    """Counts the frames of the first videos that can be opened, without decoding them.
+
+    Args:
+      most: number of videos, at most.
+    """
+    counts = []
+    for path in self._files[:most]:
+      try:
+        counts.append(len(_open_film(path).times))
+      # It is named, with the reason, when it is read.
+      except Exception:
+        continue
+    return counts
+
   def _inputs(self) -> Batch:
     """Returns zeros in place of the clips of a video."""
     return {"clips": np.zeros((self._segments, self._frames, *self._size, 3), np.uint8)}
 
   def _load(self, index: int, rng: np.random.Generator | None) -> Segments:
     """Decodes the clips of a video's segments."""
-    clips, middles = read_clips(
+    read = read_clips if self._cache is None else functools.partial(read_cached, self._cache)
+    clips, middles = read(
       self._files[index], self._segments, length=self._frames, size=self._size, rng=rng
     )
     return Segments({"clips": clips}, np.ones(self._segments, bool), middles)
@@ -162,19 +185,132 @@ def read_clips(
     Exception: any other error of PyAV for a damaged file, or one that refers to others, OSError and
       MemoryError among them.
   """
-  # Before FFmpeg opens the file, since it would make room for all announced samples.
-  _check_counts(path)
-  with _open(path) as container:
-    film = _list_frames(container, _video_stream(container))
+  film = _open_film(path)
   starts = _choose_starts(film, segments, length=length, rng=rng)
   shown = _decode_segments(path, film, starts, length=length, size=size)
   if _is_by_fields(film, shown):
     # Two packets, one per field, make a frame: only every second time is that of a frame.
-    film = film._replace(times=film.times[::2], announced=film.announced // 2)
+    film = _of_frames(film)
     starts = _choose_starts(film, segments, length=length, rng=rng)
     shown = _decode_segments(path, film, starts, length=length, size=size)
+  _check_decoded(film, shown)
+  return _cut_clips(film, shown, starts, length=length)
+
+
+def read_cached(
+  cache: ArrayCache,
+  path: Path,
+  segments: int,
+  length: int,
+  size: tuple[int, int],
+  rng: np.random.Generator | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns what `read_clips` does, from frames that are decoded and resized once.
+
+  All frames of a short film are kept, so that random segments are cut from them. Of a film of more
+  than `_LARGEST` bytes the segments at fixed places are kept, and others are decoded each time.
+
+  Args:
+    cache: keeps the frames.
+    path, segments, length, size, rng: as in `read_clips`.
+  """
+  of_film = cache.key(path, kind="film", size=size)
+  of_clips = cache.key(path, kind="clips", size=size, segments=segments, length=length)
+  found = cache.get(of_film)
+  # Random segments are new ones each time.
+  if found is None and rng is None and (kept := cache.get(of_clips)) is not None:
+    return kept["clips"], kept["middles"]
+  if found is None:
+    film = _open_film(path)
+    if len(film.times) * size[0] * size[1] * 3 > _LARGEST:
+      clips, middles = read_clips(path, segments, length=length, size=size, rng=rng)
+      if rng is None:
+        cache.put(of_clips, {"clips": clips, "middles": middles})
+      return clips, middles
+    found = _decode_film(path, film, size)
+    cache.put(of_film, found)
+  film, shown, by_fields = _unpack_film(found)
+  starts = _choose_starts(film, segments, length=length, rng=rng)
+  if by_fields:
+    # As in `read_clips`, which draws once before it knows that two packets make a frame.
+    starts = _choose_starts(film, segments, length=length, rng=rng)
+  # As in `_decode_segments`: frames before the first segment are no answer.
+  if shown.times[-1] < film.times[starts.min()]:
+    shown = shown._replace(pixels={})
+  _check_decoded(film, shown)
+  return _cut_clips(film, shown, starts, length=length)
+
+
+def _open_film(path: Path) -> _Film:
+  """Lists the frames of the film in a file."""
+  # Before FFmpeg opens the file, since it would make room for all announced samples.
+  _check_counts(path)
+  with _open(path) as container:
+    return _list_frames(container, _video_stream(container))
+
+
+def _of_frames(film: _Film) -> _Film:
+  """Returns a film of frames that are listed as two fields each."""
+  return film._replace(times=film.times[::2], announced=film.announced // 2)
+
+
+def _decode_film(path: Path, film: _Film, size: tuple[int, int]) -> dict[str, np.ndarray]:
+  """Decodes all frames of a film, and packs it. Raises a ValueError as `read_clips` does."""
+  shown = _decode_all(path, film, size)
+  by_fields = _is_by_fields(film, shown)
+  if by_fields:
+    film = _of_frames(film)
+    shown = _decode_all(path, film, size)
+  _check_decoded(film, shown)
+  return _pack_film(film, shown, by_fields)
+
+
+def _decode_all(path: Path, film: _Film, size: tuple[int, int]) -> _Shown:
+  """Decodes segments of which one begins with each frame and ends with the last."""
+  starts = np.arange(len(film.times))
+  return _decode_segments(path, film, starts, length=len(starts), size=size)
+
+
+def _pack_film(film: _Film, shown: _Shown, by_fields: bool) -> dict[str, np.ndarray]:
+  """Returns a decoded film as arrays."""
+  numbers = np.array(sorted(shown.pixels))
+  return {
+    "times": film.times,
+    "clock": np.array([film.end, film.zero, film.tick, shown.times[-1]], np.float64),
+    "counts": np.array([film.announced, shown.intact, by_fields], np.int64),
+    "firsts": np.array([shown.firsts[start] for start in range(len(film.times))]),
+    "numbers": numbers,
+    "pixels": np.stack([shown.pixels[number] for number in numbers.tolist()]),
+  }
+
+
+def _unpack_film(arrays: dict[str, np.ndarray]) -> tuple[_Film, _Shown, bool]:
+  """Returns the arguments that `_pack_film` has packed."""
+  end, zero, tick, last = arrays["clock"].tolist()
+  announced, intact, by_fields = arrays["counts"].tolist()
+  film = _Film(
+    times=arrays["times"], end=end, zero=zero, tick=tick, counted=False, announced=announced
+  )
+  shown = _Shown(
+    pixels=dict(zip(arrays["numbers"].tolist(), arrays["pixels"], strict=True)),
+    firsts=dict(enumerate(arrays["firsts"].tolist())),
+    times=[last],
+    intact=intact,
+    interlaced=False,
+  )
+  return film, shown, bool(by_fields)
+
+
+def _check_decoded(film: _Film, shown: _Shown) -> None:
+  """Raises a ValueError where too few frames of a film could be decoded, or none of a segment."""
   if shown.intact < _WHOLE * film.announced or not shown.pixels:
     raise ValueError(f"only {shown.intact} of {film.announced} frames can be decoded")
+
+
+def _cut_clips(
+  film: _Film, shown: _Shown, starts: np.ndarray, *, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns clips `[T, F, H, W, 3]` that begin at `[T]` starts, and their middles, in seconds."""
   firsts = np.array([shown.firsts[start] for start in starts])
   # [T, F] numbers of frames.
   frames = firsts[:, None] + np.arange(length)

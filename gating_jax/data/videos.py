@@ -1,9 +1,9 @@
 """Sets of videos, read from disk during training or whole in memory, and their segments.
 
 `data/image_sets.py` sets the order, a function of (seed, step) alone. So a restart needs no state
-and may use another number of workers. A file that cannot be read never stops a run: its video has
-weight 0 and is named once. `data/video_files.py` decodes videos, `data/video_features.py` reads
-files of features.
+and may use another number of workers. A file that cannot be read never stops a run: its video is
+named once; in tests it has weight 0, and in training another video takes its place.
+`data/video_files.py` decodes videos, `data/video_features.py` reads files of features.
 
 Axes: M videos of a set, B videos of a batch, b of this process, K steps per call, T segments, F
 frames each, H and W pixels, D channels, N frames of a video.
@@ -14,7 +14,9 @@ Reference: Hussein et al., 2020 (segments of 8 frames, spread uniformly over the
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
+import hashlib
 import itertools
 import os
 import threading
@@ -32,9 +34,30 @@ from gating_jax.terminal import warn
 
 Batch = dict[str, np.ndarray]
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
+VIDEO_SUFFIXES = (
+  ".mp4",
+  ".avi",
+  ".mkv",
+  ".webm",
+  ".mov",
+  ".m4v",
+  ".mpg",
+  ".mpeg",
+  ".wmv",
+  ".ts",
+  ".flv",
+  ".3gp",
+  ".ogg",
+)
+FEATURE_SUFFIXES = (".npy", ".npz")
+# Bytes of two files of one size that are compared before they are read whole.
+_BEGINNING = 64 * 1024
 # Results of `map` that are prefetched: few, since each may be a whole batch of videos.
 _PREFETCHED = 2
+# Unreadable videos that an error or a result names.
+_NAMED = 5
+# Added to the seed of an example, which draws its jitter, to draw what takes its place.
+_SUBSTITUTE = 1
 # Held while a reading thread notes an unreadable video, so that each is reported once.
 _NOTING = threading.Lock()
 
@@ -58,8 +81,9 @@ class VideoSet(abc.ABC):
 
   The latter are for training. Batches hold the inputs that a subclass names; `valid` `[T]` bool,
   False where a shorter video's own segments are repeated; `label` as in the table; `weight`
-  float32, 0 where the video cannot be read (its inputs are then 0); and `units` `[T]` int32 where
-  the table has any: the unit action at the segment's middle, the shortest of several, or -1.
+  float32, 0 where the video cannot be read (its inputs are then 0; never in training); and `units`
+  `[T]` int32 where the table has any: the unit action at the segment's middle, the shortest of
+  several, or -1.
 
   Attributes:
     table: of the videos that have their files.
@@ -108,6 +132,14 @@ class VideoSet(abc.ABC):
     return self.table.names
 
   @property
+  def paths(self) -> list[Path]:
+    """Returns the file of each video; of one with several, the first."""
+    found = []
+    for file in self._files:
+      found.append(next(iter(file.values())) if isinstance(file, dict) else file)
+    return found
+
+  @property
   def class_names(self) -> tuple[str, ...]:
     """Returns the names of the classes."""
     return self.table.class_names
@@ -129,7 +161,7 @@ class VideoSet(abc.ABC):
 
   def read(self, index: Sequence[int] | np.ndarray) -> Batch:
     """Returns the videos at `index`, at fixed segments."""
-    return _stack([self._read_one(int(i), None) for i in index])
+    return _stack([self._read_one(int(i)) for i in index])
 
   def map(self, fn: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order and ahead of the consumer, by threads or processes.
@@ -148,9 +180,13 @@ class VideoSet(abc.ABC):
   ) -> Iterator[Batch]:
     """Yields a batch `[b, K, ...]` for every `k` steps.
 
+    All videos of a batch can be read: a blank one would go into the statistics of BatchNorm.
+
     Args:
       batch_size, k, process: as in `process_indices`.
       first_step, total_steps: steps from `first_step` to before `total_steps`.
+    Raises:
+      ValueError: none of the videos can be read; the first five are named.
     """
 
     def indices(step):
@@ -160,6 +196,7 @@ class VideoSet(abc.ABC):
       )
       return of_step[:, 0]
 
+    self.check_readable()
     rows = len(indices(first_step))
 
     # Single videos are prefetched, not batches: workers share the decoding of a batch.
@@ -167,7 +204,8 @@ class VideoSet(abc.ABC):
       """Returns example n of this process, counted over steps and rows, with its jitter."""
       step, row = first_step + n // rows, n % rows
       # Seeded by the row in the whole batch: the jitter is the same on any number of processes.
-      return self._read_one(int(indices(step)[row]), (self._seed, step, process[0] * rows + row))
+      seed = (self._seed, step, process[0] * rows + row)
+      return self._read_for_training(int(indices(step)[row]), seed)
 
     calls = len(range(first_step, total_steps, k))
     examples = self._noted(read, range(calls * k * rows), 4 * _PREFETCHED)
@@ -178,6 +216,21 @@ class VideoSet(abc.ABC):
         by_row += by_step[row::rows]
       stacked = _stack(by_row)
       yield {key: array.reshape(rows, k, *array.shape[1:]) for key, array in stacked.items()}
+
+  def check_readable(self) -> None:
+    """Reads videos up to the first that can be read.
+
+    Raises:
+      ValueError: none can; the first five are named with their reasons.
+    """
+    for index in range(len(self)):
+      if self._try_one(index, None) is not None:
+        return
+    raise ValueError(self._none_readable())
+
+  def name_unreadable(self) -> list[str]:
+    """Returns the first five videos that could not be read so far, in the table's order."""
+    return [name for name in self.names if name in self.unreadable][:_NAMED]
 
   @abc.abstractmethod
   def _inputs(self) -> Batch:
@@ -198,16 +251,44 @@ class VideoSet(abc.ABC):
       example["units"] = np.full(self._segments, -1, np.int32)
     return example
 
-  def _read_one(self, index: int, seed: tuple[int, ...] | None) -> Batch:
-    """Reads the example of a video, its jitter drawn by the seed; a blank one if that fails."""
+  def _read_one(self, index: int) -> Batch:
+    """Reads the example of a video at fixed segments; a blank one if that fails."""
+    example = self._try_one(index, None)
+    return self._blank(index) if example is None else example
+
+  def _read_for_training(self, index: int, seed: tuple[int, ...]) -> Batch:
+    """Reads the example of a video, or of another one where it cannot be read.
+
+    The seed draws the jitter, and the order in which others are tried.
+    """
+    example = self._try_one(index, seed)
+    if example is not None:
+      return example
+    # By the example's own seed: the same after a restart, with any number of workers.
+    for other in np.random.default_rng((*seed, _SUBSTITUTE)).permutation(len(self)):
+      # A video known to be unreadable is not decoded again.
+      if self.names[other] in self.unreadable:
+        continue
+      example = self._try_one(int(other), seed)
+      if example is not None:
+        return example
+    raise ValueError(self._none_readable())
+
+  def _none_readable(self) -> str:
+    """Returns the message for a set of which no video can be read."""
+    reasons = [f"{name} ({reason})" for name, reason in self.unreadable.items()]
+    return f"none of {len(self)} videos can be read: {few(reasons, _NAMED)}"
+
+  def _try_one(self, index: int, seed: tuple[int, ...] | None) -> Batch | None:
+    """Reads the example of a video, its jitter drawn by the seed; None if that fails."""
     rng = np.random.default_rng(seed) if self._jitter and seed is not None else None
-    example = self._blank(index)
     try:
       loaded = self._load(index, rng)
     # A damaged file makes its decoder raise errors of many types; none may stop a run.
     except Exception as error:
       self._note({self.names[index]: str(error) or type(error).__name__})
-      return example
+      return None
+    example = self._blank(index)
     example |= loaded.inputs | {"valid": loaded.valid, "weight": np.float32(1)}
     if self.table.units is not None:
       example["units"] = _units_at(self.table.units[index], loaded.middles)
@@ -233,7 +314,7 @@ class VideoSet(abc.ABC):
         self.unreadable[name] = unreadable[name]
         if os.getpid() == self._process:
           warn(
-            "video %s cannot be read and is skipped (weight 0): %s",
+            "video %s cannot be read and is skipped: %s",
             printable(name),
             printable(unreadable[name]),
           )
@@ -281,6 +362,82 @@ class VideoArrays:
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order."""
     return map(fn, items)
+
+
+class SharedFiles(NamedTuple):
+  """Videos of one set that are also in another.
+
+  Attributes:
+    by_path: pairs of names, one of each set, whose paths differ in suffix or case at most.
+    by_content: pairs of names of other paths, whose files are the same byte for byte.
+  """
+
+  by_path: list[tuple[str, str]]
+  by_content: list[tuple[str, str]]
+
+
+def find_shared(one: VideoSet, other: VideoSet) -> SharedFiles:
+  """Finds the videos that two sets have in common; each of the second is named once.
+
+  Files of one size are compared by a hash: of their beginnings first, so that few are read whole.
+  """
+  sizes = {path.stat().st_size for path in other.paths}
+  by_path, by_beginning = {}, collections.defaultdict(list)
+  for name, path in zip(one.names, one.paths, strict=True):
+    by_path.setdefault(_same_video(path), name)
+    size = path.stat().st_size
+    if size in sizes:
+      by_beginning[size, _digest(path, _BEGINNING)].append((name, path))
+  found, sizes = SharedFiles([], []), {size for size, _ in by_beginning}
+  for name, path in zip(other.names, other.paths, strict=True):
+    same_path, size = by_path.get(_same_video(path)), path.stat().st_size
+    if same_path is not None:
+      found.by_path.append((same_path, name))
+    elif size in sizes:
+      alike = by_beginning.get((size, _digest(path, _BEGINNING)), [])
+      for first_name, first_path in alike:
+        if _digest(path) == _digest(first_path):
+          found.by_content.append((first_name, name))
+          break
+  return found
+
+
+def check_apart(**sets: VideoArrays | VideoSet | None) -> None:
+  """Raises a ValueError where a file is in two sets, under names that differ in suffix or case.
+
+  Args:
+    **sets: by the names of their splits; sets in memory have no files, and None is no set.
+  """
+  opened = {split: videos for split, videos in sets.items() if isinstance(videos, VideoSet)}
+  for one, other in itertools.combinations(opened, 2):
+    paths = {_same_video(path) for path in opened[one].paths}
+    shared = []
+    for name, path in zip(opened[other].names, opened[other].paths, strict=True):
+      if _same_video(path) in paths:
+        shared.append(name)
+    if shared:
+      raise ValueError(
+        f"videos must be in one split only; {len(shared)} of {one} are also in {other}: "
+        f"{few(shared, _NAMED)}"
+      )
+
+
+def _same_video(path: Path) -> str:
+  """Returns what the paths of one video have in common, whatever their suffix and case."""
+  # Links lead to the file itself.
+  path = path.resolve()
+  # Only known suffixes go: a name may hold other dots.
+  if path.suffix.lower() in (*VIDEO_SUFFIXES, *FEATURE_SUFFIXES):
+    path = path.with_suffix("")
+  return str(path).casefold()
+
+
+def _digest(path: Path, most: int | None = None) -> bytes:
+  """Returns the hash of a file's first bytes, or of all of them."""
+  with path.open("rb") as file:
+    if most is None:
+      return hashlib.file_digest(file, "blake2b").digest()
+    return hashlib.blake2b(file.read(most)).digest()
 
 
 def segment_starts(
@@ -367,11 +524,13 @@ def timed_starts(
 def find_file(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None:
   """Returns the first file of this name and one of the suffixes; None if there is none.
 
-  A name with a video's suffix also stands for the file of its features.
+  Suffixes may be in capitals. A name with a video's suffix also stands for the file of its
+  features.
   """
   if "" not in suffixes and name.lower().endswith(VIDEO_SUFFIXES):
     name = str(PurePosixPath(name).with_suffix(""))
-  for suffix in suffixes:
+  # As cameras write them: .MP4.
+  for suffix in (*suffixes, *[suffix.upper() for suffix in suffixes if suffix]):
     path = Path(user_path(folder), name + suffix)
     if path.is_file():
       return path

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from flax import traverse_util
 
 from gating_jax import programmes, runner
 from gating_jax.analysis import outcomes
+from gating_jax.analysis import scores as class_scores
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
@@ -26,7 +28,8 @@ from gating_jax.images import compile, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import EXITS, Experiment, build
 from gating_jax.layers.gate import is_gate_path
-from gating_jax.reports import conclusion, frame, page, tables
+from gating_jax.reports import classes as class_pages
+from gating_jax.reports import conclusion, frame, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
@@ -42,7 +45,7 @@ from gating_jax.training.closed_gates import (
   advise_on_loss,
 )
 from gating_jax.training.evaluation import Evaluation
-from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, read_lines
+from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, numbers, read_lines
 from gating_jax.training.rundir import RunDir, RunDirError
 from gating_jax.training.steps import Advance, MappedSteps, TrainState
 
@@ -117,6 +120,24 @@ class Classification(runner.Programme):
     """Returns the numbers of a set from sums over its images, as `evaluation.evaluate` does."""
     return evaluation.summarise(sums, images)
 
+  def class_entries(self, evaluated: Evaluation) -> dict[str, Any]:
+    """Returns the entries of a result that say what its score is worth: see `analysis.scores`."""
+    images = evaluated.images
+    if images.predicted is None or images.labels is None:
+      return {}
+    names = self.experiment.test.class_names
+    return class_scores.score_predictions(images.labels, images.predicted, names)
+
+  def _list_untrained(self, train: Any) -> dict[str, Any]:
+    """Returns the entry of a result with the classes that the training set lacks."""
+    labels, names = getattr(train, "labels", None), self.experiment.test.class_names
+    # A stream has not read its labels.
+    if labels is None:
+      return {}
+    # Labels of pixels may have one more number, for those that are ignored.
+    counts = np.bincount(np.ravel(labels), minlength=len(names))[: len(names)]
+    return {"classes_without_training": class_scores.list_untrained(counts, names)}
+
   def rows(self, result: Mapping[str, Any]) -> list[tables.Row]:
     """Returns the result as names and values, the score first."""
     return tables.classification_rows(result)
@@ -187,6 +208,7 @@ class Classification(runner.Programme):
       if not ended:
         return None
       evaluated = evaluate()
+      evaluated.result.update(self._list_untrained(train))
       if evaluated.gates is not None:
         evaluated.result["batch_shaping_reduction"] = experiment.objective.reduction
         self._add_layers(evaluated)
@@ -278,6 +300,7 @@ class Classification(runner.Programme):
         # image.
         noise_scale=experiment.drawn_noise_scale(int(state.step)),
       )
+      evaluated.result.update(self.class_entries(evaluated))
       if evaluated.gates is not None and experiment.objective.has_budget:
         evaluated.result["budget"] = experiment.objective.target
       return evaluated
@@ -300,7 +323,7 @@ class Classification(runner.Programme):
     """Tests the state of a training; notes the result in the journal and prints the score."""
     with working(f"testing on {len(self.experiment.test):,} {self.noun}s", tell=training.say):
       evaluated = test(training.state)
-    training.journal.write(training.step, "test", evaluated.result)
+    training.journal.write(training.step, "test", numbers(evaluated.result))
     if evaluated.gates is not None:
       histograms = evaluation.histograms(evaluated.gates, self.experiment.counts.gate_layers)
       training.journal.write_histograms(training.step, "test", histograms)
@@ -316,7 +339,7 @@ class Classification(runner.Programme):
       )
 
   def _write_files(self, run_dir: RunDir, training: runner.Training, evaluated: Evaluation) -> None:
-    """Writes the pictures, a file of gates and the report of a run that has ended."""
+    """Writes pictures, files of gates and predictions, and the report of a run that has ended."""
     experiment, gates = self.experiment, evaluated.gates
     drawn = self.draw(training.state)
     figures = {name: figure for name, (figure, _) in drawn.items()}
@@ -327,6 +350,12 @@ class Classification(runner.Programme):
       tables.write_gate_csv(
         run_dir.path / "gates.csv", gates.diagnosis, experiment.counts.gate_layers
       )
+    found = None
+    # The classes of pixels are no classes of scenes.
+    if self.classes():
+      found = image_report.predict_images(evaluated.images, experiment.test.class_names)
+    if found is not None:
+      predictions.write_csv(run_dir.path, found)
     for name, figure in figures.items():
       page.save_figure(figure, run_dir.path / name)
       # TensorBoard shows the pictures too.
@@ -386,6 +415,9 @@ class Classification(runner.Programme):
         config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
         read=lambda index: experiment.test.read(index)[0],
         pictures=list(drawn.values()),
+        confusions=class_pages.confusion_section(
+          result, experiment.test.class_names, self.noun if self.classes() else "pixel"
+        ),
         around=frame.read_surroundings(
           run_dir,
           config,

@@ -15,7 +15,7 @@ import numpy as np
 
 from gating_jax.analysis.outcomes import ALWAYS_CLOSED, by_layer
 from gating_jax.ops.priors import Prior
-from gating_jax.reports import frame, page, tables
+from gating_jax.reports import frame, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import format_count, plain
@@ -71,6 +71,7 @@ class ImageRun:
   config: Sequence[tuple[str, str]]
   read: Callable[[np.ndarray], np.ndarray]
   pictures: Sequence[tuple[Any, str]] = ()
+  confusions: Sequence[page.Section] = ()
   around: frame.Surroundings = frame.Surroundings()
   how: str = "gates=none"
   notice: str = ""
@@ -131,7 +132,8 @@ def make_sections(run: ImageRun) -> list[page.Section]:
 
   Sections without meaning for the run are left out.
   """
-  found = [page.Section("Result", parts=[tables.defined_table(run.rows)]), _score(run)]
+  result = page.Section("Result", parts=[tables.defined_table(run.rows)])
+  found = [result, *run.confusions, _score(run)]
   if run.pictures:
     parts = [page.embed_figure(figure, caption, photo=True) for figure, caption in run.pictures]
     found.append(page.Section(f"Some {run.noun}s", parts=parts))
@@ -143,6 +145,7 @@ def make_sections(run: ImageRun) -> list[page.Section]:
   return [
     *found,
     _extremes(run),
+    *_predictions(run),
     frame.run_times_section(run.noun, run.around),
     frame.settings_section(run.config),
     frame.about_section(run.around),
@@ -159,6 +162,27 @@ def _score(run: ImageRun) -> page.Section:
   else:
     text += f"Every {run.noun} takes the same multiply-accumulates: {macs[0]:,.0f}."
   return page.Section("Score and multiply-accumulates", text.strip(), parts)
+
+
+def predict_images(
+  images: ImageBehaviour, class_names: Sequence[str]
+) -> predictions.Predictions | None:
+  """Returns the prediction for each test image; None where an image has no class."""
+  if images.predicted is None or images.labels is None:
+    return None
+  more = {
+    "loss": [f"{loss:.4f}" for loss in images.losses],
+    "MACs": [f"{macs:.0f}" for macs in images.macs],
+  }
+  return predictions.of_classes("image", images.labels, images.predicted, class_names, more)
+
+
+def _predictions(run: ImageRun) -> list[page.Section]:
+  """Returns the section of predictions, or nothing where an image has no class."""
+  found = None
+  if run.class_names is not None:
+    found = predict_images(run.images, run.class_names)
+  return [] if found is None else [predictions.make_section(found, run.noun)]
 
 
 def _over_tests(run: ImageRun) -> tuple[str, list[page.EmbeddedPicture]]:

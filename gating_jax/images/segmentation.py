@@ -11,6 +11,7 @@ Pascal visual object classes challenge", 2015 (intersection over union).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,6 +23,7 @@ import numpy as np
 import optax
 
 from gating_jax import runner
+from gating_jax.analysis import scores as class_scores
 from gating_jax.config_files import Config
 from gating_jax.data import scenes
 from gating_jax.images import build as image_build
@@ -35,6 +37,7 @@ from gating_jax.reports import images as image_pictures
 from gating_jax.reports import tables
 from gating_jax.terminal import working
 from gating_jax.training import devices, steps
+from gating_jax.training.evaluation import Evaluation
 from gating_jax.training.objectives import Fit, weighted_mean
 from gating_jax.training.outlines import Outline
 from gating_jax.training.steps import TrainState
@@ -194,6 +197,31 @@ class Segmentation(Classification):
     return summarise_pixels(sums, experiment.test.class_names) | {
       "head_macs": experiment.counts.macs - backbone.macs
     }
+
+  def class_entries(self, evaluated: Evaluation) -> dict[str, Any]:
+    """Returns the entries of a result that say what its scores are worth, from pixels.
+
+    Pixels of a scene are alike, so that intervals are of resampled scenes.
+    """
+    each = evaluated.images.confusion
+    if each is None:
+      return {}
+
+    def mean_iou(index):
+      """Returns the mean IoU of some of the scenes."""
+      iou = intersection_over_union(each[index].sum(axis=0))
+      return float(np.mean(iou[~np.isnan(iou)])) if np.any(~np.isnan(iou)) else math.nan
+
+    def accuracy(index):
+      """Returns the fraction of the pixels of some of the scenes that are right."""
+      confusion = each[index].sum(axis=0)
+      return float(np.trace(confusion) / confusion.sum()) if confusion.any() else math.nan
+
+    entries = class_scores.classes_of_score(each.sum(axis=0), self.experiment.test.class_names)
+    for key, score in (("mean_iou", mean_iou), ("accuracy", accuracy)):
+      interval = class_scores.bootstrap_interval(score, len(each))
+      entries |= class_scores.interval_entries(key, interval)
+    return entries
 
   def rows(self, result: Mapping[str, Any]) -> list[tables.Row]:
     """Returns the result as names and values, the score first."""

@@ -24,7 +24,7 @@ import numpy as np
 
 from gating_jax.inference import folded
 from gating_jax.ops import arguments
-from gating_jax.timing import MASKED, UNGATED, ReportProgress, race
+from gating_jax.timing import MASKED, ONE_BY_ONE, UNGATED, ReportProgress, race
 from gating_jax.types import Array
 
 # The strategy that is chosen by timing.
@@ -286,7 +286,9 @@ class Timing:
       gate networks; 1 for `ungated`.
     computed_ratio: MACs that the strategy computes for them, in the same way, padding included.
     seconds: of a call.
-    time_ratio: `seconds` relative to `masked`.
+    time_ratio: `seconds` relative to those of the quickest way to compute everything: `masked`,
+      `ungated` or, where it is quicker, any strategy with every unit open; for a part, relative to
+      `masked`.
     efficiency: `mac_ratio / time_ratio`; 1 if all MACs that were saved have saved time.
     chosen: whether this strategy runs.
     open_ratio: for the network: seconds of a call with every unit open, or no image leaving at an
@@ -367,6 +369,7 @@ def list_timings(
   part: int | None = None,
   chosen: str = "",
   open_ratios: Mapping[str, float] = MappingProxyType({}),
+  everything: float | None = None,
 ) -> list[Timing]:
   """Returns a `Timing` for each strategy, by name, `masked` among them.
 
@@ -376,12 +379,13 @@ def list_timings(
     part: index of the part; None for the whole network.
     chosen: name of the strategy that runs.
     open_ratios: `Timing.open_ratio`, by strategy.
+    everything: seconds of the quickest way to compute everything; None for those of `masked`.
   """
-  timings = []
+  timings, baseline = [], seconds[MASKED] if everything is None else everything
   for name, seconds_per_call in seconds.items():
     # `ungated` closes nothing, so all of its MACs are open.
     opened = 1.0 if name == UNGATED else ratios.opened
-    time_ratio = seconds_per_call / seconds[MASKED]
+    time_ratio = seconds_per_call / baseline
     timings.append(
       Timing(
         part=part,
@@ -405,15 +409,23 @@ class Choice(NamedTuple):
     strategy: its name.
     seconds: of a call of each strategy, `ungated` included.
     open_ratios: `Timing.open_ratio` of each.
+    everything: seconds of a call of the quickest way to compute everything.
   """
 
   strategy: str
   seconds: dict[str, float]
   open_ratios: dict[str, float]
+  everything: float
 
   def timings(self, ratios: MacRatios) -> list[Timing]:
     """Returns a `Timing` for each strategy."""
-    return list_timings(self.seconds, ratios, chosen=self.strategy, open_ratios=self.open_ratios)
+    return list_timings(
+      self.seconds,
+      ratios,
+      chosen=self.strategy,
+      open_ratios=self.open_ratios,
+      everything=self.everything,
+    )
 
 
 def choose_fastest(
@@ -442,7 +454,37 @@ def choose_fastest(
   # A small gain may be noise, and computing everything has no bad case.
   if seconds[best] >= GAIN * seconds[MASKED]:
     best = MASKED
-  return Choice(best, seconds, open_ratios)
+  # With every unit open, a strategy with a kernel of its own may be the quickest.
+  everything = min(seconds[MASKED], seconds[UNGATED], *open_seconds.values())
+  return Choice(best, seconds, open_ratios, everything)
+
+
+def baseline_programs(
+  run: Callable[[Any, Any], Any], weights: Any, batches: Sequence[Any]
+) -> dict[str, TimedProgram]:
+  """Makes the programs of a network without gates, of which the quicker one is the baseline.
+
+  They take all examples of a batch at once or, where there are several, one after the other, which
+  may be quicker on a CPU.
+
+  Args:
+    run: `(weights, [N, ...]) -> outputs`, for any N.
+    weights: of the network.
+    batches: the inputs that are timed, `[N, ...]` each.
+  """
+  programs = {UNGATED: TimedProgram(run, weights)}
+  if len(batches[0]) == 1:
+    return programs
+  # Taken apart beforehand, so that no call times that.
+  singles = {}
+  for batch in batches:
+    singles[id(batch)] = [batch[i : i + 1] for i in range(len(batch))]
+
+  def run_one_by_one(weights: Any, batch: Any) -> list[Any]:
+    """Runs on the examples of one of the batches."""
+    return [run(weights, single) for single in singles[id(batch)]]
+
+  return programs | {ONE_BY_ONE: TimedProgram(run_one_by_one, weights)}
 
 
 def count_runs(programs: Mapping[str, TimedProgram]) -> int:

@@ -27,6 +27,7 @@ from gating_jax.inference.compiled import (
   Options,
   TimedProgram,
   Timing,
+  baseline_programs,
   check_options,
   count_pieces,
   list_timings,
@@ -48,7 +49,7 @@ from gating_jax.inference.strategies import (
   why_not,
   worth_trying,
 )
-from gating_jax.timing import CHOSEN, MASKED, UNGATED, ReportProgress, race
+from gating_jax.timing import CHOSEN, MASKED, ReportProgress, race
 from gating_jax.types import Array
 
 
@@ -355,7 +356,7 @@ class _Trial:
       made = self.candidates.take(names)
       weights = _with_parts(net, made)
       programs[name] = TimedProgram(make_program(made), weights, open_weights=opened(weights))
-    programs[UNGATED] = TimedProgram(make_program(), ungated(net))
+    programs |= baseline_programs(make_program(), ungated(net), self.batches)
     return time_programs(
       programs,
       self.batches,
@@ -386,8 +387,8 @@ def _choose_by_timing(
   for fitting in candidates.parts:
     of_parts += len(fitting) if len(fitting) > 1 else 0
   # Two for each mixture of the whole network, of which one has every unit open; and the ungated
-  # network. Then whole networks are timed in turns.
-  of_nets = 2 * (1 + len(candidates.fitting())) + 1
+  # network, on a batch and on single images. Then whole networks are timed in turns.
+  of_nets = 2 * (1 + len(candidates.fitting())) + (2 if options.batch_size > 1 else 1)
   advance = count_pieces(progress, of_parts + of_nets + options.repeats)
   trial = _Trial(candidates, batches, macs=macs, options=options, advance=advance)
   # Parts first: their fastest strategies make up one of the whole programs.

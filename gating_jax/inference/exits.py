@@ -35,6 +35,7 @@ from gating_jax.inference.compiled import (
   Options,
   TimedProgram,
   Timing,
+  baseline_programs,
   check_options,
   count_pieces,
   count_runs,
@@ -46,7 +47,7 @@ from gating_jax.inference.folding import check_foldable, fold_conv, fold_stages
 from gating_jax.inference.strategies import exit_dispatch_macs, for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
-from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, ReportProgress
+from gating_jax.timing import EXIT_DISPATCH, MASKED, ReportProgress
 from gating_jax.types import Array
 
 # A threshold below every entropy: no image leaves.
@@ -223,7 +224,7 @@ def compile_exits(
   ways = {
     MASKED: TimedProgram(programs[MASKED], net, open_weights=staying),
     EXIT_DISPATCH: TimedProgram(programs[EXIT_DISPATCH], net, open_weights=staying),
-    UNGATED: TimedProgram(jax.jit(folded.run), without_exits(net)),
+    **baseline_programs(jax.jit(folded.run), without_exits(net), batches),
   }
   # A piece of work is a program compiled, or all of them timed once.
   choice = time_programs(

@@ -33,7 +33,7 @@ from gating_jax.inference.compiled import (
 )
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.summary import VideoCounts, video_summary
-from gating_jax.models.timegate import Inputs, Outputs, SegmentNet
+from gating_jax.models.timegate import THRESHOLDS, Inputs, Outputs, SegmentNet
 from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_indices, pieces_for, scatter_back
 from gating_jax.timing import MASKED, SEGMENTS, UNGATED, ReportProgress
@@ -365,9 +365,9 @@ def dense_programs(
 
 def opened_variables(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any]:
   """Returns the variables with a bias of a learned gate at which every segment is chosen."""
-  # Fixed selections take every segment with `share` 1, and have no gate.
+  # Fixed selections take every segment with `share` 1, unless they have a threshold; no gate.
   if model.selection != "gate":
-    return variables
+    return {kind: tree for kind, tree in variables.items() if kind != THRESHOLDS}
   gate = variables["params"][GATE_NAME]
   bias = gate["logits"]["bias"] + _ALWAYS
   gate = {**gate, "logits": {**gate["logits"], "bias": bias}}

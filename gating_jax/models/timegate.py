@@ -37,6 +37,8 @@ from gating_jax.ops.compaction import open_backward
 from gating_jax.types import AnyArray, Apply, Array, GateRecord, Records
 
 SELECTIONS = ("gate", "confidence", *POLICIES)
+# Collection of variables with a threshold that training does not change, by the selection's name.
+THRESHOLDS = "thresholds"
 POOLINGS = ("max", "mean", "attention")
 # Of `Classifier`: hidden units, Dropout's probability, slope of LeakyReLU.
 _HIDDEN, _DROPOUT, _LEAK = 512, 0.25, 0.2
@@ -58,7 +60,8 @@ class SegmentNet(nn.Module):
     light, heavy: modules of `[N, ...] -> ([N, C], records)`; `light` may be None where nothing
       reads it.
     selection: `gate`, learned; `confidence`, the light net's largest class probability; or one of
-      `POLICIES`.
+      `POLICIES`. Where the variables have `confidence` in the collection `THRESHOLDS`, segments
+      above that probability are chosen, at least one of each video, whatever `share` is.
     share: fraction of the valid segments that a fixed selection takes; see `selection.budget_to_k`.
     light_head: whether the light net also classifies every segment on its own.
     pooling: over the chosen segments: `max`, `mean` or `attention`.
@@ -176,8 +179,13 @@ class SegmentNet(nn.Module):
       return self.selector(seen, valid, train), outputs
     if self.selection == "confidence":
       confidence = jnp.max(jax.nn.softmax(outputs["light_logits"]), axis=-1)
-      # As many of each video's own segments as the share asks for; padding is never chosen.
-      gates = selection.top_k(confidence, valid, selection.budget_to_k(valid, self.share))
+      least = self.get_variable(THRESHOLDS, "confidence")
+      if least is None:
+        # As many of each video's own segments as the share asks for; padding is never chosen.
+        gates = selection.top_k(confidence, valid, selection.budget_to_k(valid, self.share))
+      else:
+        above = (confidence > least).astype(jnp.float32)
+        gates = selection.ensure_one_open(above, confidence, valid)
       return deterministic_record(gates, self.macs_per_segment), outputs
     return self.selector(valid, inputs.get("relevant"), train), outputs
 

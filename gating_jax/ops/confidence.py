@@ -221,6 +221,62 @@ def step_threshold_for_budget(
   return float(np.append(passed.levels, NEVER)[last_fit])
 
 
+def open_threshold_for_budget(scores: np.ndarray, valid: np.ndarray, *, share: float) -> float:
+  """Finds the lowest threshold that opens at most a fraction `share` of segments.
+
+  A segment opens if its score is above the threshold, or is the first of its video's highest ones.
+  Calibrate on validation videos. The fraction jumps only at a score, hence the search over these
+  values is exact.
+
+  Args:
+    scores: `[M, T]`, such as the log-odds of gates.
+    valid: `[M, T]` bool, False for padding; at least one a video.
+    share: the budget: fraction of each video's own segments, mean over videos.
+  Returns:
+    The threshold, halfway between two scores; 0 if no video has two segments.
+  Raises:
+    ValueError: wrong shapes, scores that are not finite, a video without a segment, or one segment
+      per video is already more.
+
+  >>> scores = np.array([[3.0, 1.0, -2.0, 0.0], [5.0, 4.0, 2.0, 0.0]])
+  >>> open_threshold_for_budget(scores, np.ones((2, 4), bool), share=0.5)
+  1.5
+  """
+  scores, valid = np.asarray(scores, np.float64), np.asarray(valid, bool)
+  if scores.ndim != 2 or scores.shape != valid.shape or not scores.size:
+    raise ValueError(
+      f"scores and valid must both be [M, T]; got shapes {scores.shape} and {valid.shape}"
+    )
+  segments = valid.sum(axis=1)
+  if not segments.all():
+    raise ValueError(f"valid must be True for a segment of video {np.argmin(segments)}; got none")
+  if len(bad := np.argwhere(~np.isfinite(scores) & valid)):
+    video, segment = bad[0]
+    raise ValueError(
+      f"scores must be finite; got {scores[video, segment]} for video {video}, segment {segment}"
+    )
+  # A segment of a video of n adds 1 / (n M) to the mean fraction.
+  weights = np.broadcast_to(1 / (len(scores) * segments)[:, None], scores.shape)
+  least = float(weights[:, 0].sum())
+  # 1e-9: sums of fractions such as 1/3 are not exact.
+  if least > share + 1e-9:
+    raise ValueError(
+      f"share must be at least {least:.4g}, that of one segment per video; got {share}"
+    )
+  # The best segment of every video is open at any threshold: only the others matter.
+  others = valid.copy()
+  others[np.arange(len(scores)), np.argmax(np.where(valid, scores, -np.inf), axis=1)] = False
+  if not others.any():
+    return 0.0
+  # Raising the threshold past a level closes the segments at this level.
+  passed = _levels_passed(scores[others], weights[others])
+  fractions = least + passed.weight[-1] - passed.weight
+  closed = int(np.argmax(fractions <= share + 1e-9))
+  padded = np.concatenate([[passed.levels[0] - 2], passed.levels, [passed.levels[-1] + 2]])
+  # Halfway between two levels, so that rounding puts neither on the wrong side.
+  return float((padded[closed] + padded[closed + 1]) / 2)
+
+
 class _LevelsPassed(NamedTuple):
   """The effect of a threshold that passes one level of confidence after the other.
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gating_jax.analysis import scores
 from gating_jax.programmes import Score, example_noun
 from gating_jax.reports import conclusion, frame, page, tables
 from gating_jax.reports.compared_runs import (
@@ -36,6 +37,12 @@ from gating_jax.training import provenance
 
 TITLE = "Comparison of runs"
 _LETTERS = 40  # of a cell in a terminal
+# Marks a score that may be as good as the best.
+_ALIKE = "≈"
+_MEANING_OF_ALIKE = (
+  "The score differs from the best among runs that are tested alike by no more than the 95 % "
+  "interval of the difference: it may be chance."
+)
 
 
 def compare_runs(folders: Sequence[Path], page_file: Path) -> None:
@@ -111,8 +118,10 @@ def _summary(run: Run) -> str:
 
 def render_comparison(runs: Sequence[Run]) -> str:
   """Renders the results and the settings that differ as text for a terminal."""
-  names = _names(runs)
-  text = [_render_table([["", *names], *_result_rows(runs)])]
+  names, results = _names(runs), _result_rows(runs)
+  text = [_render_table([["", *names], *results])]
+  if any(cell.endswith(_ALIKE) for row in results for cell in row):
+    text.append(f"{_ALIKE}  {_MEANING_OF_ALIKE}")
   if len(runs) > 1:
     settings = _differing_rows(runs)
     if settings:
@@ -254,13 +263,35 @@ def _result_rows(runs: Sequence[Run]) -> list[list[str]]:
     tested_on.append(run.tested.get("data.name", MISSING))
     state.append("not finished" if run.result is None else "finished")
     step.append(f"{run.step:,}")
-  rows = [tested_on, state, step]
+  rows, alike = [tested_on, state, step], _like_the_best(runs)
   for measure in _MEASURES:
     row = [measure.label]
     for run in runs:
-      row.append(_cell(run.numbers, measure))
+      marked = (run.name, measure.numbers[0]) in alike
+      row.append(_cell(run.numbers, measure) + (f" {_ALIKE}" if marked else ""))
     rows.append(row)
   return [row for row in rows if set(row[1:]) != {MISSING}]
+
+
+def _like_the_best(runs: Sequence[Run]) -> set[tuple[str, str]]:
+  """Returns the scores, by run and key, whose distance from the best of the group may be chance."""
+  found = set()
+  for group in group_runs(runs):
+    for score in SCORES:
+      scored = []
+      for run in group.runs:
+        interval = scores.interval_of(run.numbers, score.key)
+        # Runs of earlier versions have no interval.
+        if score.key in run.numbers and interval is not None:
+          scored.append((run.numbers[score.key], interval, run.name))
+      if len(scored) < 2:
+        continue
+      best, of_best, _ = max(scored, key=lambda entry: entry[0])
+      for value, interval, name in scored:
+        # Runs that share the best score do not differ.
+        if value != best and scores.may_be_chance(value, best, (interval, of_best)):
+          found.add((name, score.key))
+  return found
 
 
 def _cell(numbers: Mapping[str, Any], measure: _Measure) -> str:
@@ -277,6 +308,8 @@ def _definitions(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
   for start, meaning in tables.COMPARED_MEANINGS.items():
     if any(row[0].startswith(start) for row in rows):
       definitions.append((start, meaning))
+  if any(cell.endswith(_ALIKE) for row in rows for cell in row):
+    definitions.append((_ALIKE, _MEANING_OF_ALIKE))
   return definitions
 
 

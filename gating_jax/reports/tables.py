@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gating_jax.analysis.outcomes import OUTCOMES, Diagnosis
 from gating_jax.checks import printable
-from gating_jax.reports import page
+from gating_jax.reports import classes, page
 from gating_jax.reports.text import align_columns, format_percent, plain
 
 
@@ -55,7 +55,12 @@ def render_rows(
 def classification_rows(result: Mapping[str, Any]) -> list[Row]:
   """Returns rows of name and value, from the result of `training.evaluation.evaluate`."""
   accuracy = f"{format_percent(result['accuracy'], 2)}  ({result['images']:,} images)"
-  return [Row("test accuracy", accuracy), *_size_and_gate_rows(result)]
+  return [
+    Row("test accuracy", accuracy),
+    *_as_rows(classes.score_rows(result, "accuracy")),
+    *_size_and_gate_rows(result),
+    *_as_rows(classes.class_rows(result)),
+  ]
 
 
 def scene_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -75,11 +80,17 @@ def scene_rows(result: Mapping[str, Any]) -> list[Row]:
   return [
     # The mean first: it is the score by which runs are compared.
     Row("mean IoU", f"{mean_iou}  ({len(class_rows)} classes, {result['images']:,} scenes)"),
+    *_as_rows(classes.score_rows(result, "mean_iou")),
     Row("pixels that are right", format_percent(result["accuracy"], 2)),
     *_size_and_gate_rows(result),
     Row("MACs of the head, always run", f"{result['head_macs']:,}"),
     *class_rows,
   ]
+
+
+def _as_rows(pairs: Sequence[tuple[str, str]]) -> list[Row]:
+  """Returns pairs of name and value as rows."""
+  return [Row(*pair) for pair in pairs]
 
 
 def _size_and_gate_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -129,20 +140,31 @@ def _outcome_rows(result: Mapping[str, Any]) -> list[Row]:
 
 # Long videos.
 
+# Rows of videos that are counted where there are any, by the entry of a result.
+_COUNTED_VIDEOS = {
+  "unreadable": "videos that could not be read",
+  "training_unreadable": "training videos that could not be read",
+  "validation_unreadable": "validation videos that could not be read",
+  "copies": "test videos that are copies of training videos",
+}
+
 
 def video_rows(result: Mapping[str, Any]) -> list[Row]:
   """Returns rows of name and value, from the result of `video.evaluate.test_network`."""
   mac_ratio = format_percent(result["mac_ratio"], 1)
   share = format_percent(result["share"], 1)
   low, high = format_percent(result["share_p10"], 1), format_percent(result["share_p90"], 1)
+  key = "accuracy" if "accuracy" in result else "mean_average_precision"
   rows = [
     _video_score(result),
+    *_as_rows(classes.score_rows(result, key)),
     Row("MACs per video, heavy net on all segments", f"{result['all_segments_macs']:,.0f}"),
     Row(
       "MACs per video, this net",
       f"{result['macs']:,.0f}  ({mac_ratio}, light net and gate included)",
     ),
     Row("segments chosen", f"{share}  (10 to 90 % of videos: {low} to {high})"),
+    *_split_rows(result),
   ]
   # Only made videos know which of their segments the label depends on.
   if "precision" in result:
@@ -150,16 +172,48 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
     chance = format_percent(result["relevant_share"], 1)
     rows.append(Row("chosen segments that matter", f"{precision}  (by chance {chance})"))
     rows.append(Row("segments that matter, chosen", format_percent(result["recall"], 1)))
-  if result["unreadable"]:
-    rows.append(Row("videos that could not be read", f"{result['unreadable']}"))
+  for key, row in _COUNTED_VIDEOS.items():
+    if result.get(key):
+      value = _count_names(result[key], result.get(f"{key}_names", ()))
+      rows.append(Row(row, value))
   if result["missing"]:
     rows.append(Row("videos without a file", f"{result['missing']}"))
   if result.get("classes_left_out"):
     rows.append(Row("classes without a test video", ", ".join(result["classes_left_out"])))
   if "videos_per_second" in result:
-    baseline = f"(heavy net on all segments: {result['all_segments_videos_per_second']:.1f})"
-    rows.append(Row("videos per second", f"{result['videos_per_second']:.1f}  {baseline}"))
-  return rows
+    baseline = f"heavy net on all segments: {result['all_segments_videos_per_second']:.1f}"
+    # The speed depends on the timed videos, which are few.
+    if "timed_share" in result:
+      timed = format_percent(result["timed_share"], 1)
+      baseline += f"; {result['timed_videos']} videos, {timed} of their segments chosen"
+    rows.append(Row("videos per second", f"{result['videos_per_second']:.1f}  ({baseline})"))
+  return rows + _as_rows(classes.class_rows(result))
+
+
+def _split_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns rows that compare training, validation and test videos; none without a validation."""
+  splits = result.get("splits")
+  if not splits:
+    return []
+  scores, shares = [], []
+  for of_split in splits.values():
+    score = "accuracy" if "accuracy" in of_split else "mean_average_precision"
+    scores.append(format_percent(of_split[score], 1))
+    share, spread = format_percent(of_split["share"], 1), 100 * of_split["share_std"]
+    shares.append(f"{share} (± {spread:.1f})")
+  names = " / ".join(splits)
+  return [
+    Row(f"score: {names}", " / ".join(scores)),
+    Row(f"share of segments: {names}", " / ".join(shares)),
+  ]
+
+
+def _count_names(count: int, names: Sequence[str]) -> str:
+  """Returns a number with the first names of what is counted."""
+  if not names:
+    return f"{count}"
+  more = f" and {count - len(names)} more" if count > len(names) else ""
+  return f"{count}  ({plain(', '.join(names), 200)}{more})"
 
 
 def render_video(result: Mapping[str, Any]) -> str:
@@ -275,6 +329,11 @@ def task_rows(result: Mapping[str, Any]) -> list[Row]:
     if macs is not None:
       ratio = format_percent(macs / result["dense_macs"], 1)
       rows.append(Row(f"MACs per image, {words}", f"{macs:,.0f}  ({ratio} of dense)"))
+  for setting in _tested_settings(result):
+    for name, value in classes.score_rows(result[setting], "average_accuracy"):
+      rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
+    for name, value in classes.class_rows(result[setting]):
+      rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
   rows.append(Row("parameters", f"{result['params']:,}"))
   rows.append(Row("memory beyond the parameters", f"{result['memory_mb']:,.2f} MB"))
   overlap = result.get("mean_gate_overlap")
@@ -429,6 +488,16 @@ _MACS = "multiply-accumulate operations (MACs)"
 # Keyed by the beginning of a row's name: `IoU of` serves the rows of all classes (see `meaning`).
 _MEANINGS = {
   "test accuracy": "Fraction of the test set whose most likely class is the true one.",
+  "95 % interval": "Range of the score that other test examples of the same kind would give; runs "
+  "whose scores differ by less may be alike.",
+  "majority rate": "The accuracy of always predicting the most common class of the test set.",
+  "average precision by chance": "That of a random ranking: the mean over classes of the fraction "
+  "of videos that have the class.",
+  "classes without training": "No training example has them, so that they cannot be learnt.",
+  "classes without test examples": "No test example has them, so that nothing is known of them.",
+  "class ": "Score on the test examples of this class alone: the fraction that is right, or the "
+  "average precision.",
+  "classes above these": "Classes with higher scores than those that are listed.",
   "test mean average precision": "Mean over classes of the average precision of a ranking of the "
   "test videos.",
   "mean IoU": "Mean over classes of intersection over union: pixels of a class that are found, "
@@ -463,15 +532,26 @@ _MEANINGS = {
   "the fraction of the baseline's.",
   "segments chosen": "Fraction of a video's segments that the heavy network runs on: the mean, "
   "and the 10th and 90th percentile over videos.",
+  "score:": "The score on each split: what training has seen, what thresholds and epoch were "
+  "chosen on, and what neither has seen.",
+  "share of segments:": "Fraction of a video's segments that the heavy network runs on, on each "
+  "split: the mean over videos, and in parentheses the standard deviation over videos, in points.",
   "chosen segments that matter": "Precision: of the chosen segments, the fraction that the label "
   "depends on.",
   "segments that matter, chosen": "Recall: of the segments that the label depends on, the "
   "fraction that is chosen.",
   "videos that could not be read": "Excluded from all numbers.",
+  "test videos that are copies": "Their files are those of training videos, byte for byte, so that "
+  "the score says less about new videos.",
+  "validation videos that could not be read": "Excluded from thresholds and from the choice of "
+  "the epoch.",
+  "training videos that could not be read": "Since the last start of the training; other training "
+  "videos took their places.",
   "videos without a file": "Named in the table of videos but missing; excluded from all numbers.",
   "classes without a test video": "Excluded from the mean over classes.",
   "videos per second": "On this machine, light network and gate included; in parentheses for the "
-  "ungated baseline.",
+  "ungated baseline, on all timed videos at once or one by one, whichever is quicker. The timed "
+  "videos are spread over the test set.",
   "accuracy of the task classifier": "Fraction of test images whose task is recognised.",
   "MACs per image, dense net": f"The {_MACS} of one image in the network without gates: the "
   "baseline.",

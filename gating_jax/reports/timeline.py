@@ -28,6 +28,7 @@ _MOST_THUMBNAILS = 24
 _CHOSEN, _CLOSED, _RELEVANT, _INK = "#e4572e", "#b8c4d0", "#2e9e6b", "#30363d"
 _NO_UNIT = "#eceff2"
 
+_MARK = -0.06  # place of a mark below the bars, as a probability
 _BINS = 20  # of histograms
 
 
@@ -251,6 +252,17 @@ def _draw_bars(axes, probs: np.ndarray, chosen: np.ndarray) -> None:
   )
   axes.axhline(0.5, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
   axes.axhline(0, color=_INK, linewidth=1)
+  # Below the axis, so that a chosen segment shows where its bar is low.
+  axes.plot(
+    np.flatnonzero(chosen) + 0.5,
+    np.full(np.sum(chosen), _MARK),
+    linestyle="none",
+    marker="^",
+    markersize=4,
+    markeredgewidth=0,
+    color=_CHOSEN,
+    clip_on=False,
+  )
   axes.set(yticks=[0, 0.5, 1])
   axes.tick_params(axis="y", labelsize=8, length=2, color=_INK, labelcolor=_INK)
   axes.set_ylabel("P(open)", fontsize=9, color=_INK)

@@ -45,6 +45,8 @@ TIMES_FILE, PICTURE_FILE = "compile.json", "compile.png"
 _CALIBRATION = 256  # images, at most
 # One image shows latency, a batch throughput; the fastest strategies may differ.
 _BATCHES, _REPEATS = (1, 64), 20
+# Time saved can exceed MACs saved by what timing is off by, and no more.
+MAX_EFFICIENCY = 1.05
 _TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
 # Definitions of the ways to run a network that have a name of their own.
 _WAYS = {
@@ -118,6 +120,7 @@ def write_times(
     The rows, by title.
   Raises:
     RunDirError: files of this checkpoint exist, or are being written.
+    ValueError: more time was saved than MACs, which is an error in measuring.
   """
   found = {}
   with _stage_times(run_dir.path, step) as folder:
@@ -126,6 +129,7 @@ def write_times(
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
       say(f"\n{title}\n" + render_timings(found[title]))
+      _check_efficiency(title, rows)
     measured = {
       "step": step,
       "device": timing.device(),
@@ -137,6 +141,39 @@ def write_times(
     with working("drawing the times", "a few seconds"):
       page.save_figure(draw_timings(found, columns=2), folder / PICTURE_FILE)
   return found
+
+
+def _check_efficiency(title: str, rows: Sequence[Timing]) -> None:
+  """Raises a ValueError where a whole network saved more time than multiply-accumulates.
+
+  Parts are left out: nothing says how fast each strategy is on a part with every unit open.
+  """
+  whole = [row for row in rows if row.part is None]
+  # The baseline may compute more than all that counts: the padding of shorter videos.
+  computed = 1.0
+  for row in whole:
+    if row.strategy == UNGATED:
+      computed = row.computed_ratio
+  for row in whole:
+    efficiency = efficiency_of(row.mac_ratio / computed, row.time_ratio)
+    if efficiency > MAX_EFFICIENCY:
+      raise ValueError(
+        f"the efficiency of {row.strategy}, {title}, must be at most {MAX_EFFICIENCY}: more time "
+        f"cannot be saved than MACs; got {efficiency:.2f}, an error in measuring. Time it again "
+        "without other jobs on the machine"
+      )
+
+
+def efficiency_of(mac_ratio: float, time_ratio: float) -> float:
+  """Computes the MACs of a program over its time, both relative to computing everything.
+
+  Above 1, more time is saved than MACs. Those of gate networks, which the baseline lacks, save
+  nothing: more than all MACs count as all.
+
+  >>> efficiency_of(0.5, 0.625)
+  0.8
+  """
+  return min(mac_ratio, 1.0) / time_ratio
 
 
 @contextlib.contextmanager
@@ -295,7 +332,7 @@ _PICTURE_TERMS = (
   ("MACs of open units", "multiply-accumulates of open units, in % of those of all units"),
   (
     "time",
-    "in % of computing everything (masked); below the dashed line time is saved, on the "
+    "in % of the quickest way to compute everything; below the dashed line time is saved, on the "
     "diagonal by the same fraction as MACs",
   ),
 )

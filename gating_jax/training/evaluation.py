@@ -24,13 +24,15 @@ _KEPT_EXAMPLES = 2048
 
 @dataclasses.dataclass(frozen=True)
 class ImageBehaviour:
-  """Results of a test for each image, `[M]`; the last three are None where an image has no class.
+  """Results of a test for each image, `[M]`; `correct` and the next two are None without a class.
 
   Attributes:
     macs: total multiply-accumulates, including the ungated part.
     losses: cross-entropies.
     correct: whether the predicted class is the true one.
     predicted, labels: classes, as integers.
+    confusion: `[M, K, K]` pixels of each true class that were given each class; None where an
+      image has a class of its own.
   """
 
   macs: np.ndarray
@@ -38,6 +40,7 @@ class ImageBehaviour:
   correct: np.ndarray | None
   predicted: np.ndarray | None
   labels: np.ndarray | None
+  confusion: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,7 @@ class _ImageResults:
   """
 
   # Results that are kept for each image, and those that have no meaning as a sum.
-  _KEPT = ("macs", "cross_entropy", "correct", "predicted")
+  _KEPT = ("macs", "cross_entropy", "correct", "predicted", "confusion")
   _NOT_SUMMED = ("gates", "gate_logits", "predicted")
 
   def __init__(self):
@@ -177,6 +180,7 @@ class _ImageResults:
       correct=each.get("correct"),
       predicted=each.get("predicted"),
       labels=each.get("labels"),
+      confusion=each.get("confusion"),
     )
 
 

@@ -62,7 +62,17 @@ class Journal:
     past: the lines of training up to the first step, as pairs of a step and the line's numbers.
   """
 
-  def __init__(self, workdir: Path, first_step: int, total_steps: int):
+  def __init__(
+    self, workdir: Path, first_step: int, total_steps: int, started: float | None = None
+  ):
+    """Opens the files.
+
+    Args:
+      workdir: the run directory, or the folder of a phase.
+      first_step: the step from which training continues.
+      total_steps: all steps of the training.
+      started: the reading of `time.monotonic` from which lines count their seconds; None for now.
+    """
     # Imported here: it loads slowly.
     from tensorboardX import SummaryWriter
 
@@ -85,7 +95,7 @@ class Journal:
       total=total_steps, initial=first_step, unit="step", hidden=not writes, dynamic_ncols=True
     )
     self._total = total_steps
-    self._start = time.monotonic()
+    self._start = time.monotonic() if started is None else started
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """Writes a line, and a TensorBoard point per value, named `split/name`.

@@ -5,8 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import multiprocessing
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -15,10 +19,15 @@ import jax
 import numpy as np
 
 from gating_jax.config_files import Config
+from gating_jax.terminal import say
 from gating_jax.training import hosts
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, describe_metrics
 
+# Seconds after which a SIGTERM that is not answered ends the process.
+_PATIENCE = 8.0
+# Seconds without a line, after which the step reached is printed.
+_SILENCE = 30.0
 # Metrics over all terms of the loss, or over all parameters.
 _TOTALS = ("loss", "gradient_norm", "state_norm")
 
@@ -32,11 +41,16 @@ class StopRequest:
 
   A second Ctrl-C interrupts at once. Python handles signals on the main thread alone: on another
   thread, as in a server, whoever started that thread handles them, and nothing is changed here.
+
+  Where the loop is alone in its job and does not `answer` a SIGTERM in time, since a program is
+  compiled or a test runs, the process ends without another checkpoint: whoever sent it would kill
+  the process soon. The newest checkpoint is whole, and training resumes from it.
   """
 
   def __init__(self):
     self.requested = False
     self._previous = {}
+    self._deadline: _Deadline | None = None
 
   def __enter__(self) -> StopRequest:
     if threading.current_thread() is threading.main_thread():
@@ -44,9 +58,19 @@ class StopRequest:
         # A handler that was not set from Python is seen as None, and could not be restored.
         if signal.getsignal(number) is not None:
           self._previous[number] = signal.signal(number, self._request)
+      # Several processes stop at one step, which is not up to this one.
+      if signal.SIGTERM in self._previous and jax.process_count() == 1:
+        self._deadline = _Deadline()
     return self
 
+  def answer(self) -> None:
+    """Says that the loop has seen the request: from here on it may take its time."""
+    if self._deadline is not None:
+      self._deadline.meet()
+
   def __exit__(self, *_: object) -> None:
+    if self._deadline is not None:
+      self._deadline.close()
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
@@ -54,6 +78,71 @@ class StopRequest:
     if self.requested and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.requested = True
+
+
+class _Deadline:
+  """A thread that ends the process where a SIGTERM is not met in time.
+
+  Python runs a handler between two of its own instructions, so not while the main thread waits for
+  a compiler or a program. The number of a signal is written to a pipe at once.
+  """
+
+  def __init__(self):
+    self._met = threading.Event()
+    self._read, self._write = os.pipe()
+    os.set_blocking(self._write, False)
+    before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+    self._armed = before == -1
+    # An event loop, as in a notebook, has a pipe of its own, which must stay.
+    if not self._armed:
+      signal.set_wakeup_fd(before)
+    # A daemon, so that it cannot hold up the end of the process.
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._thread.start()
+
+  def meet(self) -> None:
+    """Lets the process live on."""
+    self._met.set()
+
+  def close(self) -> None:
+    """Ends the watch."""
+    self.meet()
+    if self._armed:
+      signal.set_wakeup_fd(-1)
+    # The thread reads the end of the pipe.
+    os.close(self._write)
+    self._thread.join()
+    os.close(self._read)
+
+  def _watch(self) -> None:
+    """Waits for a SIGTERM, and then for an answer."""
+    while numbers := os.read(self._read, 16):
+      if signal.SIGTERM in numbers and not self._met.wait(_PATIENCE):
+        _end_process()
+        return
+
+
+def _end_process() -> None:
+  """Ends this process at once, after its workers."""
+  say(
+    f"asked to stop, and busy for {_PATIENCE:.0f} s: ended without another checkpoint; run the "
+    "same command to resume from the newest one"
+  )
+  # Closed pools free their shared memory, but each waits for its workers, perhaps in vain.
+  closing = threading.Thread(target=_close_pools, daemon=True)
+  closing.start()
+  closing.join(1.0)
+  # Workers would live on. Python frees the shared memory of a job whose processes have all ended.
+  for worker in multiprocessing.active_children():
+    worker.kill()
+  os._exit(128 + signal.SIGTERM)
+
+
+def _close_pools() -> None:
+  """Ends the workers that read data, where any have been started."""
+  streaming = sys.modules.get("gating_jax.data.streaming")
+  if streaming is not None:
+    streaming.close_pools()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +228,7 @@ def train(
     NonFiniteError: a metric is not finite; nothing that followed the last finite step was saved.
   """
   k, step = settings.steps_per_dispatch, first_step
-  pending, since_log = None, []
+  pending, since_log, said = None, [], time.monotonic()
   for earlier, means in journal.past:
     watch(earlier, means)
 
@@ -158,6 +247,7 @@ def train(
       if (jax.process_count() == 1 or _due(step, k, settings.log_every)) and hosts.any_of(
         stop.requested
       ):
+        stop.answer()
         break
       # Dispatched before the previous metrics are read: the device computes meanwhile.
       state, metrics = advance(state, step)
@@ -165,12 +255,17 @@ def train(
       pending = (step, metrics)
       step += k
       journal.progress(step)
+      # Slow steps must not make a long silence between two lines.
+      if time.monotonic() - said > _SILENCE and not _due(step, k, settings.log_every):
+        said = time.monotonic()
+        journal.say(step, "training")
       if _due(step, k, settings.log_every) or step == settings.total_steps:
         settle()
         means = _means(since_log)
         since_log.clear()
         journal.write(step, "train", means)
         journal.say(step, describe_metrics(means))
+        said = time.monotonic()
         for warning in watch(step, means):
           journal.say(step, warning)
       if (

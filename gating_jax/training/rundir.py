@@ -27,6 +27,10 @@ RESULT_FILE = "result.json"
 REPORT_FILE = "report.html"
 CHECKPOINT_DIR = "checkpoints"
 _LOCK_FILE = ".lock"
+# Fields that change nothing in a training: it may be resumed with others.
+_FREE_IN_TRAINING = ("data.workers", "data.cache", "data.cache_gb")
+# Fields that change nothing in a run that is only tested.
+_FREE_IN_TESTS = (*_FREE_IN_TRAINING, "data.test_split")
 # A folder for files that are being written, next to their final place.
 _STAGED = ".staged"
 
@@ -64,13 +68,15 @@ class RunDir:
   def config(self) -> dict[str, Any]:
     """Returns the config that the run began with, with the present names of its fields.
 
-    Raises RunDirError where there is no run.
+    Fields that are newer than the run have the value that stands for how it was trained. Raises
+    RunDirError where there is no run.
     """
     file = self.path / CONFIG_FILE
     if not file.exists():
       raise RunDirError(f"workdir {self.path} holds no run: it has no {CONFIG_FILE}")
     fields = _read(file)
     config_files.rename_fields(fields)
+    config_files.add_newer_fields(fields)
     return fields
 
   def finish(self, result: Mapping[str, Any]) -> None:
@@ -78,17 +84,20 @@ class RunDir:
     hosts.on_writer(write_json, self.path / RESULT_FILE, dict(result))
 
 
-def existing_run(path: Path, config: Config) -> RunDir:
+def existing_run(path: Path, config: Config, *, only_tested: bool = False) -> RunDir:
   """Returns the run of `config` at `path`, to read while it may be training.
 
   Args:
     path: the run directory.
     config: the config to compare with that of the run.
+    only_tested: whether the run is tested and nothing in its directory is written, so that its
+      test split may be another.
   Raises:
     RunDirError: there is no run, or one of another config.
   """
   run_dir = RunDir(user_path(path))
-  _compare(run_dir.path, run_dir.config(), json.loads(config.to_json()))
+  free = _FREE_IN_TESTS if only_tested else _FREE_IN_TRAINING
+  _compare(run_dir.path, run_dir.config(), json.loads(config.to_json()), free=free)
   return run_dir
 
 
@@ -132,7 +141,7 @@ def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
     run_dir = RunDir(path)
     # Compared under the lock: another job may just have begun a run here.
     if file.exists() and run_dir.has_progress():
-      _compare(path, run_dir.config(), mine)
+      _compare(path, run_dir.config(), mine, free=_FREE_IN_TRAINING)
     else:
       write_json(file, mine)
     yield
@@ -246,15 +255,22 @@ def _read(file: Path) -> dict[str, Any]:
   return found
 
 
-def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-  """Raises a RunDirError where configs differ.
+def _compare(
+  path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any], *, free: Sequence[str]
+) -> None:
+  """Raises a RunDirError where configs differ, in other fields than those in `free`.
 
-  A field that is None equals one that an older config lacks.
+  A field that is None equals one that an older config lacks. Fields that are newer than the run
+  do not count where they are of a method that neither config names.
   """
   # `get` gives None for an absent field, so that it equals one that is None.
   theirs, mine = flatten(theirs), flatten(mine)
+  skipped, methods = set(free), (theirs.get("method"), mine.get("method"))
+  for section, field in config_files.NEWER_FIELDS:
+    if section not in methods:
+      skipped.add(f"{section}.{field}")
   differences = ""
-  for name in sorted(theirs.keys() | mine.keys()):
+  for name in sorted((theirs.keys() | mine.keys()) - skipped):
     if theirs.get(name) != mine.get(name):
       there, here = theirs.get(name, "(absent)"), mine.get(name, "(absent)")
       differences += f"\n  {name}: {there!r} there, {here!r} here"

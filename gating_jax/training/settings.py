@@ -40,7 +40,8 @@ def config_of(workdir: Path) -> Config:
 def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: str = "") -> None:
   """Raises a RunDirError unless a config has the fields of `base`, of their types.
 
-  A field may be absent where its default is None: it is newer than the run.
+  A field may be absent where its default is None: it is newer than the run. So may a section of
+  such fields alone. So are those of `config_files.NEWER_FIELDS`, which may be None.
   """
   for name, default in base.items():
     value, kind = fields.get(name), base.get_type(name)
@@ -51,11 +52,14 @@ def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: s
     if section and isinstance(value, Mapping):
       _check_fields(file, default, value, f"{prefix}{name}.")
       continue
+    if section and name not in fields and set(rundir.flatten(default).values()) == {None}:
+      continue
     # A whole number may stand for a float; True is an int in Python, but not a number here.
     fits = isinstance(value, (int, float) if kind is float else kind) and (
       kind is bool or not isinstance(value, bool)
     )
-    if section or not fits and not (value is None and default is None):
+    newer = (prefix.removesuffix("."), name) in config_files.NEWER_FIELDS
+    if section or not fits and not (value is None and (default is None or newer)):
       found = repr(value) if name in fields else "no such field"
       wanted = "a section" if section else f"of type {kind.__name__}"
       raise rundir.RunDirError(

@@ -313,7 +313,21 @@ class MappedSteps:
       args=(devices.REPLICATED, devices.BATCH),
       backend=self.backend,
     )
-    return lambda state, _: run(state, next(batches))
+    begun = False
+
+    def advance(state, _):
+      """Takes the steps of one call on the next batch."""
+      nonlocal begun
+      if not begun:
+        begun = True
+        # Workers start with the first batch, and files are opened.
+        with working("reading the first batch", "up to a minute"):
+          batch = next(batches)
+      else:
+        batch = next(batches)
+      return run(state, batch)
+
+    return advance
 
   def on_resident(self, examples: Any, indices: Callable[[int], np.ndarray]) -> Advance:
     """Returns the steps on a set that is copied to every device once.

@@ -6,6 +6,7 @@ Every setting is checked before anything is compiled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,9 @@ import jax
 import numpy as np
 import optax
 
+from gating_jax.checks import one_of
 from gating_jax.config_files import Config
+from gating_jax.data import composed
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GateSettings
@@ -45,7 +48,13 @@ from gating_jax.training.objectives import (
 )
 from gating_jax.training.outlines import Outline
 from gating_jax.video import sets
-from gating_jax.video.objectives import SEGMENT_SPARSITIES, SegmentObjective, VideoObjective
+from gating_jax.video.objectives import (
+  SCOPES,
+  SEGMENT_SPARSITIES,
+  SET,
+  SegmentObjective,
+  VideoObjective,
+)
 
 TRAININGS = ("two_stage", "end_to_end")
 TARGETS = ("units", "label")
@@ -97,6 +106,7 @@ class VideoExperiment:
     pretraining: trains both nets as classifiers of single segments; None without.
     training: trains the gate and the classifier: with the nets if `end_to_end`, on their features
       if `two_stage`.
+    validation: videos that are held out of training; None without.
   """
 
   config: Config
@@ -108,6 +118,12 @@ class VideoExperiment:
   shapes: Mapping[str, tuple[int, ...]]
   pretraining: Phase | None
   training: Phase
+  validation: VideoArrays | VideoSet | None = None
+
+  @functools.cached_property
+  def programs(self) -> dict[str, Callable]:
+    """Returns the compiled functions of the experiment by name, for `evaluate.compute_over`."""
+    return {}
 
   def prepare(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Converts a batch's arrays to the inputs of the whole network."""
@@ -132,11 +148,14 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
   _check(config)
   train: Any
   test: Any
+  validation = None
   if outlines:
     # An outline has what is asked of a set here.
     train, test = outlines[0], outlines[-1]
   else:
     train, test = sets.open_set(config, "train"), sets.open_set(config, "test")
+    if sets.holds_out(config):
+      validation = sets.open_set(config, "validation")
   _check_data(config, train)
   source = heavy_from(config)
   shapes = sets.network_shapes(train, config, heavy_from=source)
@@ -166,12 +185,19 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
     shapes=shapes,
     pretraining=_pretraining(config, train, counts),
     training=_training(config, train, model=model, counts=counts, shapes=shapes),
+    validation=validation,
   )
 
 
 def heavy_from(config: Config) -> str:
   """Returns which net, `light` or `heavy`, has the heavy one's place in the network."""
   return "light" if config.model.selection == LIGHT else "heavy"
+
+
+def scope_of(config: Config) -> str | None:
+  """Returns what has the budget, one of `SCOPES`; None where a config does not say."""
+  # Runs of earlier versions lack the section.
+  return config.get("budget", {}).get("scope")
 
 
 def nets(config: Config) -> tuple[nn.Module, nn.Module]:
@@ -237,6 +263,7 @@ def _pretraining(config: Config, train: Any, counts: VideoCounts) -> Phase | Non
   def prepare(key, inputs):
     """Picks segments of each video `[B, T, ...]`, and returns both nets' inputs `[B * S, ...]`."""
     picked = sets.pick_segments(key, inputs, pretrain.segments_per_video, axis_name=devices.AXIS)
+    picked = sets.augment_clips(key, picked, config, axis_name=devices.AXIS)
     return sets.network_inputs(picked, config)
 
   return Phase(
@@ -282,9 +309,9 @@ def _training(
 
   def prepare(key, inputs):
     """Returns inputs `[B, T, ...]` of the network, the videos' own or their features."""
-    del key
     if config.training == "two_stage":
       return inputs
+    inputs = sets.augment_clips(key, inputs, config, axis_name=devices.AXIS)
     return sets.network_inputs(inputs, config, heavy_from=heavy_from(config))
 
   return Phase(
@@ -298,6 +325,7 @@ def _training(
       multi_label=train.multi_label,
       gated=model.selection == "gate",
       channels=_channels(config, counts, loops.total_steps),
+      scope=scope_of(config) or SET,
     ),
     prepare=prepare,
     shapes=shapes,
@@ -355,8 +383,11 @@ def _loop(config: Config, train: Any, name: str) -> loop.LoopSettings:
 def _check(config: Config) -> None:
   """Raises a ValueError where a setting breaks its rule; the message names the field."""
   _check_model(config)
+  _check_cache(config)
+  _check_augmentation(config)
   _check_skipped_backward(config)
   _check_sets(config)
+  _check_held_out(config)
   _check_training(config)
   _check_together(config)
 
@@ -400,6 +431,54 @@ def _check_sets(config: Config) -> None:
     numbers=("data.mean", "data.std"),
     rules={"data.std": (lambda std: min(std) > 0, "a tuple of positive numbers")},
   )
+
+
+def _check_cache(config: Config) -> None:
+  """Checks the settings of the cache of frames."""
+  data = config.data
+  if data.get("cache") and data.name != "videos":
+    raise ValueError(
+      f"data.cache must be None unless data.name is 'videos', which are decoded; got {data.cache!r}"
+    )
+  gigabytes = data.get("cache_gb")
+  if gigabytes is not None and not 0 < gigabytes < math.inf:
+    raise ValueError(f"data.cache_gb must be a positive finite number or None; got {gigabytes}")
+
+
+def _check_augmentation(config: Config) -> None:
+  """Checks the settings of the augmentation, each of which may be None."""
+  data = config.data
+  pad, colour = data.get("crop_padding"), data.get("colour")
+  if pad is not None and pad < 0:
+    raise ValueError(f"data.crop_padding must be >= 0 or None; got {pad}")
+  if colour is not None and not 0 <= colour < 1:
+    raise ValueError(f"data.colour must be in [0, 1) or None; got {colour}")
+  if data.name == "features" and (pad or colour or data.get("flip")):
+    raise ValueError(
+      "data.crop_padding, data.flip and data.colour must be None for 'features', which have no "
+      f"pixels; got {pad}, {data.get('flip')}, {colour}"
+    )
+
+
+def _check_held_out(config: Config) -> None:
+  """Checks the settings of the videos that are held out, and of the budget that is set on them."""
+  data = config.data
+  fraction, split = data.get("validation"), data.get("validation_split")
+  if fraction is not None and not 0 < fraction < 1:
+    raise ValueError(f"data.validation must be a fraction in (0, 1) or None; got {fraction}")
+  if split is not None:
+    got = f"got {split!r}"
+    if fraction is not None:
+      raise ValueError(
+        f"data.validation_split must be None if data.validation is {fraction}; {got}"
+      )
+    # The published sets have splits of their own, without one for validation.
+    if data.name == composed.NAME or data.layout != "csv":
+      raise ValueError(
+        f"data.validation_split must be None unless splits are files, as in layout 'csv'; {got}"
+      )
+  if scope_of(config) is not None:
+    one_of("budget.scope", scope_of(config), SCOPES)
 
 
 def _check_training(config: Config) -> None:

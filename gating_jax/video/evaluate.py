@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.analysis import statistics
+from gating_jax.analysis import scores, statistics
+from gating_jax.checks import few
 from gating_jax.data.image_sets import padded_batches
-from gating_jax.data.videos import VideoArrays, VideoSet
+from gating_jax.data.videos import VideoArrays, VideoSet, find_shared
 from gating_jax.ops import confidence, selection
+from gating_jax.terminal import warn
 from gating_jax.training import devices, hosts
 from gating_jax.types import Array, Records
 from gating_jax.video import metrics, sets
@@ -26,6 +28,24 @@ from gating_jax.video.build import VideoExperiment
 Arrays = dict[str, np.ndarray]
 # Arrays of the videos themselves that are kept with the results of a test.
 _KEPT = ("valid", "label", "weight", "units", "relevant")
+# Splits of videos, as results name them.
+TRAINING, VALIDATION, TEST = "training", "validation", "test"
+# Entries of a result that are compared over splits.
+_COMPARED = (
+  "videos",
+  "unreadable",
+  "accuracy",
+  "mean_average_precision",
+  "share",
+  "share_std",
+  "share_p10",
+  "share_p90",
+  "mac_ratio",
+)
+# Unreadable videos that an error or a result names.
+_NAMED = 5
+# Resampled test sets for the interval of a mean average precision, which is slow.
+_RESAMPLED = 50
 
 
 def extract_features(
@@ -33,10 +53,15 @@ def extract_features(
 ) -> VideoArrays:
   """Returns the training set with the nets' features in place of their inputs.
 
+  The row of a video that could not be read is that of another one, since a blank one would go into
+  the statistics of BatchNorm.
+
   Args:
     experiment: the experiment of the network.
     variables: variables of the nets, each under its name.
     nets: names of the nets.
+  Raises:
+    ValueError: no training video could be read; the first five are named.
   """
 
   def features(variables, batch):
@@ -44,31 +69,39 @@ def extract_features(
     return _features(experiment, variables, batch, nets=nets).of_net
 
   train = experiment.train
-  arrays = _over(experiment, features, variables, videos=train)
-  return VideoArrays(arrays, train.class_names, train.names, unit_names=train.unit_names)
+  program = f"features of {' and '.join(nets)}"
+  arrays = compute_over(experiment, features, variables, videos=train, program=program)
+  read, names = _which_read(arrays, train, TRAINING), train.names
+  if not read.all():
+    rows = np.arange(len(train))
+    # The run's seed: a restart finds the same rows.
+    rng = np.random.default_rng(experiment.config.seed)
+    rows[~read] = rng.choice(np.flatnonzero(read), size=np.sum(~read))
+    arrays = {name: values[rows] for name, values in arrays.items()}
+    names = tuple(names[row] for row in rows)
+  return VideoArrays(arrays, train.class_names, names, unit_names=train.unit_names)
 
 
-def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], Arrays]:
-  """Tests the whole network on every test video once.
+def test_network(
+  experiment: VideoExperiment, variables: Any, split: str
+) -> tuple[dict[str, Any], Arrays]:
+  """Tests the whole network on every video of a split once.
 
-  Videos that could not be read are counted and left out.
+  Videos that could not be read are counted and left out, and the first five are named.
 
   Returns:
     `(result, arrays)`: the scores by name, and outputs and gates of each video that was read.
   Raises:
-    ValueError: no test video could be read.
+    ValueError: no test video could be read; the first five are named.
   """
-  config, test_set = experiment.config, experiment.test
+  config, test_set = experiment.config, videos_of(experiment, split)
   if config.model.selection == "prefix":
-    tested = _exit_early(experiment, variables)
+    tested = _exit_early(experiment, variables, split)
   else:
     of_batch = functools.partial(outcome, experiment)
-    tested = _over(experiment, of_batch, variables, videos=test_set)
-  # Weight 0 marks a video that could not be read.
-  read = tested["weight"] > 0
+    tested = compute_over(experiment, of_batch, variables, videos=test_set, program="outcome")
+  read = _which_read(tested, test_set, split)
   tested = {name: values[read] for name, values in tested.items()} | {"index": np.flatnonzero(read)}
-  if not read.any():
-    raise ValueError(f"none of {len(read)} test videos could be read")
   macs = experiment.counts.per_video(tested["gates"], tested["valid"], tested["heavy_macs"])
   everything = experiment.reference.all_valid(tested["valid"])
   report = metrics.segment_report(
@@ -83,8 +116,9 @@ def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str,
   result = {
     "videos": len(macs),
     "unreadable": int(np.sum(~read)),
+    "unreadable_names": _name_unread(test_set, read),
     "missing": len(getattr(test_set, "missing", ())),
-    **_score(test_set, tested),
+    **_score(experiment, test_set, tested),
     **segments,
     "macs": float(macs.mean()),
     "all_segments_macs": everything,
@@ -96,14 +130,135 @@ def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str,
   return result, tested
 
 
-def _score(test_set: VideoArrays | VideoSet, tested: Arrays) -> dict[str, Any]:
+def videos_of(experiment: VideoExperiment, split: str) -> VideoArrays | VideoSet:
+  """Returns the videos of a split.
+
+  Raises:
+    ValueError: no videos are held out for validation.
+  """
+  videos = {
+    TRAINING: experiment.train,
+    VALIDATION: experiment.validation,
+    TEST: experiment.test,
+  }[split]
+  if videos is None:
+    raise ValueError(f"data.validation must hold videos out for the split {split!r}; got None")
+  return videos
+
+
+def compare_splits(
+  experiment: VideoExperiment, variables: Any, of_test: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+  """Tests the network on all splits, to show what differs on videos that training has not seen.
+
+  Args:
+    experiment: the experiment of the network.
+    variables: of the whole network.
+    of_test: the result on the test set.
+  Returns:
+    by split, its score and the fraction of segments chosen, with the spread over videos.
+  """
+  results = {}
+  for split in (TRAINING, VALIDATION):
+    results[split], _ = test_network(experiment, variables, split)
+  results[TEST] = of_test
+  splits = {}
+  for split, result in results.items():
+    splits[split] = {name: result[name] for name in _COMPARED if name in result}
+  return splits
+
+
+def count_unread(videos: VideoArrays | VideoSet | None, split: str) -> dict[str, Any]:
+  """Counts the videos of a split that could not be read so far, and names the first five.
+
+  Args:
+    videos: of the split; None for no such split.
+    split: its name, with which the entries begin.
+  Returns:
+    entries of a result.
+  """
+  # Arrays in memory have been read.
+  if not isinstance(videos, VideoSet):
+    return {}
+  names = videos.name_unreadable()
+  return {f"{split}_unreadable": len(videos.unreadable), f"{split}_unreadable_names": names}
+
+
+def count_copies(
+  train: VideoArrays | VideoSet, test: VideoArrays | VideoSet
+) -> dict[str, int | list[str]]:
+  """Counts the test videos whose files are those of training videos, byte for byte.
+
+  The first five are named, here and in a warning.
+
+  Returns:
+    entries of a result; none for sets in memory, which have no files.
+  """
+  if not (isinstance(train, VideoSet) and isinstance(test, VideoSet)):
+    return {}
+  copies = find_shared(train, test).by_content
+  if copies:
+    pairs = [f"{own} is {other}" for other, own in copies]
+    warn("%d test videos are copies of training videos: %s", len(copies), few(pairs, _NAMED))
+  return {"copies": len(copies), "copies_names": [own for _, own in copies[:_NAMED]]}
+
+
+def _which_read(arrays: Arrays, videos: VideoArrays | VideoSet, split: str) -> np.ndarray:
+  """Returns `[M]` bool: the videos that could be read.
+
+  Raises:
+    ValueError: none could; the first five are named.
+  """
+  # Weight 0 marks a video that could not be read.
+  read = arrays["weight"] > 0
+  if not read.any():
+    named = few(videos.names, _NAMED)
+    raise ValueError(f"none of {len(read)} {split} videos could be read: {named}")
+  return read
+
+
+def _name_unread(videos: VideoArrays | VideoSet, read: np.ndarray) -> list[str]:
+  """Returns the names of the first five videos that could not be read."""
+  return [videos.names[row] for row in np.flatnonzero(~read)[:_NAMED]]
+
+
+def _score(
+  experiment: VideoExperiment, test_set: VideoArrays | VideoSet, tested: Arrays
+) -> dict[str, Any]:
+  """Returns the score of a split, and what it is worth: see `analysis.scores`."""
+  labels, logits, names = tested["label"], tested["logits"], test_set.class_names
+  trained = scores.count_labels(_labels_of(experiment.train), len(names))
   # With several labels a video is neither right nor wrong: no accuracy.
   if not test_set.multi_label:
-    return {"accuracy": float(np.mean(np.argmax(tested["logits"], axis=1) == tested["label"]))}
-  score = metrics.mean_average_precision(
-    tested["logits"], tested["label"], class_names=test_set.class_names
-  )
-  return {"mean_average_precision": score.mean, "classes_left_out": list(score.left_out)}
+    predicted = np.argmax(logits, axis=1)
+    accuracy = {"accuracy": float(np.mean(predicted == labels))}
+    return accuracy | scores.score_predictions(labels, predicted, names, trained=trained)
+  score = metrics.mean_average_precision(logits, labels, class_names=names)
+
+  def score_some(index):
+    """Returns the mean average precision of some of the videos."""
+    return metrics.mean_average_precision(logits[index], labels[index]).mean
+
+  of_class = {}
+  for name, precision in zip(names, score.per_class.tolist(), strict=True):
+    if not np.isnan(precision):
+      of_class[name] = precision
+  # By chance, the precision of a class is the fraction of videos that have it.
+  with_class = labels.mean(axis=0)
+  interval = scores.bootstrap_interval(score_some, len(labels), _RESAMPLED)
+  return {
+    "mean_average_precision": score.mean,
+    **scores.interval_entries("mean_average_precision", interval),
+    "classes_left_out": list(score.left_out),
+    "classes_without_training": scores.list_untrained(trained, names),
+    "class_average_precision": of_class,
+    "chance_average_precision": float(with_class[with_class > 0].mean()) if of_class else 0.0,
+  }
+
+
+def _labels_of(videos: VideoArrays | VideoSet) -> np.ndarray:
+  """Returns the labels of all videos of a set, without reading any."""
+  return videos.table.labels if isinstance(videos, VideoSet) else videos.arrays["label"]
 
 
 def outcome(
@@ -185,10 +340,11 @@ def _features(
   return _Features(of_net, records)
 
 
-def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
-  """Runs FrameExit: segments one by one in their order until the classifier is sure.
+def _exit_early(experiment: VideoExperiment, variables: Any, split: str) -> Arrays:
+  """Runs FrameExit on a split: segments one by one in their order until the classifier is sure.
 
-  The threshold is the one that meets the budget on the training videos.
+  The threshold is the one that meets the budget on the validation videos, or on the training videos
+  where none are held out.
   """
   model, multi_label = experiment.model, experiment.test.multi_label
 
@@ -205,15 +361,19 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
       "heavy_macs": experiment.counts.heavy.per_example(features.records, valid.shape),
     }
 
-  train = _over(experiment, steps, variables, videos=experiment.train)
-  tested = _over(experiment, steps, variables, videos=experiment.test)
-  # Weight 0 marks a video that could not be read.
-  read = train["weight"] > 0
-  lengths = train["valid"][read].sum(axis=1)
+  held = TRAINING if experiment.validation is None else VALIDATION
+  program, known_videos = "logits of each step", videos_of(experiment, held)
+  known = compute_over(experiment, steps, variables, videos=known_videos, program=program)
+  tested = known
+  if split != held:
+    videos = videos_of(experiment, split)
+    tested = compute_over(experiment, steps, variables, videos=videos, program=program)
+  read = _which_read(known, known_videos, held)
+  lengths = known["valid"][read].sum(axis=1)
   # No budget is below one segment of every video.
   one_each = float(np.mean(1 / lengths))
   threshold = confidence.step_threshold_for_budget(
-    train["steps"][read],
+    known["steps"][read],
     lengths,
     share=max(experiment.config.model.segment_fraction, one_each),
     multi_label=multi_label,
@@ -230,20 +390,35 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
   }
 
 
-def _over(
-  experiment: VideoExperiment, fn: Callable, variables: Any, *, videos: VideoArrays | VideoSet
+def compute_over(
+  experiment: VideoExperiment,
+  fn: Callable,
+  variables: Any,
+  *,
+  videos: VideoArrays | VideoSet,
+  program: str,
 ) -> Arrays:
   """Computes `fn(variables, batch)` for every video once.
 
   The result also has the videos' own arrays that are not inputs of networks.
+
+  Args:
+    experiment: the experiment of the network.
+    fn: a function of arrays and of nothing else that changes.
+    variables: its first argument.
+    videos: read in batches.
+    program: the name of `fn`, by which later calls find it compiled.
   """
   config = experiment.config
-  run = devices.map_over_devices(
-    fn,
-    args=(devices.REPLICATED, devices.BATCH),
-    results=devices.BATCH,
-    backend=config.devices.backend,
-  )
+  # A test during training, and one of another split, run the same program.
+  run = experiment.programs.get(program)
+  if run is None:
+    run = experiment.programs[program] = devices.map_over_devices(
+      fn,
+      args=(devices.REPLICATED, devices.BATCH),
+      results=devices.BATCH,
+      backend=config.devices.backend,
+    )
   parts = collections.defaultdict(list)
   for batch, count in padded_batches(videos, config.optim.batch_size):
     inputs = hosts.local_shard(sets.only(batch, sets.INPUTS))

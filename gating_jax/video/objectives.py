@@ -23,6 +23,9 @@ from gating_jax.training.objectives import GatePenalties, ImageObjective, weight
 from gating_jax.types import AnyArray, Array, Records
 
 SEGMENT_SPARSITIES = ("none", "mean", "target")
+# What has the budget: the batch, which stands for the set, or each video.
+SET, VIDEO = "set", "video"
+SCOPES = (SET, VIDEO)
 Terms = Mapping[str, Array]
 
 
@@ -46,6 +49,8 @@ class VideoObjective:
       batch.
     light_coefficient: weight of the light net's own classification of every segment.
     channels: penalties of the heavy net's channel gates.
+    scope: what sparsity and batch-shaping hold for: `set`, all segments of the batch together; or
+      `video`, each video's own segments, and the mean over videos is taken.
   """
 
   multi_label: bool
@@ -56,6 +61,7 @@ class VideoObjective:
   prior: Prior
   light_coefficient: float
   channels: ImageObjective
+  scope: str = SET
 
   @classmethod
   def from_config(
@@ -66,6 +72,7 @@ class VideoObjective:
     multi_label: bool,
     gated: bool,
     channels: ImageObjective,
+    scope: str = SET,
   ) -> VideoObjective:
     """Returns the objective that the section `loss` of a config describes.
 
@@ -75,7 +82,7 @@ class VideoObjective:
       multi_label: as in the class.
       gated: whether a gate chooses the segments. Fixed selections have no parameters that a
         sparsity penalty could train.
-      channels: as in the class.
+      channels, scope: as in the class.
     """
     return cls(
       **GatePenalties.from_config(loss, total_steps)._asdict(),
@@ -83,10 +90,12 @@ class VideoObjective:
       sparsity=loss.sparsity.kind if gated else "none",
       light_coefficient=loss.light,
       channels=channels,
+      scope=scope,
     )
 
   def __post_init__(self):
     one_of("loss.sparsity.kind", self.sparsity, SEGMENT_SPARSITIES)
+    one_of("budget.scope", self.scope, SCOPES)
 
   def __call__(
     self,
@@ -123,16 +132,24 @@ class VideoObjective:
     terms["share"] = mean(segments.gates, seen)
     if self.sparsity != "none":
       rho = self.sparsity_coefficient(step)
-      # rho_t * sparsity, by the fraction of segments open in this batch.
-      penalty = terms["share"]
+      # rho_t * sparsity, by the fraction of segments open in this batch, or in each video.
+      fractions = terms["share"]
+      if self.scope == VIDEO:
+        fractions = _fractions_of_videos(segments.gates, valid)
+      penalty = fractions
       if self.sparsity == "target":
-        penalty = jnp.square(penalty - self.target)
+        penalty = jnp.square(fractions - self.target)
+      if self.scope == VIDEO:
+        penalty = mean(penalty, weight)
       terms |= {self.sparsity: penalty, f"{self.sparsity}_coefficient": rho}
       total += rho * penalty
     # One segment of every video always runs, so only probabilities tell the gate's own rate.
     terms[SEGMENTS_CLOSED] = (mean(segments.probs, seen) < LEAST_RATE).astype(total.dtype)
     gamma = self.batch_shaping_coefficient(step)
-    shaping = self._shaping(segments.logits, seen, axis_name)
+    if self.scope == VIDEO:
+      shaping = mean(self._shaping_of_videos(segments.logits, valid), weight)
+    else:
+      shaping = self._shaping(segments.logits, seen, axis_name)
     terms |= {"batch_shaping": shaping, "batch_shaping_coefficient": gamma}
     total += gamma * shaping
     channel_penalty, channel_terms = self.channels.gate_terms(tuple(channels), step, axis_name)
@@ -146,6 +163,19 @@ class VideoObjective:
     return batch_shaping_loss(
       logits.reshape(-1, 1), self.prior, weights=seen.ravel(), axis_name=axis_name
     )[0]
+
+  def _shaping_of_videos(self, logits: AnyArray, valid: Array) -> Array:
+    """Computes the batch-shaping loss of each video's own segments, `[B]`, padding left out."""
+    # Each video is a column, whose examples are its segments; all of them are on this device.
+    weights = valid.T.astype(logits.dtype)
+    return batch_shaping_loss(logits.T, self.prior, weights=weights)
+
+
+def _fractions_of_videos(gates: AnyArray, valid: Array) -> Array:
+  """Computes the fraction of each video's own segments that is open, `[B]`."""
+  # At least 1, so that a video without a valid segment gives 0.
+  segments = jnp.maximum(jnp.sum(valid, axis=1), 1)
+  return jnp.sum(gates * valid, axis=1) / segments
 
 
 @dataclasses.dataclass(frozen=True)

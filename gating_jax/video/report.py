@@ -13,12 +13,23 @@ import numpy as np
 
 from gating_jax import programmes
 from gating_jax.analysis import statistics
-from gating_jax.reports import conclusion, frame, page, tables, text, timeline
+from gating_jax.reports import classes as class_pages
+from gating_jax.reports import (
+  conclusion,
+  curves,
+  frame,
+  page,
+  predictions,
+  tables,
+  text,
+  timeline,
+)
 from gating_jax.training import rundir
 from gating_jax.training.journal import Journal
 from gating_jax.video import speed
 from gating_jax.video.build import VideoExperiment
 from gating_jax.video.evaluate import Arrays
+from gating_jax.video.nets import PRETRAIN_DIR
 
 # Number of videos with time lines, and of those with choices at the top of the page.
 _DRAWN = 6
@@ -30,7 +41,7 @@ _SEGMENT = 0.4
 def write_pictures(
   experiment: VideoExperiment, tested: Arrays, run_dir: rundir.RunDir, journal: Journal, step: int
 ) -> None:
-  """Writes the pictures of a test's arrays to files and to TensorBoard.
+  """Writes the predictions and pictures of a test to files, and the pictures to TensorBoard.
 
   Args:
     experiment: the experiment that was tested.
@@ -39,6 +50,7 @@ def write_pictures(
     journal: writes to TensorBoard.
     step: the step of the checkpoint.
   """
+  predictions.write_csv(run_dir.path, predict_videos(experiment, tested))
   lines = _lines(experiment, tested)
   figures = {
     "segments": _figure_of_shares(experiment, tested),
@@ -48,6 +60,50 @@ def write_pictures(
     path = run_dir.path / f"{name}.png"
     page.save_figure(figure, path)
     journal.write_picture(step, f"pictures/{name}", path)
+
+
+def predict_videos(experiment: VideoExperiment, tested: Arrays) -> predictions.Predictions:
+  """Returns the predictions for the test videos that could be read, with their chosen segments."""
+  # Imported here: it loads slowly.
+  from scipy import special
+
+  videos, logits = experiment.test, tested["logits"].astype(np.float64)
+  valid = tested["valid"].astype(bool)
+  classes, predicted, probabilities, right = [], [], [], None
+  if videos.multi_label:
+    for own, probs in zip(tested["label"], special.expit(logits), strict=True):
+      classes.append("; ".join(videos.class_names[c] for c in np.flatnonzero(own)))
+      predicted.append("; ".join(videos.class_names[c] for c in np.flatnonzero(probs > 0.5)))
+      probabilities.append(f"{probs.max():.3f}")
+  else:
+    likely, best = special.softmax(logits, axis=1), np.argmax(logits, axis=1)
+    right = best == tested["label"]
+    for own, c, probs in zip(tested["label"], best, likely, strict=True):
+      classes.append(videos.class_names[own])
+      predicted.append(videos.class_names[c])
+      probabilities.append(f"{probs[c]:.3f}")
+  segments, chosen = [], []
+  for gates, known in zip(tested["gates"], valid, strict=True):
+    segments.append(str(int(known.sum())))
+    # Counted from 0 within the video: padding is left out.
+    chosen.append(" ".join(map(str, np.flatnonzero(gates[known] > 0))))
+  return predictions.Predictions(
+    {
+      "video": [videos.names[i] for i in tested["index"]],
+      "class": classes,
+      "prediction": predicted,
+      "probability": probabilities,
+      "segments": segments,
+      "chosen": chosen,
+    },
+    right,
+    {
+      "prediction": "the likeliest class; all above 1/2 where a video may have several",
+      "probability": "of the prediction, or of the likeliest class where a video may have several",
+      "segments": "number of the video's segments",
+      "chosen": "segments that the heavy network saw, counted from 0",
+    },
+  )
 
 
 def count_histograms(experiment: VideoExperiment, tested: Arrays) -> dict[str, np.ndarray]:
@@ -88,6 +144,7 @@ def write_report(
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections = [
     page.Section("Result", parts=[tables.defined_table(tables.video_rows(result))]),
+    *class_pages.confusion_section(result, experiment.test.class_names, "video"),
     page.Section(
       "Segments",
       parts=[
@@ -111,6 +168,8 @@ def write_report(
       "Chosen segments of the first test videos, and the relevant ones where they are known.",
       _time_lines(experiment, tested),
     ),
+    curves.make_section({"pretraining": run_dir.path / PRETRAIN_DIR, "training": run_dir.path}),
+    predictions.make_section(predict_videos(experiment, tested), "video"),
     frame.run_times_section("video", around),
     frame.settings_section(configured),
     frame.about_section(around),
@@ -192,7 +251,7 @@ def _choices(experiment: VideoExperiment, tested: Arrays) -> page.EmbeddedPictur
   for i in range(count):
     # Without the padding of shorter videos.
     valid = tested["valid"][i].astype(bool)
-    titles.append(_title(experiment, tested, i))
+    titles.append(_class_of(experiment, tested, i))
     chosen.append(tested["gates"][i][valid] > 0)
     if relevant is not None:
       relevant.append(tested["relevant"][i][valid].astype(bool))
@@ -242,7 +301,7 @@ def _time_lines(experiment: VideoExperiment, tested: Arrays) -> list[page.Embedd
   )
   terms = [
     ("P(open)", "probability that a segment is chosen, from 0 to 1; the dashed line is 0.5"),
-    ("across", "time, one bar per segment"),
+    ("across", "time, one bar per segment; a triangle below marks each chosen one"),
   ]
   # The videos of a set are alike: the first one shows what is known of all.
   if lines[0].relevant is not None:
@@ -286,6 +345,18 @@ def _lines(experiment: VideoExperiment, tested: Arrays) -> list[timeline.TimeLin
 
 
 def _title(experiment: VideoExperiment, tested: Arrays, i: int) -> str:
+  """Returns the name of a test video, its class and, where it is wrong, the prediction."""
+  name = f"{experiment.test.names[tested['index'][i]]}: {_class_of(experiment, tested, i)}"
+  if experiment.test.multi_label:
+    return name
+  predicted = int(np.argmax(tested["logits"][i]))
+  if predicted == tested["label"][i]:
+    return f"{name}, as predicted"
+  return f"{name}, predicted as {experiment.test.class_names[predicted]}"
+
+
+def _class_of(experiment: VideoExperiment, tested: Arrays, i: int) -> str:
+  """Returns the class of a test video, or all of them."""
   label, names = tested["label"][i], experiment.test.class_names
   if experiment.test.multi_label:
     return ", ".join(names[c] for c in np.flatnonzero(label))

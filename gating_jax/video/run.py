@@ -8,8 +8,10 @@ Reference: Hussein et al., 2020 (TimeGate).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +21,7 @@ import jax
 from gating_jax import runner
 from gating_jax.config_files import Config
 from gating_jax.data.image_sets import process_indices
-from gating_jax.data.videos import VideoArrays
+from gating_jax.data.videos import VideoArrays, check_apart
 from gating_jax.reports import tables
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
@@ -40,7 +42,7 @@ from gating_jax.training.rundir import RunDir
 from gating_jax.training.steps import Advance, MappedSteps, TrainState
 from gating_jax.video import evaluate as video_evaluation
 from gating_jax.video import nets as video_nets
-from gating_jax.video import report, sets, speed
+from gating_jax.video import report, sets, speed, thresholds
 from gating_jax.video.build import Phase, VideoExperiment, build
 
 
@@ -51,9 +53,16 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     config: of the run.
     workdir: the run directory.
     mode: one of those of `runner.run`; `compile` times the ways to run with segments skipped.
+  Raises:
+    ValueError: in training, a video is in two splits; the first five are named.
   """
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
+    # A run may be tested on its own training videos; one that is trained says something else.
+    if mode == "train":
+      check_apart(training=experiment.train, validation=experiment.validation, test=experiment.test)
+      if advice := sets.advise_segments(experiment.train, config.data):
+        say(advice)
   runner.run(LongVideo(experiment), workdir, mode)
 
 
@@ -102,14 +111,26 @@ class LongVideo(runner.Programme):
     # pretraining.
     if self.config.training == "two_stage" and experiment.pretraining:
       nets = video_nets.trained_nets(experiment, run_dir.path)
-    found = super().restore(run_dir)
+    chosen = thresholds.load(run_dir.path)
+    if chosen is not None and chosen.is_best:
+      found = thresholds.restore_best(run_dir.path, self.fresh())
+    else:
+      found = super().restore(run_dir)
     if found is None:
       return None
-    return Checkpoint(found.step, video_nets.whole_network(experiment, found.state, nets))
+    variables = video_nets.whole_network(experiment, found.state, nets)
+    # Those of another step are of an earlier ending; without the data there are none to find.
+    if chosen is not None and chosen.step == found.step:
+      own = chosen.thresholds
+    else:
+      own = thresholds.find_thresholds(experiment, variables)
+    return Checkpoint(found.step, thresholds.apply_thresholds(variables, own))
 
   def train(self, run_dir: RunDir) -> dict[str, Any] | None:
     """Trains the nets, then gate and classifier; returns the result, or None where it stopped."""
     experiment, phase = self.experiment, self.experiment.training
+    # Both trainings count their seconds from here.
+    started = time.monotonic()
     # Lets the model of this run be loaded without the data.
     outlines.write_outlines(run_dir.path, [experiment.train, experiment.test])
     nets = None
@@ -117,37 +138,57 @@ class LongVideo(runner.Programme):
       with working("loading the trained nets"):
         nets = video_nets.trained_nets(experiment, run_dir.path)
     elif experiment.pretraining:
-      nets = self.pretrain(run_dir)
+      nets = self.pretrain(run_dir, started)
       # Asked to stop: the next start resumes here.
       if nets is None:
         return None
-    with self._open(phase, run_dir.path) as training:
+    with contextlib.ExitStack() as held:
+      training = held.enter_context(self._open(phase, run_dir.path, started))
       train = self._training_set(nets)
       # The checkpoint of a resumed run already holds the concepts.
       if not training.step:
         with working("finding the initial concepts of the gates", "up to a minute"):
           training.state = video_nets.begin_training(experiment, training.state, nets, train)
       training.begin(self.title)
-      evaluate = functools.partial(self._evaluate, training, nets)
+      # Without a test on the way there is nothing to choose from.
+      best = None
+      if experiment.validation is not None and phase.settings.eval_every:
+        best = held.enter_context(thresholds.BestState(run_dir.path))
+      evaluate = functools.partial(self._evaluate, training, nets, best)
       if not self._run(training, phase, train, evaluate):
         return None
-      variables = video_nets.whole_network(experiment, training.state, nets)
+      step, variables = self._choose_state(training, run_dir.path, nets, best)
       result, behaviour = self._test(variables, training.say)
+      if experiment.validation is not None:
+        about = "minutes for large sets"
+        with working("testing on training and validation videos", about, training.say):
+          splits = video_evaluation.compare_splits(experiment, variables, result)
+        result |= {"splits": splits, "last_step": training.step}
+      # Only here: the other modes do not read these videos.
+      result |= video_evaluation.count_unread(experiment.train, video_evaluation.TRAINING)
+      held = experiment.validation
+      result |= video_evaluation.count_unread(held, video_evaluation.VALIDATION)
+      result |= video_evaluation.count_copies(experiment.train, experiment.test)
       # Timed once, at the end: a test during training is not slowed down by it.
       result |= self._speed(variables)
       with working("drawing the report", "up to a minute"):
         self._note(training, result, behaviour)
-        journal, step = training.journal, training.step
+        journal = training.journal
         hosts.on_writer(report.write_pictures, experiment, behaviour, run_dir, journal, step)
         hosts.on_writer(report.write_report, experiment, result, behaviour, run_dir, step)
     return result | {"step": step}
 
-  def pretrain(self, run_dir: RunDir) -> dict[str, Any] | None:
-    """Trains both nets on single segments; returns their variables, or None where it stopped."""
+  def pretrain(self, run_dir: RunDir, started: float | None = None) -> dict[str, Any] | None:
+    """Trains both nets on single segments; returns their variables, or None where it stopped.
+
+    Args:
+      run_dir: the run directory.
+      started: as for `runner.Training`.
+    """
     phase = self.experiment.pretraining
     if phase is None:
       raise ValueError("the config has no pretraining")
-    with self._open(phase, run_dir.path / video_nets.PRETRAIN_DIR) as training:
+    with self._open(phase, run_dir.path / video_nets.PRETRAIN_DIR, started) as training:
       # A phase that has ended is not entered again: no journal, no compilation.
       if training.step < training.total_steps:
         training.begin("training both nets on single segments first")
@@ -164,6 +205,10 @@ class LongVideo(runner.Programme):
     """Tests the whole network, and writes its page; returns the result."""
     result, behaviour = self._test(variables, say)
     result |= self._speed(variables)
+    # Measured when the training ended; nothing here changes it.
+    kept = run_dir.result() or {}
+    if kept.get("step") == step:
+      result |= {name: kept[name] for name in ("splits", "last_step") if name in kept}
     with working("drawing the report", "up to a minute"):
       hosts.on_writer(
         report.write_report, self.experiment, result, behaviour, run_dir, step, notice
@@ -209,11 +254,11 @@ class LongVideo(runner.Programme):
     stream = train.batches(batch, first_step, k, total_steps=total, process=process)
     return mapped.on_stream(map(sets.examples, stream))
 
-  def _open(self, phase: Phase, folder: Path) -> runner.Training:
-    """Opens the training of a phase in its folder."""
+  def _open(self, phase: Phase, folder: Path, started: float | None) -> runner.Training:
+    """Opens the training of a phase in its folder, with a clock that has `started`."""
     with working("making the networks", "up to half a minute"):
       fresh = video_nets.initial_state(phase, self.config.seed)
-      return runner.Training(folder, fresh, phase.settings.total_steps)
+      return runner.Training(folder, fresh, phase.settings.total_steps, started)
 
   def _run(
     self,
@@ -241,9 +286,65 @@ class LongVideo(runner.Programme):
       variables = video_nets.placed_nets(self.experiment, nets)
       return video_evaluation.extract_features(self.experiment, variables)
 
-  def _evaluate(self, training: runner.Training, nets: Any) -> None:
-    """Tests the state of a training, and notes the result in the journal."""
-    variables = video_nets.whole_network(self.experiment, training.state, nets)
+  def _choose_state(
+    self,
+    training: runner.Training,
+    folder: Path,
+    nets: Any,
+    best: thresholds.BestState | None,
+  ) -> tuple[int, Any]:
+    """Returns `(step, variables)` of the state that a training ends with, and keeps which it is.
+
+    It is the last one, or the one with the highest validation score where some were tested on the
+    way.
+    """
+    step, state, is_best = training.step, training.state, False
+    variables, own = self._with_thresholds(training, state, nets)
+    if best is not None:
+      score = self._validate(training, variables)
+      found = None
+      if best.score > score:
+        found = thresholds.restore_best(folder, self.fresh())
+      if found is not None:
+        step, state, is_best = found.step, found.state, True
+        variables, own = self._with_thresholds(training, state, nets)
+        training.say(
+          f"taking the state of step {step}, with the best validation score: "
+          f"{format_percent(best.score, 2)}, {format_percent(score, 2)} at the end"
+        )
+    # Without validation there is nothing to choose, and the last state is taken as it is.
+    if self.experiment.validation is not None:
+      thresholds.store(folder, thresholds.Chosen(step, is_best, own))
+    return step, variables
+
+  def _with_thresholds(
+    self, training: runner.Training, state: TrainState, nets: Any
+  ) -> tuple[Any, dict[str, float]]:
+    """Returns the variables of the whole network at its thresholds, and these."""
+    variables = video_nets.whole_network(self.experiment, state, nets)
+    if self.experiment.validation is None:
+      return variables, {}
+    about = "programs are compiled first, up to a minute"
+    with working("setting thresholds on validation videos", about, training.say):
+      own = thresholds.find_thresholds(self.experiment, variables)
+    return thresholds.apply_thresholds(variables, own), own
+
+  def _validate(self, training: runner.Training, variables: Any) -> float:
+    """Tests on the validation videos, notes the result in the journal, and returns the score."""
+    with working("testing on validation videos", "up to a minute", training.say):
+      result, _ = video_evaluation.test_network(
+        self.experiment, variables, video_evaluation.VALIDATION
+      )
+    training.journal.write(training.step, video_evaluation.VALIDATION, numbers(result))
+    return thresholds.score_of(result)
+
+  def _evaluate(
+    self, training: runner.Training, nets: Any, best: thresholds.BestState | None
+  ) -> None:
+    """Tests the state of a training, notes the result in the journal, and keeps the best state."""
+    variables, _ = self._with_thresholds(training, training.state, nets)
+    if best is not None:
+      best.offer(training.step, training.state, self._validate(training, variables))
     result, behaviour = self._test(variables, training.say)
     self._note(training, result, behaviour)
     training.say(tables.video_headline(result))
@@ -254,7 +355,7 @@ class LongVideo(runner.Programme):
     """Tests the whole network on every test video, as `video.evaluate.test_network` does."""
     about = "programs are compiled first, up to a minute"
     with working(f"testing on {len(self.experiment.test):,} videos", about, tell):
-      return video_evaluation.test_network(self.experiment, variables)
+      return video_evaluation.test_network(self.experiment, variables, video_evaluation.TEST)
 
   def _speed(self, variables: Any) -> dict[str, float]:
     """Times the whole network, as `video.speed.speed` does."""

@@ -16,44 +16,57 @@ import numpy as np
 
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
-from gating_jax.data import augment, composed, video_tables
+from gating_jax.data import augment, composed, image_sets, video_tables
+from gating_jax.data.array_cache import ArrayCache
 from gating_jax.data.video_features import FeatureFolder
 from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops.collectives import example_keys
+from gating_jax.training import settings
 from gating_jax.types import Array
 
+# The splits of a set; `validation` is held out of training.
+SPLITS = ("train", "validation", "test")
 SETS = (composed.NAME, "videos", "features")
 LAYOUTS = ("csv", "breakfast", "charades", "multithumos")
 # Arrays of a batch that networks may look at, and those that objectives may look at.
 INPUTS = ("clips", "light", "heavy", "valid", "relevant")
 TARGETS = ("label", "weight", "valid", "units")
+# Size of a cache, in 10^9 bytes, where a config does not say.
+_CACHE_GB = 20.0
+# Number folded into the key of a step, for its augmentation. Runs depend on it.
+_AUGMENT = 1
+# Number folded into the seed of the videos that are held out. Runs depend on it.
+_HELD_OUT = 1
 
 Batch = Mapping[str, Any]
 
 
 def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
-  """Opens the `train` or `test` set.
+  """Opens one of the `SPLITS`; `validation` is there where `holds_out` says so.
 
   Raises:
     ValueError: naming the field.
   """
   data = config.data
   if data.name == composed.NAME:
+    videos = data.test_videos if split == "test" else data.train_videos
+    if split == "validation":
+      videos = max(1, round(data.get("validation") * videos))
     return composed.make_videos(
-      split, videos=data[f"{split}_videos"], segments=data.segments, seed=config.seed
+      split,
+      videos=videos,
+      segments=data.segments,
+      seed=config.seed,
+      held_out=data.get("validation") or 0.0,
     )
   # Breakfast needs no table: its folder holds the labels.
   for field in ("table", "folder"):
     if not data[field] and not (field == "table" and data.layout == "breakfast"):
       raise ValueError(f"data.{field} must be set for {data.name}; got {data[field]!r}")
   data = _expanded(data)
-  table = _table(data, data[f"{split}_split"])
-  if data.get("at_most"):
-    # Spread over the table, which may be sorted by class.
-    count = min(data.at_most, len(table))
-    table = table.take(np.linspace(0, len(table) - 1, count).astype(int))
+  table = _table_of_split(data, split, seed=config.seed)
   how = dict(
     segments=data.segments,
     seed=config.seed,
@@ -62,8 +75,76 @@ def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
     workers=data.workers,
   )
   if data.name == "videos":
-    return VideoFolder(table, data.folder, frames=data.frames, size=(data.size, data.size), **how)
+    size = (data.size, data.size)
+    return VideoFolder(
+      table, data.folder, frames=data.frames, size=size, cache=_open_cache(data), **how
+    )
   return FeatureFolder(table, data.folder, data.heavy_folder, **how)
+
+
+def advise_segments(videos: VideoArrays | VideoSet, data: Config) -> str | None:
+  """Returns a line of advice where clips are longer than films, so that segments overlap, or None.
+
+  Args:
+    videos: of training.
+    data: the section of the config.
+  """
+  counts = videos.count_frames() if isinstance(videos, VideoFolder) else []
+  if not counts:
+    return None
+  typical, wanted = int(np.median(counts)), data.segments * data.frames
+  if typical >= wanted:
+    return None
+  fitting = max(1, typical // data.frames)
+  return (
+    f"films of about {typical} frames are shorter than data.segments x data.frames = {wanted}: "
+    f"segments overlap; data.segments={fitting} fits them"
+  )
+
+
+def _open_cache(data: Config) -> ArrayCache | None:
+  """Opens the cache of frames that a config names, or returns None.
+
+  Raises:
+    ValueError: naming the field.
+  """
+  if not data.get("cache"):
+    return None
+  gigabytes = data.get("cache_gb") or _CACHE_GB
+  with settings.named("data.cache"):
+    return ArrayCache(data.cache, round(gigabytes * 1e9))
+
+
+def holds_out(config: Config) -> bool:
+  """Returns whether a config holds videos out of training, as the split `validation`."""
+  # Runs of earlier versions lack the fields.
+  return bool(config.data.get("validation") or config.data.get("validation_split"))
+
+
+def _table_of_split(data: Config, split: str, *, seed: int) -> video_tables.VideoTable:
+  """Reads the table of a split, of which `validation` may be a part of the training table."""
+  of_file = "train" if split == "validation" and not data.get("validation_split") else split
+  if data.layout == "csv":
+    for field in ("table", f"{of_file}_split"):
+      if not user_path(data[field]).is_file():
+        raise ValueError(f"data.{field} must be a file; there is no {data[field]!r}")
+  table = _table(data, data[f"{of_file}_split"])
+  if data.get("at_most"):
+    # Spread over the table, which may be sorted by class.
+    count = min(data.at_most, len(table))
+    table = table.take(np.linspace(0, len(table) - 1, count).astype(int))
+  if of_file != "train" or not data.get("validation"):
+    return table
+  held = image_sets.hold_out(
+    table.labels, data.validation, np.random.default_rng((seed, _HELD_OUT))
+  )
+  left = np.setdiff1d(np.arange(len(table)), held)
+  if not len(held) or not len(left):
+    raise ValueError(
+      f"data.validation must leave videos in both parts of {len(table)} training videos, which "
+      f"may have to be more; got {data.validation}"
+    )
+  return table.take(held if split == "validation" else left)
 
 
 def _expanded(data: Config) -> Config:
@@ -71,8 +152,8 @@ def _expanded(data: Config) -> Config:
   given = ["table", "folder", "heavy_folder"]
   if data.layout == "csv":
     # Only here is a split a file, and may have a path.
-    given += ["train_split", "test_split"]
-  paths = {name: str(user_path(data[name])) for name in given if data[name]}
+    given += ["train_split", "test_split", "validation_split"]
+  paths = {name: str(user_path(data[name])) for name in given if data.get(name)}
   return ml_collections.ConfigDict({**data, **paths})
 
 
@@ -107,6 +188,35 @@ def network_inputs(batch: Batch, config: Config, *, heavy_from: str = "heavy") -
   elif clips is not None:
     inputs["heavy"] = augment.normalise(clips, mean, std)
   return inputs
+
+
+def augment_clips(
+  key: Array, batch: Batch, config: Config, *, axis_name: Hashable | None
+) -> dict[str, Array]:
+  """Augments the clips of a training batch as the config says, each video as a whole.
+
+  Args:
+    key: of the training step.
+    batch: arrays `[B, T, ...]`, or `[B * S, ...]` of picked segments.
+    config: the config of the run.
+    axis_name: mapped device axis, over which each video has a draw of its own.
+  """
+  data, clips = config.data, batch.get("clips")
+  # Runs of earlier versions lack the fields.
+  pad, colour = data.get("crop_padding") or 0, data.get("colour") or 0.0
+  flip = bool(data.get("flip"))
+  if clips is None or not (pad or flip or colour):
+    return dict(batch)
+  # The picked segments of a video are changed alike.
+  videos = clips
+  if "picked" in batch:
+    videos = clips.reshape(*batch["picked"].shape, *clips.shape[1:])
+  # Another key than that of the picked segments.
+  key = jax.random.fold_in(key, _AUGMENT)
+  augmented = augment.augment_videos(
+    key, videos, pad=pad, flip=flip, colour=colour, axis_name=axis_name
+  )
+  return {**batch, "clips": augmented.reshape(clips.shape)}
 
 
 def pick_segments(

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import functools
 import importlib
@@ -14,7 +15,7 @@ import pytest
 
 from gating_jax import runner
 from gating_jax.continual import build, compile, registry, run, training
-from gating_jax.continual.method import LearnerState, TaskTable
+from gating_jax.continual.method import LearnerState, Prediction, TaskTable
 from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
 from gating_jax.models import vggs
@@ -122,6 +123,119 @@ def resumable(monkeypatch):
 def test_what_cannot_be_is_refused_before_anything_is_compiled(config, field, value, message):
   with pytest.raises(ValueError, match=message):
     build.build(config(**{field: value}))
+
+
+@pytest.mark.parametrize(
+  ("changes", "clip"),
+  [
+    ({"method": "gates"}, 1.0),
+    ({"method": "ewc"}, 1.0),
+    ({"method": "fine_tuning", "optim.grad_clip_norm": 3.0}, 3.0),
+    ({"method": "hat"}, 10_000.0),
+    ({"method": "hat", "hat.grad_clip_norm": None}, 1.0),
+    ({"method": "lwf", "lwf.grad_clip_norm": 5.0}, 5.0),
+    ({"method": "er", "replay.grad_clip_norm": float("inf")}, float("inf")),
+    ({"method": "er", "lwf.grad_clip_norm": 5.0}, 1.0),
+  ],
+)
+def test_a_method_has_its_own_limit_on_the_gradient_or_that_of_all(config, changes, clip):
+  assert registry.gradient_clip(config(**changes)) == clip
+
+
+@pytest.mark.parametrize("method", sorted(registry.CLIPPING_SECTIONS))
+def test_a_limit_that_is_not_positive_is_refused_before_the_data_are_read(config, method):
+  field = f"{registry.CLIPPING_SECTIONS[method]}.grad_clip_norm"
+  with pytest.raises(ValueError, match=f"^{field} must be positive, or None; got 0.0"):
+    build.build(config(**{"method": method, field: 0.0}))
+
+
+UNEVEN = {"tasks.count": 0, "tasks.classes": ((7, 0), (3, 1, 2))}
+
+
+def test_tasks_with_other_numbers_of_classes_have_heads_of_the_largest(config):
+  experiment = build.build(config(**UNEVEN))
+  assert (experiment.problem.tasks, experiment.problem.classes) == (2, 3)
+  assert experiment.problem.own_classes == (2, 3)
+  assert experiment.problem.present.tolist() == [[True, True, False], [True, True, True]]
+  assert experiment.task_names == ["7, 0", "3, 1, 2"]
+
+
+def test_an_output_without_a_class_is_never_chosen(config, monkeypatch):
+  experiment = build.build(config(**UNEVEN, **{"method": "fine_tuning"}))
+  # Scores that rise with their place: the last output of each head would win.
+  scores = jnp.arange(6.0)
+
+  def predict(learner, x, task, seen):
+    aware = jnp.broadcast_to(scores[:3], (len(x), 3))
+    agnostic = jnp.where(jnp.arange(6) < seen * 3, scores, -jnp.inf)
+    macs = jnp.ones(len(x))
+    return Prediction(aware, jnp.broadcast_to(agnostic, (len(x), 6)), macs, macs)
+
+  method = dataclasses.replace(experiment.method, predict=predict)
+  evaluate = training.make_evaluate(dataclasses.replace(experiment, method=method))
+  learner = devices.replicate(jnp.zeros(()))
+  first = evaluate(learner, 0, 1)["predictions"]
+  assert set(first.known) == set(first.chosen) == {1}
+  second = evaluate(learner, 1, 2)["predictions"]
+  assert set(second.known) == set(second.chosen) == {5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gates", "er", "icarl", "hat"])
+def test_tasks_with_other_numbers_of_classes_are_learnt(config, tmp_path, monkeypatch, method):
+  runs.without_reports(monkeypatch)
+  run.run(config(**UNEVEN, **{"method": method, "optim.steps_per_task": 6}), tmp_path, "train")
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert result["task_names"] == ["7, 0", "3, 1, 2"]
+  assert np.array(result["task_agnostic"]["confusion"]).shape == (5, 5)
+  assert result["task_agnostic"]["classes_without_test"] == []
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"tasks.classes": (0, 1)}, "tasks.classes must be a tuple of tuples of numbers, or None"),
+    (
+      {"method": "dgm"},
+      "tasks.classes must have as many classes in every task with method='dgm'",
+    ),
+    ({"router.rehearsal": "generative"}, "as many classes in every task with rehearsal='gen"),
+    ({"optim.steps_per_task": 0}, "optim.steps_per_task must be >= 1 or None; got 0"),
+  ],
+)
+def test_tasks_that_cannot_be_learnt_are_refused(config, changes, message):
+  with pytest.raises(ValueError, match=message):
+    build.build(config(**(UNEVEN | changes)))
+
+
+def test_every_task_has_the_steps_that_are_asked_for_and_says_its_epochs(config):
+  experiment = build.build(config(**{"optim.steps_per_task": 10}))
+  assert experiment.steps_per_task == 11
+  images = len(experiment.tasks[1].train)
+  line = f"task 2: 10 steps, {10 * 64 / images:.1f} epochs of {images} images"
+  assert experiment.describe_training(1) == line
+  by_epochs = build.build(config(**{"optim.epochs": 3}))
+  assert by_epochs.steps_per_task == 3 * by_epochs.steps_per_epoch + 1
+
+
+@pytest.mark.parametrize(("method", "alike"), [("hat", True), ("fine_tuning", False)])
+def test_large_gradients_of_hats_embeddings_leave_the_updates_of_weights_as_they_are(
+  config, method, alike
+):
+  optimiser = build._build_optimiser(config(method=method), steps_per_epoch=10)
+  params = {"conv": {"kernel": jnp.ones(2)}, "gate": {"logits": jnp.ones(3)}}
+
+  def update_of_weights(gradient_of_embeddings):
+    grads = {
+      "conv": {"kernel": jnp.array([0.1, -0.2])},
+      "gate": {"logits": jnp.full(3, gradient_of_embeddings)},
+    }
+    updates, _ = optimiser.update(grads, optimiser.init(params), params)
+    return np.asarray(updates["conv"]["kernel"])
+
+  small, large = update_of_weights(0.0), update_of_weights(1000.0)
+  assert np.all(small != 0)
+  assert np.allclose(small, large, rtol=1e-6) == alike
 
 
 @pytest.mark.parametrize(
@@ -259,6 +373,30 @@ def finished(config, programs, tmp_path_factory):
   return config(), workdir, printed
 
 
+def test_a_result_says_what_its_accuracies_are_worth(finished):
+  _, workdir, printed = finished
+  result = json.loads((workdir / "result.json").read_text())
+  for setting in ("task_aware", "task_agnostic"):
+    of_setting = result[setting]
+    low, high = of_setting["average_accuracy_low"], of_setting["average_accuracy_high"]
+    assert low < of_setting["average_accuracy"] < high
+    confusion = np.array(of_setting["confusion"])
+    assert confusion.shape == (4, 4)
+    # Each task has as many images as its rows.
+    right = [np.trace(confusion[t : t + 2, t : t + 2]) for t in (0, 2)]
+    accuracies = np.array(right) / confusion.reshape(2, -1).sum(axis=1)
+    np.testing.assert_allclose(accuracies, of_setting["accuracies"][-1], rtol=1e-6)
+    assert of_setting["classes_without_training"] == of_setting["classes_without_test"] == []
+  # With the task known, no image is given a class of another task.
+  known = np.array(result["task_aware"]["confusion"])
+  assert not known[:2, 2:].any()
+  assert not known[2:, :2].any()
+  assert 0.5 <= result["task_aware"]["majority_rate"] < 0.56
+  assert 0.25 <= result["task_agnostic"]["majority_rate"] < 0.28
+  assert "95 % interval, task-aware" in printed
+  assert "Confusions of classes" in (workdir / "report.html").read_text()
+
+
 def test_the_training_step_is_one_program_for_all_tasks(finished, programs):
   assert len(programs) == 1
 
@@ -325,6 +463,12 @@ def test_a_run_leaves_what_it_measured_and_forgets_nothing(finished):
     f"{title}</h2>" in report for title in ("Accuracies", "Overlap", "One gate across tasks")
   )
   assert report.index("Filters that each task reuses") < report.index("<details>"), "opens the page"
+  rows = list(csv.DictReader((workdir / "predictions.csv").read_text().splitlines()))
+  assert [row["task"] for row in rows] == ["1"] * images[0] + ["2"] * images[1]
+  for setting, column in (("task_aware", "task known"), ("task_agnostic", "task unknown")):
+    right = np.array([row[column] == row["class"] for row in rows])
+    of_tasks = [right[: images[0]].mean(), right[images[0] :].mean()]
+    np.testing.assert_allclose(of_tasks, result[setting]["accuracies"][1], rtol=1e-5)
   assert len(re.findall(r"<figcaption>layer\d/\S+, unit \d+\.</figcaption>", report)) >= 2
 
 
@@ -511,9 +655,8 @@ def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
 
   Each method's effect on forgetting is tested with the method.
   """
-  epochs = (
-    40 if method == "hat" else 8
-  )  # its embeddings keep the gradient's norm at the clip, so weights learn slowly
+  # HAT begins with random masks, half of them closed.
+  epochs = 40 if method == "hat" else 8
   made = config(
     method=method,
     **{
@@ -656,6 +799,8 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
 )
 def test_the_net_of_each_task_is_compiled(changes, config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(timings, "_REPEATS", 1)
+  # One call of each program is no measurement.
+  monkeypatch.setattr(timings, "MAX_EFFICIENCY", float("inf"))
   monkeypatch.setattr(timings, "_BATCHES", (1, 3))
   made = config(
     **{"model.gate.initial_open": 0.5, "gates.threshold": 0.0, "gates.sparsity": 0.0, **changes}

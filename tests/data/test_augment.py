@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.data.augment import crop_and_flip, cut_out, normalise
+from gating_jax.data.augment import (
+  augment_videos,
+  crop_and_flip,
+  cut_out,
+  jitter_colour,
+  normalise,
+)
+from gating_jax.ops.collectives import example_keys
 
 PAD, SIZE, BATCH = 2, (5, 4, 3), 400
 
@@ -143,3 +150,56 @@ def test_pixels_of_another_type_than_uint8_are_refused(dtype):
     jax.eval_shape(
       lambda x: normalise(x, (0.5,), (0.5,)), jax.ShapeDtypeStruct((1, 2, 2, 3), dtype)
     )
+
+
+VIDEOS = (6, 3, 2, 5, 4, 1)
+
+
+def test_all_frames_of_a_video_are_moved_alike():
+  videos = np.random.default_rng(0).integers(1, 256, VIDEOS, dtype=np.uint8)
+  # Every frame of a video is the same picture, so that one answer fits all frames.
+  videos[:] = videos[:, :1, :1]
+  result = np.asarray(augment_videos(jax.random.key(1), videos, pad=PAD, flip=True, colour=0.0))
+  assert result.dtype == np.uint8
+  np.testing.assert_array_equal(result, np.broadcast_to(result[:, :1, :1], result.shape))
+  found = what_was_done(videos[:, 0, 0], result[:, 0, 0], PAD)
+  assert len({tuple(which) for which in found.tolist()}) > 2
+
+
+def test_videos_without_augmentation_stay_as_they_are():
+  videos = np.random.default_rng(0).integers(0, 256, VIDEOS, dtype=np.uint8)
+  result = augment_videos(jax.random.key(1), videos, pad=0, flip=False, colour=0.0)
+  np.testing.assert_array_equal(result, videos)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_colours_change_by_the_same_factors_in_all_of_a_video(depth):
+  pixels = np.random.default_rng(0).integers(60, 120, (4, 2, 5, depth), dtype=np.uint8)
+  key, strength = jax.random.key(0), 0.3
+  result = jitter_colour(key, pixels, strength=strength)
+  assert result.dtype == jnp.uint8
+  weights = np.array([0.299, 0.587, 0.114]) if depth == 3 else np.ones(1)
+  grey = lambda x: (x * weights).sum(-1, keepdims=True)
+  keys = example_keys(key, 4, None)
+  for own, video, changed in zip(keys, pixels, np.asarray(result), strict=True):
+    b, c, s = np.asarray(jax.random.uniform(own, (3,), jnp.float32, 1 - strength, 1 + strength))
+    assert all(0.7 <= factor <= 1.3 for factor in (b, c, s))
+    x = (b * video.astype(np.float64)).clip(0, 255)
+    mean = grey(x).mean()
+    x = (mean + c * (x - mean)).clip(0, 255)
+    if depth == 3:
+      x = (grey(x) + s * (x - grey(x))).clip(0, 255)
+    # Rounding may go either way at a half.
+    assert np.abs(changed - x).max() <= 0.51
+  assert not np.array_equal(result[0], result[1])
+
+
+def test_videos_are_augmented_alike_on_any_number_of_devices():
+  videos = np.random.default_rng(0).integers(0, 256, (8, *VIDEOS[1:]), dtype=np.uint8)
+  change = lambda videos, axis_name=None: augment_videos(
+    jax.random.key(2), videos, pad=PAD, flip=True, colour=0.3, axis_name=axis_name
+  )
+  spread = jax.pmap(lambda part: change(part, "devices"), axis_name="devices")(videos[:, None])
+  # Two programs may round a colour to either side.
+  gap = np.asarray(spread[:, 0], int) - np.asarray(jax.jit(change)(videos), int)
+  assert np.abs(gap).max() <= 1

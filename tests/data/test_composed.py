@@ -51,6 +51,21 @@ def test_a_set_has_all_that_training_asks_for(train):
   )
 
 
+def test_validation_videos_are_of_digits_that_training_has_not_seen():
+  digits = image_sets.load(image_sets.DIGITS, "train")
+  parts = [module._part_of(digits, split, 0.2) for split in ("train", "validation")]
+  assert sum(len(part.labels) for part in parts) == len(digits.labels)
+  assert len(parts[1].labels) == pytest.approx(0.2 * len(digits.labels), abs=10)
+  assert set(parts[1].labels) == set(range(10))
+  held = make_videos("validation", videos=8, held_out=0.2).arrays
+  cut = make_videos("train", videos=8, held_out=0.2).arrays
+  assert not np.array_equal(held["clips"], cut["clips"])
+  tested = [make_videos("test", videos=8, held_out=part).arrays["clips"] for part in (0.0, 0.2)]
+  np.testing.assert_array_equal(*tested)
+  with pytest.raises(ValueError, match=r"held_out must be in \(0, 1\) for the validation split"):
+    make_videos("validation", videos=8)
+
+
 def test_classes_are_balanced_for_any_number_of_videos():
   counts = np.bincount(make_videos("test", videos=21).arrays["label"], minlength=16)
   assert set(counts) == {1, 2}

@@ -173,9 +173,32 @@ def test_one_class_a_task():
   assert [set(t.train.labels) for t in tasks] == [{c} for c in range(6)]
 
 
+def test_tasks_may_be_listed_in_any_order_with_different_numbers_of_classes():
+  train, test = images(), images(per_class=5, seed=1)
+  first, second = make_tasks(train, test, classes_per_task=2, classes=((4, 1), (0, 5, 2)))
+  assert first.train.class_names == ("e", "b", "", "a", "f", "c")
+  assert set(first.train.labels) == set(first.test.labels) == {0, 1}
+  assert set(second.train.labels) == set(second.validation.labels) == {3, 4, 5}
+  for task in (first, second):
+    for part in (task.train, task.validation, task.test):
+      names = np.array(part.class_names)[part.labels]
+      np.testing.assert_array_equal(names, np.array(train.class_names)[part.pixels[:, 0, 0, 1]])
+  # As many classes in each, in their own order: the same as without a list.
+  listed = make_tasks(train, test, classes_per_task=3, classes=((0, 1), (2, 3), (4, 5)))
+  for one, other in zip(listed, make_tasks(train, test, classes_per_task=2), strict=True):
+    np.testing.assert_array_equal(one.train.pixels, other.train.pixels)
+    np.testing.assert_array_equal(one.train.labels, other.train.labels)
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
+    (dict(classes=()), "classes must list one task or more; got none"),
+    (dict(classes=((0,), ())), "classes must list one class or more for each task"),
+    (dict(classes=((0, 1), (1, 2))), "classes must list each class once"),
+    (dict(classes=((0, 6),)), "classes must be numbers from 0 to 5"),
+    (dict(classes=((0, 1),), count=1), "count must be 0 and order_seed None if classes are listed"),
+    (dict(classes=((0, 1),), order_seed=0), "count must be 0 and order_seed None if classes"),
     (dict(classes_per_task=4), "classes_per_task must divide the 6 classes; got 4"),
     (dict(classes_per_task=0), "classes_per_task must divide the 6 classes; got 0"),
     (dict(count=4), "count must be at most 3, the tasks of 2 classes, or 0; got 4"),

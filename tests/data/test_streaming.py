@@ -166,3 +166,18 @@ def test_uneven_images_are_refused_by_the_resident_loader(uneven):
 def test_digits_have_no_stream():
   with pytest.raises(ValueError, match="data.loader must be 'resident' for digits"):
     streaming.open_stream("digits", "train")
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_workers_end_with_their_results_or_where_nobody_wants_them(workers):
+  assert list(streaming.prefetch(abs, [-1, 2, -3], workers)) == [1, 2, 3]
+  assert streaming._POOLS == []
+  left_early = streaming.prefetch(abs, range(100), workers)
+  assert next(left_early) == 0
+  assert len(streaming._POOLS) == 1
+  left_early.close()
+  assert streaming._POOLS == []
+  forgotten = streaming.prefetch(abs, range(100), workers)
+  assert next(forgotten) == 0
+  streaming.close_pools()
+  assert streaming._POOLS == []

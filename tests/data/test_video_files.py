@@ -2,12 +2,15 @@ import io
 import sys
 
 import av
+import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
 from gating_jax.data import video_files
-from gating_jax.data.video_files import read_clips
+from gating_jax.data.video_files import VideoFolder, read_clips
+from gating_jax.data.video_tables import VideoTable
+from gating_jax.video import sets
 from tests.helpers import made_videos
 
 NO_REORDERING = {"bf": "0", "sc_threshold": "0"}  # a key frame every five frames only
@@ -420,3 +423,21 @@ def test_a_missing_decoder_is_named_with_what_to_install(monkeypatch):
     ValueError, match=r"reading videos needs PyAV: pip install 'gating-jax\[video\]'"
   ):
     video_files.require_av()
+
+
+def test_frames_are_counted_without_decoding_and_short_films_are_said(tmp_path, monkeypatch):
+  for name, frames in (("a.mp4", 6), ("b.mp4", 10), ("c.mp4", 14)):
+    made_videos.write(tmp_path / name, frames)
+  (tmp_path / "d.mp4").write_bytes(b"no video")
+  labels = np.zeros(4, np.int32)
+  table = VideoTable(("a", "b", "c", "d"), labels, ("x",))
+  monkeypatch.setattr(video_files, "_decode_segments", None)
+  films = VideoFolder(table, tmp_path, segments=4, frames=4, size=(8, 8))
+  assert films.count_frames() == [6, 10, 14]
+  assert films.count_frames(most=2) == [6, 10]
+  data = ml_collections.ConfigDict({"segments": 4, "frames": 4})
+  assert sets.advise_segments(films, data).endswith(
+    "shorter than data.segments x data.frames = 16: segments overlap; data.segments=2 fits them"
+  )
+  data.segments = 2
+  assert sets.advise_segments(films, data) is None

@@ -12,7 +12,13 @@ from gating_jax.data.image_sets import batch_indices, padded_batches
 from gating_jax.data.video_features import FeatureFolder
 from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.video_tables import VideoTable
-from gating_jax.data.videos import VideoArrays, segment_starts, timed_starts
+from gating_jax.data.videos import (
+  VideoArrays,
+  check_apart,
+  find_shared,
+  segment_starts,
+  timed_starts,
+)
 from tests.helpers import made_videos
 
 SOME = st.integers(1, 70)
@@ -199,14 +205,44 @@ def test_damaged_videos_count_for_nothing_and_are_named_once(tmp_path, warnings,
   assert "cannot be read" not in capfd.readouterr().err  # of a worker
 
 
-def test_an_epoch_goes_on_over_damaged_videos(tmp_path, warnings):
-  for name in NAMES:
-    made_videos.write(tmp_path / f"{name}.mp4", 6)
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_readable_videos_take_the_places_of_damaged_ones_in_training(tmp_path, warnings, workers):
+  for i, name in enumerate(NAMES):
+    made_videos.write(tmp_path / f"{name}.mp4", 6 + i)
+  # Videos 0, 2 and 6 stay whole; their last frames tell them apart.
   damage(tmp_path)
-  videos = VideoFolder(table(), tmp_path, **CLIPS)
-  read = list(videos.batches(7, 0, 1, 2))
-  assert [batch["weight"].sum() for batch in read] == [3, 3]
+  whole = VideoFolder(table(), tmp_path, **CLIPS).read([0, 2, 6])
+  warnings.clear()
+  videos = VideoFolder(table(), tmp_path, **CLIPS, workers=workers)
+  read = list(videos.batches(7, 0, 1, 3))
+  for step, batch in enumerate(read):
+    assert batch["weight"].tolist() == [[1]] * 7
+    places = []
+    for clips, label in zip(batch["clips"][:, 0], batch["label"][:, 0], strict=True):
+      (place,) = np.flatnonzero([np.array_equal(clips, other) for other in whole["clips"]])
+      assert label == whole["label"][place]
+      places.append((0, 2, 6)[place])
+    # What can be read keeps its place.
+    for place, wanted in zip(places, batch_indices(0, step, 7, 7), strict=True):
+      assert place == wanted or wanted in (1, 3, 4, 5)
   assert len(warnings) == 4
+  # Others take the places after a restart as well.
+  again = VideoFolder(table(), tmp_path, **CLIPS)
+  same(next(again.batches(7, 2, 1, 3)), read[2])
+
+
+def test_training_on_files_none_of_which_can_be_read_is_refused_with_the_first_five(
+  tmp_path, warnings
+):
+  for name in NAMES:
+    (tmp_path / f"{name}.npy").write_bytes(b"nothing")
+  np.save(tmp_path / "v6.npy", np.ones((3, 2)))
+  videos = FeatureFolder(table(), tmp_path, segments=2)
+  (tmp_path / "v6.npy").write_bytes(b"nothing")
+  with pytest.raises(ValueError, match=r"none of 7 videos can be read: v0 \(.*v4 \(.* and 2 more$"):
+    next(videos.batches(4, 0, 1, 1))
+  assert videos.name_unreadable() == ["v0", "v1", "v2", "v3", "v4"]
+  assert len(videos.unreadable) == len(warnings) == 7
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -357,7 +393,7 @@ def test_a_thread_without_stderr_reads_on_after_a_file_that_cannot_be_read(featu
   with ThreadPoolExecutor(1) as thread:
     videos = thread.submit(open_features, features).result()
     read = thread.submit(lambda: list(videos.batches(7, 0, 1, 2))).result()
-  assert [(batch["label"].shape[0], batch["weight"].sum()) for batch in read] == [(7, 6)] * 2
+  assert [(batch["label"].shape[0], batch["weight"].sum()) for batch in read] == [(7, 7)] * 2
   assert set(videos.unreadable) == {"v3"}
 
 
@@ -370,6 +406,55 @@ def test_a_video_with_only_one_of_its_features_is_missing(features, warnings):
 def test_features_are_found_under_the_name_of_the_video(features):
   videos = FeatureFolder(table(("v1.mp4", "v2.AVI")), features / "light", segments=2)
   assert videos.read([0, 1])["light"][:, 0, 0].tolist() == [10, 20]
+
+
+@pytest.mark.parametrize("suffix", [".MP4", ".wmv", ".ts", ".flv", ".3gp", ".ogg", ".MKV"])
+def test_a_name_without_suffix_finds_a_file_of_any_known_suffix(tmp_path, suffix):
+  (tmp_path / f"v0{suffix}").write_bytes(b"film")
+  assert VideoFolder(table(("v0",)), tmp_path, **CLIPS).paths == [tmp_path / f"v0{suffix}"]
+
+
+def features_of(folder, names, content=None):
+  """Writes files of features, each with a number of its own, and opens them as a set."""
+  for i, name in enumerate(names):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    rows = np.full((3, 2), i if content is None else content, np.float32)
+    np.save(folder / f"{name}.npy", rows)
+  return FeatureFolder(table(names), folder, segments=2)
+
+
+def test_a_file_in_two_splits_is_named_whatever_the_case_of_its_name(tmp_path):
+  train = features_of(tmp_path, ("a", "b.c", "b.d"))
+  np.save(tmp_path / "A.npy", np.ones((3, 2), np.float32))
+  (tmp_path / "link.npy").symlink_to(tmp_path / "b.c.npy")
+  names = ("A.mp4", "link", "new")
+  np.save(tmp_path / "new.npy", np.full((3, 2), 7, np.float32))
+  test = FeatureFolder(table(names), tmp_path, segments=2)
+  shared = find_shared(train, test)
+  assert shared.by_path == [("a", "A.mp4"), ("b.c", "link")]
+  assert shared.by_content == []
+  with pytest.raises(ValueError, match="2 of training are also in test: A.mp4, link"):
+    check_apart(training=train, validation=None, test=test)
+  check_apart(training=train, validation=None, test=arrays_of(np.arange(5)))
+
+
+def test_copies_of_a_file_in_two_splits_are_found_by_their_bytes(tmp_path):
+  train = features_of(tmp_path / "train", ("a", "b", "c"))
+  test = features_of(tmp_path / "test", ("d",), content=1)
+  other = features_of(tmp_path / "test", ("e",), content=9)
+  assert find_shared(train, test).by_content == [("b", "d")]
+  assert find_shared(train, other) == ([], [])
+  check_apart(training=train, test=test)
+
+
+def test_files_alike_in_their_beginnings_are_compared_whole(tmp_path):
+  for name, last in (("a", 0), ("b", 1), ("c", 1)):
+    rows = np.zeros((100_000, 1), np.float32)
+    rows[-1] = last
+    np.save(tmp_path / f"{name}.npy", rows)
+  train = FeatureFolder(table(("a", "b")), tmp_path, segments=2)
+  test = FeatureFolder(table(("c",)), tmp_path, segments=2)
+  assert find_shared(train, test).by_content == [("b", "c")]
 
 
 def test_a_folder_whose_features_cannot_be_read_is_refused(tmp_path):

@@ -88,7 +88,8 @@ def video_files(folder, kind, count=8):
   if kind == "composed":
     return {}
   random = np.random.default_rng(0)
-  names = [f"video{i}{'.mp4' if kind == 'videos' else ''}" for i in range(count)]
+  # Some of those to train are held out, and no file may be in both splits.
+  names = [f"video{i}{'.mp4' if kind == 'videos' else ''}" for i in range(3 * count)]
   for name in names:
     if kind == "videos":
       made_videos.write(folder / name, 14, size=(16, 24))
@@ -98,8 +99,9 @@ def video_files(folder, kind, count=8):
     csv.writer(file).writerows(
       [("video", "label"), *((name, "ab"[i % 2]) for i, name in enumerate(names))]
     )
-  (folder / "split.txt").write_text("".join(f"{name}\n" for name in names))
-  tables = {"table": "labels.csv", "train_split": "split.txt", "test_split": "split.txt"}
+  for split, own in (("train", names[: 2 * count]), ("test", names[2 * count :])):
+    (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in own))
+  tables = {"table": "labels.csv", "train_split": "train.txt", "test_split": "test.txt"}
   return {
     "data.folder": str(folder),
     **{f"data.{name}": str(folder / file) for name, file in tables.items()},

@@ -273,6 +273,9 @@ def test_evaluation_does_not_depend_on_batch_and_devices(config, monkeypatch, ba
     reference["random_dropout"] == 8
   )  # random weights make logits so small that they are lost in the noise
   assert reference["class_information"] > 0
+  # From whole numbers, which no rounding changes.
+  for name in ("class_accuracy", "classes_without_test", "confusion"):
+    assert result.pop(name) == reference.pop(name), name
   assert result == pytest.approx(reference, rel=1e-5)
   for name in ("accuracy", "images", "macs", "macs_std", "mean_open", "random_dropout"):
     assert result[name] == reference[name], name
@@ -351,6 +354,24 @@ def check_run(made, workdir, printed, total):
   assert ("gates" in result) == ("budget" in result) == ("layers" in result) == gated
   assert f"{100 * result['accuracy']:.2f} %" in printed
   return result, train
+
+
+def test_a_result_says_what_its_accuracy_is_worth(ungated):
+  _, workdir, printed = ungated
+  result = json.loads((workdir / "result.json").read_text())
+  assert result["accuracy_low"] < result["accuracy"] < result["accuracy_high"]
+  # Handwritten digits are even over ten classes.
+  assert 0.1 <= result["majority_rate"] < 0.12
+  confusion = np.array(result["confusion"])
+  assert confusion.sum() == result["images"]
+  assert np.trace(confusion) / confusion.sum() == pytest.approx(result["accuracy"])
+  assert result["classes_without_training"] == result["classes_without_test"] == []
+  assert len(result["class_accuracy"]) == 10
+  for name in ("95 % interval", "majority rate", "class 0"):
+    assert name in printed
+  page = (workdir / "report.html").read_text()
+  assert "Confusions of classes" in page
+  assert "majority rate" in page
 
 
 def check_modes(made, workdir, total):

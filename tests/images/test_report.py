@@ -127,6 +127,7 @@ def test_sections_that_make_no_sense_are_left_out_or_say_so():
     "The most selective gates, and the images that open them",
     "Gates and classes",
     "Easiest and hardest images",
+    "Predictions",
     "Time",
     "Settings",
     "About this run",
@@ -148,6 +149,7 @@ def test_sections_that_make_no_sense_are_left_out_or_say_so():
     "Result",
     "Score and multiply-accumulates",
     "Easiest and hardest images",
+    "Predictions",
     "Time",
     "Settings",
     "About this run",
@@ -241,3 +243,15 @@ def test_large_images_are_made_small():
   rng = np.random.default_rng(0)
   figure = images.draw_images(rng.integers(0, 256, (2, 300, 600, 3), np.uint8), ["a", "b"])
   assert [axes.images[0].get_array().shape for axes in figure.axes[:2]] == [(64, 128, 3)] * 2
+
+
+def test_every_test_image_has_its_class_prediction_loss_and_macs():
+  run = report_data.run()
+  found = report.predict_images(run.images, report_data.CLASSES)
+  assert found.header() == ["image", "class", "prediction", "loss", "MACs", "right"]
+  assert len(found.rows()) == len(run.images.macs)
+  np.testing.assert_array_equal(found.right, run.images.correct)
+  row, first = found.rows()[0], int(run.images.labels[0])
+  assert row[:2] == ["0", report_data.CLASSES[first]]
+  assert float(row[4]) == pytest.approx(run.images.macs[0], abs=0.5)
+  assert report.predict_images(report_data.run("scenes").images, report_data.CLASSES) is None

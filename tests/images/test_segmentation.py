@@ -79,6 +79,18 @@ def test_a_run_leaves_what_it_measured(finished):
   )
 
 
+def test_a_result_says_what_its_scores_are_worth(finished):
+  _, workdir = finished
+  result = json.loads((workdir / "result.json").read_text())
+  assert result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"]
+  # Resampled scenes may lack a class, so that their mean IoU is over others.
+  assert 0 < result["mean_iou_low"] <= result["mean_iou_high"] < 1
+  confusion = np.array(result["confusion"])
+  assert np.trace(confusion) / confusion.sum() == pytest.approx(result["accuracy"])
+  assert result["majority_rate"] == pytest.approx(confusion.sum(axis=1).max() / confusion.sum())
+  assert "Confusions of classes" in (workdir / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_a_run_is_loaded_in_one_call(finished):
   made, workdir = finished
@@ -226,6 +238,8 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(
 @pytest.mark.slow
 def test_the_backbone_of_a_run_is_compiled(config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(timings, "_REPEATS", 1)
+  # One call of each program is no measurement.
+  monkeypatch.setattr(timings, "MAX_EFFICIENCY", float("inf"))
   monkeypatch.setattr(timings, "_BATCHES", (1, 3))
   made = config()
   segmentation.run(made, tmp_path / "run", "train")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from gating_jax.inference.segments import opened_variables
 from gating_jax.layers.gate import (
   GATE_NAME,
   GATE_RNG,
@@ -21,6 +22,7 @@ from gating_jax.layers.segment_gate import SegmentGateSettings
 from gating_jax.models.timegate import (
   POOLINGS,
   SELECTIONS,
+  THRESHOLDS,
   Dropout,
   SegmentClassifier,
   SegmentNet,
@@ -169,6 +171,22 @@ def test_only_the_chosen_segments_are_classified(selection):
   np.testing.assert_allclose(evaluate(model, closed)[0]["logits"], outputs["logits"], atol=1e-5)
   opened = {**inputs, "heavy": np.where(gates[..., None] > 0, inputs["heavy"] + 5, inputs["heavy"])}
   assert (np.abs(evaluate(model, opened)[0]["logits"] - outputs["logits"]).max(1) > 1e-2).all()
+
+
+def test_a_threshold_among_the_variables_chooses_segments_above_it_and_at_least_one():
+  model, inputs = net("confidence"), videos()
+  outputs, _ = evaluate(model, inputs)
+  confidence = special.softmax(np.asarray(outputs["light_logits"], np.float64), -1).max(-1)
+  known = np.where(inputs["valid"], confidence, -1)
+  # Just above one of them: some videos have none above it, others several.
+  least = np.median(known[inputs["valid"]]) + 1e-4
+  given = {**variables(model), THRESHOLDS: {"confidence": np.float32(least)}}
+  _, (record, _) = jax.jit(model.apply)(given, inputs)
+  best = np.arange(T) == known.argmax(1)[:, None]
+  np.testing.assert_array_equal(record.gates, (known > least) | best)
+  assert 0 < np.sum(known > least) < inputs["valid"].sum()
+  _, (everything, _) = jax.jit(model.clone(share=1.0).apply)(opened_variables(model, given), inputs)
+  np.testing.assert_array_equal(everything.gates, inputs["valid"])
 
 
 @pytest.mark.thin(3)

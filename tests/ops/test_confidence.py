@@ -187,6 +187,47 @@ def test_no_threshold_comes_nearer_to_the_budget_from_below(
     assert of_other <= reached + 1e-9 or of_other > share + 1e-9
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 1.0])
+def test_the_threshold_of_open_segments_meets_the_budget_and_no_lower_one_does(share):
+  rng = np.random.default_rng(3)
+  scores, valid = rng.normal(size=(40, 6)), np.arange(6) < rng.integers(2, 7, (40, 1))
+  # Equal scores open and close together.
+  scores[:20] = scores[:20].round()
+  padded = np.where(valid, scores, np.nan)
+  best = np.arange(6) == np.nanargmax(padded, axis=1)[:, None]
+
+  def opened(threshold):
+    return np.mean(np.sum((padded > threshold) | best, axis=1) / valid.sum(axis=1))
+
+  one_each = np.mean(1 / valid.sum(axis=1))
+  share = max(share, one_each)
+  found = confidence.open_threshold_for_budget(padded, valid, share=share)
+  assert opened(found) <= share + 1e-9
+  # The best segment of a video is open whatever the threshold.
+  others = padded[valid & ~best]
+  below = others[others < found]
+  assert (opened(below.max() - 1e-9) > share) if len(below) else (share == 1)
+
+
+def test_videos_of_one_segment_need_no_threshold_of_open_segments():
+  assert confidence.open_threshold_for_budget([[5.0]], [[True]], share=1.0) == 0
+
+
+@pytest.mark.parametrize(
+  ("scores", "valid", "share", "message"),
+  [
+    (np.ones(3), np.ones(3), 1.0, r"scores and valid must both be \[M, T\]"),
+    (np.ones((1, 2)), np.ones((2, 1)), 1.0, r"got shapes \(1, 2\) and \(2, 1\)"),
+    (np.ones((2, 2)), [[1, 1], [0, 0]], 1.0, "valid must be True for a segment of video 1"),
+    ([[1.0, np.inf]], [[1, 1]], 1.0, "scores must be finite; got inf for video 0, segment 1"),
+    (np.ones((1, 4)), np.ones((1, 4)), 0.2, "share must be at least 0.25, .*; got 0.2"),
+  ],
+)
+def test_scores_of_segments_that_do_not_fit_are_named(scores, valid, share, message):
+  with pytest.raises(ValueError, match=message):
+    confidence.open_threshold_for_budget(scores, valid, share=share)
+
+
 def test_the_whole_budget_sees_everything_and_one_segment_a_video_is_the_least():
   logits, counts = random_split(6, 5, seed=2)
   for share in (1.0, np.mean(1 / counts)):

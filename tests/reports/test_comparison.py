@@ -322,3 +322,22 @@ def test_the_best_gated_run_stands_next_to_the_best_ungated_one():
   assert "None of these runs is ungated, so there is no baseline" in alone.text
   assert alone.numbers[0].baseline == "ungated: none among these runs"
   assert comparison.page_content(family()[1:])[0].numbers == []
+
+
+def with_interval(accuracy, low, high):
+  return RESULT | {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+
+
+def test_scores_whose_difference_from_the_best_may_be_chance_are_marked():
+  runs = [
+    image_run("best", with_interval(0.90, 0.88, 0.92)),
+    image_run("near", with_interval(0.89, 0.87, 0.91)),
+    image_run("far", with_interval(0.80, 0.78, 0.82)),
+    image_run("as good", with_interval(0.90, 0.88, 0.92)),
+    image_run("old"),
+  ]
+  cells = ["90.00 %", "89.00 % ≈", "80.00 %", "90.00 %", "90.00 %"]
+  assert tables(runs)["Results"]["accuracy"] == cells
+  text = comparison.render_comparison(runs)
+  assert "≈  The score differs from the best" in text
+  assert "≈" not in comparison.render_comparison([runs[0], runs[2]])

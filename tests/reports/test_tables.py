@@ -119,10 +119,39 @@ def test_rows_of_videos_are_what_is_known():
   ]
 
 
+SPLITS = {
+  "training": {"accuracy": 0.94, "share": 0.5, "share_std": 0.25},
+  "validation": {"accuracy": 0.6, "share": 0.5, "share_std": 0.3},
+  "test": {"accuracy": 0.59, "share": 0.634, "share_std": 0.4},
+}
+
+
+def test_splits_are_compared_side_by_side_where_videos_are_held_out():
+  rows = dict(tables.video_rows(VIDEO | {"splits": SPLITS}))
+  names = "training / validation / test"
+  assert rows[f"score: {names}"] == "94.0 % / 60.0 % / 59.0 %"
+  shares = "50.0 % (± 25.0) / 50.0 % (± 30.0) / 63.4 % (± 40.0)"
+  assert rows[f"share of segments: {names}"] == shares
+  for name in (f"score: {names}", f"share of segments: {names}"):
+    assert tables.meaning(name)
+
+
 @pytest.mark.parametrize(
   ("more", "row"),
   [
     ({"unreadable": 3}, ("videos that could not be read", "3")),
+    (
+      {"unreadable": 2, "unreadable_names": ["a", "b"]},
+      ("videos that could not be read", "2  (a, b)"),
+    ),
+    (
+      {"training_unreadable": 7, "training_unreadable_names": ["a", "b", "c", "d", "e"]},
+      ("training videos that could not be read", "7  (a, b, c, d, e and 2 more)"),
+    ),
+    (
+      {"copies": 1, "copies_names": ["a"]},
+      ("test videos that are copies of training videos", "1  (a)"),
+    ),
     ({"missing": 2}, ("videos without a file", "2")),
     (
       {"precision": 0.5, "relevant_share": 0.3, "recall": 0.8},
@@ -131,6 +160,18 @@ def test_rows_of_videos_are_what_is_known():
     (
       {"videos_per_second": 50.0, "all_segments_videos_per_second": 10.0},
       ("videos per second", "50.0  (heavy net on all segments: 10.0)"),
+    ),
+    (
+      {
+        "videos_per_second": 50.0,
+        "all_segments_videos_per_second": 10.0,
+        "timed_videos": 8,
+        "timed_share": 0.5,
+      },
+      (
+        "videos per second",
+        "50.0  (heavy net on all segments: 10.0; 8 videos, 50.0 % of their segments chosen)",
+      ),
     ),
   ],
 )
@@ -309,6 +350,9 @@ ALL_OF_VIDEOS = dict(
   recall=0.5,
   relevant_share=0.1,
   unreadable=1,
+  training_unreadable=1,
+  validation_unreadable=1,
+  copies=1,
   missing=1,
   classes_left_out=["a"],
   videos_per_second=1.0,

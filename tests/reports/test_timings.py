@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from gating_jax.inference.compiled import Timing
 from gating_jax.inference.conditional import CompiledConditional
 from gating_jax.inference.exits import CompiledExits
 from gating_jax.reports import conclusion, frame, page, timings
@@ -48,6 +49,46 @@ def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(
   assert "--mode=report    # writes the page of the newest checkpoint" in capsys.readouterr().out
   with pytest.raises(rundir.RunDirError, match=r"compile\.json exists; rename it"):
     write(9)
+
+
+def timed(strategy, *, mac_ratio, time_ratio, part=None, computed_ratio=1.0):
+  """Returns a row of a table of times."""
+  return Timing(
+    part=part,
+    strategy=strategy,
+    mac_ratio=mac_ratio,
+    computed_ratio=computed_ratio,
+    seconds=time_ratio,
+    time_ratio=time_ratio,
+    efficiency=mac_ratio / time_ratio,
+    chosen=True,
+  )
+
+
+def test_more_time_saved_than_multiply_accumulates_is_refused_and_nothing_is_written(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(page, "save_figure", lambda _, path: path.write_bytes(b"a picture"))
+  run_dir = rundir.RunDir(tmp_path)
+  # The figures of a run on videos whose baseline was not the quickest way.
+  rows = [timed("segments", mac_ratio=0.81, time_ratio=0.455)]
+  message = "efficiency of segments, 8 videos at a time, must be at most 1.05.*; got 1.78, an error"
+  with pytest.raises(ValueError, match=message):
+    timings.write_times(run_dir, 1, [("8 videos at a time", rows)])
+  assert not list(tmp_path.glob("compile*"))
+  kept = [
+    timed("segments", mac_ratio=0.81, time_ratio=0.78),
+    # A part has no such baseline, and gate networks no share in what is saved.
+    timed("native", mac_ratio=0.5, time_ratio=0.2, part=1),
+    timed("masked", mac_ratio=1.3, time_ratio=1.0),
+  ]
+  # Half of the baseline's segments are padding of shorter videos.
+  padded = [
+    timed("segments", mac_ratio=0.5, time_ratio=0.25),
+    timed("ungated", mac_ratio=1.0, time_ratio=1.0, computed_ratio=2.0),
+  ]
+  tables = [("8 videos at a time", kept), ("8 short videos at a time", padded)]
+  assert list(timings.write_times(run_dir, 1, tables)) == [title for title, _ in tables]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 import io
 import json
+import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +304,10 @@ def test_a_line_without_a_loss_has_its_terms():
     describe_metrics({"critic_loss": -0.5, "distance": 2.0, "gradient_norm": 1.0})
     == "critic loss -0.5, distance 2"
   )
+
+
+def test_lines_count_their_seconds_from_the_start_that_they_are_given(tmp_path, capsys):
+  journal = Journal(tmp_path, 0, 10, started=time.monotonic() - 100)
+  journal.say(0, "a line")
+  journal.close()
+  assert re.match(r"\[ +10\d s\] step 0/10  a line\n", capsys.readouterr().out)

@@ -1,9 +1,12 @@
 import asyncio
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
+import threading
+import time
 from concurrent import futures
 
 import jax
@@ -299,6 +302,63 @@ def test_a_handler_that_python_cannot_put_back_is_left_alone(monkeypatch):
   with StopRequest():
     pass
   assert set_anew == [signal.SIGINT, signal.SIGINT]
+
+
+@pytest.mark.parametrize(
+  ("number", "answered", "ended"),
+  [(signal.SIGTERM, False, True), (signal.SIGTERM, True, False), (signal.SIGINT, False, False)],
+)
+def test_a_sigterm_that_is_not_answered_in_time_ends_the_process(
+  monkeypatch, number, answered, ended
+):
+  called = threading.Event()
+  monkeypatch.setattr(loop, "_PATIENCE", 0.2)
+  monkeypatch.setattr(loop, "_end_process", called.set)
+  with StopRequest() as stop:
+    if answered:
+      stop.answer()
+    os.kill(os.getpid(), number)
+    assert called.wait(5.0 if ended else 0.6) == ended
+    assert stop.requested
+  assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_process_that_must_end_at_once_ends_its_workers_first(monkeypatch, capsys):
+  worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+  worker.start()
+  ended = []
+  # Those of other tests must live on.
+  monkeypatch.setattr(loop.multiprocessing, "active_children", lambda: [worker])
+  monkeypatch.setattr(loop.os, "_exit", lambda status: ended.append(status))
+  loop._end_process()
+  worker.join(10)
+  assert worker.exitcode == -signal.SIGKILL
+  assert ended == [128 + signal.SIGTERM]
+  assert "run the same command to resume from the newest one" in capsys.readouterr().out
+
+
+def test_the_loop_answers_a_request_before_it_saves(tmp_path, monkeypatch):
+  called = []
+  monkeypatch.setattr(loop, "_PATIENCE", 1.0)
+  monkeypatch.setattr(loop, "_end_process", lambda: called.append("ended"))
+  saved = Checkpoints.save
+
+  def save_slowly(self, *what):
+    time.sleep(1.5)
+    return saved(self, *what)
+
+  monkeypatch.setattr(Checkpoints, "save", save_slowly)
+  run = Run(tmp_path, before={2: lambda: send(signal.SIGTERM)})
+  _, step = run(total=12, checkpoint_every=100)
+  assert step == 3
+  assert called == []
+
+
+def test_slow_steps_are_told_before_the_next_line_of_the_log(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(loop, "_SILENCE", -1.0)
+  Run(tmp_path)(total=4, log_every=4)
+  said = capsys.readouterr().out
+  assert [said.count(f"step {step}/4  training") for step in (1, 2, 3, 4)] == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])

@@ -166,6 +166,39 @@ def test_a_field_that_is_none_is_that_of_an_older_config_without_it(tmp_path):
     existing_run(tmp_path, other)
 
 
+@pytest.mark.parametrize(("method", "resumed"), [("ewc", True), ("hat", False)])
+def test_a_field_newer_than_the_run_is_compared_where_its_method_reads_it(
+  tmp_path, method, resumed
+):
+  before = ml_collections.ConfigDict({"method": method, "hat": {"steepness": 400.0}})
+  with open_run(tmp_path, before) as run:
+    run.checkpoints.mkdir()
+    (run.checkpoints / "1").write_text("weights")
+  now = before.copy_and_resolve_references()
+  now.hat.grad_clip_norm = 10_000.0
+  if resumed:
+    with open_run(tmp_path, now):
+      pass
+  else:
+    with pytest.raises(RunDirError, match="hat.grad_clip_norm: None there, 10000.0 here"):
+      existing_run(tmp_path, now)
+
+
+def test_other_workers_resume_a_run_and_another_test_split_only_tests_it(tmp_path):
+  data = {"workers": 4, "test_split": "test"}
+  with open_run(tmp_path, ml_collections.ConfigDict({"data": data})) as run:
+    run.checkpoints.mkdir()
+    (run.checkpoints / "1").write_text("weights")
+  with open_run(tmp_path, ml_collections.ConfigDict({"data": data | {"workers": 0}})):
+    pass
+  other = ml_collections.ConfigDict({"data": data | {"test_split": "other.txt", "workers": 0}})
+  existing_run(tmp_path, other, only_tested=True)
+  with pytest.raises(RunDirError, match="data.test_split: 'test' there, 'other.txt' here"):
+    existing_run(tmp_path, other)
+  with pytest.raises(RunDirError, match="data.test_split"), open_run(tmp_path, other):
+    pass
+
+
 def test_a_run_of_an_earlier_version_is_resumed_by_the_new_names_of_its_fields(tmp_path):
   make_run(tmp_path)
   old = {"seed": 0, "optim": {"learning_rate": 0.1, "drops": [0.5, 0.75]}}

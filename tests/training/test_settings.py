@@ -4,8 +4,10 @@ import json
 import pytest
 
 from gating_jax import config_files
+from gating_jax.continual import registry
 from gating_jax.training.rundir import RunDirError
 from gating_jax.training.settings import config_of
+from gating_jax.video import build, sets
 
 
 def write(folder, name="digits_resnet20", **changes):
@@ -35,6 +37,13 @@ def test_a_field_that_is_newer_than_the_run_may_be_absent_where_it_is_none(tmp_p
   assert "label_feature" not in config_of(tmp_path).data
 
 
+def test_a_run_from_before_hats_own_limit_on_the_gradient_keeps_that_of_all_methods(tmp_path):
+  write(tmp_path, "split_digits", method="hat", hat__grad_clip_norm=...)
+  config = config_of(tmp_path)
+  assert config.hat.grad_clip_norm is None
+  assert registry.gradient_clip(config) == config.optim.grad_clip_norm == 1.0
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -53,3 +62,11 @@ def test_a_damaged_config_is_named_with_file_and_field(tmp_path, changes, messag
   write(tmp_path, **changes)
   with pytest.raises(RunDirError, match=rf"^{tmp_path}/config.json is damaged: {message}$"):
     config_of(tmp_path)
+
+
+def test_a_section_of_fields_that_may_be_none_may_be_newer_than_the_run(tmp_path):
+  write(tmp_path, "composed_timegate", budget=..., data__validation=...)
+  config = config_of(tmp_path)
+  assert "budget" not in config
+  assert build.scope_of(config) is None
+  assert not sets.holds_out(config)

@@ -141,6 +141,34 @@ def test_total_is_classification_and_weighted_terms(sparsity, multi_label):
   assert min(abs(share - TARGET), shaping_by_hand()) > 0.01
 
 
+@pytest.mark.parametrize("sparsity", ["mean", "target"])
+def test_each_video_may_have_the_budget(sparsity):
+  total, terms = evaluate(objective(sparsity, scope="video"), PREDICTED, TARGETS)
+  of_set, set_terms = evaluate(objective(sparsity), PREDICTED, TARGETS)
+  valid, shapings = TARGETS["valid"], []
+  fractions = np.sum((PREDICTED["segments"] > 0) & valid, axis=1) / valid.sum(axis=1)
+  price = fractions if sparsity == "mean" else (fractions - TARGET) ** 2
+  for logits, own in zip(PREDICTED["segments"].astype(np.float64), valid, strict=True):
+    p = np.sort(special.expit(logits[own]))
+    level = np.arange(1, len(p) + 1) / (len(p) + 1)
+    shapings.append(np.mean((stats.beta(0.6, 0.4).cdf(p) - level) ** 2))
+  expected = {
+    sparsity: mean_by_hand(price, WEIGHT),
+    "batch_shaping": mean_by_hand(shapings, WEIGHT),
+  }
+  assert terms.keys() == set_terms.keys()
+  for name, value in expected.items():
+    assert float(terms[name]) == pytest.approx(value, rel=2e-5), name
+  moved = RHO * (expected[sparsity] - float(set_terms[sparsity]))
+  moved += GAMMA * (expected["batch_shaping"] - float(set_terms["batch_shaping"]))
+  assert float(total - of_set) == pytest.approx(moved, abs=2e-5)
+
+
+def test_an_unknown_scope_is_named():
+  with pytest.raises(ValueError, match="budget.scope must be one of set, video; got 'batch'"):
+    objective(scope="batch")
+
+
 def test_channel_gates_have_their_own_price():
   plain, _ = evaluate(objective(), PREDICTED, TARGETS)
   total, terms = evaluate(objective(), PREDICTED, TARGETS, gated=True)

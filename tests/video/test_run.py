@@ -7,15 +7,18 @@ import shutil
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gating_jax import runner
 from gating_jax.analysis import statistics
 from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
 from gating_jax.models.resnets import ResNet
-from gating_jax.training import loop, rundir
-from gating_jax.video import build, evaluate, report, run, sets, speed
+from gating_jax.training import devices, loop, rundir
+from gating_jax.training.checkpoints import restore_newest
+from gating_jax.video import build, evaluate, report, run, sets, speed, thresholds
 from gating_jax.video import nets as video_nets
 from tests.helpers import made_videos, pages, tiny
 from tests.helpers.event_files import summaries
@@ -44,6 +47,7 @@ def config():
         "data.train_videos": 32,
         "data.test_videos": 20,
         "data.segments": 14,
+        "data.validation": None,
         "pretrain.epochs": 1,
         "pretrain.batch_size": 16,
         "pretrain.segments_per_video": 1,
@@ -197,6 +201,238 @@ def feature_settings(folder):
   }
 
 
+def test_a_video_in_both_splits_is_refused_in_training_before_a_directory_is_made(config, tmp_path):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  np.save(tmp_path / "VIDEO3.npy", np.load(tmp_path / "video20.npy"))
+  with (tmp_path / "labels.csv").open("a") as file:
+    file.write("VIDEO3.mp4,class 0\n")
+  with (tmp_path / "test.txt").open("a") as file:
+    file.write("VIDEO3.mp4\n")
+  given = feature_settings(tmp_path) | {"data.validation": None}
+  with pytest.raises(ValueError, match="1 of training are also in test: VIDEO3.mp4"):
+    run.run(config("features_timegate", **given), tmp_path / "run", "train")
+  assert not (tmp_path / "run").exists()
+
+
+def test_copies_of_training_videos_are_counted_and_named(config, tmp_path, monkeypatch):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  shutil.copy(tmp_path / "video3.npy", tmp_path / "video20.npy")
+  given = feature_settings(tmp_path) | {"data.validation": None}
+  experiment = build.build(config("features_timegate", **given))
+  warned = []
+  monkeypatch.setattr(evaluate, "warn", lambda message, *values: warned.append(message % values))
+  found = evaluate.count_copies(experiment.train, experiment.test)
+  assert found == {"copies": 1, "copies_names": ["video20"]}
+  assert warned == ["1 test videos are copies of training videos: video20 is video3"]
+
+
+@pytest.mark.parametrize("field", ["data.table", "data.train_split", "data.test_split"])
+def test_a_file_of_names_that_is_not_there_is_named_by_its_field(config, tmp_path, field):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  given = feature_settings(tmp_path) | {field: str(tmp_path / "none.txt")}
+  with pytest.raises(ValueError, match=f"{field} must be a file; there is no .*none.txt"):
+    build.build(config("features_timegate", **given))
+
+
+@pytest.mark.parametrize("training", ["two_stage", "end_to_end"])
+def test_training_on_files_none_of_which_can_be_read_is_refused(config, tmp_path, training):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  made = config("features_timegate", **feature_settings(tmp_path), training=training)
+  experiment = build.build(made)
+
+  # They can be read when the set is opened, and no longer when training begins.
+  spoil_training_features(tmp_path)
+  message = r"none of 1\d (training )?videos c\w+ be read: video.*, video.* more"
+  with pytest.raises(ValueError, match=message):
+    runner.run(run.LongVideo(experiment), tmp_path / "run", "train")
+  assert not (tmp_path / "run" / "result.json").exists()
+
+  with pytest.raises(ValueError, match=r"must hold readable features; .*video.* and \d+ more"):
+    run.run(made, tmp_path / "other", "train")
+  assert not (tmp_path / "other").exists()
+
+
+def spoil_training_features(folder):
+  """Writes numbers that cannot be learnt into the files of the training videos."""
+  for i in range(16):
+    np.save(folder / f"video{i}.npy", np.full((3, 5), np.nan, np.float32))
+
+
+def test_readable_videos_take_the_places_of_others_among_the_features(config, tmp_path):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  experiment = build.build(config("features_timegate", **feature_settings(tmp_path)))
+  given = experiment.train.names
+  for name in (given[2], given[5]):
+    np.save(tmp_path / f"{name}.npy", np.full((3, 5), np.nan, np.float32))
+  # Networks on features have no variables.
+  train = evaluate.extract_features(experiment, {"params": {}, "batch_stats": {}})
+  assert train.arrays["weight"].tolist() == [1] * len(given)
+  for i, name in enumerate(train.names):
+    assert (name == given[i]) == (i not in (2, 5))
+    own = experiment.train.read([given.index(name)])
+    np.testing.assert_array_equal(train.arrays["light"][i], own["light"][0])
+    assert train.arrays["label"][i] == own["label"][0]
+  assert evaluate.count_unread(experiment.train, "training") == {
+    "training_unreadable": 2,
+    "training_unreadable_names": [given[2], given[5]],
+  }
+  assert evaluate.count_unread(experiment.validation, "validation") == {}
+
+
+HELD_OUT = {"data.validation": 0.25, "optim.batch_size": 8, "eval_every": 1.0}
+
+
+@pytest.fixture(scope="module")
+def held_out(config, tmp_path_factory):
+  """`(config, directory)` of a finished run with videos held out of training."""
+  folder = tmp_path_factory.mktemp("held_out")
+  folder_of_features(folder, np.random.default_rng(0))
+  made = config("features_timegate", **feature_settings(folder), **HELD_OUT)
+  said(run, made, folder / "run", "train")
+  return made, folder / "run"
+
+
+def test_a_budget_is_met_on_videos_that_are_held_out(held_out):
+  made, workdir = held_out
+  result = read_result(workdir)
+  splits = result["splits"]
+  assert list(splits) == ["training", "validation", "test"]
+  assert [of_split["videos"] for of_split in splits.values()] == [12, 4, 16]
+  assert splits["test"]["share"] == result["share"]
+  validation = build.build(made).validation
+  one_each = np.mean(1 / validation.read(range(4))["valid"].sum(axis=1))
+  assert one_each <= splits["validation"]["share"] + 1e-6
+  assert splits["validation"]["share"] <= max(0.5, one_each) + 1e-6
+  page = (workdir / "report.html").read_text()
+  assert "share of segments: training / validation / test" in page
+
+
+def test_the_epoch_is_the_one_that_is_best_on_videos_that_are_held_out(held_out):
+  made, workdir = held_out
+  result, chosen = read_result(workdir), json.loads((workdir / "chosen.json").read_text())
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  scores = {line["step"]: line["accuracy"] for line in lines if line["split"] == "validation"}
+  assert set(scores) == {1, 2}
+  assert result["step"] == chosen["step"] == max(scores, key=lambda step: (scores[step], step))
+  assert chosen["is_best"] == (chosen["step"] == 1)
+  assert result["last_step"] == 2
+  printed = said(run, made, workdir, "evaluate")
+  assert f"checkpoint of step {result['step']}" in printed
+  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", printed)
+
+
+def test_a_loaded_run_has_the_threshold_that_was_set_on_held_out_videos(held_out):
+  made, workdir = held_out
+  _, variables, _ = loaded(workdir)
+  chosen = thresholds.load(workdir)
+  like = run.LongVideo(build.build(made)).fresh()
+  restore = thresholds.restore_best if chosen.is_best else restore_last
+  trained = restore(workdir, like).state.params["gate"]["logits"]["bias"]
+  moved = np.asarray(trained) - np.float32(chosen.thresholds["gate"])
+  np.testing.assert_array_equal(variables["params"]["gate"]["logits"]["bias"], moved)
+
+
+def restore_last(workdir, like):
+  """Restores the last state of a training."""
+  return restore_newest(workdir / "checkpoints", like)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"data.validation": 1.0},
+      r"data.validation must be a fraction in \(0, 1\) or None; got 1.0",
+    ),
+    (
+      {"data.validation": 0.5, "data.validation_split": "held.txt"},
+      "data.validation_split must be None if data.validation is 0.5; got 'held.txt'",
+    ),
+    (
+      {"data.validation_split": "held.txt"},
+      "data.validation_split must be None unless splits are files, .*; got 'held.txt'",
+    ),
+    ({"budget.scope": "batch"}, "budget.scope must be one of set, video; got 'batch'"),
+    ({"data.crop_padding": -1}, "data.crop_padding must be >= 0 or None; got -1"),
+    ({"data.colour": 1.0}, r"data.colour must be in \[0, 1\) or None; got 1.0"),
+    ({"data.cache": "cache"}, "data.cache must be None unless data.name is 'videos', .*'cache'"),
+    ({"data.cache_gb": 0.0}, "data.cache_gb must be a positive finite number or None; got 0.0"),
+  ],
+)
+def test_settings_that_may_be_none_are_checked(config, changes, message):
+  with pytest.raises(ValueError, match=message):
+    build.build(config(**changes))
+
+
+@pytest.mark.parametrize(("given", "scope"), [(None, "set"), ("set", "set"), ("video", "video")])
+def test_the_budget_is_that_of_the_set_unless_each_video_has_it(config, given, scope):
+  assert build.build(config(**{"budget.scope": given})).training.objective.scope == scope
+
+
+def test_segments_of_a_video_are_augmented_alike_in_both_trainings(config):
+  both = {"training": "end_to_end", "pretrain.segments_per_video": 3}
+  made = config(**both, **{"data.crop_padding": 3, "data.flip": True})
+  plain = config(**both)
+  clips = np.random.default_rng(0).integers(1, 256, (8, 1, 1, 16, 16, 1), dtype=np.uint8)
+  inputs = {"clips": np.tile(clips, (1, 14, 8, 1, 1, 1)), "valid": np.ones((8, 14), bool)}
+  spread = {kind: x[:, None] for kind, x in inputs.items()}
+
+  def prepared(phase):
+    run_phase = jax.pmap(lambda x: phase.prepare(jax.random.key(0), x), axis_name=devices.AXIS)
+    return np.asarray(run_phase(spread)["heavy"]).reshape(8, -1, 16, 16)
+
+  found = {}
+  for name, each in (("made", made), ("plain", plain)):
+    built = build.build(each)
+    for phase in (built.pretraining, built.training):
+      found[name, phase.name] = prepared(phase)
+  for name, phase in found:
+    frames = found[name, phase]
+    np.testing.assert_array_equal(frames, np.broadcast_to(frames[:, :1], frames.shape))
+  for phase in ("pretrain", "train"):
+    assert not np.array_equal(found["made", phase][:, 0], found["plain", phase][:, 0])
+  # Tests see the videos as they are.
+  tested = built.prepare({kind: jnp.asarray(x) for kind, x in inputs.items()})["heavy"]
+  np.testing.assert_allclose(tested[:, 0, 0, ..., 0], found["plain", "train"][:, 0], rtol=1e-5)
+
+
+def test_videos_are_held_out_of_each_class_or_named_in_a_file(config, tmp_path):
+  folder_of_features(tmp_path, np.random.default_rng(0))
+  given = feature_settings(tmp_path)
+  parts = lambda **changes: build.build(
+    config("features_timegate", **given, **{"optim.batch_size": 8, **changes})
+  )
+  whole, cut = parts(), parts(**{"data.validation": 0.25})
+  assert whole.validation is None
+  assert sorted(cut.train.names + cut.validation.names) == sorted(whole.train.names)
+  assert np.bincount(cut.validation.table.labels).tolist() == [2, 1, 1]
+  assert cut.test.names == whole.test.names
+  names = whole.train.names
+  for file, part in (("held", names[:2]), ("rest", names[2:])):
+    (tmp_path / f"{file}.txt").write_text("".join(f"{name}\n" for name in part))
+  given["data.train_split"] = str(tmp_path / "rest.txt")
+  named = parts(**{"data.validation_split": str(tmp_path / "held.txt")})
+  assert (named.validation.names, named.train.names) == (names[:2], names[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"model.selection": "prefix"},
+    {"model.selection": "confidence", "loss.light": 1.0, "budget.scope": "set"},
+  ],
+)
+def test_other_selections_meet_their_budget_on_held_out_videos(config, tmp_path, changes):
+  made = config(**{"training": "end_to_end", "data.validation": 0.5, **changes})
+  run.run(made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert result["splits"]["validation"]["videos"] == 16
+  # A segment may lie on the other side of a threshold by rounding.
+  assert result["splits"]["validation"]["share"] <= 0.5 + 0.01
+  check_run(made, tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_features_made_elsewhere_are_trained_on(config, tmp_path, multi_label):
@@ -314,6 +550,40 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(
   assert re.search(r"videos that could not be read +1", said)
 
 
+@pytest.mark.slow
+def test_speed_is_of_spread_videos_relative_to_the_quickest_way_to_see_all(
+  config, monkeypatch, capsys
+):
+  changes = {"model.selection": "uniform", "model.segment_fraction": 0.5}
+  experiment = build.build(config(**changes))
+  inputs = speed._read(experiment, 4)
+  np.testing.assert_array_equal(inputs["clips"], experiment.test.read([0, 6, 12, 19])["clips"])
+  variables = jax.device_get(
+    jax.jit(experiment.model.clone(axis_name=None).init)(
+      jax.random.key(0), experiment.prepare(inputs)
+    )
+  )
+
+  def race_in(seconds):
+    """Makes a race by a made-up clock."""
+
+    def race(runs, _):
+      return {way: [seconds[way if isinstance(way, str) else way.strategy]] for way in runs}
+
+    return race
+
+  clock = {"segments": 1.0, "at once": 2.0, "one by one": 1.5}
+  monkeypatch.setattr(speed, "race", race_in(clock))
+  found = speed.speed(experiment, variables, videos=4)
+  assert (found["videos_per_second"], found["timed_videos"]) == (4 / 1.0, 4)
+  assert found["all_segments_videos_per_second"] == pytest.approx(4 / 1.5)
+  assert found["timed_share"] == pytest.approx(0.5, abs=0.1)
+  # Half of the MACs cannot save two thirds of the time.
+  monkeypatch.setattr(speed, "race", race_in(clock | {"segments": 0.5}))
+  assert speed.speed(experiment, variables, videos=4) == {}
+  assert "the speed is not reported: 3 measurements saved more" in capsys.readouterr().out
+
+
 def check_run(made, workdir, steps=4, videos=20):
   """Checks a finished run: it is not repeated, and its evaluation prints the same accuracy."""
   result = read_result(workdir)
@@ -325,6 +595,19 @@ def check_run(made, workdir, steps=4, videos=20):
   printed = said(run, made, workdir, "evaluate")
   assert f"checkpoint of step {steps}" in printed
   assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", printed)
+
+
+def test_a_result_says_what_its_accuracy_is_worth(finished):
+  _, workdir = finished
+  result = read_result(workdir)
+  assert result["accuracy_low"] < result["accuracy_high"]
+  assert result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"]
+  confusion = np.array(result["confusion"])
+  assert confusion.sum() == result["videos"]
+  assert np.trace(confusion) / confusion.sum() == pytest.approx(result["accuracy"])
+  assert result["majority_rate"] == confusion.sum(axis=1).max() / result["videos"]
+  assert set(result["class_accuracy"]) == {"class 0", "class 1", "class 2"}
+  assert "Confusions of classes" in (workdir / "report.html").read_text()
 
 
 def test_a_run_leaves_what_it_measured(finished):
@@ -346,6 +629,23 @@ def test_a_run_is_loaded_in_one_call(finished):
   outputs, _ = jax.jit(model.apply)(variables, built.prepare(batch))
   right = np.argmax(outputs["logits"], axis=1) == batch["label"]
   assert np.mean(right[batch["weight"] > 0]) == pytest.approx(score, abs=0.1)
+
+
+def test_every_test_video_has_a_row_with_its_prediction_and_chosen_segments(finished):
+  _, workdir = finished
+  result = read_result(workdir)
+  with (workdir / "predictions.csv").open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  # One video cannot be read.
+  assert [row["video"] for row in rows] == [f"video{i}" for i in range(16, 32) if i != 17]
+  assert np.mean([row["right"] == "yes" for row in rows]) == pytest.approx(result["accuracy"])
+  for row in rows:
+    assert (row["class"] == row["prediction"]) == (row["right"] == "yes")
+  shares = [len(row["chosen"].split()) / int(row["segments"]) for row in rows]
+  assert np.mean(shares) == pytest.approx(result["share"])
+  page = (workdir / "report.html").read_text()
+  for title in ("Predictions</h2>", "Learning curves</h2>"):
+    assert title in page
 
 
 def test_a_report_is_written_again(finished, tmp_path):
@@ -536,6 +836,8 @@ def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(
   whole, parts = (newest(made, tmp_path / name) for name in ("whole", "parts"))
   assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), whole, parts))
   ignored = {"seconds_since_last_start", "videos_per_second", "all_segments_videos_per_second"}
+  # Left out where a measurement of the speed is refused.
+  ignored |= {"timed_videos", "timed_share"}
   results = [
     {k: v for k, v in read_result(tmp_path / name).items() if k not in ignored}
     for name in ("whole", "parts")

@@ -1,0 +1,116 @@
+"""Classes of a score on pages and in tables: its interval, the majority rate, and confusions.
+
+A result has the entries of `gating_jax.analysis.scores`; older results have none, and give no rows.
+
+Axes: K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gating_jax.analysis import scores
+from gating_jax.checks import few
+from gating_jax.reports import page
+from gating_jax.reports.text import format_percent, plain
+
+# Classes with a row each in tables; of more, those with the lowest scores.
+_ROWS = 20
+# Classes whose names and numbers are written next to a picture of confusions.
+_NAMED = 20
+
+
+def score_rows(result: Mapping[str, Any], key: str) -> list[tuple[str, str]]:
+  """Returns rows of name and value about a score: its interval, baseline and classes.
+
+  Args:
+    result: of a run.
+    key: of the score in the result.
+  """
+  rows = []
+  interval = scores.interval_of(result, key)
+  if interval is not None:
+    low, high = format_percent(interval.low, 1), format_percent(interval.high, 1)
+    rows.append(("95 % interval", f"{low} to {high}"))
+  if "majority_rate" in result:
+    rows.append(("majority rate", format_percent(result["majority_rate"], 1)))
+  if "chance_average_precision" in result:
+    chance = format_percent(result["chance_average_precision"], 1)
+    rows.append(("average precision by chance", chance))
+  for split in ("training", "test"):
+    names = result.get(f"classes_without_{split}")
+    if names:
+      shown = few([plain(name, 30) for name in names])
+      rows.append((f"classes without {split} examples", shown))
+  return rows
+
+
+def class_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns a row of name and value for each class; for the worst of them where there are many."""
+  of_class = result.get("class_accuracy") or result.get("class_average_precision") or {}
+  names = list(of_class)
+  if len(names) > _ROWS:
+    names = sorted(names, key=lambda name: of_class[name])[:_ROWS]
+  rows = []
+  for name in names:
+    rows.append((f"class {plain(name, 30)}", format_percent(of_class[name], 1)))
+  if len(names) < len(of_class):
+    rows.append(("classes above these", f"{len(of_class) - len(names)} more"))
+  return rows
+
+
+def confusion_section(
+  result: Mapping[str, Any], class_names: Sequence[str], noun: str
+) -> list[page.Section]:
+  """Returns the section with the confusions of classes; none for results without them.
+
+  Args:
+    result: of a run.
+    class_names: K names.
+    noun: word for what is counted, such as `image`.
+  """
+  if "confusion" in result:
+    figure = draw_confusion(np.asarray(result["confusion"]), class_names)
+    picture = page.embed_figure(
+      figure,
+      f"Test {noun}s of each true class (row) by predicted class (column), in % of the row.",
+      terms=[("diagonal", f"{noun}s that are right"), ("row", "the true class")],
+    )
+    return [page.Section("Confusions of classes", parts=[picture])]
+  if result.get("confusions"):
+    rows = []
+    for true, given, count in result["confusions"]:
+      rows.append([plain(true, 40), plain(given, 40), f"{count:,}"])
+    table = page.Table(("true class", "predicted class", f"{noun}s"), rows, numeric=False)
+    return [page.Section("Confusions of classes", "The most frequent ones.", [table])]
+  return []
+
+
+def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Any:
+  """Draws confusions `[K, K]`, in % of each true class; returns the matplotlib figure."""
+  from matplotlib.figure import Figure  # imports slowly
+
+  count = len(confusion)
+  side = min(page.WIDTH, 2.5 + 0.35 * count)
+  figure = Figure(figsize=(side, side), layout="constrained")
+  axes = figure.subplots()
+  # A class without examples has an empty row.
+  percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+  axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+  axes.set(xlabel="predicted class", ylabel="true class")
+  if count > _NAMED:
+    return figure
+  names = [plain(name, 16) for name in class_names]
+  axes.set_xticks(range(count), names, rotation=60, ha="right", rotation_mode="anchor")
+  axes.set_yticks(range(count), names)
+  for true in range(count):
+    for given in range(count):
+      if confusion[true, given]:
+        # White on dark cells.
+        colour = "white" if percent[true, given] > 60 else "black"
+        text = f"{percent[true, given]:.0f}"
+        axes.text(given, true, text, color=colour, ha="center", va="center", fontsize=8)
+  return figure

@@ -1,0 +1,77 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gating_jax.models.timegate import THRESHOLDS
+from gating_jax.training.rundir import RunDirError
+from gating_jax.video import thresholds
+from gating_jax.video.thresholds import Chosen
+
+VARIABLES = {
+  "params": {
+    "gate": {"logits": {"kernel": np.ones((2, 1)), "bias": np.array([0.5], np.float32)}},
+    "heavy": {"w": np.ones(3)},
+  },
+  "batch_stats": {},
+}
+
+
+def test_the_threshold_of_a_gate_is_taken_off_its_bias_and_nothing_else_changes():
+  moved = thresholds.apply_thresholds(VARIABLES, {"gate": 2.0})
+  assert moved["params"]["gate"]["logits"]["bias"].tolist() == [-1.5]
+  assert (
+    moved["params"]["gate"]["logits"]["kernel"] is VARIABLES["params"]["gate"]["logits"]["kernel"]
+  )
+  assert moved["params"]["heavy"] is VARIABLES["params"]["heavy"]
+  assert VARIABLES["params"]["gate"]["logits"]["bias"].tolist() == [0.5]
+
+
+def test_the_threshold_of_a_confidence_is_a_variable_of_its_own():
+  moved = thresholds.apply_thresholds(VARIABLES, {"confidence": 0.75})
+  assert float(moved[THRESHOLDS]["confidence"]) == 0.75
+  assert moved["params"] is VARIABLES["params"]
+  assert thresholds.apply_thresholds(VARIABLES, {}) is VARIABLES
+
+
+def test_a_chosen_state_is_read_as_it_was_kept(tmp_path):
+  assert thresholds.load(tmp_path) is None
+  chosen = Chosen(7, True, {"gate": -0.25})
+  thresholds.store(tmp_path, chosen)
+  assert thresholds.load(tmp_path) == chosen
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    [],
+    {"step": 1, "is_best": True},
+    {"step": True, "is_best": True, "thresholds": {}},
+    {"step": 1, "is_best": 0, "thresholds": {}},
+    {"step": 1, "is_best": True, "thresholds": {"gates": 1.0}},
+    {"step": 1, "is_best": True, "thresholds": {"gate": "1"}},
+  ],
+)
+def test_a_damaged_file_of_the_chosen_state_is_named(tmp_path, content):
+  (tmp_path / "chosen.json").write_text(json.dumps(content))
+  with pytest.raises(RunDirError, match=r"chosen.json is damaged: it must hold step, is_best and"):
+    thresholds.load(tmp_path)
+
+
+def test_only_a_higher_score_replaces_the_best_state_also_after_a_restart(tmp_path):
+  state = lambda value: {"w": jnp.full(2, value, jnp.float32)}
+  with thresholds.BestState(tmp_path) as best:
+    for step, score in ((1, 0.5), (2, 0.75), (3, 0.75), (4, float("nan"))):
+      best.offer(step, state(step), score)
+  with thresholds.BestState(tmp_path) as best:
+    assert best.score == 0.75
+    best.offer(5, state(5), 0.7)
+  found = thresholds.restore_best(tmp_path, state(0))
+  assert found.step == 2
+  assert np.asarray(found.state["w"]).tolist() == [2, 2]
+
+
+def test_scores_are_compared_by_accuracy_or_else_by_mean_average_precision():
+  assert thresholds.score_of({"accuracy": 0.5, "share": 1.0}) == 0.5
+  assert thresholds.score_of({"mean_average_precision": 0.25}) == 0.25
