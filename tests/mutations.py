@@ -532,7 +532,7 @@ INFERENCE = [
     "data/array_cache.py",
     "return arrays if _checksum(arrays) == expected else None",
     "return arrays",
-    "data/test_array_cache.py",
+    "data/test_array_cache.py::test_a_damaged_entry_counts_as_missing_and_is_written_again",
   ),
   Mutant(
     "segments_of_a_video_augmented_apart",

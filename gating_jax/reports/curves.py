@@ -72,7 +72,10 @@ def draw_curves(lines: Sequence[Mapping[str, Any]]) -> Any:
         fractions.plot(steps, values, marker=".", label=f"{name}, {shown}")
   fractions.set(xlabel="step", ylabel="fraction", ylim=(0, 1.02))
   if fractions.get_lines():
-    fractions.legend(frameon=False, fontsize=8)
+    # Below the axes: curves may be anywhere in them.
+    figure.legend(
+      handles=fractions.get_lines(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+    )
   for axes in (losses, fractions):
     axes.spines[["top", "right"]].set_visible(False)
   return figure

@@ -1,11 +1,13 @@
 import importlib
 import io
+import json
 import re
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from gating_jax.analysis import scores
 from gating_jax.continual import build as continual_build
 from gating_jax.continual import report as continual_report
 from gating_jax.images import report as image_report
@@ -143,14 +145,31 @@ def video_page(folder):
     "relevant_share": 0.2,
     "unreadable": 1,
     "missing": 1,
+    **scores.score_predictions(
+      arrays["label"], arrays["label"] // 2, experiment.test.class_names, trained=np.arange(16)
+    ),
   }
+  lines = [{"step": i, "split": "train", "loss": 1 / i, "accuracy": 0.1 * i} for i in range(1, 9)]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   video_report.write_report(experiment, result, done, rundir.RunDir(folder), 10)
 
 
 LAST = ["Time", "Settings", "About this run"]
 PAGES = {
   "tasks": (task_page, 3 + 6, ["Result", "Accuracies", "Overlap", "One gate across tasks", *LAST]),
-  "videos": (video_page, 2 + 6, ["Result", "Segments", "Time lines", *LAST]),
+  "videos": (
+    video_page,
+    4 + 6,
+    [
+      "Result",
+      "Confusions of classes",
+      "Segments",
+      "Time lines",
+      "Learning curves",
+      "Predictions",
+      *LAST,
+    ],
+  ),
 }
 
 
