@@ -115,10 +115,13 @@ _CLASSIFICATION = Kind(
   small={},
   field="model.gating",
   baselines=("none",),
-  ungated={"model.gating": ("none",)},
+  # Scales and biases close nothing.
+  ungated={"model.gating": ("none", "scale", "bias")},
   ignored=(
     "model.gate.",
     "model.noise.",
+    "model.share.",
+    "model.sources",
     "model.exits.",
     "model.experts.",
     "model.backward_share",

@@ -39,7 +39,13 @@ from gating_jax.training.steps import Advance, MappedSteps, TrainState
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
 _CUT_OUT = 1
 # How titles describe a network, by `model.gating`, where they do not name a kind of gates.
-_GATING_TITLES = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
+_GATING_TITLES = {
+  "none": "without gates",
+  "scale": "with scales of channels",
+  "bias": "with biases of sources",
+  "exits": "with early exits",
+  "experts": "with experts",
+}
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
@@ -214,6 +220,7 @@ class Classification(runner.Programme):
         seed=config.seed,
         axis_name=devices.AXIS,
         noise_scale=experiment.noise_scale,
+        share=experiment.share,
       )
 
     def indices(step):
@@ -419,6 +426,7 @@ def check_start(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     ("model.name", config.model.name),
     ("model.width", config.model.width),
     ("model.inner_width", config.model.inner_width),
+    ("model.stem", config.model.get("stem")),
     ("model.group_norm", config.model.group_norm),
   ):
     found = rundir.flatten(theirs)[name]

@@ -22,7 +22,7 @@ from flax import traverse_util
 from gating_jax.checks import one_of, shown
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer, Part
 from gating_jax.layers.blocks import GATINGS
-from gating_jax.layers.gate import GATE_NAME
+from gating_jax.layers.gate import GATE_NAME, GateSettings
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.vgg import POOL, VGG
 from gating_jax.ops import relaxations
@@ -126,12 +126,23 @@ def check_foldable(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
 def _rules_of(model: ResNet | VGG) -> list[_Rule]:
   """Returns the conditions under which a model can be folded."""
   gate, gated = model.gate, model.gating != "none"
+  unset = GateSettings()
   rules = [
+    _Rule("gating", model.gating, holds=model.gating != "bias", wanted="none or that of gates"),
+    *[
+      _Rule(
+        f"gate {name}",
+        getattr(gate, name),
+        holds=not gated or getattr(gate, name) == getattr(unset, name),
+        wanted=f"{getattr(unset, name)!r}, since another cannot be folded yet",
+      )
+      for name in ("normalise", "threshold", "weighted")
+    ],
     _Rule(
       "gate context",
       gate.context,
       holds=not gated or gate.context in ("pooled", "none"),
-      wanted="pooled or none, since other contexts are random",
+      wanted="pooled or none, since others are random or cannot be folded yet",
     ),
     _Rule(
       "gate relaxation",
@@ -142,6 +153,12 @@ def _rules_of(model: ResNet | VGG) -> list[_Rule]:
   ]
   if isinstance(model, ResNet):
     rules += [
+      _Rule(
+        "sources",
+        model.sources,
+        holds=not model.sources,
+        wanted="0, since images with a number of their source cannot be folded yet",
+      ),
       _Rule(
         "gate context",
         gate.context,

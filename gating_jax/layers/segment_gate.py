@@ -65,6 +65,11 @@ class SegmentGateSettings:
     one_of("gate relaxation", self.relaxation, SEGMENT_RELAXATIONS)
     arguments.whole_number("gate concepts", self.concepts)
     check_gate_settings("gate", self.gate)
+    # Segments have contexts and relaxations of their own; the other fields are those of channels.
+    for name in ("normalise", "threshold", "share", "weighted"):
+      unset, value = getattr(GateSettings, name), getattr(self.gate, name)
+      if value != unset:
+        raise ValueError(f"gate {name} of segments must be {unset!r}; got {value!r}")
 
 
 class SegmentGate(nn.Module):

@@ -95,7 +95,8 @@ def watch_images(config: ml_collections.ConfigDict) -> ClosingWatch:
   """Returns the watch over classifiers and segmentation."""
   gating, gate, loss = config.model.gating, config.model.gate, config.loss
   # An exit that no image passes is not a closed gate; random gates learn nothing.
-  if gating in ("none", "exits") or gate.context == "random":
+  # Scales and biases close nothing.
+  if gating in ("none", "scale", "bias", "exits") or gate.context in ("random", "assigned"):
     return ClosingWatch(())
   if gating == "experts":
     advice = "raise loss.balance.coefficient, with loss.regulariser=balance"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 from flax import traverse_util
@@ -20,6 +21,7 @@ from gating_jax.checks import one_of
 from gating_jax.layers.gate import is_gate_path
 
 LEARNING_RATES = ("step", "cosine")
+TRANSITIONS = ("cosine", "linear", "held")
 
 
 def sgd(
@@ -166,6 +168,46 @@ def ramp(
   return optax.linear_schedule(
     first, last, max(1, round(ramp_end * total_steps) - begin), transition_begin=begin
   )
+
+
+def transition(
+  first: float,
+  last: float,
+  ramp_start: float,
+  ramp_end: float,
+  total_steps: int,
+  *,
+  form: str = "linear",
+) -> optax.Schedule:
+  """Returns a schedule of `first`, then a transition of one of `TRANSITIONS`, then `last`.
+
+      linear    first + (last - first) f
+      cosine    last + (first - last) (1 + cos(pi f)) / 2
+      held      first until f = 1
+
+  Here f is the fraction of the transition that is over.
+
+  Args:
+    first, last: the values before and after.
+    ramp_start, ramp_end, total_steps: as in `ramp`.
+    form: of the transition.
+  Raises:
+    ValueError: as for `ramp`, or an unknown form.
+  """
+  one_of("form", form, TRANSITIONS)
+  # The fraction f, which is 1 from the start where the end is 0.
+  over = ramp(0.0, 1.0, ramp_start=ramp_start, ramp_end=ramp_end, total_steps=total_steps)
+
+  def value(step):
+    """Returns the value at a step."""
+    f = over(step)
+    if form == "held":
+      # At the end exactly: a fraction before it is rounded below 1.
+      return jnp.where(f >= 1, last, first)
+    left = (1 + jnp.cos(jnp.pi * f)) / 2 if form == "cosine" else 1 - f
+    return last + (first - last) * left
+
+  return value
 
 
 def configured_rate(training: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:

@@ -172,7 +172,7 @@ def heavy_from(config: ml_collections.ConfigDict) -> str:
 def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
   """Builds the light and the heavy net."""
   light, heavy, dtype = config.model.light, config.model.heavy, settings.DTYPES[config.model.dtype]
-  gate = GateSettings(**heavy.gate) if heavy.gating != "none" else None
+  gate = settings.gate_settings(heavy.gate) if heavy.gating != "none" else None
   return (
     light_net(light.name, width=light.width, dtype=dtype, axis_name=devices.AXIS),
     heavy_net(
