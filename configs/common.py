@@ -73,7 +73,7 @@ def image_config() -> ml_collections.ConfigDict:
           "block": 1,  # adjacent channels that share a gate, for hardware: 8, 16, 64 or 128
           **opening(),
         },
-        "share": {  # schedule of model.gate.share, for thresholds that are quantiles
+        "dense_first": {  # schedule of model.gate.share, for thresholds that are quantiles
           # cosine, linear, or held at 1 until the end; None: the same throughout
           "form": config_dict.placeholder(str),
           "start": config_dict.placeholder(float),  # every gate is open up to here; None: 0
@@ -240,7 +240,7 @@ def _set_share(share: str) -> Mapping[str, Any]:
     "model.gate.normalise": 2.0,
     "model.gate.weighted": True,
     "model.gate.noise_scale": 0.0,
-    "model.share.form": "cosine",
+    "model.dense_first.form": "cosine",
     "loss.regulariser": "none",
   }
 

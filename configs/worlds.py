@@ -11,8 +11,9 @@ Variants, joined by commas after a colon: those of configs/cifar10_resnet20.py, 
 
 | row | what |
 |---|---|
-| `recipe` | the default: gates that read a glance, normalised, opened by a quantile without noise, weighted, all open at first |
-| `no_glance`, `glance_pooled`, `no_dense_first`, `no_weight`, `noise` | the recipe with one part changed |
+| `recipe` | the default: glance, quantile of normalised logits, weights, no noise, dense first |
+| `no_glance`, `glance_pooled` | the recipe with gates that see their own input, alone or as well |
+| `no_dense_first`, `no_weight`, `noise` | the recipe without a part, or with noise |
 | `iclr2020` | gates of a pooled context with noise, under a squared gap to the budget |
 | `random` | gates drawn by chance |
 | `ungated`, `all_open` | no gates, as wide as the MACs, and with all of the gated rows' channels |
@@ -54,7 +55,7 @@ def _recipe(context="glance", **changes):
     "model.gate.share": _SHARES[context],
     "model.gate.weighted": True,
     "model.gate.noise_scale": 0.0,
-    "model.share.form": "cosine",
+    "model.dense_first.form": "cosine",
     **changes,
   }
 
@@ -63,7 +64,7 @@ _ROWS = {
   "recipe": _recipe(),
   "no_glance": _recipe("pooled"),
   "glance_pooled": _recipe("glance+pooled"),
-  "no_dense_first": _recipe() | {"model.share.form": None},
+  "no_dense_first": _recipe() | {"model.dense_first.form": None},
   "no_weight": _recipe() | {"model.gate.weighted": False},
   "noise": _recipe() | {"model.gate.noise_scale": 1.0},
   "iclr2020": {

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
   from gating_jax.inference.quantise import quantise
   from gating_jax.inference.segments import compile_segments
   from gating_jax.layers.blocks import BasicBlock, Bottleneck
-  from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
+  from gating_jax.layers.gate import (
+    ChannelGate,
+    GatedChannels,
+    GateHead,
+    GateSettings,
+    apply_gates,
+    shift_thresholds,
+  )
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
   from gating_jax.loading import load_run
   from gating_jax.models.resnet import ResNet, resnet
@@ -55,6 +62,7 @@ if TYPE_CHECKING:
     symmetric_beta,
     uniform,
   )
+  from gating_jax.ops.quantiles import open_threshold
   from gating_jax.ops.ranking import sort_with_vjp
   from gating_jax.ops.relaxations import (
     binary_concrete,
@@ -124,12 +132,14 @@ __all__ = [
   "noise_floor",
   "normal",
   "open_indices",
+  "open_threshold",
   "prune",
   "pruning_error",
   "quantise",
   "relaxed_bernoulli",
   "resnet",
   "scatter_back",
+  "shift_thresholds",
   "sort_with_vjp",
   "straight_through_gate",
   "symmetric_beta",
@@ -197,12 +207,14 @@ _MODULES = {
   "noise_floor": "gating_jax.ops.ecdf",
   "normal": "gating_jax.ops.priors",
   "open_indices": "gating_jax.ops.compaction",
+  "open_threshold": "gating_jax.ops.quantiles",
   "prune": "gating_jax.inference.analyse",
   "pruning_error": "gating_jax.inference.analyse",
   "quantise": "gating_jax.inference.quantise",
   "relaxed_bernoulli": "gating_jax.ops.priors",
   "resnet": "gating_jax.models.resnet",
   "scatter_back": "gating_jax.ops.compaction",
+  "shift_thresholds": "gating_jax.layers.gate",
   "sort_with_vjp": "gating_jax.ops.ranking",
   "straight_through_gate": "gating_jax.ops.relaxations",
   "symmetric_beta": "gating_jax.ops.priors",

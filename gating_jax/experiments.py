@@ -120,7 +120,7 @@ _CLASSIFICATION = Kind(
   ignored=(
     "model.gate.",
     "model.noise.",
-    "model.share.",
+    "model.dense_first.",
     "model.sources",
     "model.exits.",
     "model.experts.",

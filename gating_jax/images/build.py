@@ -239,12 +239,12 @@ def _noise_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Sched
 def _share_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Schedule | None:
   """Returns the share of gates that quantiles open, from step to number; None for a fixed one."""
   # Older configs have no such section.
-  schedule = model.get("share") or {}
+  schedule = model.get("dense_first") or {}
   form = schedule.get("form")
   if form is None:
     return None
   start, end = schedule.get("start"), schedule.get("end")
-  with settings.named("model.share"):
+  with settings.named("model.dense_first"):
     return optim.transition(
       1.0,
       settings.gate_settings(model.gate).share,
@@ -482,12 +482,12 @@ def _check_opening(config: ml_collections.ConfigDict) -> None:
       "model.gate.relaxation must be that of gates, for a network with scales set "
       f"model.gating='scale'; got {gate.relaxation!r}"
     )
-  scheduled = (model.get("share") or {}).get("form") is not None
+  scheduled = (model.get("dense_first") or {}).get("form") is not None
   gated = model.gating not in (*_UNGATED, *CLASSIFIER_GATINGS)
   if scheduled and not (gated and gate.get("threshold") == "quantile"):
     raise ValueError(
-      "model.share.form must be None where no gates have quantiles for thresholds; got "
-      f"{model.share.form!r}"
+      "model.dense_first.form must be None where no gates have quantiles for thresholds; got "
+      f"{model.dense_first.form!r}"
     )
   if sources is not None and sources < 0:
     raise ValueError(f"model.sources must be None or >= 0; got {sources}")

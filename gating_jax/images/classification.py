@@ -22,7 +22,7 @@ from gating_jax import experiments, runner
 from gating_jax.analysis import outcomes
 from gating_jax.checks import user_path
 from gating_jax.data import augment, image_sets, streaming
-from gating_jax.images import compile, export
+from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
@@ -78,6 +78,7 @@ class Classification(runner.Programme):
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.export_run,
     "compile": compile.compile_run,
+    "curve": curve.curve_run,
   }
 
   @property

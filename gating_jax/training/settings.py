@@ -42,7 +42,8 @@ def _check_fields(
 ) -> None:
   """Raises a RunDirError unless a config has the fields of `base`, of their types.
 
-  A field may be absent where its default is None: it is newer than the run.
+  A field may be absent where its default is None: it is newer than the run. So may a section of
+  such fields.
   """
   for name, default in base.items():
     value, kind = fields.get(name), base.get_type(name)
@@ -50,9 +51,9 @@ def _check_fields(
     if kind is tuple:
       kind = list
     section = isinstance(default, ml_collections.ConfigDict)
-    # A section that the config lacks is one without any of its fields.
-    if section and name not in fields:
-      value = {}
+    # A section that the config lacks is newer than the run, as a field of its own may be.
+    if section and name not in fields and all(unset is None for unset in default.values()):
+      continue
     if section and isinstance(value, Mapping):
       _check_fields(file, default, value, f"{prefix}{name}.")
       continue

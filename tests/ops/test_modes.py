@@ -19,6 +19,7 @@ from gating_jax.ops import (
   pallas_kernels,
   penalties,
   priors,
+  quantiles,
   ranking,
   relaxations,
   selection,
@@ -190,6 +191,13 @@ PENALTIES = {
   "budget": on_records(lambda r: penalties.mac_budget_loss(r, 9, HALF)),
   "counts": lambda x: (macs.executed_macs(records(x)), macs.expected_macs(records(x))),
 }
+QUANTILES = {
+  "share": lambda x: quantiles.open_threshold(x, SIX_TENTHS),
+  "traced share": lambda x: jax.vmap(lambda s: quantiles.open_threshold(x, s))(x[0] ** 2 / 99),
+  "weights": lambda x: quantiles.open_threshold(x, 0.3, weights=np.linspace(0, 2, N)),
+  "truth values for weights": lambda x: quantiles.open_threshold(x, 0.3, weights=VALID),
+  "unweighted": gradient(lambda x: penalties.unweighted(jnp.abs(x))),
+}
 SELECTION = {
   "repair": lambda x: gradient(
     lambda x: selection.ensure_one_open(x * (x > 2).astype(x.dtype), x, VALID)
@@ -283,6 +291,7 @@ SMALL = {  # calls, and the types that they take
   "few": (FEW, ALL),
   "gates": (GATES, ALL),
   "penalties": (PENALTIES, ALL),
+  "quantiles": (QUANTILES, ALL),
   "selection": (SELECTION, ALL),
   "windows": (WINDOWS, ALL),
   "branches": (BRANCHES, (jnp.float32, jnp.bfloat16)),

@@ -77,9 +77,7 @@ def test_the_gradient_no_longer_raises_the_loss_on_what_is_remembered():
   changed = gradient(grads, learner, batch(1))
   np.testing.assert_allclose(optax.tree.vdot(changed, reference), 0, atol=1e-4)
   agreeing = jax.tree.map(jnp.negative, grads)
-  jax.tree.map(
-    np.testing.assert_array_equal, gradient(agreeing, learner, batch(1)), agreeing
-  )
+  jax.tree.map(np.testing.assert_array_equal, gradient(agreeing, learner, batch(1)), agreeing)
 
 
 @pytest.mark.slow
