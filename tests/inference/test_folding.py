@@ -120,6 +120,18 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
       ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(relaxation="sigmoid")),
       "relaxation must be",
     ),
+    *[
+      (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(**fields)), message)
+      for fields, message in (
+        ({"normalise": 2.0}, "gate normalise must be 0.0, since another cannot be folded yet; got"),
+        ({"threshold": "quantile"}, "gate threshold must be 'zero', since another cannot be"),
+        ({"weighted": True}, "gate weighted must be False, since another cannot be folded yet"),
+        ({"context": "glance+pooled"}, "gate context must be pooled or none, since others are"),
+        ({"relaxation": "scale"}, "gate relaxation must be straight_through"),
+      )
+    ],
+    (ResNet(3, (1,), features=4, gating="bias", sources=2), "gating must be none or that of gates"),
+    (ResNet(3, (1,), features=4, sources=2), "sources must be 0, since images with"),
     (flax.linen.Dense(3), "model must be ResNet or VGG; got Dense"),
     (EarlyExitNet(3, (1, 1), features=4), "model must be ResNet or VGG; got EarlyExitNet"),
     (ExpertNet(3, (1, 1), features=4), "model must be ResNet or VGG; got ExpertNet"),

@@ -29,7 +29,17 @@ from tests.helpers import tiny
 
 SHAPE, TASKS, STEPS = (6, 6, 1), 3, 12
 GATE = GateSettings(hidden=4, initial_open=0.6)
+RECIPE = GateSettings(
+  hidden=4,
+  context="glance+pooled",
+  normalise=2.0,
+  threshold="quantile",
+  share=0.5,
+  weighted=True,
+  noise_scale=0.0,
+)
 MODELS = {
+  "quantile": VGG(None, (8, POOL, 8), gating="channel", gate=RECIPE),
   "simple_cnn": VGG(None, (8, POOL, 8), gating="channel", gate=GATE),
   "vgg": VGG(None, (8, 8, POOL), gating="channel", gate=GATE),
   "resnet": ResNet(None, (1, 1), features=8, shortcut="B", gating="all_channels", gate=GATE),
@@ -143,7 +153,7 @@ def learnt(name, **changes):
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("batch_size", [1, 256])
 @pytest.mark.parametrize(
-  "name", ["simple_cnn", "vgg", pytest.param("resnet", marks=pytest.mark.slow)]
+  "name", ["simple_cnn", "quantile", "vgg", pytest.param("resnet", marks=pytest.mark.slow)]
 )
 def test_nothing_is_forgotten_to_the_last_bit(name, batch_size):
   before, after, run, middle = learnt(name)
