@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from gating_jax.data.composed import UNIT_NAMES, composed
+from gating_jax.data.composed import UNIT_NAMES, make_videos
 
 COUNTS = (1, 2, 4, 8, 16)
 # How often the segments of each training video are drawn.
@@ -31,7 +31,7 @@ def main():
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args()
   train, test = (
-    composed(split, videos=videos, seed=args.seed).arrays
+    make_videos(split, videos=videos, seed=args.seed).arrays
     for split, videos in (("train", args.train_videos), ("test", args.test_videos))
   )
   print(f"{'segments':>8}{'unit actions':>14}{'digit classes':>15}")

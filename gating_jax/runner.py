@@ -277,6 +277,7 @@ def _train(programme: Programme, run_dir: RunDir) -> None:
 
 
 def _evaluate(programme: Programme, run_dir: RunDir) -> None:
+  """Tests the newest checkpoint, and prints its result."""
   step, state = newest(programme, run_dir)
   say(f"checkpoint of step {step}")
   result = programme.test(step, state)
@@ -286,6 +287,7 @@ def _evaluate(programme: Programme, run_dir: RunDir) -> None:
 
 
 def _report(programme: Programme, run_dir: RunDir, notice: str) -> None:
+  """Writes the page of the newest checkpoint; `notice` is its first line."""
   step, state = newest(programme, run_dir)
   result = programme.report(run_dir, step, state, notice=notice)
   say(f"report of the checkpoint of step {step}: {run_dir.report}")
@@ -294,6 +296,7 @@ def _report(programme: Programme, run_dir: RunDir, notice: str) -> None:
 
 
 def _make(programme: Programme, run_dir: RunDir, make: Callable[..., None]) -> None:
+  """Calls a mode's own function on the newest checkpoint, in one process."""
   step, state = newest(programme, run_dir)
   variables = programme.variables(state)
   # One process times and writes; the others wait for it.

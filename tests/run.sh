@@ -27,6 +27,7 @@ if [ "$tier" = fast ]; then
   lint-imports --no-logo
   python -m pytest -n logical --maxprocesses=8 --dist loadfile -m "not slow" --junit-xml=.cache/fast.xml "$@"
 else
-  python -m pytest -n logical --maxprocesses=8 --dist loadfile -m slow --junit-xml=.cache/slow.xml "$@"
+  python -m pytest -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder \
+    -m slow --junit-xml=.cache/slow.xml "$@"
   [ $# -gt 0 ] || python tests/mutations.py
 fi

@@ -16,32 +16,23 @@ from gating_jax.models import resnet
 from gating_jax.training import devices, steps
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import ROOT, environment, pages, tiny, tiny_cli
+from tests.helpers.command import run_command
 
 pytestmark = pytest.mark.slow
 
 STEPS_PER_EPOCH, EPOCHS = 11, 40
 TRAINING = {"model.name": "tiny", "optim.epochs": EPOCHS, "optim.learning_rate": 0.05}
 ENVIRONMENT = environment(devices=1)
+CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
 
 
 def command(*arguments, program=("-m", "gating_jax.cli")):
   return [
     sys.executable,
     *program,
-    f"--config={ROOT / 'configs' / 'digits_resnet20.py'}",
+    CONFIG,
     *arguments,
   ]
-
-
-def run(*arguments, **environment):
-  return subprocess.run(
-    command(*arguments),
-    env=ENVIRONMENT | environment,
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
 
 
 def start(workdir, *arguments, **changes):
@@ -60,6 +51,13 @@ def finish(workdir, *arguments, **changes):
   """Returns `(exit code, stdout, stderr)` of an uninterrupted training."""
   code = start(workdir, *arguments, **changes).wait(300)
   return code, workdir.with_suffix(".out").read_text(), workdir.with_suffix(".err").read_text()
+
+
+def here(monkeypatch, workdir, *arguments, **changes):
+  """Returns the exit status and the output of the same command within this process."""
+  tiny_cli.register(monkeypatch.setitem)
+  settings = [f"--config.{name}={value}" for name, value in (TRAINING | changes).items()]
+  return run_command(CONFIG, *settings, f"--workdir={workdir}", *arguments)
 
 
 def checkpoints_of(workdir):
@@ -209,31 +207,31 @@ def test_a_run_stopped_by_sigterm_says_so_and_goes_on(finished, tmp_path, monkey
   assert tiny.bit_equal(final_state(workdir, monkeypatch)[1], final_state(finished, monkeypatch)[1])
 
 
-def test_a_finished_run_says_so_and_changes_nothing(finished):
+def test_a_finished_run_says_so_and_changes_nothing(finished, monkeypatch):
   before = snapshot(finished)
-  code, out, err = finish(finished)
-  assert code == 0, err
+  code, out = here(monkeypatch, finished)
+  assert code == 0, out
   assert "holds a finished run of this config; nothing was trained or changed" in out
   assert f"{100 * result(finished)['accuracy']:.2f} %" in out
   assert snapshot(finished) == before
 
 
-def test_evaluation_gives_the_result_of_the_training_and_changes_nothing(finished):
+def test_evaluation_gives_the_result_of_the_training_and_changes_nothing(finished, monkeypatch):
   before = snapshot(finished)
-  code, out, err = finish(finished, "--mode=evaluate")
-  assert code == 0, err
+  code, out = here(monkeypatch, finished, "--mode=evaluate")
+  assert code == 0, out
   assert f"checkpoint of step {STEPS_PER_EPOCH * EPOCHS}" in out
   assert re.search(rf"test accuracy +{100 * result(finished)['accuracy']:.2f} %", out)
   assert snapshot(finished) == before
 
 
-def test_a_report_is_written_anew(finished, tmp_path):
+def test_a_report_is_written_anew(finished, tmp_path, monkeypatch):
   workdir = tmp_path / "copy"
   shutil.copytree(finished, workdir)
   (workdir / "report.html").unlink()
   before = snapshot(workdir)
-  code, out, err = finish(workdir, "--mode=report")
-  assert code == 0, err
+  code, out = here(monkeypatch, workdir, "--mode=report")
+  assert code == 0, out
   assert (
     f"report of the checkpoint of step {STEPS_PER_EPOCH * EPOCHS}: {workdir / 'report.html'}" in out
   )
@@ -243,33 +241,25 @@ def test_a_report_is_written_anew(finished, tmp_path):
   assert {name: value for name, value in snapshot(workdir).items() if name in before} == before
 
 
-def test_runs_are_compared_without_a_config(finished, tmp_path):
+def test_runs_are_compared_without_a_config(finished, tmp_path, monkeypatch):
   before = snapshot(finished)
   other = tmp_path / "finished"
   shutil.copytree(finished, other)
-  compare = [
-    sys.executable,
-    "-m",
-    "gating_jax.cli",
-    "--mode=compare",
-    f"--workdir={finished},{other}",
-  ]
-  done = subprocess.run(
-    compare, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=60
-  )
-  assert done.returncode == 0, done.stderr
+  monkeypatch.chdir(tmp_path)
+  code, out = run_command("--mode=compare", f"--workdir={finished},{other}")
+  assert code == 0, out
   accuracy = f"{100 * result(finished)['accuracy']:.2f} %"
-  assert re.search(rf"accuracy +{accuracy} +{accuracy}\n", done.stdout)
-  assert f"{tmp_path.name}/finished" in done.stdout
+  assert re.search(rf"accuracy +{accuracy} +{accuracy}\n", out)
+  assert f"{tmp_path.name}/finished" in out
   assert f"<td>{accuracy}</td><td>{accuracy}</td>" in (tmp_path / "comparison.html").read_text()
   assert snapshot(finished) == before
-  code, _, err = finish(tmp_path / "new", "--mode=compare")
-  assert (code, err.count("--config must not be given with --mode=compare")) == (2, 1)
+  code, out = here(monkeypatch, tmp_path / "new", "--mode=compare")
+  assert (code, out.count("--config must not be given with --mode=compare")) == (2, 1)
 
 
-def test_another_config_is_refused(finished):
+def test_another_config_is_refused(finished, monkeypatch):
   before = snapshot(finished)
-  code, out, err = finish(finished, **{"optim.momentum": 0.5})
+  code, err = here(monkeypatch, finished, **{"optim.momentum": 0.5})
   assert code != 0
   assert f"workdir {finished} holds a run of another config" in err
   assert "optim.momentum: 0.9 there, 0.5 here" in err

@@ -1,4 +1,7 @@
-"""Jobs of several processes, as `launch/local.sh` and the other launchers start them."""
+"""Jobs of several processes, as `launch/local.sh` and the other launchers start them.
+
+Their faults are in `test_faults.py`.
+"""
 
 import json
 import os
@@ -6,9 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 import tomllib
-from pathlib import Path
 
 import jax
 import pytest
@@ -22,6 +23,7 @@ from tests.helpers.jobs import (
   alone,
   arguments,
   finished,
+  here,
   launched,
   processes_of,
   saved_state,
@@ -37,7 +39,7 @@ def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, backe
   status, said = finished(launched(tmp_path / "two", **changes))
   assert status == 0, said
   assert said.count("run directory:") == 1  # one of them prints
-  alone(*arguments(tmp_path / "one", **changes))
+  here(*arguments(tmp_path / "one", **changes))
   two, one = (saved_state(tmp_path / run, STEPS_PER_EPOCH) for run in ("two", "one"))
   assert tiny.relative_gap(two["params"], one["params"]) < 1e-5
   assert {f.name for f in (tmp_path / "two").iterdir()} == {
@@ -45,8 +47,9 @@ def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, backe
   }
   lines = lambda run: (tmp_path / run / "metrics.jsonl").read_text().count("\n")
   assert lines("two") == lines("one")
-  evaluated = alone(*arguments(tmp_path / "two", **changes), "--mode=evaluate", devices=1)
-  assert f"checkpoint of step {STEPS_PER_EPOCH}" in evaluated
+  if backend == "pmap":  # a checkpoint of either is the same
+    evaluated = alone(*arguments(tmp_path / "two", **changes), "--mode=evaluate", devices=1)
+    assert f"checkpoint of step {STEPS_PER_EPOCH}" in evaluated
 
 
 PROGRAMMES = {
@@ -89,7 +92,7 @@ def test_two_processes_of_four_devices_train_each_programme_as_one_of_eight(tmp_
   changes = {"config": config, **PROGRAMMES[config]}
   status, said = finished(launched(tmp_path / "two", **changes))
   assert status == 0, said
-  alone(*arguments(tmp_path / "one", **changes))
+  here(*arguments(tmp_path / "one", **changes))
   assert saved_steps(tmp_path / "two") == saved_steps(tmp_path / "one")
   step = STEPS_PER_EPOCH + (config == "split_digits")  # the end of a task counts as a step
   two, one = (saved_state(tmp_path / run, step)["params"] for run in ("two", "one"))
@@ -105,8 +108,7 @@ def test_two_processes_of_four_devices_train_each_programme_as_one_of_eight(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [8, 1])
-def test_a_job_of_two_processes_is_finished_by_one_on_as_many_devices_or_fewer(tmp_path, devices):
+def test_a_job_of_two_processes_is_finished_by_one_on_as_many_devices_or_fewer(tmp_path):
   changes = TRAINING | {"optim.epochs": 4}
   begun = tmp_path / "begun"
   job = launched(begun, **changes)
@@ -116,36 +118,15 @@ def test_a_job_of_two_processes_is_finished_by_one_on_as_many_devices_or_fewer(t
   assert finished(job)[0] != 0
   step = saved_steps(begun)[-1]
   assert step < 4 * STEPS_PER_EPOCH
-  assert f"resuming from the checkpoint of step {step} " in alone(
-    *arguments(begun, **changes), devices=devices
-  )
-  alone(*arguments(tmp_path / "whole", **changes))
-  ours, theirs = (saved_state(run, 4 * STEPS_PER_EPOCH) for run in (begun, tmp_path / "whole"))
-  assert tiny.relative_gap(ours["params"], theirs["params"]) < 1e-4  # rounding, of 20 steps
-
-
-@pytest.mark.slow
-def test_when_a_process_is_killed_the_others_end_and_the_job_goes_on_to_the_same_end(tmp_path):
-  changes = TRAINING | {"optim.epochs": 8, "checkpoint_every": 3}
-  quiet, disturbed = tmp_path / "quiet", tmp_path / "disturbed"
-  status, said = finished(launched(quiet, **changes))
-  assert status == 0, said
-  job = launched(disturbed, {"RESTARTS": "1"}, **changes)
-  wait_until(lambda: saved_steps(disturbed), job)
-  peers = processes_of(job)
-  assert len(peers) == 2
-  os.kill(peers[-1], signal.SIGKILL)
-  killed = time.monotonic()
-  while any(Path(f"/proc/{peer}").exists() for peer in peers):
-    assert time.monotonic() - killed < 30
-    time.sleep(0.05)
-  status, said = finished(job)
-  assert status == 0, said
-  assert "status 137; restarting from its newest checkpoint (1 of 1)" in said
-  assert "Traceback" not in said
-  assert "resuming from the checkpoint of step" in said
-  assert saved_steps(disturbed)[-1] == 8 * STEPS_PER_EPOCH
-  assert tiny.bit_equal(saved_state(disturbed), saved_state(quiet))
+  fewer = shutil.copytree(begun, tmp_path / "fewer")
+  outputs = here(*arguments(begun, **changes)), alone(*arguments(fewer, **changes), devices=1)
+  for said in outputs:
+    assert f"resuming from the checkpoint of step {step} " in said
+  here(*arguments(tmp_path / "whole", **changes))
+  whole = saved_state(tmp_path / "whole", 4 * STEPS_PER_EPOCH)["params"]
+  for run in (begun, fewer):
+    found = saved_state(run, 4 * STEPS_PER_EPOCH)["params"]
+    assert tiny.relative_gap(found, whole) < 1e-4  # rounding, of 20 steps
 
 
 @pytest.mark.slow

@@ -17,10 +17,9 @@ from gating_jax.continual.generators.wgan import WganSettings
 from gating_jax.continual.method import Method, Network, Problem
 from gating_jax.continual.methods import icarl, replay
 from gating_jax.continual.methods.dgm import dgm
-from gating_jax.continual.methods.fine_tuning import fine_tuning
 from gating_jax.continual.methods.hat import hat
 from gating_jax.continual.methods.importance import ewc, online_ewc, si
-from gating_jax.continual.methods.lwf import lwf
+from gating_jax.continual.methods.lwf import fine_tuning, lwf
 from gating_jax.continual.methods.multitask import multitask_gates, multitask_norms, multitask_trunk
 from gating_jax.continual.methods.progressive import progressive
 from gating_jax.continual.methods.task_gates import TaskGatesSettings, task_gates

@@ -69,7 +69,7 @@ CLASS_NAMES = tuple(
 )
 
 
-def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> VideoArrays:
+def make_videos(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> VideoArrays:
   """Makes a split; the same arguments make the same videos. Splits share no digit image.
 
   Args:
@@ -83,7 +83,7 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
   Raises:
     ValueError: no videos, or too few segments.
 
-  >>> composed("test", videos=2).arrays["clips"].shape
+  >>> make_videos("test", videos=2).arrays["clips"].shape
   (2, 16, 8, 16, 16, 1)
   """
   if not videos >= 1:

@@ -279,6 +279,7 @@ def batch_indices(seed: int, step: int, batch_size: int, examples: int) -> np.nd
 # Several sets may be read in turns, each in an epoch of its own.
 @functools.lru_cache(maxsize=16)
 def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
+  """Returns the order of the examples in an epoch, `[examples]`."""
   order = np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
   # The cached array is shared by all callers.
   order.flags.writeable = False

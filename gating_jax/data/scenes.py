@@ -49,7 +49,7 @@ _STREET = {
 }
 
 
-def digit_scenes(
+def make_scenes(
   split: str, *, scenes: int, size: tuple[int, int], most: int, seed: int = 0
 ) -> Images:
   """Makes a split of scenes: digits of 8 x 8 pixels at random places in noise, none overlapping.
@@ -68,7 +68,7 @@ def digit_scenes(
   Raises:
     ValueError: scenes, size or most below its least value.
 
-  >>> made = digit_scenes("test", scenes=2, size=(24, 32), most=3)
+  >>> made = make_scenes("test", scenes=2, size=(24, 32), most=3)
   >>> made.pixels.shape, made.labels.shape, made.class_names[:3]
   ((2, 24, 32, 1), (2, 24, 32), ('background', '0', '1'))
   """

@@ -80,6 +80,7 @@ class FeatureFolder(VideoSet):
       self._shapes[key] = _common_shape([file[key] for file in self._files])
 
   def _inputs(self) -> Batch:
+    """Returns zeros in place of the features of a video."""
     arrays = {}
     for key, shape in self._shapes.items():
       arrays[key] = np.zeros((self._segments, *shape), np.float32)
@@ -87,6 +88,7 @@ class FeatureFolder(VideoSet):
     return {"heavy": arrays["light"]} | arrays
 
   def _load(self, index: int, rng: np.random.Generator | None) -> Segments:
+    """Reads the features of a video's segments."""
     arrays = {}
     for key, file in self._files[index].items():
       array = arrays[key] = read_features(file)

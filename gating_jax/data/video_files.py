@@ -110,9 +110,11 @@ class VideoFolder(VideoSet):
     super().__init__(table, find, segments=segments, seed=seed, jitter=jitter, workers=workers)
 
   def _inputs(self) -> Batch:
+    """Returns zeros in place of the clips of a video."""
     return {"clips": np.zeros((self._segments, self._frames, *self._size, 3), np.uint8)}
 
   def _load(self, index: int, rng: np.random.Generator | None) -> Segments:
+    """Decodes the clips of a video's segments."""
     clips, middles = read_clips(
       self._files[index], self._segments, length=self._frames, size=self._size, rng=rng
     )

@@ -248,7 +248,7 @@ class Classification(runner.Programme):
     only.
     """
     experiment, config = self.experiment, self.config
-    run = devices.map_over_devices(
+    run_batch = devices.map_over_devices(
       steps.make_eval_step(experiment.model, experiment.normalise, self.scores),
       args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
       results=devices.BATCH,
@@ -259,7 +259,7 @@ class Classification(runner.Programme):
       """Returns the result of a state, with the behaviour of images and of gates."""
       evaluated = evaluation.evaluate(
         # Each process runs its part of a batch, and all see the whole result.
-        lambda *batch: hosts.allgather(run(state, *hosts.local_shard(batch))),
+        lambda *batch: hosts.allgather(run_batch(state, *hosts.local_shard(batch))),
         image_sets.padded_batches(experiment.test, config.optim.batch_size),
         experiment.counts,
         self.summarise,

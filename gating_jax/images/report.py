@@ -183,7 +183,7 @@ def _over_tests(run: ImageRun) -> tuple[str, list[page.Picture]]:
   if not gated:
     return "", [curves]
   path = page.embed_figure(
-    image_pictures.draw_path(steps, scores, ratios, score_name=name),
+    image_pictures.draw_trajectory(steps, scores, ratios, score_name=name),
     "The same tests, score against cost, one point each. Higher is better, left is cheaper.",
     terms=[macs, score, ("colour", "the training step of the test")],
   )

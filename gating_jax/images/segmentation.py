@@ -121,7 +121,7 @@ def _made_sets(config: ml_collections.ConfigDict) -> _Sets:
 
   def make(split, count, **seed):
     """Makes the scenes of a split."""
-    return scenes.digit_scenes(split, scenes=count, size=data.size, most=data.digits, **seed)
+    return scenes.make_scenes(split, scenes=count, size=data.size, most=data.digits, **seed)
 
   return _Sets(
     size=lambda: data.train_scenes,
@@ -213,9 +213,9 @@ class Segmentation(Classification):
       """Returns the predictions alone: the scores of these scenes are not reported."""
       return {"predicted": logits.argmax(-1)}
 
-    run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, predict))
+    run_batch = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, predict))
     # On one device: three scenes need not divide over all of them.
-    results = jax.device_get(run(jax.device_get(state), images, truth))
+    results = jax.device_get(run_batch(jax.device_get(state), images, truth))
     counts = experiment.counts
     # An ungated net has the same MACs for all scenes.
     macs = np.full(len(images), counts.macs)

@@ -221,6 +221,7 @@ def _halving(features: int, name: str) -> nn.Conv:
 
 
 def _check_labels(classes: int | None, labels: Array | None) -> None:
+  """Raises a ValueError unless labels are given to a network with classes alone."""
   if (classes is None) != (labels is None):
     raise ValueError(
       f"labels must be given if and only if classes is given; got classes {classes}, "

@@ -169,6 +169,7 @@ class ResNet(nn.Module):
     return (self._head(x) if self.pool else x), records
 
   def _check(self, x: Array):
+    """Raises a TypeError or ValueError that names a wrong input or setting."""
     arguments.real_array("x", x)
     check_gate_settings("gate", self.gate)
     if self.classes is not None:
@@ -230,6 +231,7 @@ class ResNet(nn.Module):
     return x if self.classes is None else nn.Dense(self.classes, name="classifier")(x)
 
   def _channels(self, multiple: int) -> int:
+    """Returns a multiple of the features, scaled by the width."""
     return scaled(self.features * multiple, self.width)
 
   @property
@@ -290,6 +292,7 @@ class ResNet(nn.Module):
     return strides, dilations
 
   def _stem(self, x: Array, train: bool) -> Array:
+    """Applies the layers before the first stage."""
     if x.ndim not in (4, 5):
       raise ValueError(
         f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}"

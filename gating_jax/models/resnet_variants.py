@@ -82,6 +82,7 @@ class EarlyExitNet(ResNet):
     return (answers if train else confidence.first_sure(answers, stay)), tuple(records)
 
   def _exit(self, number: int) -> nn.Module:
+    """Returns the classifier after a stage."""
     return Exit(
       classes=self.classes,
       features=self._channels(2**number),
@@ -143,6 +144,7 @@ class ExpertNet(ResNet):
   def _stage(
     self, x: Array, train: bool, stage: StagePlan, shared: Shared = NOTHING_SHARED
   ) -> tuple[Array, Records]:
+    """Runs a stage; the last one is a mixture of experts."""
     if self.gating != "none":
       raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
     # Only the last stage has experts; the others are those of `ResNet`.

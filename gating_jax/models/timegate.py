@@ -165,6 +165,7 @@ class SegmentNet(nn.Module):
     return self.heavy(clips, train)
 
   def _encode_with_open_backward(self, clips: Array, gates: Array) -> Array:
+    """Runs the heavy net on all segments; its backward pass runs on the open ones alone."""
     # A copy outside this module, since `open_backward` differentiates a pure function.
     variables, heavy = self.heavy.variables, self.heavy.clone(parent=None, name=None)
     # Statistics of a batch depend on all clips; the backward pass sees the open ones only.

@@ -100,6 +100,7 @@ class InflatedInception(nn.Module):
     return jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1))), ()
 
   def _stem(self, x: Array, train: bool) -> Array:
+    """Applies the layers before the first stage."""
     one_of("stem", self.stem, _STEMS)
     axes = x.ndim - 2
     # Frames keep their number here; images have the last two axes only.
@@ -250,6 +251,7 @@ def heavy_net(
 
 
 def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module:
+  """Builds a named network of a table, and refuses settings that it does not have."""
   one_of(what, name, table)
   arguments.number("width", settings["width"], "> 0", lambda v: v > 0)
   if settings.get("gate") is not None:

@@ -141,6 +141,7 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _shortest_unique_end(path: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> str:
+  """Returns the shortest end of a path that no other path has."""
   for depth in range(1, len(path) + 1):
     end = path[-depth:]
     alike = [other for other in paths if other[-depth:] == end]
@@ -218,6 +219,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _short_name(run: Run) -> str:
+  """Returns the kind of experiment and the data set of a run, in words."""
   kind = plain(run.experiment, 30).replace("_", " ")
   data = run.tested.get("data.name")
   return kind if data is None else f"{kind} on {plain(data, 30)}"

@@ -70,11 +70,13 @@ def compare_runs(folders: Sequence[Path], page_file: Path) -> None:
 
 
 def _is_comparison(file: Path) -> bool:
+  """Checks that a file is the page of a comparison."""
   # The title is near the beginning; the rest may be megabytes of pictures.
   return file.is_file() and f"<title>{TITLE}</title>".encode() in file.read_bytes()[:2000]
 
 
 def _names(named: Sequence[Run | Group]) -> list[str]:
+  """Returns the names of runs or groups."""
   return [one.name for one in named]
 
 
@@ -124,6 +126,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
 
 
 def _render_table(rows: Sequence[Sequence[str]]) -> str:
+  """Renders rows as text, in columns."""
   # The terminal cuts long cells; the page shows them in full.
   shown = []
   for row in rows:
@@ -173,6 +176,7 @@ def _not_comparable(groups: Sequence[Group]) -> str:
 
 
 def _results_section(runs: Sequence[Run]) -> page.Section:
+  """Returns the section of the results."""
   rows = _result_rows(runs)
   finished = all(run.result for run in runs)
   text = "" if finished else "For runs that are not finished, the newest test is shown."
@@ -197,22 +201,27 @@ class _Measure(NamedTuple):
 
 
 def _percent(fraction: float) -> str:
+  """Formats a fraction in %, with two decimals."""
   return format_percent(fraction, 2)
 
 
 def _tenths_of_percent(fraction: float) -> str:
+  """Formats a fraction in %, with one decimal."""
   return format_percent(fraction, 1)
 
 
 def _ratio(part: float, whole: float) -> str:
+  """Formats a part of a whole in %; a dash where the whole is 0."""
   return format_percent(part / whole, 1) if whole else MISSING
 
 
 def _whole(number: float) -> str:
+  """Formats a number without decimals."""
   return f"{number:,.0f}"
 
 
 def _of_all(number: float, gates: float) -> str:
+  """Formats a number of gates, and that of all gates."""
   return f"{number:,.0f} of {gates:,.0f}"
 
 
@@ -255,6 +264,7 @@ def _result_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _cell(numbers: Mapping[str, Any], measure: _Measure) -> str:
+  """Returns the cell of a run in the row of a measure."""
   values = [numbers.get(name) for name in measure.numbers]
   # One missing number leaves the whole cell empty.
   return MISSING if None in values else measure.form(*values)
@@ -297,6 +307,7 @@ _NO_DIFFERENCE = "The configs do not differ."
 
 
 def _configs_section(runs: Sequence[Run]) -> page.Section:
+  """Returns the section of the settings that differ."""
   rows = _differing_rows(runs)
   if not rows:
     return page.Section("Configs", _NO_DIFFERENCE, [], open=True)
@@ -306,6 +317,7 @@ def _configs_section(runs: Sequence[Run]) -> page.Section:
 
 
 def _differing_rows(runs: Sequence[Run]) -> list[list[str]]:
+  """Returns a row for each setting that differs, with a cell for each run."""
   return [[setting, *values] for setting, values in differing_settings(runs)]
 
 
@@ -340,6 +352,7 @@ def _best_pair(group: Group) -> _Pair | None:
 
 
 def _highest(runs: Sequence[Run], score: Score, *, ungated: bool) -> Run | None:
+  """Returns the gated or ungated run with the highest score; None where there is none."""
   best = None
   for run in runs:
     if run.ungated != ungated:
@@ -384,6 +397,7 @@ def _large_numbers(group: Group, pair: _Pair, *, alone: bool) -> list[page.Numbe
 
 
 def _score_number(pair: _Pair) -> page.Number:
+  """Returns the score of the gated run, next to the ungated run's."""
   score, baseline = pair.score, _NO_BASELINE
   if pair.ungated:
     baseline = f"ungated: {format_percent(pair.ungated.numbers[score.key], 2)}"
@@ -392,6 +406,7 @@ def _score_number(pair: _Pair) -> page.Number:
 
 
 def _macs_number(pair: _Pair) -> page.Number:
+  """Returns the MACs of the gated run, in % of the ungated run's where there is one."""
   noun, macs = example_noun(pair.gated.experiment), pair.gated.numbers[pair.score.macs]
   if pair.ungated is None:
     return page.Number(f"MACs per {noun}", format_count(macs), _NO_BASELINE, meaning=_MACS)
@@ -531,6 +546,7 @@ def _curves(group: Group, split: str, name: str, *, scale: int = 1) -> list[_Cur
 
 
 def _have_a_course(curves: Sequence[_Curve]) -> bool:
+  """Checks that some curve has more than one point."""
   # A single point makes no curve.
   return any(len(curve.steps) > 1 for curve in curves)
 
@@ -567,6 +583,7 @@ def _draw_cost(
 
 
 def _draw_point(axes: Any, point: _Point, style: _Style) -> None:
+  """Draws the mark of a run."""
   # Baselines are grey and hollow.
   colour = _UNGATED if point.run.ungated else style.colour
   axes.plot(
@@ -582,6 +599,7 @@ def _draw_point(axes: Any, point: _Point, style: _Style) -> None:
 
 
 def _name_point(axes: Any, point: _Point) -> None:
+  """Writes the name of a run next to its mark."""
   axes.annotate(
     plain(point.run.name, 24),
     (point.macs, point.percent),
@@ -652,6 +670,7 @@ def _draw_curves(
 
 
 def _axes(runs: int) -> tuple[Any, Any]:
+  """Returns a figure with room for a legend of so many runs, and its axes."""
   from matplotlib.figure import Figure  # imports slowly
 
   figure = Figure(figsize=(page.WIDTH, 3.4 + 0.2 * runs), layout="constrained")
@@ -659,6 +678,7 @@ def _axes(runs: int) -> tuple[Any, Any]:
 
 
 def _label(figure: Any, axes: Any, *, xlabel: str, ylabel: str, margin: float) -> None:
+  """Labels the axes of a figure, and draws their grid and the legend."""
   from matplotlib.ticker import EngFormatter
 
   axes.set(xlabel=xlabel, ylabel=ylabel)

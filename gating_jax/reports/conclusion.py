@@ -30,7 +30,7 @@ _LINES = 12
 # The outcomes of gates, in the order in which they are shown.
 _OUTCOMES = ("conditional", "always_open", "always_closed", "random_dropout")
 # What a compiled network does, by its strategy.
-_WAYS = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
+_ACTIONS = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
 # By mode: what it does, and for how long.
 _NEXT = {
   "compile": "times programs that skip closed units; some minutes",
@@ -137,7 +137,7 @@ def time_rows(tables: Mapping[str, timings.Rows]) -> list[tuple[str, str]]:
     if chosen is None or ungated is None:
       continue
     # The choice may be not to skip at all, where skipping is slower.
-    way = _WAYS.get(chosen["strategy"], f"skipping ({chosen['strategy']})")
+    way = _ACTIONS.get(chosen["strategy"], f"skipping ({chosen['strategy']})")
     faster = ungated["seconds"] / chosen["seconds"]
     text = (
       f"{1e3 * chosen['seconds']:.2f} ms by {way}; ungated {1e3 * ungated['seconds']:.2f} ms, "
@@ -206,6 +206,7 @@ def failure_notice(run_dir: RunDir) -> str:
 
 
 def _said(failure: Mapping[str, Any]) -> str:
+  """Returns the notice of a recorded failure."""
   return (
     f"This run failed and is not finished: {printable(failure['reason'])} "
     f"({printable(failure['date'])})"
@@ -252,4 +253,5 @@ def _report_failure(
 
 
 def _now() -> str:
+  """Returns the present time in UTC, to the minute."""
   return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

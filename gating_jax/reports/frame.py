@@ -409,6 +409,7 @@ def about_runs_section(origins: Sequence[Origin], report: Mapping[str, Any]) -> 
 
 
 def _about_row(name: str, start: Mapping[str, Any], seed: str) -> list[str]:
+  """Returns the row of a run, or of the page, from its first start."""
   return [
     name,
     _text(start.get("date")),
@@ -421,10 +422,12 @@ def _about_row(name: str, start: Mapping[str, Any], seed: str) -> list[str]:
 
 
 def _text(value: Any, absent: str = _NOT_RECORDED) -> str:
+  """Returns a value of a record as a cell; `absent` where the record lacks it."""
   return absent if value in (None, "") else plain(value, _LETTERS)
 
 
 def _versions(versions: Any) -> str:
+  """Returns the versions of a record as a cell."""
   # A record that was edited by hand may hold anything.
   if not isinstance(versions, Mapping) or not versions:
     return _NOT_RECORDED
@@ -432,6 +435,7 @@ def _versions(versions: Any) -> str:
 
 
 def _hardware(start: Mapping[str, Any]) -> str:
+  """Returns the hardware of a start as a cell."""
   if not start.get("hardware"):
     return _NOT_RECORDED
   devices, processes = start.get("devices"), start.get("processes")

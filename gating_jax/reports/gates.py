@@ -42,7 +42,7 @@ _KINDS = (
 )
 _GREEN = "#2a9d6f"
 _COLUMNS = 3
-_LETTERS = 8.5  # points
+_FONT_SIZE = 8.5  # points
 
 
 def layer_names(layers: Sequence[tuple[str, int]]) -> list[str]:
@@ -102,7 +102,7 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
     left += percent
   # Names of more layers would overlap.
   every = math.ceil(count / _NAMED)
-  axes.set_yticks(np.arange(0, count, every), names[::every], fontsize=_LETTERS)
+  axes.set_yticks(np.arange(0, count, every), names[::every], fontsize=_FONT_SIZE)
   axes.invert_yaxis()
   axes.margins(y=0.01)
   axes.set_xlim(0, 100)
@@ -162,7 +162,7 @@ def draw_histograms(
       interpolation="nearest",
     )
     _label_ends(panel.axes, history)
-    panel.axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
+    panel.axes.set_yticks([0, 1], ["0", "1"], fontsize=_FONT_SIZE)
   return figure
 
 
@@ -170,9 +170,9 @@ def _label_ends(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
   """Labels the first and the last step only."""
   first, last = f"{history[0]['step']:,}", f"{history[-1]['step']:,}"
   if len(history) == 1:
-    axes.set_xticks([0], [first], fontsize=_LETTERS)
+    axes.set_xticks([0], [first], fontsize=_FONT_SIZE)
     return
-  axes.set_xticks([0, len(history) - 1], [first, last], fontsize=_LETTERS)
+  axes.set_xticks([0, len(history) - 1], [first, last], fontsize=_FONT_SIZE)
   # Towards the middle, so that neighbouring panels' labels do not overlap.
   left, right = axes.get_xticklabels()
   left.set_horizontalalignment("left")
@@ -212,8 +212,8 @@ def draw_cdfs(
         x, np.asarray(prior.cdf(x)), color="#d1495b", linestyle="--", label=f"prior {prior.name}"
       )
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.set_xticks([0, 1], ["0", "1"], fontsize=_LETTERS)
-    axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
+    axes.set_xticks([0, 1], ["0", "1"], fontsize=_FONT_SIZE)
+    axes.set_yticks([0, 1], ["0", "1"], fontsize=_FONT_SIZE)
   # The same for all panels.
   handles, labels = panels[0].axes.get_legend_handles_labels()
   figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
@@ -239,14 +239,14 @@ def draw_class_map(rates: np.ndarray, gates: Sequence[str], class_names: Sequenc
   # the most selective are shown, again in the order of the classes.
   classes = np.sort(np.argsort(-rates.std(axis=0), kind="stable")[:MOST_CLASSES])
   rates = rates[:, classes]
-  rows, columns = _alike(rates), _alike(rates.T)
+  rows, columns = _similar_order(rates), _similar_order(rates.T)
   figure = Figure(figsize=(WIDTH, 1.7 + 0.15 * len(rates)), layout="constrained")
   axes = figure.subplots()
   image = axes.imshow(
     rates[rows][:, columns], cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
   )
   shown_names = [plain(class_names[k], 14) for k in classes[columns]]
-  axes.set_xticks(np.arange(len(columns)), shown_names, rotation=90, fontsize=_LETTERS)
+  axes.set_xticks(np.arange(len(columns)), shown_names, rotation=90, fontsize=_FONT_SIZE)
   axes.xaxis.tick_top()
   axes.set_yticks(np.arange(len(rows)), np.asarray(gates)[rows], fontsize=7.5)
   axes.set_ylabel("gate (layer:number)")
@@ -283,12 +283,12 @@ def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Seque
     classes = np.sort(np.argsort(-rate, kind="stable")[:shown])
     names = [plain(class_names[k], 18) for k in classes]
     axes.barh(np.arange(shown), 100 * rate[classes], color=_GREEN)
-    axes.set_yticks(np.arange(shown), names, fontsize=_LETTERS)
+    axes.set_yticks(np.arange(shown), names, fontsize=_FONT_SIZE)
     # Bars start at the bottom; the first class belongs on top.
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlim(0, 100)
-    axes.set_ylabel("class", fontsize=_LETTERS)
+    axes.set_ylabel("class", fontsize=_FONT_SIZE)
     axes.spines[["top", "right"]].set_visible(False)
   axes.set_xlabel("images of the class that open the gate (%)")
   return figure
@@ -320,8 +320,8 @@ def _panels(names: Sequence[str], *, xlabel: str, ylabel: str) -> tuple[Any, lis
     axes = grid[place]
     axes.set_title(names[layer], fontsize=7.5)
     # Each panel has its own labels, small and close to the axis: a reader sees one at a time.
-    axes.set_xlabel(xlabel, fontsize=_LETTERS, labelpad=-6)
-    axes.set_ylabel(ylabel, fontsize=_LETTERS, labelpad=-4)
+    axes.set_xlabel(xlabel, fontsize=_FONT_SIZE, labelpad=-6)
+    axes.set_ylabel(ylabel, fontsize=_FONT_SIZE, labelpad=-4)
     panels.append(_Panel(layer, axes))
   # The grid may have more places than layers.
   for axes in grid[len(shown) :]:
@@ -329,7 +329,7 @@ def _panels(names: Sequence[str], *, xlabel: str, ylabel: str) -> tuple[Any, lis
   return figure, panels
 
 
-def _alike(rows: np.ndarray) -> np.ndarray:
+def _similar_order(rows: np.ndarray) -> np.ndarray:
   """Returns an order of `[n, ...]` rows in which similar rows are neighbours."""
   from scipy.cluster import hierarchy
 
@@ -370,6 +370,7 @@ def draw_gate_statistics(logits: np.ndarray, open_rates: np.ndarray, prior: Prio
 
 
 def _draw_gate_cdfs(axes, probs: np.ndarray, prior: Prior) -> None:
+  """Draws the empirical CDFs of single gates and of all gates together, and the prior's."""
   n, gates = probs.shape
   # The expected CDF at the i-th of n sorted samples, i / (n + 1), as in the batch-shaping loss.
   level = np.arange(1, n + 1) / (n + 1)

@@ -85,7 +85,7 @@ def draw_training(
   return figure
 
 
-def draw_path(
+def draw_trajectory(
   steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], *, score_name: str
 ) -> Any:
   """Draws the score against the fraction of MACs, a point for each test during training.

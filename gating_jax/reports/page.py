@@ -250,6 +250,7 @@ def fill_page(path: Path, parts: Sequence[Number | Section]) -> bool:
 
 @functools.cache
 def _template(name: str):
+  """Loads a template of this package."""
   import jinja2  # imports slowly
 
   # Autoescape: texts come from configs and data sets, and must not become HTML. `StrictUndefined`:

@@ -175,6 +175,7 @@ def video_headline(result: Mapping[str, Any]) -> str:
 
 
 def _video_score(result: Mapping[str, Any]) -> Row:
+  """Returns the row of the score of a run on videos."""
   # Videos with a single label have an accuracy; with several labels, a mean average precision.
   key = "accuracy" if "accuracy" in result else "mean_average_precision"
   value = f"{format_percent(result[key], 2)}  ({result['videos']:,} videos)"
@@ -285,6 +286,7 @@ def task_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def _tested_settings(result: Mapping[str, Any]) -> list[str]:
+  """Returns the settings, task known and task unknown, that a result has."""
   return [setting for setting in _TASK_SETTINGS if setting in result]
 
 

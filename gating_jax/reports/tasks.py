@@ -49,9 +49,9 @@ def draw_accuracies(
   Raises:
     ValueError: shapes do not fit each other, or a value is outside [0, 1].
   """
-  shown = {"task known (task-aware)": _matrix("aware", aware)}
+  shown = {"task known (task-aware)": _check_matrix("aware", aware)}
   if agnostic is not None:
-    shown["task not known (task-agnostic)"] = _matrix("agnostic", agnostic, tasks=len(aware))
+    shown["task not known (task-agnostic)"] = _check_matrix("agnostic", agnostic, tasks=len(aware))
   return _draw_matrices(
     shown,
     _names(task_names, len(aware)),
@@ -72,7 +72,7 @@ def draw_overlap(overlap: np.ndarray, *, task_names: Sequence[str] | None = None
   Raises:
     ValueError: shapes do not fit each other, or a value is outside [0, 1].
   """
-  shown = {"Units that two tasks share": _matrix("overlap", overlap)}
+  shown = {"Units that two tasks share": _check_matrix("overlap", overlap)}
   return _draw_matrices(
     shown,
     _names(task_names, len(overlap)),
@@ -103,7 +103,7 @@ def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | N
     raise ValueError("layers must hold at least one layer; got none")
   parts, tasks = {}, []
   for layer, counts in layers.items():
-    parts[layer] = _parts(layer, counts)
+    parts[layer] = _stack_parts(layer, counts)
     tasks.append(parts[layer].shape[1])
   if len(set(tasks)) > 1:
     raise ValueError(f"layers must all have counts of the same tasks; got {tasks} tasks")
@@ -144,6 +144,7 @@ def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | N
 
 
 def _draw_bars(axes, parts: np.ndarray, *, title: str) -> None:
+  """Draws a stacked bar for each task."""
   from matplotlib.ticker import MaxNLocator
 
   below = np.zeros(parts.shape[1], int)
@@ -192,6 +193,7 @@ def _draw_matrices(
 
 
 def _draw_cells(axes, percent: np.ndarray, *, fontsize: float):
+  """Draws a matrix of percentages, each as a coloured cell with its number."""
   from matplotlib import colormaps
 
   image = axes.imshow(percent, cmap=colormaps[_MAP].with_extremes(bad=_UNDEFINED), vmin=0, vmax=100)
@@ -214,7 +216,7 @@ def _draw_cells(axes, percent: np.ndarray, *, fontsize: float):
   return image
 
 
-def _matrix(name: str, values: np.ndarray, tasks: int | None = None) -> np.ndarray:
+def _check_matrix(name: str, values: np.ndarray, tasks: int | None = None) -> np.ndarray:
   """Checks a matrix of fractions; `tasks` is its size, or None where any will do."""
   values = np.asarray(values, np.float64)
   if tasks is None and values.ndim:
@@ -229,7 +231,7 @@ def _matrix(name: str, values: np.ndarray, tasks: int | None = None) -> np.ndarr
   return values
 
 
-def _parts(layer: str, counts: _Counts) -> np.ndarray:
+def _stack_parts(layer: str, counts: _Counts) -> np.ndarray:
   """Checks a layer's counts and returns `[4, T]`, in the order of `_PARTS`."""
   arrays = [np.asarray(array) for array in counts]
   shapes = [array.shape for array in arrays]
@@ -250,6 +252,7 @@ def _parts(layer: str, counts: _Counts) -> np.ndarray:
 
 
 def _names(task_names: Sequence[str] | None, tasks: int) -> list[str]:
+  """Returns the names of the tasks, shortened; their numbers from 1 if they have no names."""
   names = range(1, tasks + 1) if task_names is None else task_names
   if len(names) != tasks:
     raise ValueError(f"task_names must name each of {tasks} tasks; got {len(names)} names")

@@ -107,6 +107,7 @@ def draw_each_time_line(
 
 
 def _draw_figure(lines: Sequence[TimeLine], units: _Units, width: float) -> Any:
+  """Draws videos one below the other, and a legend."""
   from matplotlib.figure import Figure  # imports slowly
 
   legend = _legend_entries(lines, units)
@@ -178,6 +179,7 @@ def _draw_line(canvas: _Canvas, line: TimeLine, units: _Units, *, top: float) ->
 
 
 def _draw_header(canvas: _Canvas, axes: Any, title: str, *, chosen: np.ndarray) -> None:
+  """Writes the title of a video, and how many of its segments are chosen."""
   # 90 letters fit on the widest time axis.
   letters = int(90 * canvas.width / TIME_AXIS)
   style = {"transform": axes.transAxes, "color": _INK}
@@ -231,6 +233,7 @@ def _draw_thumbnails(axes: Any, line: TimeLine, chosen: np.ndarray, *, width: fl
 
 
 def _draw_bars(axes, probs: np.ndarray, chosen: np.ndarray) -> None:
+  """Draws a bar for the probability of each segment."""
   # A probability that is NaN has no bar.
   axes.bar(
     np.arange(len(probs)) + 0.5,
@@ -247,6 +250,7 @@ def _draw_bars(axes, probs: np.ndarray, chosen: np.ndarray) -> None:
 
 
 def _draw_strip(axes: Any, colours: Sequence[Any]) -> None:
+  """Draws a strip of colours, one for each segment."""
   axes.bar(np.arange(len(colours)) + 0.5, 1, width=1.0, color=colours, linewidth=0)
 
 
@@ -272,6 +276,7 @@ def _name_runs(axes: Any, numbers: np.ndarray, units: _Units, *, width: float) -
 
 
 def _draw_legend(figure: Any, entries: Sequence[_Entry], columns: int) -> None:
+  """Draws the legend at the bottom of the figure."""
   from matplotlib.patches import Patch
 
   figure.legend(
@@ -289,6 +294,7 @@ def _draw_legend(figure: Any, entries: Sequence[_Entry], columns: int) -> None:
 
 
 def _legend_entries(lines: Sequence[TimeLine], units: _Units) -> list[_Entry]:
+  """Returns the entries of the legend: kinds of segments, then unit actions."""
   entries = [_Entry("chosen", _CHOSEN), _Entry("not chosen", _CLOSED)]
   if any(line.relevant is not None for line in lines):
     entries.append(_Entry("relevant", _RELEVANT))
@@ -298,6 +304,7 @@ def _legend_entries(lines: Sequence[TimeLine], units: _Units) -> list[_Entry]:
 
 
 def _legend_columns(entries: Sequence[_Entry], width: float) -> int:
+  """Returns the number of columns of the legend that fit the width, in inches."""
   # A colour patch takes 0.45 inches, a letter 0.085.
   letters = max(len(entry.name) for entry in entries)
   return max(1, min(len(entries), int(width / (0.45 + 0.085 * letters))))
@@ -359,6 +366,7 @@ def _without_padding(line: TimeLine) -> TimeLine:
 
 
 def _representative(block: np.ndarray, probs: np.ndarray, chosen: np.ndarray) -> int:
+  """Returns the segment of a block that its thumbnail shows."""
   # The chosen segment with the highest probability; without one, the middle of the block.
   candidates = block[chosen[block]]
   return candidates[np.argmax(probs[candidates])] if len(candidates) else block[len(block) // 2]

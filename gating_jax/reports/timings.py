@@ -120,7 +120,7 @@ def write_times(
     RunDirError: files of this checkpoint exist, or are being written.
   """
   found = {}
-  with _staged(run_dir.path, step) as folder:
+  with _stage_times(run_dir.path, step) as folder:
     say(f"checkpoint of step {step}, timed on {timing.device()}: some minutes")
     # `tables` is lazy: each table is printed as soon as it is measured.
     for title, rows in tables:
@@ -140,7 +140,7 @@ def write_times(
 
 
 @contextlib.contextmanager
-def _staged(path: Path, step: int) -> Iterator[Path]:
+def _stage_times(path: Path, step: int) -> Iterator[Path]:
   """Stages files like `rundir.staged`; keeps those of another step under a name with that step."""
   names, found = (TIMES_FILE, PICTURE_FILE), read_times(path)
   is_other = found is not None and found.step != step
@@ -325,6 +325,7 @@ def _page_table(timings: Mapping[str, Rows]) -> page.Table:
 
 
 def _page_rows(title: str, whole: Rows) -> list[list[str]]:
+  """Returns the rows of the page's table for one table of times."""
   ungated = _seconds_where(whole, "strategy", UNGATED)
   rows = []
   for row in whole:
@@ -364,6 +365,7 @@ def _timed_input(noun: str, times: Times | None) -> str:
 
 
 def _size(times: Times | None) -> str:
+  """Returns the size of the timed images in words; empty where it is not recorded."""
   if times is None or times.pixels is None:
     return ""
   height, width = times.pixels
@@ -406,6 +408,7 @@ def _seconds_where(rows: Rows, field: str, value: Any) -> float | None:
 
 
 def _parse_pixels(found: Any) -> tuple[int, int] | None:
+  """Parses height and width; None where they were not recorded."""
   if found is None:
     return None
   height, width = found

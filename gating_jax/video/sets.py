@@ -40,7 +40,7 @@ def open_set(config: ml_collections.ConfigDict, split: str) -> VideoArrays | Vid
   """
   data = config.data
   if data.name == composed.NAME:
-    return composed.composed(
+    return composed.make_videos(
       split, videos=data[f"{split}_videos"], segments=data.segments, seed=config.seed
     )
   # Breakfast needs no table: its folder holds the labels.

@@ -85,9 +85,9 @@ def batch(task, count=12):
 
 def test_a_batch_and_its_episodes_weigh_as_many_tasks_as_they_hold():
   episodic = rehearsal.episodic(PROBLEM, ReplaySettings(12, 600))
-  memory = episodic.init(KEY)
+  memory, replay = episodic.init(KEY), jax.jit(episodic.replay)
   for task in range(3):
-    replayed = episodic.replay(memory, batch(task), jnp.int32(task), KEY)
+    replayed = replay(memory, batch(task), jnp.int32(task), KEY)
     assert replayed.batch_weight == pytest.approx(1 / (task + 1))
     counts = np.bincount(replayed.labels // 2, minlength=3)
     if task:
@@ -101,14 +101,14 @@ def test_a_batch_and_its_episodes_weigh_as_many_tasks_as_they_hold():
 
 def test_generated_replay_holds_every_task_up_to_this_one_and_none_of_the_batch():
   method = generative(replayed=600)
-  memory = method.init(KEY)
+  memory, replay = jax.jit(method.init)(KEY), jax.jit(method.replay)
   fill = lambda tree, bias: jax.tree.map(
     lambda x: jnp.full_like(x, bias if x.ndim == 1 else 0), tree
   )
   for task, value in ((0, -1.0), (1, 1.0)):  # all its images dark, then all bright
     training = memory.training
     memory = memory.replace(training=training.replace(average=fill(training.average, value)))
-    replayed = method.replay(memory, batch(task), jnp.int32(task), KEY)
+    replayed = replay(memory, batch(task), jnp.int32(task), KEY)
     assert replayed.batch_weight == 0
     counts = np.bincount(replayed.labels, minlength=6)
     np.testing.assert_allclose(counts[: 2 * task + 2] / 600, 1 / (2 * task + 2), atol=0.08)

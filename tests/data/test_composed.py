@@ -7,7 +7,7 @@ import pytest
 
 from gating_jax.data import composed as module
 from gating_jax.data import image_sets
-from gating_jax.data.composed import CLASS_NAMES, FRAMES, SIZE, UNIT_NAMES, composed, motions
+from gating_jax.data.composed import CLASS_NAMES, FRAMES, SIZE, UNIT_NAMES, make_videos, motions
 
 CENTRE = 4
 VELOCITIES = ((0, -1), (0, 1), (-1, 0), (1, 0), (0, 0))  # left, right, up, down, still
@@ -16,7 +16,7 @@ TOOLS = ((4, 5, 6), (6, 7, 8), (8, 9, 4), (5, 7, 9))
 
 @pytest.fixture(scope="module")
 def train():
-  return composed("train", videos=640)
+  return make_videos("train", videos=640)
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def test_a_set_has_all_that_training_asks_for(train):
 
 
 def test_classes_are_balanced_for_any_number_of_videos():
-  counts = np.bincount(composed("test", videos=21).arrays["label"], minlength=16)
+  counts = np.bincount(make_videos("test", videos=21).arrays["label"], minlength=16)
   assert set(counts) == {1, 2}
 
 
 def test_the_same_arguments_make_the_same_videos_and_others_do_not():
-  make = lambda split, seed: composed(split, videos=8, seed=seed).arrays
+  make = lambda split, seed: make_videos(split, videos=8, seed=seed).arrays
   first, again, seed, test = make("train", 3), make("train", 3), make("train", 4), make("test", 3)
   for name, values in first.items():
     np.testing.assert_array_equal(again[name], values, err_msg=name)
@@ -155,7 +155,7 @@ def test_clips_show_the_splits_own_digits_in_the_middle_of_their_motion(
   own, others = load(split), load(other)
   assert not own.keys() & others.keys()
   scrambled = {bytes(sorted(image)) for image in own}
-  arrays = composed(split, videos=3).arrays
+  arrays = make_videos(split, videos=3).arrays
   units, clips = arrays["units"].ravel(), arrays["clips"].reshape(-1, FRAMES, SIZE, SIZE)
   assert {unit % 5 for unit in units if unit >= 0} == set(range(5))
   for unit, clip in zip(units, clips, strict=True):
@@ -212,7 +212,7 @@ def test_context_is_needed_and_motion_too(train):
   probe = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "composed_probe.py"))[
     "accuracy"
   ]
-  test = composed("test", videos=480)
+  test = make_videos("test", videos=480)
   one, four, all_, centres = (
     probe(train.arrays, test.arrays, count, motions=moving)
     for count, moving in ((1, True), (4, True), (16, True), (16, False))
@@ -225,7 +225,7 @@ def test_context_is_needed_and_motion_too(train):
 
 @pytest.mark.parametrize("segments", [14, 31])
 def test_videos_are_of_any_length_from_the_least(segments):
-  video = composed("test", videos=16, segments=segments)
+  video = make_videos("test", videos=16, segments=segments)
   assert video.shapes["clips"] == (segments, FRAMES, SIZE, SIZE, 1)
   assert (np.sum(video.arrays["units"] >= 0, axis=1) <= 14).all()
 
@@ -233,13 +233,13 @@ def test_videos_are_of_any_length_from_the_least(segments):
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: composed("train", videos=0), "videos must be >= 1; got 0"),
+    (lambda: make_videos("train", videos=0), "videos must be >= 1; got 0"),
     (
-      lambda: composed("train", videos=1, segments=13),
+      lambda: make_videos("train", videos=1, segments=13),
       "segments must be >= 14, the length of the longest activity",
     ),
     (
-      lambda: composed("valid", videos=1),
+      lambda: make_videos("valid", videos=1),
       "data split of digits must be 'train' or 'test'; got 'valid'",
     ),
   ],

@@ -3,7 +3,7 @@ import pytest
 
 from gating_jax.data import image_sets, scenes, tfds
 from gating_jax.data.image_sets import Images
-from gating_jax.data.scenes import IGNORED, digit_scenes, open_scenes
+from gating_jax.data.scenes import IGNORED, make_scenes, open_scenes
 from gating_jax.data.tfds import DatasetNotPreparedError
 
 
@@ -17,7 +17,7 @@ def blocks(monkeypatch):
 
 
 def test_a_scene_is_digits_apart_from_each_other_and_labelled_as_they_are(blocks):
-  made = digit_scenes("train", scenes=200, size=(20, 28), most=4)
+  made = make_scenes("train", scenes=200, size=(20, 28), most=4)
   np.testing.assert_array_equal(
     made.labels, np.where(made.pixels > 0, (made.pixels - 44) // 20, 0)[..., 0]
   )
@@ -33,13 +33,13 @@ def test_a_scene_is_digits_apart_from_each_other_and_labelled_as_they_are(blocks
 
 
 def test_a_digit_without_room_is_left_out(blocks):
-  made = digit_scenes("train", scenes=30, size=(9, 9), most=5)
+  made = make_scenes("train", scenes=30, size=(9, 9), most=5)
   np.testing.assert_array_equal((made.labels > 0).sum(axis=(1, 2)), np.full(30, 64))
 
 
 def test_scenes_depend_on_the_seed_alone_and_splits_share_no_digit(monkeypatch):
   monkeypatch.setattr(scenes, "_NOISE", 0)
-  make = lambda split, **seed: digit_scenes(split, scenes=300, size=(8, 8), most=1, **seed)
+  make = lambda split, **seed: make_scenes(split, scenes=300, size=(8, 8), most=1, **seed)
   train, again, other, test = make("train"), make("train"), make("train", seed=1), make("test")
   np.testing.assert_array_equal(train.pixels, again.pixels)
   np.testing.assert_array_equal(train.labels, again.labels)
@@ -65,7 +65,7 @@ def test_scenes_depend_on_the_seed_alone_and_splits_share_no_digit(monkeypatch):
 )
 def test_scenes_that_cannot_be_made_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
-    digit_scenes("train", **dict(scenes=1, size=(8, 8), most=1) | arguments)
+    make_scenes("train", **dict(scenes=1, size=(8, 8), most=1) | arguments)
 
 
 def street(count, size=(32, 48)):

@@ -1,5 +1,6 @@
 """Several commands `gating-jax`, one after the other in one process, which loads JAX but once."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -25,6 +26,9 @@ def run_one_after_the_other(commands, *, devices, cwd=ROOT, optimised=False):
 
 def main():
   """Runs the commands of the standard input until one fails."""
+  # Their flags must be there before: a command forgets those that are defined while it runs.
+  for name in ("grain", "array_record.python.array_record_data_source"):
+    importlib.import_module(name)
   tiny_cli.register()
   for arguments in json.load(sys.stdin):
     status, said = run_command(*arguments)

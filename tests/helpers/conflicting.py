@@ -48,7 +48,7 @@ def task(number, count=64, seed=0):
 
 
 def learner(method, optimiser, seed=0):
-  start = method.init(jax.random.key(seed))
+  start = jax.jit(method.init)(jax.random.key(seed))
   zero = jnp.zeros((), jnp.int32)
   return LearnerState(
     zero, zero, *start[:2], optimiser.init(start.params), start.memory, TaskTable(*[()] * 5)

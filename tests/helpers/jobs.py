@@ -1,4 +1,4 @@
-"""Runs of the command `gating-jax` in other processes, alone or as jobs of `launch/local.sh`."""
+"""Runs of the command `gating-jax` with tiny networks, alone or as jobs of `launch/local.sh`."""
 
 import os
 import subprocess
@@ -6,8 +6,10 @@ import sys
 import time
 
 import orbax.checkpoint as ocp
+import pytest
 
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT, environment, tiny_cli
+from tests.helpers.command import run_command
 
 PROGRAM = f"{sys.executable} {ROOT / 'tests' / 'helpers' / 'tiny_cli.py'}"
 STEPS_PER_EPOCH = 5
@@ -66,7 +68,7 @@ def wait_until(holds, job):
     time.sleep(0.001)
 
 
-def alone(*arguments, devices=8, optimised=False):
+def alone(*arguments, devices):
   """Returns the output of one process with so many devices."""
   done = subprocess.run(
     [*PROGRAM.split(), *arguments],
@@ -75,10 +77,19 @@ def alone(*arguments, devices=8, optimised=False):
     text=True,
     timeout=300,
     check=False,
-    env=environment(devices, optimised=optimised),
+    env=environment(devices),
   )
   assert done.returncode == 0, done.stderr
   return done.stdout
+
+
+def here(*arguments):
+  """Returns the output of the command in this process, on the eight devices of the tests."""
+  with pytest.MonkeyPatch.context() as patch:
+    tiny_cli.register(patch.setitem)
+    status, said = run_command(*arguments)
+  assert status == 0, said
+  return said
 
 
 def processes_of(job):

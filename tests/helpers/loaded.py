@@ -12,9 +12,9 @@ from gating_jax.video import sets
 
 READERS = (
   (image_sets, "load"),
-  (image_sets, "size"),
+  (image_sets, "count_images"),
   (streaming, "open_stream"),
-  (scenes, "digit_scenes"),
+  (scenes, "make_scenes"),
   (scenes, "open_scenes"),
   (sets, "open_set"),
 )

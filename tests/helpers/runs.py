@@ -8,9 +8,13 @@ import shutil
 import pytest
 
 from gating_jax import terminal
+from gating_jax.continual import report as continual_report
+from gating_jax.images.classification import Classification
 from gating_jax.inference import compiled as compiled_nets
 from gating_jax.inference import conditional
 from gating_jax.reports import timings
+from gating_jax.video import report as video_report
+from gating_jax.video import speed
 
 
 def said(programme, config, workdir, mode):
@@ -23,6 +27,18 @@ def said(programme, config, workdir, mode):
 def announced(patch):
   """Announces every operation from here on, even a short one, so that `said` has all."""
   patch.setattr(terminal, "_AFTER", 0.0)
+
+
+def without_reports(patch):
+  """Lets runs write no pictures and no pages, and time no programs, which takes a third of a run.
+
+  Pages that are asked for by `--mode=report` are drawn all the same in runs on images.
+  """
+  patch.setattr(Classification, "_write_files", lambda *_: None)
+  for report in (continual_report, video_report):
+    patch.setattr(report, "write_pictures", lambda *_: None)
+    patch.setattr(report, "write_report", lambda *_: None)
+  patch.setattr(speed, "speed", lambda *_: {})
 
 
 def race_by(patch, race):

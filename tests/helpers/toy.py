@@ -51,7 +51,7 @@ def images(task, per_class=20, seed=0):
 
 
 def start(method, seed=0):
-  begin = method.init(jax.random.key(seed))
+  begin = jax.jit(method.init)(jax.random.key(seed))
   zero = jnp.zeros((), jnp.int32)
   return LearnerState(zero, zero, *begin[:2], OPTIMISER.init(begin.params), begin.memory, ())
 
@@ -101,9 +101,11 @@ def learn(method, tasks=TASKS, steps=40, batch=8):
 def accuracies(method, learner, tasks=TASKS):
   """Returns `(aware, agnostic)` on held-out images, each a list over tasks."""
 
+  predict = jax.jit(method.predict, static_argnums=3)
+
   def of_task(task):
     data = images(task, seed=1)
-    p = method.predict(learner, normalise(jnp.asarray(data.pixels)), jnp.int32(task), tasks)
+    p = predict(learner, normalise(jnp.asarray(data.pixels)), jnp.int32(task), tasks)
     return (
       np.mean(np.argmax(p.aware, 1) == data.labels - task * CLASSES),
       np.mean(np.argmax(p.agnostic, 1) == data.labels),

@@ -15,6 +15,7 @@ from gating_jax.models import resnet
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import tiny
+from tests.helpers.runs import without_reports
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def lines(workdir, split):
 
 @pytest.mark.slow
 def test_a_run_with_exits_spends_less_on_some_images_and_goes_on_from_a_checkpoint(
-  config, tmp_path, capsys
+  config, tmp_path, capsys, monkeypatch
 ):
   made = config(
     "gates=exits", **{"model.exits.threshold": 0.95, "log_every": 11, "eval_every": 0.0}
@@ -78,6 +79,7 @@ def test_a_run_with_exits_spends_less_on_some_images_and_goes_on_from_a_checkpoi
   assert 0 < last["exits/accuracy1"] < 1
   assert "Gates of each layer</h2>" in (tmp_path / "report.html").read_text()
   params = final_params(made, tmp_path)
+  without_reports(monkeypatch)
   shutil.rmtree(tmp_path / "checkpoints" / "22")
   (tmp_path / "result.json").unlink()
   classification.run(made, tmp_path, "train")
@@ -207,7 +209,10 @@ def started(made, workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variants", ["gates=channel,noise_to=0.0", "gates=exits"])
-def test_a_late_start_takes_all_but_gates_from_an_ungated_run(config, tmp_path, capsys, variants):
+def test_a_late_start_takes_all_but_gates_from_an_ungated_run(
+  config, tmp_path, capsys, monkeypatch, variants
+):
+  without_reports(monkeypatch)
   plain = config("gates=none", **{"optim.epochs": 1, "eval_every": 0.0})
   classification.run(plain, tmp_path / "plain", "train")
   built = classification.build(plain)

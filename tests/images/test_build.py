@@ -26,7 +26,7 @@ def model(**fields):
   return network(config, 10)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", SHAPES)
 def test_backbones_of_every_width_have_the_macs_and_gates_that_follow_from_width_one(name):
   shape, first, classifier = SHAPES[name]

@@ -428,7 +428,7 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(
   copy = shutil.copytree(workdir, tmp_path / "run")
   shutil.rmtree(copy / "checkpoints" / "66")
   (copy / "result.json").unlink()
-  monkeypatch.setattr(classification.Classification, "write_report", lambda *_, **__: None)
+  runs.without_reports(monkeypatch)
   assert "resuming from the checkpoint of step 55" in said(classification, made, copy, "train")
   assert tiny.bit_equal(jobs.saved_state(copy), jobs.saved_state(workdir))
 
@@ -555,8 +555,10 @@ def test_a_report_is_that_of_the_training_wherever_the_run_stands(
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", devices.BACKENDS)
 def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(
-  config, tmp_path, backend
+  config, tmp_path, monkeypatch, backend
 ):
+  runs.without_reports(monkeypatch)
+
   def trained(share):
     folder = tmp_path / str(share)
     classification.run(
@@ -590,8 +592,11 @@ def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "initial_open"), [(0.4, 0.85), (0.6, 0.3)])
-def test_a_net_ends_at_its_budget_from_above_and_from_below(budget, initial_open, config, tmp_path):
+def test_a_net_ends_at_its_budget_from_above_and_from_below(
+  budget, initial_open, config, tmp_path, monkeypatch
+):
   """To 0.04 on 360 test images after 132 steps; to 0.02 on CIFAR-10, see docs/results.md."""
+  runs.without_reports(monkeypatch)
   classification.run(
     config(
       **{

@@ -14,7 +14,7 @@ from gating_jax.inference.export import load_exported
 from gating_jax.models import resnet
 from gating_jax.training import rundir, steps
 from tests.helpers import tiny_cli
-from tests.helpers.runs import announced, race_by, said
+from tests.helpers.runs import announced, race_by, said, without_reports
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,9 @@ def config():
 def exported(config, tmp_path_factory):
   """A finished run with its exports, and its output."""
   workdir = tmp_path_factory.mktemp("runs") / "run"
-  said(classification, config, workdir, "train")
   with pytest.MonkeyPatch.context() as patch:
+    without_reports(patch)
+    said(classification, config, workdir, "train")
     patch.setattr(export, "_REPEATS", 2)
     race_by(patch, fastest("switch"))
     announced(patch)

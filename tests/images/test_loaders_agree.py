@@ -9,36 +9,38 @@ import os
 import pytest
 
 from tests.helpers import jobs, made_tfds, tiny
+from tests.helpers.commands import run_one_after_the_other
 
 REAL = os.environ.get("GATING_JAX_DATA_DIR")
 
 
-def trained(workdir, name, data_dir, loader, **changes):
-  """Trains a tiny net and returns `(result, parameters)`."""
-  jobs.alone(
-    *jobs.arguments(
-      workdir,
-      "tfds_resnet20",
-      **{
-        "data.name": name,
-        "data.data_dir": data_dir,
-        "data.loader": loader,
-        "data.flip": True,
-        "model.name": "tiny",
-        "optim.epochs": 2,
-        "optim.batch_size": 16,
-        **changes,
-      },
-    ),
-    optimised=True,
+def command(workdir, name, data_dir, loader, **changes):
+  """Returns the arguments of a training of a tiny net."""
+  return jobs.arguments(
+    workdir,
+    "tfds_resnet20",
+    **{
+      "data.name": name,
+      "data.data_dir": data_dir,
+      "data.loader": loader,
+      "data.flip": True,
+      "model.name": "tiny",
+      "optim.epochs": 2,
+      "optim.batch_size": 16,
+      **changes,
+    },
   )
-  return json.loads((workdir / "result.json").read_text()), jobs.saved_state(workdir)["params"]
 
 
 def check_loaders_agree(folder, name, data_dir, **changes):
-  resident, a = trained(folder / "resident", name, data_dir, "resident", **changes)
-  streamed, b = trained(folder / "streamed", name, data_dir, "streaming", **changes)
-  _, c = trained(folder / "other", name, data_dir, "resident", **changes, seed=1)
+  runs = {
+    "resident": command(folder / "resident", name, data_dir, "resident", **changes),
+    "streamed": command(folder / "streamed", name, data_dir, "streaming", **changes),
+    "other": command(folder / "other", name, data_dir, "resident", **changes, seed=1),
+  }
+  run_one_after_the_other(runs.values(), devices=8, optimised=True)
+  resident, streamed, _ = (json.loads((folder / run / "result.json").read_text()) for run in runs)
+  a, b, c = (jobs.saved_state(folder / run)["params"] for run in runs)
   assert not tiny.bit_equal(a, c), "another seed trains another net"
   assert tiny.bit_equal(a, b)
   for result in (resident, streamed):

@@ -1,6 +1,7 @@
 """A program that continues with uncertain images only gives the model's answers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,14 @@ def images(count, seed=0):
   return (rng.normal(0, 1, (count, *SHAPE)) + rng.normal(0, 2, (count, 1, 1, 3))).astype(np.float32)
 
 
+@functools.cache
+def model_program(threshold):
+  return jax.jit(dataclasses.replace(MODEL, threshold=threshold).apply)
+
+
 def answers(x, threshold=MODEL.threshold):
   """Returns the model's logits, and after which exits each image continues."""
-  logits, records = jax.jit(dataclasses.replace(MODEL, threshold=threshold).apply)(VARIABLES, x)
+  logits, records = model_program(threshold)(VARIABLES, x)
   return logits, np.concatenate([r.gates for r in records], axis=1) > 0, records
 
 

@@ -44,7 +44,7 @@ def test_the_same_outputs_gates_and_macs(model):
 def test_what_static_gates_close_is_gone(name):
   model = MODELS[name]
   variables = random_variables(model)
-  _, records = model.apply(variables, images(1))
+  _, records = jax.jit(model.apply)(variables, images(1))
   closed = sum(int(np.sum(np.asarray(r.gates) == 0)) for r in records)
   assert closed > 0
   net, counts = fold(model, variables), model_summary(model, SHAPE)
@@ -67,12 +67,12 @@ def test_what_static_gates_close_in_a_chain_is_gone(closed):
     logits[places] = -9
     assert variables["params"][f"layer{i}"]["gate"]["logits"].shape == (width,)
     variables["params"][f"layer{i}"]["gate"]["logits"] = jnp.asarray(logits)
-  y, records = model.apply(variables, x)
+  y, records = jax.jit(model.apply)(variables, x)
   assert [list(np.flatnonzero(np.asarray(r.gates)[0] == 0)) for r in records] == [
     list(places) for places in closed
   ]
   net = fold(model, variables)
-  np.testing.assert_allclose(folded.run(net, x)[0], y, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(jax.jit(folded.run)(net, x)[0], y, rtol=1e-4, atol=1e-5)
   first, second = (
     max(1, width - len(places)) for width, places in zip(widths, closed, strict=True)
   )
@@ -95,9 +95,8 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
   variables["params"]["layer2"]["gate"]["logits"] = jnp.asarray([9.0, -9, 9, -9, 9, 9], jnp.float32)
   net = fold(model, variables)
   assert net.parts[-1].conv.bias.size == (6 if features is None else 4)
-  np.testing.assert_allclose(
-    folded.run(net, images())[0], model.apply(variables, images())[0], rtol=1e-4, atol=1e-5
-  )
+  expected, _ = jax.jit(model.apply)(variables, images())
+  np.testing.assert_allclose(jax.jit(folded.run)(net, images())[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +18,12 @@ from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 GATED = ("basic", "blocks", "layer", "bottleneck", "vgg", "vgg without norm")
 OUTPUTS = ("outputs", "bottleneck outputs")
 CLOSED, OPEN = -1e3, 1e3
-NETS = {name: fold(MODELS[name], random_variables(MODELS[name])) for name in (*GATED, *OUTPUTS)}
+
+
+@functools.cache
+def folded_net(name):
+  """Returns a folded model; it is made when it is first asked for, not when tests are collected."""
+  return fold(MODELS[name], random_variables(MODELS[name]))
 
 
 def everywhere(net, bias):
@@ -40,7 +47,7 @@ def equal_where_it_must(net, choices, x):
 @given(st.data())
 @settings(max_examples=15, deadline=None)
 def test_equal_on_every_image_where_nothing_static_moves(data):
-  net = NETS[data.draw(st.sampled_from(tuple(NETS)))]
+  net = folded_net(data.draw(st.sampled_from((*GATED, *OUTPUTS))))
   bias = st.sampled_from([CLOSED, 0.0, 0.0, OPEN])
   mixed = [
     data.draw(st.lists(bias, min_size=h.logits_bias.size, max_size=h.logits_bias.size))
@@ -61,7 +68,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("name", GATED)
 def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
-  opened = everywhere(NETS[name], OPEN)
+  opened = everywhere(folded_net(name), OPEN)
   small = pruning.apply_pruning(
     opened, pruning.find_static_units(opened, folded_nets.count_gates(opened, images(4)))
   )
@@ -69,7 +76,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   assert folded.macs(small, SHAPE) == folded.macs(opened, SHAPE) - sum(
     h.hidden.size + h.logits.size for h in heads_of(opened)
   )
-  closed = everywhere(NETS[name], CLOSED)
+  closed = everywhere(folded_net(name), CLOSED)
   small = pruning.apply_pruning(
     closed, pruning.find_static_units(closed, folded_nets.count_gates(closed, images(4)))
   )
@@ -90,7 +97,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
   for bias in (OPEN, CLOSED):
-    net = everywhere(NETS[name], bias)
+    net = everywhere(folded_net(name), bias)
     small = pruning.apply_pruning(
       net, pruning.find_static_units(net, folded_nets.count_gates(net, images(4)), multiple=1)
     )
@@ -111,7 +118,7 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
 
 
 def test_gates_of_a_blocks_output_cannot_be_taken():
-  net = NETS["outputs"]
+  net = folded_net("outputs")
   choices = [pruning.PruneMask.nothing(place.group.gates) for place in folded.group_places(net)]
   choices[1].removed[0] = True
   with pytest.raises(ValueError, match="must not change the gates of a block's output"):
@@ -164,7 +171,7 @@ def test_units_of_several_channels_and_channels_without_gate_are_rounded_in_chan
 
 
 def test_order_is_ungated_first_and_logits_follow():
-  net = NETS["basic"]
+  net = folded_net("basic")
   net = forced(net, [[0, OPEN, CLOSED, 0], *([0] * h.logits_bias.size for h in heads_of(net)[1:])])
   part = next(p for p in net.parts if p.head is not None)
   choice = pruning.PruneMask(np.array([0, 0, 1, 0], bool), np.array([0, 1, 0, 0], bool))
@@ -178,7 +185,7 @@ def test_order_is_ungated_first_and_logits_follow():
 
 
 def test_pruning_twice_changes_nothing_more():
-  analysis = analyse(NETS["bottleneck"], None, images(20))
+  analysis = analyse(folded_net("bottleneck"), None, images(20))
   once = prune(analysis, multiple=2)
   twice = prune(analyse(once, None, images(20)), multiple=2)
   assert folded.macs(once, SHAPE) < folded.macs(analysis.net, SHAPE)
@@ -186,7 +193,7 @@ def test_pruning_twice_changes_nothing_more():
 
 
 def test_features_of_a_vgg_keep_their_channels_and_order():
-  net = everywhere(FoldedNet(NETS["vgg"].parts), CLOSED)
+  net = everywhere(FoldedNet(folded_net("vgg").parts), CLOSED)
   choices = pruning.find_static_units(net, folded_nets.count_gates(net, images(4)), multiple=1)
   assert not choices[-1].removed.any()
   assert choices[0].removed.any()

@@ -29,7 +29,7 @@ def test_values_and_scales_by_hand():
 @pytest.mark.parametrize("name", ["bottleneck", "vgg"])
 def test_no_weight_moves_by_more_than_half_a_step_and_gate_networks_not_at_all(name):
   net = fold(MODELS[name], random_variables(MODELS[name]))
-  small = quantise(net)
+  small = jax.jit(quantise)(net)
   leaf = lambda x: isinstance(x, Int8)
   for before, after in zip(jax.tree.leaves(net), jax.tree.leaves(small, is_leaf=leaf), strict=True):
     if isinstance(after, Int8):
@@ -46,7 +46,7 @@ def test_no_weight_moves_by_more_than_half_a_step_and_gate_networks_not_at_all(n
     + 1
   )
   assert folded.macs(small, SHAPE) == folded.macs(net, SHAPE)
-  y, z = run(net, images(3))[0], run(dequantise(small), images(3))[0]
+  y, z = run(net, images(3))[0], run(jax.jit(dequantise)(small), images(3))[0]
   assert 0 < np.abs(y - z).max() < 0.2 * np.abs(y).max()
 
 

@@ -262,6 +262,7 @@ def test_other_variables_are_loaded_and_those_of_another_model_refused():
     run.load(variables(MODELS["gate"]))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["gate", "uniform, channels gated"])
 def test_the_faster_of_both_ways_is_taken_and_all_times_are_reported(name):
   model, inputs, done = MODELS[name], batch([4, 3]), []

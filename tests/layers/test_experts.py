@@ -27,8 +27,8 @@ def experts(top_k=None, count=4):
 @pytest.mark.parametrize("top_k", [None, 1, 2, 4])
 def test_the_answer_is_the_weighted_sum_of_those_that_count(top_k):
   net = experts(top_k)
-  variables = net.init(jax.random.key(0), X)
-  y, (record,) = net.apply(variables, X)
+  variables = jax.jit(net.init)(jax.random.key(0), X)
+  y, (record,) = jax.jit(net.apply)(variables, X)
   np.testing.assert_allclose(record.probs.sum(-1), 1, rtol=1e-6)
   kept = np.argsort(-record.probs, axis=-1)[:, :top_k]
   mask = np.zeros(record.probs.shape, np.float32)
@@ -69,10 +69,10 @@ def test_of_equal_scores_the_first_count():
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_gate_and_the_experts_that_count_have_gradients(top_k):
   net = experts(top_k)
-  variables = net.init(jax.random.key(0), X)
+  variables = jax.jit(net.init)(jax.random.key(0), X)
   loss = lambda p: jnp.sum(jnp.square(net.apply({**variables, "params": p}, X)[0]))
-  grads = jax.grad(loss)(variables["params"])
-  chosen = np.asarray(net.apply(variables, X)[1][0].gates > 0).any(axis=0)
+  grads = jax.jit(jax.grad(loss))(variables["params"])
+  chosen = np.asarray(jax.jit(net.apply)(variables, X)[1][0].gates > 0).any(axis=0)
   assert top_k is None or not chosen.all()
   assert np.abs(grads["gate"]["logits"]["kernel"]).max() > 0
   assert [

@@ -103,17 +103,18 @@ def test_a_critic_by_xlas_convolutions():
 def test_a_score_does_not_depend_on_the_other_images():
   critic, x = Critic(width=3), normal(4, 8, 8, 1)
   variables = filled(critic, x)
-  alone = critic.apply(variables, x[1:2])
-  np.testing.assert_allclose(critic.apply(variables, x)[1], alone[0], rtol=1e-5)
+  apply = jax.jit(critic.apply)
+  alone = apply(variables, x[1:2])
+  np.testing.assert_allclose(apply(variables, x)[1], alone[0], rtol=1e-5)
 
 
 def test_labels_reach_both_nets():
   generator, critic = Generator((8, 8, 1), latent=5, width=3, classes=3), Critic(width=3, classes=3)
   z, labels = jnp.repeat(normal(1, 5), 3, axis=0), jnp.arange(3)
-  images, _ = generator.apply(filled(generator, z, labels), z, labels)
+  images, _ = jax.jit(generator.apply)(filled(generator, z, labels), z, labels)
   x = jnp.repeat(normal(1, 8, 8, 1), 3, axis=0)
   variables = filled(critic, x, labels)
-  scores = critic.apply(variables, x, labels)
+  scores = jax.jit(critic.apply)(variables, x, labels)
   for a, b in ((0, 1), (0, 2), (1, 2)):
     assert np.max(np.abs(images[a] - images[b])) > 0.1
     assert abs(scores[a] - scores[b]) > 0.01
@@ -121,7 +122,7 @@ def test_labels_reach_both_nets():
     "kernel": variables["params"]["score"]["kernel"][:, 2:],
     "bias": variables["params"]["score"]["bias"][2:],
   }
-  third = Critic(width=3).apply({"params": {**variables["params"], "score": only}}, x)
+  third = jax.jit(Critic(width=3).apply)({"params": {**variables["params"], "score": only}}, x)
   np.testing.assert_allclose(scores[2], third[2], rtol=1e-5)
 
 
@@ -213,5 +214,5 @@ def test_training_draws_gates_and_evaluation_does_not():
     )
   )
   assert np.mean(train(jax.random.key(0)) != train(jax.random.key(1))) > 0.02
-  _, records = generator.apply(variables, z)
+  _, records = jax.jit(generator.apply)(variables, z)
   np.testing.assert_array_equal(records[0].gates, np.asarray(records[0].logits) > 0)

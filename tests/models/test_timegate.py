@@ -256,11 +256,11 @@ def test_segments_are_classified_by_both_nets():
     "picked": np.arange(B)
   }
   weights = jax.jit(model.init)(jax.random.key(0), inputs)
-  outputs, records = model.apply(weights, inputs)
+  outputs, records = jax.jit(model.apply)(weights, inputs)
   np.testing.assert_allclose(
     outputs["light"], dense(weights["params"]["light_head"], inputs["light"]), rtol=1e-5
   )
-  heavy, _ = Net().apply(
+  heavy, _ = jax.jit(Net().apply)(
     {"params": weights["params"]["heavy"], "batch_stats": weights["batch_stats"]["heavy"]},
     inputs["heavy"],
   )

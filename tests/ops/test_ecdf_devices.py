@@ -112,12 +112,14 @@ def test_the_rate_of_the_whole_batch_is_the_same_on_eight_devices(way):
   assert_equal(WAYS[way](*problem(), target_rate, None), expected(target_rate))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("gates", [1, 8])
 @pmap_and_check_vma
 def test_devices_may_share_any_number_of_gates(gates, way):
   assert_equal(WAYS[way](*problem(gates), fixed_prior, "all_to_all"), expected(fixed_prior, gates))
 
 
+@pytest.mark.thin(2)
 @pmap_and_check_vma
 @exchanges
 def test_padded_rows_are_left_out_however_they_are_spread(way, exchange):
@@ -134,6 +136,7 @@ def test_padded_rows_are_left_out_however_they_are_spread(way, exchange):
   assert_equal(WAYS[way](params, padded, weighted, exchange), alone)
 
 
+@pytest.mark.thin(2)
 @pmap_and_check_vma
 @exchanges
 def test_ties_between_devices_are_ties(way, exchange):
@@ -146,6 +149,7 @@ def test_ties_between_devices_are_ties(way, exchange):
   )
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("term", [fixed_prior, weighted])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_jit_spreads_a_sharded_batch_by_itself(term, axis_type):
@@ -169,6 +173,7 @@ def test_ranks_and_references_may_have_explicit_shardings():
     np.testing.assert_allclose(result, jax.jit(f)(x), rtol=1e-6)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])
 @exchanges
 def test_the_comparison_detects_a_backward_pass_without_the_sum(way, exchange, monkeypatch):

@@ -317,6 +317,7 @@ def usual(of, group, dtype):
   return of(GROUPS[group][0], LOGITS.astype(dtype))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
   "group",

@@ -79,9 +79,8 @@ def test_indecision_loss_is_of_each_example():
 @pytest.mark.parametrize("logit", [-110.0, 110.0])
 def test_saturated_gates_have_a_finite_pull(logit):
   for loss in (entropy_loss, decision_entropy_loss, indecision_loss):
-    value, slope = jax.value_and_grad(lambda z, loss=loss: loss([jax.nn.sigmoid(z)]))(
-      jnp.full((3, 2), logit)
-    )
+    pull = jax.jit(jax.value_and_grad(lambda z, loss=loss: loss([jax.nn.sigmoid(z)])))
+    value, slope = pull(jnp.full((3, 2), logit))
     assert np.isfinite(value)
     assert np.isfinite(slope).all()
 
@@ -117,10 +116,9 @@ def test_mac_budget_loss_is_of_the_gates_and_its_gradient_of_their_probabilities
   per_unit = (
     np.array([[10 + 4 * 1], [10 + 4 * 0.5]]) / 2 / whole
   )  # with the expected units of the second
+  differentiate = jax.jit(jax.value_and_grad(lambda p, b: mac_budget_loss(drawn(p, SECOND), 32, b)))
   for budget in (0.5, 1.0):  # the cost is too high, and too low
-    loss, gradient = jax.value_and_grad(
-      lambda p, b=budget: mac_budget_loss(drawn(p, SECOND), 32, b)
-    )(FIRST)
+    loss, gradient = differentiate(FIRST, budget)
     np.testing.assert_allclose(loss, (share - budget) ** 2, rtol=1e-5)
     np.testing.assert_allclose(
       gradient, np.broadcast_to(2 * (share - budget) * per_unit, (2, 3)), rtol=1e-5

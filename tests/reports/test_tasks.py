@@ -79,7 +79,7 @@ def test_numbers_are_readable_on_every_colour_and_unknown_cells_are_empty():
     assert (high + 0.05) / (low + 0.05) > 4.2, value
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("tasks", [1, 2, 5, 10, 20])
 def test_cells_hold_their_numbers(tasks):
   figure = drawn(

@@ -10,7 +10,7 @@ from gating_jax.training import closed_gates
 from gating_jax.training.closed_gates import CLOSED, SEGMENTS_CLOSED, ClosingWatch, Limit
 from gating_jax.video import run as video_run
 from tests.helpers import tiny_cli
-from tests.helpers.runs import said
+from tests.helpers.runs import said, without_reports
 
 CHANNELS = f"channels_{CLOSED}"
 LIMIT = Limit(CLOSED, 0.5, "lower loss.sparsity.coefficient")
@@ -255,11 +255,14 @@ AT_ONCE = {
     ("composed_timegate", {**AT_ONCE, "loss.sparsity.kind": "mean"}, {}),
   ],
 )
-def test_a_training_says_once_that_its_gates_close(small, tmp_path, name, price, wanted):
+def test_a_training_says_once_that_its_gates_close(
+  small, tmp_path, monkeypatch, name, price, wanted
+):
   lines = said(*small(name, **price), tmp_path / "closing", "train").splitlines()
   warnings = [i for i, line in enumerate(lines) if "warning: " in line]
   assert len(warnings) == 1
   assert "closed for all examples" in lines[warnings[0]]
   # while it continues
   assert any(re.search(r"step \d+/", line) for line in lines[warnings[0] + 1 :])
+  without_reports(monkeypatch)  # the page of closed gates is enough
   assert "warning: " not in said(*small(name, **wanted), tmp_path / "open", "train")

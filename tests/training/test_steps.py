@@ -76,6 +76,7 @@ def test_four_steps_in_one_dispatch_equal_four_single_ones():
     np.testing.assert_allclose(four[name], ones[name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.thin(2)
 @backends
 def test_nothing_compiles_after_the_first_step(backend, compilations):
   state, _ = after(start(), 0, 1, backend=backend)
@@ -162,7 +163,8 @@ def mixed_state():
   state = state.replace(
     params=noisy(state.params), batch_stats=jax.tree.map(np.abs, noisy(state.batch_stats))
   )
-  results = steps.make_eval_step(tiny.net(), tiny.normalise)(state, *tiny.images(37, seed=5))
+  evaluate = jax.jit(steps.make_eval_step(tiny.net(), tiny.normalise))
+  results = evaluate(state, *tiny.images(37, seed=5))
   state.params["stage1_block1"]["gate"]["head"]["logits"]["bias"] -= np.mean(
     results["gate_logits"], axis=0
   )

@@ -72,11 +72,15 @@ def record(logits):
 
 
 def evaluate(objective, predicted, targets, axis_name=None, gated=False):
-  outputs = {name: predicted[name] for name in ("logits", "light_logits") if name in predicted}
-  records = (record(jnp.asarray(predicted["segments"])),)
-  if gated:
-    records += (record(jnp.asarray(predicted["channels"])),)
-  return objective(outputs, targets, records, jnp.int32(STEP), axis_name)
+  @jax.jit  # or each operation would be a program of its own
+  def losses(predicted, targets):
+    outputs = {name: predicted[name] for name in ("logits", "light_logits") if name in predicted}
+    records = (record(jnp.asarray(predicted["segments"])),)
+    if gated:
+      records += (record(jnp.asarray(predicted["channels"])),)
+    return objective(outputs, targets, records, jnp.int32(STEP), axis_name)
+
+  return losses(predicted, targets)
 
 
 def mean_by_hand(values, weights):

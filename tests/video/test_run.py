@@ -1,4 +1,5 @@
 import csv
+import functools
 import importlib
 import json
 import re
@@ -19,7 +20,7 @@ from gating_jax.video import nets as video_nets
 from tests.helpers import made_videos, pages, tiny
 from tests.helpers.event_files import summaries
 from tests.helpers.loaded import loaded
-from tests.helpers.runs import Stopping, announced, said
+from tests.helpers.runs import Stopping, announced, said, without_reports
 
 TINY_LIGHT = (ResNet, dict(classes=None, blocks=(1,), features=4))
 TINY_HEAVY = (ResNet, dict(classes=None, blocks=(1,), features=4, stem="small"))
@@ -369,6 +370,7 @@ def test_segments_are_seen_one_by_one_until_the_classifier_is_sure(config, tmp_p
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_parameters(finished, tmp_path, monkeypatch):
+  without_reports(monkeypatch)
   made, workdir = finished
   with monkeypatch.context() as patch:
     patch.setattr(loop, "StopRequest", lambda: Stopping(1))
@@ -522,6 +524,7 @@ def test_everything_open_is_every_segment(config):
 def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(
   config, tmp_path, monkeypatch, capsys
 ):
+  without_reports(monkeypatch)
   made = config()
   run.run(made, tmp_path / "whole", "train")
   with monkeypatch.context() as patch:
@@ -548,7 +551,8 @@ def newest(made, path):
 
 
 @pytest.mark.slow
-def test_nets_of_another_run_are_taken_and_its_concepts_found_again(config, tmp_path):
+def test_nets_of_another_run_are_taken_and_its_concepts_found_again(config, tmp_path, monkeypatch):
+  without_reports(monkeypatch)
   made = config()
   run.run(made, tmp_path / "first", "train")
   second = config(pretrained=str(tmp_path / "first"))
@@ -617,27 +621,48 @@ SKIPPED = {
 LEARNT = {"model.selection": "gate", "model.backward_share": 0.86}
 
 
+def params_without_some_backward(config, changes, folder, *, skip):
+  """Returns the trained parameters, the capacity, and the steps that were taken in full."""
+  made = config(**{**SKIPPED, **changes, "model.skip_backward": skip})
+  run.run(made, folder, "train")
+  training = build.build(made).training
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  return SimpleNamespace(
+    params=video_nets.restore(training, folder, 0)[1].params,
+    capacity=training.model.backward_capacity,
+    in_full=[line.get("in_full") for line in lines if line["split"] == "train"],
+  )
+
+
+@pytest.fixture(scope="module")
+def trained_in_full(config, tmp_path_factory):
+  """`selection -> ` the same of a run that skips nothing, which is trained once."""
+
+  @functools.cache
+  def trained(selection):
+    changes = {"model.selection": selection, "model.backward_share": 0.86}
+    with pytest.MonkeyPatch.context() as patch:
+      without_reports(patch)
+      folder = tmp_path_factory.mktemp("full")
+      return params_without_some_backward(config, changes, folder, skip=False)
+
+  return trained
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("changes", "capacity", "in_full"),
   [({}, 2 * 4, None), (LEARNT, 25, 0.5), ({**LEARNT, "model.backward_share": 0.3}, 9, 1)],
 )
 def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(
-  config, tmp_path, changes, capacity, in_full
+  config, trained_in_full, tmp_path, changes, capacity, in_full
 ):
-  def trained(skip):
-    folder = tmp_path / str(skip)
-    made = config(**{**SKIPPED, **changes, "model.skip_backward": skip})
-    run.run(made, folder, "train")
-    built = build.build(made)
-    assert built.training.model.backward_capacity == (capacity if skip else None)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line.get("in_full") for line in lines if line["split"] == "train"] == [
-      in_full if skip else None
-    ]
-    return video_nets.restore(built.training, folder, 0)[1].params
-
-  assert tiny.relative_gap(trained(True), trained(False)) < 1e-5
+  found = params_without_some_backward(config, changes, tmp_path, skip=True)
+  assert found.capacity == capacity
+  assert found.in_full == [in_full]
+  full = trained_in_full(changes.get("model.selection", "uniform"))
+  assert (full.capacity, full.in_full) == (None, [None])
+  assert tiny.relative_gap(found.params, full.params) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Learning without forgetting: old heads must keep their predictions on new images.
+"""Fine-tuning, and learning without forgetting, in which old heads keep their predictions.
+
+Fine-tuning on one task after the other is the lower bound of continual learning; on the images of
+all tasks, joint training, it is the upper one. Learning without forgetting adds to it:
 
     total = cross-entropy
             + w sum_(s < t) mean_n CE(softmax(teacher_s(x_n) / tau), softmax(logits_s(x_n) / tau))
@@ -20,6 +23,26 @@ import optax
 
 from gating_jax.continual.method import InitialState, Method, Network, Variables
 from gating_jax.types import Array
+
+
+def fine_tuning(network: Network, *, joint: bool = False) -> Method:
+  """Trains by cross-entropy on one task after the other: the lower bound.
+
+      theta_t = argmin over theta, from theta_{t-1}, of the mean of CE over the images of task t
+
+  Args:
+    network: to train.
+    joint: train on the images of all tasks up to t: the upper bound, if steps suffice to see them
+      all as often.
+  """
+  return Method(
+    init=lambda key: InitialState(*network.init(key), ()),
+    loss=network.loss,
+    # Nothing is done against forgetting.
+    end_task=lambda learner, data, key: learner,
+    predict=network.predict,
+    cumulative=joint,
+  )
 
 
 def lwf(network: Network, *, weight: float, temperature: float) -> Method:

@@ -25,13 +25,16 @@ GENERATOR = Generator(
   gating="channel",
   gate=GateSettings(hidden=4, initial_open=0.6),
 )
-RECORDS = shared_generator.trace_records(GENERATOR)
+records_of_net = functools.cache(lambda: shared_generator.trace_records(GENERATOR))
 KEY = jax.random.key(0, impl="rbg")
 UNITS = 12  # 8 of the first map, 4 of the second
 
 
+init, apply = jax.jit(GENERATOR.init), jax.jit(GENERATOR.apply)
+
+
 def fresh():
-  return GENERATOR.init(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))
+  return init(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))
 
 
 def protection(**changes):
@@ -62,7 +65,7 @@ def learnt(**changes):
   """Returns the rehearsal, its memory after each task, and the images it recalled then."""
   method, recalled = rehearsal(**changes), []
   step = jax.jit(method.pretrain_step)
-  memories = [method.init(KEY)]
+  memories = [jax.jit(method.init)(KEY)]
   for task in range(TASKS):
     memory = memories[-1]
     for _ in range(8):
@@ -78,7 +81,7 @@ def rehearsed():
 
 
 def shared(memory):
-  return shared_generator.split(memory.training.average, RECORDS)["shared"]
+  return shared_generator.split(memory.training.average, records_of_net())["shared"]
 
 
 @pytest.mark.slow
@@ -104,9 +107,11 @@ def test_frozen_filters_stay_and_the_others_begin_anew(rehearsed):
   method, memories, _ = rehearsed
   before, after = shared(memories[0]), shared(memories[1])
   protection = memories[0].protection
-  relevant = by_record(np.asarray(protection.relevant[0]), RECORDS)
+  relevant = by_record(np.asarray(protection.relevant[0]), records_of_net())
   again = np.asarray(memories[1].protection.relevant[1])
-  for layer, mine, later in zip(("map1", "map2"), relevant, by_record(again, RECORDS), strict=True):
+  for layer, mine, later in zip(
+    ("map1", "map2"), relevant, by_record(again, records_of_net()), strict=True
+  ):
     old, new = (np.asarray(s[layer]["filters"]["kernel"]) for s in (before, after))
     np.testing.assert_array_equal(protection.frozen[layer]["filters"]["kernel"], mine)
     np.testing.assert_array_equal(new[..., mine], old[..., mine])
@@ -132,7 +137,7 @@ def test_a_batch_is_joined_by_all_classes_so_far_and_old_images_stay(rehearsed):
 
 def test_what_each_task_has_for_itself_is_kept_and_starts_fresh(rehearsed):
   method, memories, _ = rehearsed
-  parts = [shared_generator.split(m.training.average, RECORDS)["own"] for m in memories]
+  parts = [shared_generator.split(m.training.average, records_of_net())["own"] for m in memories]
   assert set(parts[0]) == {"pixels", "map1", "map2"}
   assert set(parts[0]["map1"]) == set(parts[0]["map2"]) == {"gate"}
   kept = jax.tree.map(lambda x: x[0], memories[-1].own)
@@ -147,7 +152,7 @@ def test_units_whose_gates_open_often_are_relevant_and_other_gates_are_shut():
   head["bias"] = jnp.array([1.0, -1.0] * 4)
   rates = protections.open_rates(GENERATOR, params, KEY)
   np.testing.assert_array_equal(rates[:8], [1, 0] * 4)
-  parts = shared_generator.split(params["params"], RECORDS)
+  parts = shared_generator.split(params["params"], records_of_net())
   gates = protection(threshold=0.5)
   state, own = gates.finish(gates.init(parts["shared"]), 1, parts, params["batch_stats"], KEY)
   np.testing.assert_array_equal(state.relevant[1], rates > 0.5)
@@ -159,8 +164,8 @@ def test_units_whose_gates_open_often_are_relevant_and_other_gates_are_shut():
 
 def test_open_gates_cost_their_share_after_the_patience():
   gates = protection(sparsity=2.0, patience=3.0)
-  state = gates.init(shared_generator.split(fresh()["params"], RECORDS)["shared"])
-  _, records = GENERATOR.apply(fresh(), jax.random.normal(KEY, (9, 4)), jnp.zeros(9, int))
+  state = gates.init(shared_generator.split(fresh()["params"], records_of_net())["shared"])
+  _, records = apply(fresh(), jax.random.normal(KEY, (9, 4)), jnp.zeros(9, int))
   shares = [np.mean(r.gates) for r in records]
   for step, price in ((2, 0.0), (3, 2.0)):
     np.testing.assert_allclose(
@@ -172,7 +177,7 @@ def test_it_needs_the_filters_once_and_the_rest_of_every_task_learnt(rehearsed):
   method, memories, _ = rehearsed
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   filters = 4 * ((4 + 2) * 16 * 8 + 16 * 8 + 9 * 8 * 4 + 4)
-  own = size(shared_generator.split(memories[0].training.average, RECORDS)["own"])
+  own = size(shared_generator.split(memories[0].training.average, records_of_net())["own"])
   statistics = size(memories[0].training.batch_stats)
   state = size(memories[0].protection)
   for tasks in (1, 3):

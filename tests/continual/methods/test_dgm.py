@@ -27,11 +27,13 @@ GENERATOR = Generator(
   gating="channel",
   gate=GateSettings(context="none", relaxation="sigmoid"),
 )
-RECORDS = shared.trace_records(GENERATOR)
 KEY = jax.random.key(0, impl="rbg")
 UNITS = 12
 fresh = functools.cache(
-  lambda: shared.split(GENERATOR.init(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))["params"], RECORDS)
+  lambda: shared.split(
+    jax.jit(GENERATOR.init)(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))["params"],
+    shared.trace_records(GENERATOR),
+  )
 )
 
 
@@ -65,7 +67,7 @@ def learnt(protected=True):
   method = shared.shared_generative(
     PROBLEM, GENERATOR, settings, protection, images=20, replayed=16, seed=0
   )
-  step, memory, recalled = jax.jit(method.pretrain_step), method.init(KEY), []
+  step, memory, recalled = jax.jit(method.pretrain_step), jax.jit(method.init)(KEY), []
   for task in range(2):
     for i in range(STEPS):
       pixels = np.random.default_rng([task, i]).integers(100 * task, 100 * task + 100, (16, *SHAPE))
@@ -96,7 +98,7 @@ def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
   used = jnp.zeros((2, UNITS)).at[0, 0].set(1).at[1, 1].set(0.25).at[0, 8].set(1)
   change = masked().training(protections.UsedUnits(used), 0).update
   ones = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), params)
-  updates = change(shared.shared_net.merge(**ones), shared.shared_net.merge(**params))
+  updates = jax.jit(change)(shared.shared_net.merge(**ones), shared.shared_net.merge(**params))
   free = lambda name: np.asarray(updates[name]["filters"]["kernel"]) / 0.1
   np.testing.assert_allclose(free("map1")[0, 0, 0], [0, 0.75] + [1] * 6, rtol=1e-6)
   np.testing.assert_allclose(
@@ -114,7 +116,7 @@ def test_the_slope_rises_over_the_training_and_a_mask_costs_what_it_takes():
     training = masked().training(state, step)
     seen = training.view(params)
     np.testing.assert_allclose(seen["map1"]["gate"]["logits"], 0.01 * s, rtol=1e-5)
-    _, records = GENERATOR.apply({"params": seen}, jnp.zeros((3, 4)), jnp.zeros(3, int))
+    _, records = jax.jit(GENERATOR.apply)({"params": seen}, jnp.zeros((3, 4)), jnp.zeros(3, int))
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     taken = (4 * sigmoid(0.01 * s) + 4 * sigmoid(-0.01 * s)) / 8
     np.testing.assert_allclose(training.records_loss(records), 0.5 * taken, rtol=1e-5)

@@ -5,8 +5,7 @@ import optax
 import pytest
 
 from gating_jax.continual.method import Batch, Variables
-from gating_jax.continual.methods.fine_tuning import fine_tuning
-from gating_jax.continual.methods.lwf import lwf, old_heads_cross_entropy
+from gating_jax.continual.methods.lwf import fine_tuning, lwf, old_heads_cross_entropy
 from tests.helpers import conflicting
 
 NET = conflicting.network()

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from gating_jax.continual import replay_memory
-from gating_jax.continual.methods.fine_tuning import fine_tuning
 from gating_jax.continual.methods.icarl import Headed, icarl
+from gating_jax.continual.methods.lwf import fine_tuning
 from gating_jax.continual.methods.replay import agem, derpp, er
 from tests.helpers import toy
 from tests.helpers.tiny import relative_gap
