@@ -56,9 +56,10 @@ _ALONE = ("none", "random", "assigned")
 CONTEXTS = (*PARTS, *_ALONE)
 RELAXATIONS = ("straight_through", "hard_concrete", "sigmoid", "scale")
 THRESHOLDS = ("zero", "quantile")
-# Names in the collection `noise`, and of the running mean in `batch_stats`.
+# Names in the collection `noise`.
 _SCALE, _SHARE = "scale", "share"
-THRESHOLD = "threshold"
+# Names in `batch_stats`: of the running mean of thresholds, and of what `shift_thresholds` adds.
+THRESHOLD, SHIFT = "threshold", "shift"
 # Decay of the running mean of thresholds, as of BatchNorm's statistics.
 _MOMENTUM = 0.9
 # Log-odds, up to the sign, of gates that are assigned.
@@ -120,10 +121,12 @@ def gate_controls(
 def shift_thresholds(variables: Mapping[str, Any], shift: float | Array) -> dict[str, Any]:
   """Returns variables of a model in which all thresholds of its gates are moved.
 
-      theta <- theta + shift,   for every layer of gates with `threshold="quantile"`
+      open where z > theta + shift,   for every layer of gates with `threshold="quantile"`
 
   A shift above 0 closes gates, one below 0 opens them: one trained net has a curve of accuracy
-  against MACs. The argument is not changed.
+  against MACs. It acts in evaluation alone, and shifts add up. The weight of an open unit stays
+  that of training, 2 sigmoid(z - theta), so that units which training has left closed count less
+  than 1. The argument is not changed.
 
   Args:
     variables: `params` and `batch_stats` of any model, or of several, stacked.
@@ -133,20 +136,22 @@ def shift_thresholds(variables: Mapping[str, Any], shift: float | Array) -> dict
     TypeError: variables that are no mapping.
 
   >>> stats = {"block1": {"gate": {"threshold": jnp.float32(0.5)}}}
-  >>> print(shift_thresholds({"batch_stats": stats}, 1.0)["batch_stats"]["block1"]["gate"])
-  {'threshold': Array(1.5, dtype=float32)}
+  >>> print(shift_thresholds({"batch_stats": stats}, 1.0)["batch_stats"]["block1"]["gate"]["shift"])
+  1.0
   """
   arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
-  flat, moved = traverse_util.flatten_dict(dict(variables.get("batch_stats", {}))), False
+  flat = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
+  moved = {}
   for path, leaf in flat.items():
     if path[-1] == THRESHOLD and GATE_NAME in path:
-      leaf = jnp.asarray(leaf)
-      flat[path], moved = leaf + jnp.asarray(shift, leaf.dtype), True
+      own = (*path[:-1], SHIFT)
+      before = jnp.asarray(flat.get(own, jnp.zeros(jnp.shape(leaf), jnp.float32)))
+      moved[own] = before + jnp.asarray(shift, before.dtype)
   if not moved:
     raise ValueError(
       "variables must have thresholds of gates, those of threshold='quantile'; got none"
     )
-  return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}
+  return {**variables, "batch_stats": traverse_util.unflatten_dict({**flat, **moved})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +190,9 @@ class GateSettings:
       batch and gates, see `ops.quantiles.open_threshold`, and in evaluation its running mean.
     share: fraction in (0, 1] of a layer's gates that the quantile opens; see `gate_controls` for
       one that changes in training.
-    weighted: whether an open unit counts w = 2 sigmoid(z), 1 or more without noise, and a closed
-      one exactly 0. The gradient through w is exact for open units; the straight-through gradient
-      only decides. Not with a gate that is not 0/1.
+    weighted: whether an open unit counts w = 2 sigmoid(z), and a closed one exactly 0. w is 1 or
+      more unless noise, or a shift of the threshold, has opened the unit. The gradient through w is
+      exact for open units; the straight-through gradient only decides.
   Raises:
     ValueError: a field out of range, or one that is incompatible with another.
     TypeError: a field of another kind.
@@ -399,12 +404,13 @@ class ChannelGate(nn.Module):
     check_examples(x, train)
     units = [self._units(group.channels) for group in self.groups]
     # One head decides on the units of all groups, which are then split.
-    logits = self._relative(self._logits(x, sum(units), train, shared), train)
+    trained = self._relative(self._logits(x, sum(units), train, shared), train)
+    logits = self._shifted(trained, train)
     # Before the splits: the order in which the logits' gradients add up is that of these lines.
     probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
     if self.settings.weighted:
-      # g = a w: closed gates are exactly 0, whatever w is.
-      gates = gates * (2 * probs)
+      # g = a w: closed gates are exactly 0, whatever w is. A shift changes a alone.
+      gates = gates * (2 * (probs if logits is trained else jax.nn.sigmoid(trained)))
     ends = np.cumsum(units)[:-1]
     logits_of = jnp.split(logits, ends, axis=-1)
     probs_of = jnp.split(probs, ends, axis=-1)
@@ -470,6 +476,13 @@ class ChannelGate(nn.Module):
     if s.threshold == "quantile":
       z = z - self._quantile(z, counts, train)
     return jnp.where(counts, z, logits)
+
+  def _shifted(self, logits: Array, train: bool) -> Array:
+    """Returns the logits of evaluation relative to a threshold that has been moved, if it has."""
+    shift = self.get_variable("batch_stats", SHIFT)
+    if train or shift is None:
+      return logits
+    return logits - shift
 
   def _quantile(self, z: Array, counts: Array, train: bool) -> Array:
     """Returns the threshold of a batch in training, and the running mean of such in evaluation.

@@ -14,8 +14,10 @@ def made(monkeypatch):
   """Returns `variants -> (experiment, variables)` of a tiny network that is not trained."""
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
 
-  def make(variants):
-    experiment = classification.build(digits_resnet20.get_config(f"model=tiny,{variants}"))
+  def make(variants, gate=()):
+    config = digits_resnet20.get_config(f"model=tiny,{variants}")
+    config.model.gate.update(dict(gate))
+    experiment = classification.build(config)
     programme = classification.Classification(experiment)
     return experiment, programme.variables(programme.fresh())
 
@@ -23,7 +25,7 @@ def made(monkeypatch):
 
 
 def test_one_net_has_a_curve_of_macs_and_a_file_of_it(made, tmp_path, capsys):
-  experiment, variables = made("share=0.5")
+  experiment, variables = made("share=0.5", {"normalise": 0.0, "initial_open": 0.5})
   curve.curve_run(experiment, rundir.RunDir(tmp_path), 3, variables)
   found = json.loads((tmp_path / "curve.json").read_text())
   assert found["step"] == 3

@@ -202,18 +202,28 @@ def test_a_nan_is_not_hidden_by_the_threshold():
 
 def test_a_shift_of_the_thresholds_opens_or_closes_gates_and_changes_nothing_else():
   module = gate()
-  _, updated = train(module, init(module))
-  variables = {**init(module), **updated}
+  variables = init(module)
+  # Until the running statistics are those of the batch.
+  for _ in range(40):
+    variables = {**variables, **train(module, variables)[1]}
   gated = lambda v: {"params": {"gate": v["params"]}, "batch_stats": {"gate": v["batch_stats"]}}
-  rates = []
+  trained, rates = joined(module.apply(variables, X), "logits"), []
   for shift in (-1.0, 0.0, 1.0):
     moved = shift_thresholds(gated(variables), shift)
     own = {name: tree["gate"] for name, tree in moved.items()}
-    np.testing.assert_allclose(
-      own["batch_stats"]["threshold"], variables["batch_stats"]["threshold"] + shift, rtol=1e-6
-    )
-    rates.append(np.mean(joined(module.apply(own, X), "gates") > 0))
     jax.tree.map(np.testing.assert_array_equal, own["params"], variables["params"])
+    records = module.apply(own, X)
+    gates, logits = joined(records, "gates"), joined(records, "logits")
+    np.testing.assert_allclose(logits, trained - shift, rtol=1e-5, atol=1e-5)
+    # The weight is that of training, whatever is open.
+    np.testing.assert_allclose(gates, (logits > 0) * 2 * special.expit(trained), rtol=1e-5)
+    rates.append(np.mean(gates > 0))
+    twice = shift_thresholds(shift_thresholds(gated(variables), shift), 0.5)
+    assert twice["batch_stats"]["gate"]["shift"] == shift + 0.5
+    # Training takes no notice, and keeps it.
+    kept = train(module, own)[1]["batch_stats"]
+    assert kept.pop("shift") == shift
+    jax.tree.map(np.testing.assert_array_equal, kept, train(module, variables)[1]["batch_stats"])
   assert rates[0] > rates[1] > rates[2]
   with pytest.raises(ValueError, match="^variables must have thresholds of gates"):
     shift_thresholds({"params": {}, "batch_stats": {"norm": {"mean": jnp.zeros(2)}}}, 1.0)
