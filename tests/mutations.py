@@ -177,6 +177,27 @@ GATES = [
     "ops/test_penalties.py",
   ),
   Mutant(
+    "thresholds_of_devices",
+    "ops/quantiles.py",
+    "return total if axis_name is None else lax.psum(total, axis_name)",
+    "return total",
+    "ops/test_quantiles.py::test_eight_devices_have_the_threshold_of_one",
+  ),
+  Mutant(
+    "weights_counted_as_open",
+    "ops/penalties.py",
+    "return gates / lax.stop_gradient(jnp.maximum(gates, jnp.ones_like(gates)))",
+    "return gates",
+    "ops/test_penalties.py layers/test_gate_opening.py",
+  ),
+  Mutant(
+    "shut_gates_ranked",
+    "layers/gate.py",
+    "counts, z = ~(logits <= SHUT), logits",
+    "counts, z = logits == logits, logits",
+    "layers/test_gate_opening.py",
+  ),
+  Mutant(
     "pairs_counted_once",
     "ops/macs.py",
     "total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)",
@@ -342,7 +363,7 @@ CONTINUAL = [
   Mutant(
     "norms_shared_by_tasks",
     "continual/shared_net.py",
-    "return not self.own_norms and not is_gate_path(path)",
+    "return not self.own_norms",
     "return not is_gate_path(path)",
     "continual/methods/test_task_gates.py::test_every_task_has_its_own_norms_unless_they_are_to_be_shared",
   ),
