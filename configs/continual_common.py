@@ -116,7 +116,7 @@ def continual_config() -> ml_collections.ConfigDict:
         "weight": 1.0,  # of each old head
         "temperature": 2.0,
       },
-      "replay": {  # the episodic memory, of every method that has one
+      "replay": {  # the replay memory, of every method that has one
         "images": 2000,
         "batch_size": 64,  # images replayed at each step, over all devices; also for generators
       },

@@ -1,4 +1,4 @@
-"""The command `gating-jax`, the only file that reads the command line."""
+"""The command `gating-jax`: its flags, modes, messages and exit status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib import metadata
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gating_jax import config_files, experiments
+from gating_jax import config_files, programmes
 from gating_jax.checks import near, one_of, printable, user_path
 from gating_jax.terminal import is_terminal, prepare_streams
 
@@ -134,8 +134,8 @@ def main() -> None:
 def _help() -> str:
   """Returns the text of --help."""
   examples, modes, configs, own_flags = [], [], [], []
-  for name in sorted(experiments.KINDS):
-    config, workdir, about = experiments.KINDS[name].example
+  for name in sorted(programmes.PROGRAMMES):
+    config, workdir, about = programmes.PROGRAMMES[name].example
     command = f"gating-jax --config=configs/{config}.py --workdir=runs/{workdir}"
     examples.append(f"  {command:<76}{about}")
   for name, does in MODES.items():
@@ -326,8 +326,8 @@ def _run_mode() -> None:
   # All modes but training can do without --config: the run directory keeps it.
   if config is None:
     config = settings.config_of(workdir)
-  one_of("experiment", config.experiment, experiments.KINDS)
-  programme = importlib.import_module(experiments.KINDS[config.experiment].module)
+  one_of("experiment", config.experiment, programmes.PROGRAMMES)
+  module = importlib.import_module(programmes.PROGRAMMES[config.experiment].module)
   if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
     raise ValueError("coordinator must be given with processes and process; got none")
   if _COORDINATOR.value:
@@ -337,7 +337,7 @@ def _run_mode() -> None:
     config = smoke.shrink(config)
   # Only one process of a job prints.
   with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
-    programme.run(config, workdir, _MODE.value)
+    module.run(config, workdir, _MODE.value)
 
 
 def _failed(error: Exception | str, status: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 import ml_collections
 
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.checks import near, user_path
 from gating_jax.terminal import warn
 
@@ -219,11 +219,11 @@ def rename_override(argument: str) -> str:
 
 
 def base(experiment: str) -> ml_collections.ConfigDict | None:
-  """Returns every field of a config of this kind with its default; None for an unknown kind."""
-  kind = experiments.kind_of(experiment)
-  if kind is None:
+  """Returns every field of a config of a programme with its default; None for an unknown one."""
+  row = programmes.find_row(experiment)
+  if row is None:
     return None
-  module, function = kind.base
+  module, function = row.base
   with _own_package():
     return getattr(importlib.import_module(f"{_PACKAGE}.{module}"), function)()
 

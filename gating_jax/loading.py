@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.checks import one_of, user_path
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
 
   run_dir = rundir.RunDir(user_path(workdir))
   config = settings.config_of(run_dir.path)
-  one_of("experiment", config.experiment, experiments.KINDS)
-  kind = experiments.KINDS[config.experiment]
-  module = importlib.import_module(kind.module)
+  one_of("experiment", config.experiment, programmes.PROGRAMMES)
+  row = programmes.PROGRAMMES[config.experiment]
+  module = importlib.import_module(row.module)
   # The outlines kept in the run directory stand in for the data, which need not be there.
   experiment = module.build(config, outlines.read_outlines(run_dir.path))
-  programme = getattr(module, kind.programme)(experiment)
+  programme = getattr(module, row.programme)(experiment)
   _, state = runner.newest(programme, run_dir)
   model = programme.model
   # In training a module names the axis of a mapping over devices; outside one it must name none.

@@ -1,7 +1,7 @@
 """One runner for all programmes: their modes, resumed trainings, messages and closing lines.
 
 A programme (classification, segmentation, continual learning, long videos) describes its experiment
-as a `Programme`; everything that does not depend on the kind of experiment is here.
+as a `Programme`; everything that does not depend on the programme is here.
 """
 
 from __future__ import annotations

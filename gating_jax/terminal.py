@@ -90,7 +90,7 @@ def progress_bar(*items: Any, hidden: bool = False, **settings: Any) -> tqdm:
 
 
 def lasting(seconds: float) -> str:
-  """Formats a time in seconds for people.
+  """Formats a time in seconds as human-readable text.
 
   >>> lasting(0.2), lasting(75), lasting(4000)
   ('1 s', '1 min 15 s', '1 h 6 min')

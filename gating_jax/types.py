@@ -12,6 +12,8 @@ import jax
 
 Array = jax.Array
 Path = tuple[str, ...]
+# A tree of arrays, such as parameters: JAX has no type for it.
+Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -232,7 +232,7 @@ TRAINING = [
   Mutant(
     "gates_decay",
     "training/optim.py",
-    "jax.tree.map(operator.not_, of_gates(params))",
+    "jax.tree.map(operator.not_, mark_gates(params))",
     "jax.tree.map(lambda _: True, params)",
     "training/test_optim.py",
   ),

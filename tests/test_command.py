@@ -15,7 +15,7 @@ import tomllib
 import jax
 import pytest
 
-from gating_jax import cli, config_files, experiments
+from gating_jax import cli, config_files, programmes
 from gating_jax.images import classification
 from gating_jax.models import resnet
 from gating_jax.reports import timings
@@ -118,7 +118,7 @@ def test_help_has_an_example_of_each_programme_all_modes_configs_and_flags(argum
     assert re.search(rf"^  {name} +\S", said, re.MULTILINE)
   examples = re.findall(r"gating-jax --config=configs/(\w+)\.py --workdir=", said)
   named = {importlib.import_module(f"configs.{name}").get_config().experiment for name in examples}
-  assert named == set(experiments.KINDS)
+  assert named == set(programmes.PROGRAMMES)
   assert all(f"--mode={mode}" in said for mode in cli.MODES)
   assert "--coordinator: " in said
 

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from gating_jax import config_files, experiments
+from gating_jax import config_files, programmes
 from gating_jax.training import rundir
 from tests.helpers import ROOT
 from tests.helpers.config_files import FILES
@@ -157,8 +157,8 @@ def test_the_fields_of_configs_leave_a_package_of_the_caller_alone(monkeypatch):
 
 def test_fields_that_were_renamed_are_those_of_today():
   fields = set()
-  for kind in experiments.KINDS:
-    for name in rundir.flatten(config_files.base(kind)):
+  for programme in programmes.PROGRAMMES:
+    for name in rundir.flatten(config_files.base(programme)):
       fields.add(tuple(name.split(".")[-2:]))
   for (section, old), new in config_files.RENAMED_FIELDS.items():
     assert (section, new) in fields

@@ -372,7 +372,6 @@ def test_names_of_classes_do_not_reach_the_terminal_as_they_are(tmp_path, caplog
     "average_accuracy": 0.5,
     "forgetting": None,
     "backward_transfer": None,
-    "forward_transfer": None,
     "reasons": {},
   }
   said = tables.render_tasks(

@@ -69,7 +69,7 @@ class LearnerState(struct.PyTreeNode):
     params: parameters that the optimiser changes.
     batch_stats: running statistics of the network being trained.
     opt_state: state of the optimiser; fresh for every task.
-    memory: whatever the method keeps of earlier tasks.
+    memory: whatever the method keeps of earlier tasks: a `MemoryNode`; `()` if it keeps nothing.
     table: results of the tests so far.
   """
 
@@ -381,6 +381,10 @@ class Network:
   def logits(self, params: Any, batch_stats: Any, x: Array) -> Array:
     """Computes `[N, K]` logits in evaluation."""
     return self.model.apply({"params": params, "batch_stats": batch_stats}, x)[0]
+
+  def logits_of(self, learner: LearnerState, x: Array) -> Array:
+    """Computes a learner's `[N, K]` logits in evaluation."""
+    return self.logits(learner.params, learner.batch_stats, x)
 
   def train_logits(
     self, params: Any, batch_stats: Any, x: Array, *, key: Array

@@ -1,10 +1,11 @@
 """Metrics of a task sequence, and the result of a run that has learnt one.
 
-Metrics are accuracy, forgetting, transfer, and use of units by tasks. They take whole arrays, in
-the order in which the tasks were learned. `collect_result` puts them together with the costs.
+Metrics are accuracy, forgetting, backward transfer, and use of units by tasks. They take whole
+arrays, in the order in which the tasks were learnt. `collect_result` puts them together with the
+costs.
 
 Axes: T tasks, S tasks learnt so far, U units.
-Reference: Lopez-Paz and Ranzato, 2017 (the transfers); Chaudhry et al., 2018 (forgetting).
+Reference: Lopez-Paz and Ranzato, 2017 (backward transfer); Chaudhry et al., 2018 (forgetting).
 """
 
 from __future__ import annotations
@@ -25,13 +26,11 @@ class Summary:
 
   Attributes:
     average_accuracy: mean over tasks after the last one.
-    average_after: mean over the tasks learned so far, after each task; None where nothing was
+    average_after: mean over the tasks learnt so far, after each task; None where nothing was
       tested.
     forgetting: mean over all tasks but the last of best minus final accuracy; negative where tasks
       gained.
-    backward_transfer: mean over all tasks but the last of the gain since the task was learned.
-    forward_transfer: always None: it is the lead over a randomly initialised network just before a
-      task is learned, and no run tests such a network. Results keep its name.
+    backward_transfer: mean over all tasks but the last of the gain since the task was learnt.
     reasons: why a number is None, by its name.
   """
 
@@ -39,7 +38,6 @@ class Summary:
   average_after: tuple[float | None, ...]
   forgetting: float | None
   backward_transfer: float | None
-  forward_transfer: None
   reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -52,19 +50,18 @@ def summarise(accuracies: np.ndarray) -> Summary:
 
   Args:
     accuracies: `[T, T]`, row i after learning task i, column j on task j, in [0, 1]; NaN is allowed
-      above the diagonal, and in all rows but the last where all tasks are learned together.
+      above the diagonal, and in all rows but the last where all tasks are learnt together.
   Raises:
-    ValueError: a wrong shape, an accuracy outside [0, 1], or NaN on a learned task, with its
+    ValueError: a wrong shape, an accuracy outside [0, 1], or NaN on a learnt task, with its
       position.
 
   >>> summarise(np.array([[0.75, 0.5], [0.5, 1.0]]))  # doctest: +NORMALIZE_WHITESPACE
   Summary(average_accuracy=0.75, average_after=(0.75, 0.75), forgetting=0.25,
-          backward_transfer=-0.25, forward_transfer=None,
-          reasons={'forward_transfer': 'no accuracies of a randomly initialised network are given'})
+          backward_transfer=-0.25, reasons={})
   """
   accuracies = _checked_accuracies(accuracies)
   # R[j, j] is the accuracy just after task j.
-  last, learned = accuracies[-1], np.diag(accuracies)
+  last, just_learnt = accuracies[-1], np.diag(accuracies)
   # Undefined for a single task, and for tasks learnt together: there is no earlier accuracy.
   forgetting = backward = None
   reasons = {}
@@ -73,8 +70,7 @@ def summarise(accuracies: np.ndarray) -> Summary:
   else:
     # forgetting = mean_(j<T) (max_(i<T) R[i, j] - R[T, j]); R[i, j] is NaN for i < j.
     forgetting = float(np.mean(np.nanmax(accuracies[:-1, :-1], axis=0) - last[:-1]))
-    backward = float(np.mean(last[:-1] - learned[:-1]))
-  reasons["forward_transfer"] = _why_no_forward_transfer(accuracies)
+    backward = float(np.mean(last[:-1] - just_learnt[:-1]))
   average_after = []
   for i, row in enumerate(accuracies):
     # NaN where nothing was tested after task i.
@@ -84,7 +80,6 @@ def summarise(accuracies: np.ndarray) -> Summary:
     average_after=tuple(average_after),
     forgetting=forgetting,
     backward_transfer=backward,
-    forward_transfer=None,
     reasons=reasons,
   )
 
@@ -246,7 +241,9 @@ def free_units(footprint: Footprint, learnt: int) -> dict[str, tuple[int, int]]:
 
 def _accuracy_metrics(accuracies: np.ndarray) -> dict[str, Any]:
   """Returns an accuracy matrix and its metrics, for the result."""
-  return {"accuracies": _with_nulls(accuracies), **vars(summarise(accuracies))}
+  metrics = {"accuracies": _with_nulls(accuracies), **vars(summarise(accuracies))}
+  # A key of all results. It would need tests of an untrained network, which no run makes.
+  return metrics | {"forward_transfer": None}
 
 
 def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
@@ -265,12 +262,12 @@ def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:
   accuracies = np.asarray(accuracies, np.float64)
   if accuracies.ndim != 2 or accuracies.shape[0] != accuracies.shape[1] or not accuracies.size:
     raise ValueError(f"accuracies must be [T, T], T >= 1; got {accuracies.shape}")
-  # Above the diagonal the tasks are not learned yet, and NaN is allowed.
+  # Above the diagonal the tasks are not learnt yet, and NaN is allowed.
   missing = np.tril(np.isnan(accuracies))
   if _only_last(accuracies):
-    # Tasks learned together are tested once, in the last row.
+    # Tasks learnt together are tested once, in the last row.
     missing[:-1] = False
-  _check_none(accuracies, missing, "known on every learned task (row i, columns up to i)")
+  _check_none(accuracies, missing, "known on every learnt task (row i, columns up to i)")
   _check_none(accuracies, (accuracies < 0) | (accuracies > 1), "in [0, 1]")
   return accuracies
 
@@ -291,17 +288,7 @@ def _why_no_sequence(accuracies: np.ndarray) -> str | None:
   """Explains why nothing can be forgotten; None where it can."""
   if len(accuracies) == 1:
     return "there is only one task"
-  return "all tasks are learned together" if _only_last(accuracies) else None
-
-
-def _why_no_forward_transfer(accuracies: np.ndarray) -> str:
-  """Explains why there is no forward transfer."""
-  if reason := _why_no_sequence(accuracies):
-    return reason
-  # R[j-1, j] needs a test before the task is learned.
-  if np.isnan(np.diag(accuracies, 1)).any():
-    return "a head is untrained before its task, so there is nothing to test"
-  return "no accuracies of a randomly initialised network are given"
+  return "all tasks are learnt together" if _only_last(accuracies) else None
 
 
 def _checked_units(name: str, units: np.ndarray) -> np.ndarray:

@@ -235,7 +235,7 @@ def _plain(make, *, scope="own", section=None, memory=False):
     make: the method, of a network and the settings below.
     scope: classes that compete in the cross-entropy, as in `Network`.
     section: of the config with the method's settings; None for a method without any.
-    memory: whether the method has an episodic memory.
+    memory: whether the method has a replay memory.
   """
 
   def build(config, problem):

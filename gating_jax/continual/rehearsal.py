@@ -1,4 +1,8 @@
-"""Rehearsal memories for the task classifier: images of earlier tasks, or generators of them.
+"""Rehearsals: sources of images of earlier tasks, for task classifiers and deep generative memory.
+
+A rehearsal is used as a whole by a method that has one: `episodic` keeps images in a replay memory
+(`replay_memory`), `generative` trains generators of them. ER, DER++, A-GEM and iCaRL have no
+rehearsal: they use a replay memory directly.
 
 Axes: M images, T tasks, C classes of a task.
 Reference: Abati et al., 2020, section 3.4; Gulrajani et al., 2017 (WGAN-GP).
@@ -35,8 +39,8 @@ from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
 
 
-class Replay(NamedTuple):
-  """Rehearsed images for one training batch.
+class ReplayedImages(NamedTuple):
+  """Images of a rehearsal for one training batch.
 
   Attributes:
     x: `[R, H, W, D]` network input.
@@ -52,12 +56,12 @@ class Replay(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-  """A memory of images, as pure functions. Each kind of rehearsal has its own type of memory.
+  """A source of images of earlier tasks, as pure functions over a memory of its own type.
 
   Attributes:
     init: `key -> memory`.
-    replay: `(memory, batch, task, key) -> Replay` in a step of this task's training. All tasks have
-      equal parts in it, except those that only the batch shows.
+    replay: `(memory, batch, task, key) -> ReplayedImages` in a step of this task's training. All
+      tasks have equal parts in it, except those that only the batch shows.
     recall: `(memory, data, task, key) -> (pixels, labels)` at the end of this task, images of every
       task up to it.
     keep: `(memory, data, task, key) -> memory`, after `recall`.
@@ -67,7 +71,7 @@ class Rehearsal:
   """
 
   init: Callable[[Array], Any]
-  replay: Callable[[Any, Batch, Array, Array], Replay]
+  replay: Callable[[Any, Batch, Array, Array], ReplayedImages]
   recall: Callable[[Any, TaskData, int, Array], tuple[np.ndarray, np.ndarray]]
   keep: Callable[[Any, TaskData, int, Array], Any]
   megabytes: Callable[[Any, int], float]
@@ -111,7 +115,7 @@ def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehear
       memory.episodes, key=key, batch=batch, problem=problem, count=settings.batch_size
     )
     # The batch is one of task + 1 tasks.
-    return Replay(drawn.x, drawn.labels, 1 / (task + 1))
+    return ReplayedImages(drawn.x, drawn.labels, 1 / (task + 1))
 
   def recall(memory, data, task, key):
     """Returns the kept images and all those of the ending task, `[M, H, W, D]`."""
@@ -173,72 +177,109 @@ def generative(
     ValueError: fewer `images` than classes of a task.
   """
   check_images(images, problem)
-  generator = Generator(problem.shape, latent=latent, width=width, classes=problem.classes)
-  critic = Critic(width=width, classes=problem.classes)
-  step = wgan.make_wgan_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
+  generators = _TaskGenerators(
+    problem,
+    Generator(problem.shape, latent=latent, width=width, classes=problem.classes),
+    Critic(width=width, classes=problem.classes),
+    settings=settings,
+    images=images,
+    replayed=replayed,
+    seed=seed,
+  )
+  return generators.rehearsal()
 
-  def fresh():
-    """Returns the state from which every task starts."""
-    return wgan.init_state(generator, critic, settings, seed=seed)
 
-  def generate(params, z, labels):
-    """Generates uint8 pixels `[M, H, W, D]` from latents and `[M]` labels."""
-    return wgan.to_pixels(generator.apply({"params": params}, z, labels)[0])
+@dataclasses.dataclass(frozen=True)
+class _TaskGenerators:
+  """The functions of `generative`, over a `GenerativeMemory`."""
 
-  def replay(memory, batch, task, key):
-    """Generates images of all tasks so far for one training batch."""
-    return replay_of_all(
-      generate,
-      with_current(memory, task),
-      problem,
-      task=task,
-      key=key,
-      count=replayed,
-      latent=latent,
+  problem: Problem
+  generator: Generator
+  critic: Critic
+  settings: wgan.WganSettings
+  images: int
+  replayed: int
+  seed: int
+
+  def rehearsal(self) -> Rehearsal:
+    """Returns the functions as a `Rehearsal`."""
+    return Rehearsal(
+      init=self.init,
+      replay=self.replay,
+      recall=self.recall,
+      keep=self.keep,
+      megabytes=self.megabytes,
+      pretrain_step=self.pretrain_step,
     )
 
-  def init(key):
+  def init(self, key: Array) -> GenerativeMemory:
     """Initialises the generators of all tasks, and the training of the first."""
-    state = fresh()
+    state = self._fresh()
     # Room for all tasks from the start: shapes never change.
-    return GenerativeMemory(stack_tasks(state.average, problem.tasks), state)
+    return GenerativeMemory(stack_tasks(state.average, self.problem.tasks), state)
 
-  def with_current(memory, task):
-    """Returns the generators of all tasks, that of the current task included."""
-    # Images are generated with the averaged parameters, so only these are kept.
-    return put_task(memory.generators, task, memory.training.average)
+  def replay(
+    self, memory: GenerativeMemory, batch: Batch, task: Array, key: Array
+  ) -> ReplayedImages:
+    """Generates images of all tasks so far for one training batch."""
+    return replay_of_all(
+      self._generate,
+      self._with_current(memory, task),
+      self.problem,
+      task=task,
+      key=key,
+      count=self.replayed,
+      latent=self.generator.latent,
+    )
 
-  def keep(memory, data, task, key):
-    """Keeps the task's generator and initialises the next one."""
-    return GenerativeMemory(with_current(memory, task), fresh())
-
-  def recall(memory, data, task, key):
+  def recall(
+    self, memory: GenerativeMemory, data: TaskData, task: int, key: Array
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Generates pixels `[M, H, W, D]` and labels `[M]` of all tasks up to this one."""
-    generators = with_current(memory, task)
+    generators = self._with_current(memory, task)
 
     def variables_of(t):
       """Returns the variables of one task's generator."""
       return {"params": task_entry(generators, t)}
 
-    return generate_tasks(generator, variables_of, tasks=task + 1, images=images, key=key)
+    return generate_tasks(self.generator, variables_of, tasks=task + 1, images=self.images, key=key)
 
-  def megabytes(memory, learnt):
+  def keep(
+    self, memory: GenerativeMemory, data: TaskData, task: int, key: Array
+  ) -> GenerativeMemory:
+    """Keeps the task's generator and initialises the next one."""
+    return GenerativeMemory(self._with_current(memory, task), self._fresh())
+
+  def megabytes(self, memory: GenerativeMemory, learnt: int) -> float:
     """Returns the size, in 10**6 bytes, of the generators of the tasks learnt."""
     return tree_megabytes(first_tasks(memory.generators, learnt))
 
-  def pretrain_step(memory, pixels, labels):
+  def pretrain_step(
+    self, memory: GenerativeMemory, pixels: Array, labels: Array
+  ) -> tuple[GenerativeMemory, Mapping[str, Array]]:
     """Trains the current task's generator for one step."""
+    step = wgan.make_wgan_step(
+      self.generator,
+      self.critic,
+      self.settings,
+      seed=self.seed,
+      axis_name=self.problem.axis_name,
+    )
     state, metrics = step(memory.training, pixels, labels)
     return memory.replace(training=state), metrics
 
-  return Rehearsal(
-    init=init,
-    replay=replay,
-    recall=recall,
-    keep=keep,
-    megabytes=megabytes,
-    pretrain_step=pretrain_step,
-  )
+  def _fresh(self) -> wgan.WganState:
+    """Returns the state from which every task starts."""
+    return wgan.init_state(self.generator, self.critic, self.settings, seed=self.seed)
+
+  def _generate(self, params: Any, z: Array, labels: Array) -> Array:
+    """Generates uint8 pixels `[M, H, W, D]` from latents and `[M]` labels."""
+    return wgan.to_pixels(self.generator.apply({"params": params}, z, labels)[0])
+
+  def _with_current(self, memory: GenerativeMemory, task: int | Array) -> Any:
+    """Returns the generators of all tasks, that of the current task included."""
+    # Images are generated with the averaged parameters, so only these are kept.
+    return put_task(memory.generators, task, memory.training.average)
 
 
 def make_pretrain_step(
@@ -278,7 +319,7 @@ def replay_of_all(
   key: Array,
   count: int,
   latent: int,
-) -> Replay:
+) -> ReplayedImages:
   """Generates images of all tasks up to this one, every class with the same probability.
 
   Args:
@@ -291,7 +332,7 @@ def replay_of_all(
     count: images, over all devices.
     latent: size of z.
   Returns:
-    a `Replay` of images of this task too, so the batch itself has weight 0.
+    images of this task too, so the batch itself has weight 0.
   Raises:
     ValueError: `count` is not a multiple of the number of devices.
   """
@@ -318,7 +359,7 @@ def replay_of_all(
   # Every task makes all images, and each image is taken from its own task: shapes may not depend on
   # how many of each are drawn.
   pixels = lax.fori_loop(0, task + 1, add, jnp.zeros((here, *problem.shape), jnp.uint8))
-  return Replay(problem.prepare(changes, pixels), labels, 0.0)
+  return ReplayedImages(problem.prepare(changes, pixels), labels, 0.0)
 
 
 def check_images(images: int, problem: Problem) -> None:

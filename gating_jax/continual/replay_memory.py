@@ -1,4 +1,6 @@
-"""A class-balanced memory of fixed size for images of earlier tasks, and its replay.
+"""The replay memory: images of earlier tasks in a class-balanced memory of fixed size.
+
+It is the state of the methods ER, DER++, A-GEM and iCaRL, and of the rehearsal `episodic`.
 
 Within a class the images keep the order in which they were offered, and the last are dropped when
 the class loses slots. So a shuffled class stays a uniform sample, and a ranked class keeps its best

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.analysis import statistics
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
@@ -20,7 +20,7 @@ from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import layer_names
 from gating_jax.reports import conclusion, frame, page, tables, tasks
 from gating_jax.reports import images as image_pictures
-from gating_jax.reports.text import plain
+from gating_jax.reports.text import format_percent, plain
 from gating_jax.training import hosts, rundir
 from gating_jax.training.journal import Journal
 
@@ -176,14 +176,14 @@ def write_report(
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections += [
-    frame.times_section("image", around),
+    frame.run_times_section("image", around),
     frame.settings_section(configured),
     frame.about_section(around),
   ]
   begin = page.Opening(
     _numbers(result, around),
     pictures[shown],
-    frame.why_no_baseline(around, experiments.KINDS[config.experiment].how),
+    frame.why_no_baseline(around, programmes.PROGRAMMES[config.experiment].how),
     notice,
   )
   # The contents need all processes, and are complete here.
@@ -210,14 +210,14 @@ def _result_section(result: Mapping[str, Any]) -> page.Section:
 
 
 _COLUMNS = (
-  ("when learned", "accuracy on the task's test images just after it was learned, in %"),
+  ("when learnt", "accuracy on the task's test images just after it was learnt, in %"),
   ("at the end", "the same after the last task learnt"),
 )
-_TASK = "classes that are learned together; tasks are in the order of learning"
+_TASK = "classes that are learnt together; tasks are in the order of learning"
 _TERMS = {
   "accuracies": (
     ("tested on task", "the task of the test images"),
-    ("after learning task", "the last task that was learned before this test"),
+    ("after learning task", "the last task that was learnt before this test"),
     (
       "accuracy",
       "fraction of the task's test images whose most likely class is the true one, in %",
@@ -274,7 +274,7 @@ def _numbers(result: Mapping[str, Any], around: frame.Surroundings) -> list[page
   return [
     score,
     frame.macs_number(macs / dense, executed=macs, dense=dense, noun="image", around=around),
-    frame.time_number("image", around),
+    frame.run_time_number("image", around),
   ]
 
 
@@ -339,7 +339,7 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: LearnerStat
       most_open = np.argsort(-logits[task][:, unit], kind="stable")[:_IMAGES]
       rows.append(looks[task].pixels[most_open])
       name = plain(experiment.task_names[task], 20)
-      labels.append(f"{name}\nopen: {100 * rates[task, unit]:.0f} %")
+      labels.append(f"{name}\nopen: {format_percent(rates[task, unit], 0)}")
     parts.append(
       page.embed_figure(
         image_pictures.draw_image_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True

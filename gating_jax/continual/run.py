@@ -18,9 +18,11 @@ from gating_jax.continual.build import ContinualExperiment, build
 from gating_jax.continual.method import LearnerState, Method
 from gating_jax.continual.training import finish_task, make_advance, make_evaluate, test_tasks
 from gating_jax.reports import conclusion, tables
+from gating_jax.reports.text import format_percent
 from gating_jax.terminal import TRAINING, say, working
-from gating_jax.training import closed_gates, hosts, outlines
+from gating_jax.training import hosts, outlines
 from gating_jax.training.checkpoints import Checkpoint
+from gating_jax.training.closed_gates import CLOSED, NOTHING_LEFT, ClosingWatch, Limit
 from gating_jax.training.rundir import RunDir
 
 # The name of pretraining in messages: no other phase comes before the training on a task.
@@ -73,14 +75,14 @@ class ContinualLearning(runner.Programme):
       if name not in result:
         continue
       accuracy, forgetting = result[name]["average_accuracy"], result[name]["forgetting"]
-      text = f"{100 * accuracy:.2f} %, mean of {learnt} tasks"
+      text = f"{format_percent(accuracy, 2)}, mean of {learnt} tasks"
       # A single task has nothing to forget.
       if forgetting is not None:
         text += f"; forgetting: {100 * forgetting:z.2f} points"
       numbers.append((f"accuracy, {words}", text))
     # With the task known; with it unknown the cost depends on how it is inferred.
     macs, dense = result["task_aware_macs"], result["dense_macs"]
-    ratio = f"{100 * macs / dense:.1f} % of the net without gates"
+    ratio = f"{format_percent(macs / dense, 1)} of the net without gates"
     numbers.append(("MACs per image, task known", f"{macs:,.0f}, {ratio}"))
     return numbers
 
@@ -122,7 +124,7 @@ class ContinualLearning(runner.Programme):
   def _learn(self, training: runner.Training) -> bool:
     """Learns the tasks that are left; returns False where the training was asked to stop."""
     experiment = self.experiment
-    advance_on, watch = make_advance(experiment), closed_gates.watch_tasks()
+    advance_on, watch = make_advance(experiment), watch_tasks()
     end_stage = _make_end_stage(experiment, training)
     for task in experiment.stages:
       # A resumed run has learnt some tasks already.
@@ -197,10 +199,9 @@ def _make_end_stage(
     training.state, training.step = learner, training.step + 1
     scores = metrics.mean_scores(learner)
     line = dict(scores)
-    text = (
-      f"after task {task + 1}: accuracy {100 * scores['task_aware.average_accuracy']:.2f} % with "
-      f"the task known, {100 * scores['task_agnostic.average_accuracy']:.2f} % without"
-    )
+    known = format_percent(scores["task_aware.average_accuracy"], 2)
+    unknown = format_percent(scores["task_agnostic.average_accuracy"], 2)
+    text = f"after task {task + 1}: accuracy {known} with the task known, {unknown} without"
     for layer, (count, units) in free.items():
       line[f"free_units/{layer}"] = float(count)
       text += f"\n  free units, {layer}: {count} of {units}"
@@ -210,3 +211,12 @@ def _make_end_stage(
     training.save()
 
   return end_stage
+
+
+def watch_tasks() -> ClosingWatch:
+  """Returns the watch over task gates: filters that a task closes are left for the next tasks."""
+  advice = (
+    "lower gates.sparsity, or raise gates.patience, the number of epochs that a task first learns "
+    "without it"
+  )
+  return ClosingWatch([Limit(CLOSED, NOTHING_LEFT, advice)])

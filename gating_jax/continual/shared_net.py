@@ -1,8 +1,8 @@
 """A network with shared convolutions, and gates, BatchNorm and head per task.
 
-Parameters and statistics are dicts of two parts, `{"shared", "own"}`: the convolutions, and what
-each task has for itself. A task's own part of the parameters is `{"net", "head"}`: of the network,
-which ends at its features, and of the linear head on them.
+Parameters and statistics are dicts of two parts, `{SHARED, OWN}`: the convolutions, and the rest,
+of which each task has its own. A task's own part of the parameters is `{NET, HEAD}`: of the
+network, which ends at its features, and of the linear head on them.
 
 Where the own parts are kept, `Variables` hold parameters and statistics of all tasks, stacked over
 them.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,9 +34,25 @@ from gating_jax.continual.method import (
 )
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.types import Array, Records
+from gating_jax.types import Array, Records, Tree
 
-Tree = Any
+# Parts of a learner's parameters and statistics: of all tasks, and of one. Dicts, not nodes with
+# fields: optimisers address leaves by paths through dicts.
+SHARED, OWN = "shared", "own"
+# Parts of a task's own parameters.
+NET, HEAD = "net", "head"
+
+
+class Parts(NamedTuple):
+  """A tree in two parts.
+
+  Attributes:
+    shared: what all tasks share.
+    own: what each task has of its own.
+  """
+
+  shared: Tree
+  own: Tree
 
 
 class TaskForward(NamedTuple):
@@ -79,14 +95,14 @@ class SharedNet:
     params = self._split(variables["params"])
     # Its bias starts at 0, as that of a Flax `Dense` does.
     head = {"kernel": kernel, "bias": jnp.zeros(self.problem.classes)}
-    params["own"] = {"net": params["own"], "head": head}
+    params[OWN] = {NET: params[OWN], HEAD: head}
     return params, self._split(variables.get("batch_stats", {}))
 
   def apply(self, params: Tree, batch_stats: Tree, x: Array, **training) -> TaskForward:
     """Runs the network for the task whose own part is in the trees.
 
     Args:
-      params, batch_stats: `{"shared", "own"}`, the own part of one task.
+      params, batch_stats: `{SHARED, OWN}`, the own part of one task.
       x: `[N, H, W, D]`.
       **training: keywords of the `apply` of a Flax module; evaluation without any.
     """
@@ -122,12 +138,12 @@ class SharedNet:
 
   def _net(self, params: Tree, batch_stats: Tree) -> TaskNet:
     """Returns the network of the task whose own part is in the trees."""
-    own = params["own"]
+    own, head = params[OWN], params[OWN][HEAD]
     variables = {
-      "params": merge(params["shared"], own["net"]),
-      "batch_stats": merge(batch_stats["shared"], batch_stats["own"]),
+      "params": merge(params[SHARED], own[NET]),
+      "batch_stats": merge(batch_stats[SHARED], batch_stats[OWN]),
     }
-    return TaskNet(self.model, variables, (own["head"]["kernel"], own["head"]["bias"]))
+    return TaskNet(self.model, variables, (head["kernel"], head["bias"]))
 
   @functools.cached_property
   def shapes(self) -> tuple[Records, int]:
@@ -143,7 +159,7 @@ class SharedNet:
     return records, features.shape[-1]
 
   def _split(self, tree: Tree) -> dict[str, Tree]:
-    """Splits a tree into shared convolutions and each task's own rest."""
+    """Splits a tree into shared convolutions and each task's own rest, `{SHARED, OWN}`."""
     flat = traverse_util.flatten_dict(tree)
 
     def is_shared(path):
@@ -159,24 +175,23 @@ class SharedNet:
       # Without a kernel it is a norm.
       return not self.own_norms
 
-    return split(tree, is_shared)
+    parts = split(tree, is_shared)
+    return {SHARED: parts.shared, OWN: parts.own}
 
 
-def split(tree: Tree, is_shared: Callable[[Sequence[str]], bool]) -> dict[str, Tree]:
+def split(tree: Tree, is_shared: Callable[[Sequence[str]], bool]) -> Parts:
   """Splits a tree into two parts by the paths of its leaves.
 
   Args:
     tree: any tree of dicts.
     is_shared: `path -> bool`.
-  Returns:
-    `{"shared", "own"}`.
   """
   shared, own = {}, {}
   for path, leaf in traverse_util.flatten_dict(tree).items():
     part = shared if is_shared(path) else own
     part[path] = leaf
   unflatten = traverse_util.unflatten_dict
-  return {"shared": unflatten(shared), "own": unflatten(own)}
+  return Parts(unflatten(shared), unflatten(own))
 
 
 def merge(shared: Tree, own: Tree) -> Tree:
@@ -187,14 +202,14 @@ def merge(shared: Tree, own: Tree) -> Tree:
 
 
 def own_part(params: Tree, batch_stats: Tree) -> Variables:
-  """Returns the own part of parameters and statistics `{"shared", "own"}`."""
-  return Variables(params["own"], batch_stats["own"])
+  """Returns the own part of parameters and statistics `{SHARED, OWN}`."""
+  return Variables(params[OWN], batch_stats[OWN])
 
 
 def with_own(learner: LearnerState, own: Variables) -> tuple[Tree, Tree]:
   """Returns a learner's parameters and statistics, with `own` as the own part of both."""
-  params = {**learner.params, "own": own.params}
-  return params, {**learner.batch_stats, "own": own.batch_stats}
+  params = {**learner.params, OWN: own.params}
+  return params, {**learner.batch_stats, OWN: own.batch_stats}
 
 
 def head_terms(logits: Array, labels: Array, *, task: Array, problem: Problem) -> dict[str, Array]:

@@ -14,7 +14,7 @@ any more, the classifier is trained alone on the features of all networks.
 `NetworkClassifier` is an ungated network of all classes; only the network of the inferred task
 runs.
 
-Among a learner's parameters and statistics, those of the task classifier are called `router`.
+Among a learner's parameters and statistics, those of the task classifier are at `ROUTER`.
 
 Axes: N or M images, B of a batch, R rehearsed, T tasks, S <= T seen, C classes of a task, K classes
 in all, F features of a task's network.
@@ -43,13 +43,14 @@ from gating_jax.continual.method import (
   first_tasks,
   task_entry,
 )
-from gating_jax.continual.rehearsal import Rehearsal, Replay
+from gating_jax.continual.rehearsal import Rehearsal, ReplayedImages
 from gating_jax.continual.shared_net import SharedNet, TaskForward
-from gating_jax.types import Array
+from gating_jax.types import Array, Tree
 
-Tree = Any
 # Softens the softmax of the distillation loss.
 TEMPERATURE = 2.0
+# Key of a task classifier among a learner's parameters and statistics.
+ROUTER = "router"
 
 
 class RehearsedBatch(NamedTuple):
@@ -61,7 +62,7 @@ class RehearsedBatch(NamedTuple):
   """
 
   batch: Batch
-  replayed: Replay
+  replayed: ReplayedImages
 
   @property
   def x(self) -> Array:
@@ -89,7 +90,7 @@ class ClassifierLoss(NamedTuple):
   Attributes:
     total: scalar to add to the loss.
     terms: metrics by name.
-    batch_stats: `{"router": new running statistics}`; empty for a classifier without any.
+    batch_stats: `{ROUTER: new running statistics}`; empty for a classifier without any.
   """
 
   total: Array
@@ -212,7 +213,7 @@ class FeatureClassifier:
     features = jnp.zeros((len(x), self.net.problem.tasks, forward.features.shape[-1]))
     features = lax.fori_loop(0, learner.task, add_earlier, features)
     features = features.at[:, learner.task].set(forward.features)
-    each = task_cross_entropy(params["router"], features, tasks, seen=learner.task + 1)
+    each = task_cross_entropy(params[ROUTER], features, tasks, seen=learner.task + 1)
     loss = rehearsed.weighted_mean(each, rehearsed.replayed.batch_weight)
     return ClassifierLoss(loss, {"task_cross_entropy": loss}, {})
 
@@ -233,7 +234,7 @@ class FeatureClassifier:
       return jnp.moveaxis(features, 0, 1)
 
     return train_feature_classifier(
-      learner.params["router"],
+      learner.params[ROUTER],
       problem.in_batches(features_of, learner, pixels),
       problem.task_of(labels),
       key=training,
@@ -247,7 +248,7 @@ class FeatureClassifier:
     # Images before tasks, as the classifier takes them.
     features = jnp.moveaxis(forward.features, 0, 1)
     _, seen, width = features.shape
-    task = jnp.argmax(task_scores(learner.params["router"], features), axis=-1)
+    task = jnp.argmax(task_scores(learner.params[ROUTER], features), axis=-1)
     # All networks run, whichever task is inferred: their costs add up.
     own_macs = feature_classifier_macs(seen, width, self.settings.hidden)
     return TaskInference(task, jnp.zeros(()), macs.sum(0) + float(own_macs))
@@ -280,7 +281,7 @@ class NetworkClassifier:
   def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
     """Initialises parameters and statistics."""
     params, batch_stats = self.network.init(key)
-    return params, {"router": batch_stats}
+    return params, {ROUTER: batch_stats}
 
   def forward_input(self, rehearsed: RehearsedBatch) -> Array:
     """Returns the batch alone."""
@@ -297,8 +298,8 @@ class NetworkClassifier:
   ) -> ClassifierLoss:
     """Computes the loss on batch and rehearsed images in one pass."""
     x, labels = rehearsed.x, rehearsed.labels
-    old_stats = learner.batch_stats["router"]
-    logits, batch_stats = self.network.train_logits(params["router"], old_stats, x, key=key)
+    old_stats = learner.batch_stats[ROUTER]
+    logits, batch_stats = self.network.train_logits(params[ROUTER], old_stats, x, key=key)
     # Every image has the same weight, in the batch or replayed; a weight of 0 or 1 leaves out one
     # of the two and stays.
     weight = rehearsed.replayed.batch_weight
@@ -316,7 +317,7 @@ class NetworkClassifier:
     return ClassifierLoss(
       loss + self.distillation * distillation,
       {"class_cross_entropy": loss, "distillation": distillation},
-      {"router": batch_stats},
+      {ROUTER: batch_stats},
     )
 
   def _distillation(self, of_network: Array, of_task: Array, task: Array) -> Array:
@@ -339,14 +340,14 @@ class NetworkClassifier:
 
   def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> Tree:
     """Returns the parameters after a task, unchanged."""
-    return learner.params["router"]
+    return learner.params[ROUTER]
 
   def infer_task(
     self, learner: LearnerState, x: Array, *, forward: TaskForward, macs: Array
   ) -> TaskInference:
     """Infers the tasks of images by the classes of the network."""
     seen, _, classes = forward.logits.shape
-    logits = self.network.logits(learner.params["router"], learner.batch_stats["router"], x)
+    logits = self.network.logits(learner.params[ROUTER], learner.batch_stats[ROUTER], x)
     log_probs = jax.nn.log_softmax(logits[:, : seen * classes])
     log_probs = log_probs.reshape(len(x), seen, classes).swapaxes(0, 1)
     # t* = argmax_t sum_(c in t) q(c|x)

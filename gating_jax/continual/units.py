@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,7 @@ from flax import traverse_util
 
 from gating_jax.layers.gate import LOGITS, SHUT
 from gating_jax.ops.penalties import unweighted
-from gating_jax.types import Array, GateRecord, Path, Records
-
-Tree = Any
+from gating_jax.types import Array, GateRecord, Path, Records, Tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _open_source(name: str, split: str, folder: str) -> Any:
   # TFDS raises errors of many types for damaged files, and for features that need TensorFlow.
   except Exception as error:
     raise DatasetNotPreparedError(
-      f"data set {name!r} in {folder} cannot be opened: {_said(error)}"
+      f"data set {name!r} in {folder} cannot be opened: {_error_line(error)}"
     ) from error
 
 
@@ -237,8 +237,8 @@ class Examples(Sequence):
     # array_record and the decoders raise errors of many types for damaged bytes.
     except Exception as error:
       raise DatasetNotPreparedError(
-        f"example {index} of split {split!r} of {self._name} cannot be read ({_said(error)}): "
-        "delete the prepared data set and prepare it again"
+        f"example {index} of split {split!r} of {self._name} cannot be read "
+        f"({_error_line(error)}): delete the prepared data set and prepare it again"
       ) from error
 
   def _some_decoded(self, feature: str, reader: features.Picture) -> Iterator[np.ndarray]:
@@ -274,7 +274,7 @@ class Examples(Sequence):
       yield label
 
 
-def _said(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
   """Returns an error's type and text on one line, cut to a readable length."""
   return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MOST_SAID]
 
@@ -333,7 +333,7 @@ def _files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
       if target not in seen:
         seen.add(target)
         further.append(name)
-    # Assigned in place, which tells `os.walk` where to go on.
+    # Assigned in place, which tells `os.walk` where to continue.
     below[:] = further
 
 

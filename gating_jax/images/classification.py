@@ -18,7 +18,7 @@ import jax
 import ml_collections
 from flax import traverse_util
 
-from gating_jax import experiments, runner
+from gating_jax import programmes, runner
 from gating_jax.analysis import outcomes
 from gating_jax.checks import user_path
 from gating_jax.data import augment, image_sets, streaming
@@ -28,9 +28,19 @@ from gating_jax.images.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.reports import conclusion, frame, page, tables
 from gating_jax.reports import gates as gate_pictures
+from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
-from gating_jax.training import closed_gates, devices, evaluation, hosts, outlines, rundir, steps
+from gating_jax.training import devices, evaluation, hosts, outlines, rundir, steps
 from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training.closed_gates import (
+  CLOSED,
+  MOST_CLOSED,
+  NOTHING_LEFT,
+  ClosingWatch,
+  Limit,
+  accepted_fraction,
+  advise_on_loss,
+)
 from gating_jax.training.evaluation import Evaluation
 from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, read_lines
 from gating_jax.training.rundir import RunDir, RunDirError
@@ -45,6 +55,12 @@ _GATING_TITLES = {
   "bias": "with biases of sources",
   "exits": "with early exits",
   "experts": "with experts",
+}
+# Regularisers with one strength, and its setting.
+_REGULARISERS = {
+  "entropy": "loss.entropy.coefficient",
+  "decision_entropy": "loss.decision_entropy.coefficient",
+  "away_from_half": "loss.away_from_half.coefficient",
 }
 
 
@@ -77,14 +93,14 @@ class Classification(runner.Programme):
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.export_run,
-    "compile": compile.compile_run,
+    "compile": functools.partial(compile.compile_run, then=("export",)),
     "curve": curve.curve_run,
   }
 
   @property
   def noun(self) -> str:
     """Returns the word for an example."""
-    return experiments.KINDS[self.config.experiment].noun
+    return programmes.PROGRAMMES[self.config.experiment].noun
 
   def prepare(self, key: jax.Array, pixels: jax.Array) -> jax.Array:
     """Augments and normalises uint8 pixels for training."""
@@ -173,7 +189,7 @@ class Classification(runner.Programme):
         self.make_advance(train, training.step),
         experiment.settings,
         evaluate=evaluate,
-        watch=closed_gates.watch_images(self.config),
+        watch=watch_images(self.config),
       )
       if not ended:
         return None
@@ -295,7 +311,7 @@ class Classification(runner.Programme):
       histograms = evaluation.histograms(evaluated.gates, self.experiment.counts.gate_layers)
       training.journal.write_histograms(training.step, "test", histograms)
     key, name = self.score
-    training.say(f"test {name} {100 * evaluated.result[key]:.2f} %")
+    training.say(f"test {name} {format_percent(evaluated.result[key], 2)}")
     return evaluated
 
   def _add_layers(self, evaluated: Evaluation) -> None:
@@ -382,7 +398,7 @@ class Classification(runner.Programme):
           step=step,
           not_compiled=conclusion.refusal(compile.check_compilable, experiment.model),
         ),
-        how=experiments.KINDS[config.experiment].how,
+        how=programmes.PROGRAMMES[config.experiment].how,
         notice=notice,
       ),
     )
@@ -483,3 +499,26 @@ def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) ->
         f"here and {there} in {folder}"
       )
   return traverse_util.unflatten_dict({**mine, **theirs})
+
+
+def watch_images(config: ml_collections.ConfigDict) -> ClosingWatch:
+  """Returns the watch over classifiers and segmentation."""
+  gating, gate, loss = config.model.gating, config.model.gate, config.loss
+  # An exit that no image passes is not a closed gate; random gates learn nothing.
+  # Scales and biases close nothing.
+  if gating in ("none", "scale", "bias", "exits") or gate.context in ("random", "assigned"):
+    return ClosingWatch(())
+  if gating == "experts":
+    advice = "raise loss.balance.coefficient, with loss.regulariser=balance"
+    return ClosingWatch([Limit(CLOSED, MOST_CLOSED, advice, subject="experts")])
+  if loss.regulariser in _REGULARISERS:
+    advice = f"lower {_REGULARISERS[loss.regulariser]}, or use loss.regulariser=batch_shaping"
+  elif loss.regulariser == "none":
+    advice = (
+      "lower optim.learning_rate or optim.gate_lr_multiplier, or use loss.regulariser=batch_shaping"
+    )
+  else:
+    advice = advise_on_loss("loss", loss, shaped=loss.regulariser == "batch_shaping")
+  # Gates that see no input prune: they are meant to close for all examples.
+  most = NOTHING_LEFT if gate.context == "none" else accepted_fraction(loss.sparsity)
+  return ClosingWatch([Limit(CLOSED, most, advice)])

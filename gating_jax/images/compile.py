@@ -6,7 +6,7 @@ Reference: Bejnordi et al., 2020.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +26,12 @@ from gating_jax.training import rundir
 
 
 def compile_run(
-  experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
+  experiment: Experiment,
+  run_dir: rundir.RunDir,
+  step: int,
+  variables: Mapping[str, Any],
+  *,
+  then: Sequence[str] = (),
 ) -> None:
   """Writes tables of each strategy's time, calibrated on training images.
 
@@ -35,6 +40,7 @@ def compile_run(
     run_dir: the run directory.
     step: the step of the checkpoint.
     variables: its parameters and statistics.
+    then: modes that may follow.
   Raises:
     RunDirError: the tables are there, or are being written.
     ValueError: as in `check_compilable`.
@@ -47,7 +53,7 @@ def compile_run(
   tables = timings.write_times(
     run_dir, step, timings.time_images(compiled, images), pixels=images.shape[1:3]
   )
-  conclusion.conclude_times(run_dir, step, tables)
+  conclusion.conclude_times(run_dir, step, tables, then=then)
 
 
 def check_compilable(model: nn.Module) -> None:

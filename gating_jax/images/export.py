@@ -40,7 +40,7 @@ from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.strategies import EXPORTABLE
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.reports import conclusion, timings
-from gating_jax.reports.text import align_columns
+from gating_jax.reports.text import align_columns, format_percent
 from gating_jax.terminal import say, working
 from gating_jax.timing import MASKED, ReportProgress, device, race
 from gating_jax.training import rundir
@@ -109,7 +109,7 @@ def export_run(
 
 def _summary(card: Mapping[str, Any]) -> str:
   """Summarises an export in a line."""
-  parts = [f"{100 * card['accuracy']:.2f} %", f"{card['executed_macs']:,.0f} MACs per image"]
+  parts = [format_percent(card["accuracy"], 2), f"{card['executed_macs']:,.0f} MACs per image"]
   for size, time in card["milliseconds"].items():
     parts.append(f"{time:.2f} ms" + ("" if size == "1" else f" for {size} images"))
   return ", ".join(parts)
@@ -413,7 +413,7 @@ def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
   """Returns a table of the gated layers, if there are any, and one of the ways to run the net."""
   ways = [["way to run it", "MACs per image", "of ungated"]]
   for row in analysis.mac_rows():
-    ways.append([row["strategy"], f"{row['macs']:,.0f}", f"{100 * row['ratio']:.1f} %"])
+    ways.append([row["strategy"], f"{row['macs']:,.0f}", format_percent(row["ratio"], 1)])
   # Head and key of each count of units.
   counted = {
     "always open": "always_open",
@@ -426,7 +426,7 @@ def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
   layers = [head]
   for name, row in zip(names, analysis.rows(), strict=True):
     counts = [str(row[key]) for key in counted.values()]
-    share, correlation = f"{100 * row['open']:.1f} %", f"{row['correlation']:.3f}"
+    share, correlation = format_percent(row["open"], 1), f"{row['correlation']:.3f}"
     layers.append([name, str(row["units"]), share, *counts, correlation])
   if len(layers) == 1:
     return align_columns(ways)
@@ -441,10 +441,10 @@ def _pruning_lines(analysis: Analysis, effect: PruningEffect) -> list[str]:
   return [
     f"A unit never seen open opens on at most {bound:.3f} % of images, at 95 % confidence for "
     "each.",
-    f"On {100 * effect.affected:.2f} % of {effect.images:,} test images a static unit would have "
-    f"moved ({100 * worst:.2f} % in the layer with the most);",
+    f"On {format_percent(effect.affected, 2)} of {effect.images:,} test images a static unit would "
+    f"have moved ({format_percent(worst, 2)} in the layer with the most);",
     f"outputs differ by at most {effect.difference[0]:.3g} there, {effect.difference[1]:.1e} "
-    f"elsewhere; {100 * effect.changed:.2f} % of images are classified differently.",
+    f"elsewhere; {format_percent(effect.changed, 2)} of images are classified differently.",
   ]
 
 
@@ -459,7 +459,7 @@ def _row(name: str, score: Mapping[str, float], card: Mapping[str, Any]) -> list
   """Returns the row of a network; the one as trained has no files, and no card but its times."""
   row = [
     name,
-    f"{100 * score['accuracy']:.2f} %",
+    format_percent(score["accuracy"], 2),
     f"{score['macs']:,}",
     f"{score['executed_macs']:,.0f}",
   ]

@@ -51,7 +51,7 @@ class ImageRun:
     read: pixels `[n, H, W, D]` of test images, by number.
     pictures: further figures, with their captions.
     around: surroundings of the run, beyond the result.
-    how: instructions to train an ungated baseline, for people.
+    how: human-readable instructions to train an ungated baseline.
     notice: the first line of the page, such as that the run has failed; empty where there is none.
   """
 
@@ -103,7 +103,7 @@ def make_opening(run: ImageRun) -> page.Opening:
     frame.macs_number(
       result["mac_ratio"], executed=result["macs"], dense=run.macs, noun=run.noun, around=around
     ),
-    frame.time_number(run.noun, around),
+    frame.run_time_number(run.noun, around),
   ]
   text = frame.why_no_baseline(around, run.how)
   picture = None if run.gates is None else _outcomes(run)
@@ -136,7 +136,7 @@ def make_sections(run: ImageRun) -> list[page.Section]:
   return [
     *found,
     _extremes(run),
-    frame.times_section(run.noun, run.around),
+    frame.run_times_section(run.noun, run.around),
     frame.settings_section(run.config),
     frame.about_section(run.around),
   ]
@@ -154,7 +154,7 @@ def _score(run: ImageRun) -> page.Section:
   return page.Section("Score and multiply-accumulates", text.strip(), parts)
 
 
-def _over_tests(run: ImageRun) -> tuple[str, list[page.Picture]]:
+def _over_tests(run: ImageRun) -> tuple[str, list[page.EmbeddedPicture]]:
   """Draws the tests during training; where there was one alone, says so instead."""
   if len(run.tests) == 1:
     text = (
@@ -190,7 +190,7 @@ def _over_tests(run: ImageRun) -> tuple[str, list[page.Picture]]:
   return "", [curves, path]
 
 
-def _quarters_picture(run: ImageRun) -> page.Picture:
+def _quarters_picture(run: ImageRun) -> page.EmbeddedPicture:
   """Draws the MACs of easy and hard images."""
   macs = run.images.macs
   return page.embed_figure(
@@ -235,7 +235,7 @@ def _on_hard(run: ImageRun) -> str:
   )
 
 
-def _outcomes(run: ImageRun) -> page.Picture:
+def _outcomes(run: ImageRun) -> page.EmbeddedPicture:
   return page.embed_figure(
     gate_pictures.draw_outcomes(run.gates.diagnosis, run.layer_sizes, run.layer_names),
     f"Gates of each layer, by how many of the {len(run.images.macs):,} test {run.noun}s they are "

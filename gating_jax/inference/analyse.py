@@ -398,7 +398,7 @@ def _switched(net: FoldedNet, gates: AllGates, *, buckets: int, shape: Shape, co
       names.append("native" if part.layer_gate else MASKED)
   strategies = [[name] for name in names]
   found = account(net, shape, [gates], strategies=strategies, contexts=contexts, size=count)
-  return found.of_program(names)
+  return found.program_macs(names)
 
 
 def _union(gates: np.ndarray) -> np.ndarray:

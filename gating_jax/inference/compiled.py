@@ -428,9 +428,9 @@ def choose_fastest(
     max_slowdown_all_open: of `compile_conditional`.
   """
   seconds, open_seconds = {}, {}
-  for (name, all_open), of_runs in times.items():
-    of_case = open_seconds if all_open else seconds
-    of_case[name] = statistics.median(of_runs) / batches
+  for (name, all_open), run_times in times.items():
+    medians = open_seconds if all_open else seconds
+    medians[name] = statistics.median(run_times) / batches
   # The worst case is compared with the faster way to compute everything.
   dense = min(open_seconds[MASKED], seconds[UNGATED])
   open_ratios = {name: slowest / dense for name, slowest in open_seconds.items()}

@@ -328,9 +328,9 @@ class _Trial:
         contenders[name] = functools.partial(run_over, jax.jit(runner), calls)
       times = race(contenders, self.options.repeats, on_start=self.advance)
       seconds = {}
-      for name, of_runs in times.items():
-        seconds[name] = statistics.median(of_runs) / len(self.batches)
-      timings[i] = list_timings(seconds, self.macs.of_part(i), part=i)
+      for name, run_times in times.items():
+        seconds[name] = statistics.median(run_times) / len(self.batches)
+      timings[i] = list_timings(seconds, self.macs.part_ratios(i), part=i)
     return timings
 
   def time_nets(self, mixtures: Mapping[str, Sequence[str]]) -> Choice:
@@ -389,7 +389,7 @@ def _choose_by_timing(
     for timing in of_part:
       # Only the comparison of whole programs says which strategy each part runs by.
       timings.append(dataclasses.replace(timing, chosen=timing.strategy == names[i]))
-  return names, timings + choice.timings(macs.of_net(mixtures))
+  return names, timings + choice.timings(macs.net_ratios(mixtures))
 
 
 def _mixtures(

@@ -153,7 +153,7 @@ def _run_from(
     return _run_from(stage + 1, net, x, least=stay, buckets=buckets)
 
   def choose(there: Array | float, here: Array) -> Array:
-    """Takes the values of images that go on from `there`, and those of others from `here`."""
+    """Takes the values of images that continue from `there`, and those of others from `here`."""
     return jnp.where(jnp.expand_dims(goes_on, range(1, here.ndim)), there, here)
 
   # Everything for all images, and `where` picks the exit.

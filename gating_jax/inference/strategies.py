@@ -745,7 +745,7 @@ class Account:
   heads: Sequence[int]
   classifier: int
 
-  def of_part(self, part: int) -> MacRatios:
+  def part_ratios(self, part: int) -> MacRatios:
     """Returns the ratios of a part, without its gate network; 1 for a part without any MACs."""
     dense = self.dense[part]
     if not dense:
@@ -753,17 +753,17 @@ class Account:
     computed = {name: macs / dense for name, macs in self.computed[part].items()}
     return MacRatios(self.opened[part] / dense, computed)
 
-  def of_net(self, programs: Mapping[str, Sequence[str]]) -> MacRatios:
+  def net_ratios(self, programs: Mapping[str, Sequence[str]]) -> MacRatios:
     """Returns the ratios of whole programs, with gate networks and the classifier.
 
     `programs` maps a name to the strategies of its parts.
     """
     dense = sum(self.dense) + self.classifier
     opened = sum(self.opened) + sum(self.heads) + self.classifier
-    computed = {name: self.of_program(names) / dense for name, names in programs.items()}
+    computed = {name: self.program_macs(names) / dense for name, names in programs.items()}
     return MacRatios(opened / dense, computed)
 
-  def of_program(self, names: Sequence[str]) -> float:
+  def program_macs(self, names: Sequence[str]) -> float:
     """Returns the MACs that a whole program computes, from the strategies of its parts."""
     of_parts = sum(self.computed[part][name] for part, name in enumerate(names))
     return of_parts + sum(self.heads) + self.classifier

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gating_jax.checks import one_of
+from gating_jax.checks import former_keyword, one_of
 from gating_jax.layers.context import NOTHING_SHARED, Shared, context_of
 from gating_jax.layers.conv import (
   CONVOLUTIONS,
@@ -117,19 +117,19 @@ class _ResidualBlock(nn.Module):
       **spread,
     )
 
-  def _joined(self, x: Array, beside: Array | None) -> Array:
+  def _joined(self, x: Array, extra: Array | None) -> Array:
     """Returns the first convolution's input: x, and channels that the shortcut does not see."""
-    if beside is None:
+    if extra is None:
       return x
     if self.gating != "none":
-      raise ValueError(f"extra input channels (beside) need gating 'none'; got {self.gating!r}")
-    arguments.real_array("beside", beside)
-    if jnp.shape(beside)[:-1] != x.shape[:-1]:
+      raise ValueError(f"extra input channels need gating 'none'; got {self.gating!r}")
+    arguments.real_array("extra", extra)
+    if jnp.shape(extra)[:-1] != x.shape[:-1]:
       raise ValueError(
-        f"beside must have the examples and pixels of x, {x.shape[:-1]}; got shape "
-        f"{jnp.shape(beside)}"
+        f"extra must have the examples and pixels of x, {x.shape[:-1]}; got shape "
+        f"{jnp.shape(extra)}"
       )
-    return jnp.concatenate([x, beside], axis=-1)
+    return jnp.concatenate([x, extra], axis=-1)
 
   def _records(
     self,
@@ -248,18 +248,19 @@ class BasicBlock(_ResidualBlock):
       g = gate(x) in {0, 1}^(inner_width features)
 
   With `gating="all_channels"` it switches those of y too. `[N, H, W, D]` to `([N, H', W',
-  features], records)`, or the same with frames. `beside`, `[N, H, W, E]`, are more channels for
+  features], records)`, or the same with frames. `extra`, `[N, H, W, E]`, are more channels for
   conv1 only, in a block without gates.
   """
 
   expansion = 1
 
+  @former_keyword("beside", "extra")
   @nn.compact
   def __call__(
     self,
     x: Array,
     train: bool = False,
-    beside: Array | None = None,
+    extra: Array | None = None,
     shared: Shared = NOTHING_SHARED,
   ) -> tuple[Array, Records]:
     self._check(x)
@@ -268,7 +269,7 @@ class BasicBlock(_ResidualBlock):
     conv1 = self._conv("conv1", features=width, window=3, stride=self.stride, dilation=first)
     conv2 = self._conv("conv2", features=self.features, window=3, dilation=second)
     project = self._project(x, self.features)
-    h = nn.relu(self._told("bias1", conv1(self._joined(x, beside), train), shared))
+    h = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train), shared))
     convs = (conv1, conv2)
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
@@ -285,17 +286,18 @@ class Bottleneck(_ResidualBlock):
 
   The 3x3 convolution has the stride. With `gating="all_channels"` the gates switch the block's
   outputs too. `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the same with frames.
-  `beside` is as in `BasicBlock`.
+  `extra` is as in `BasicBlock`.
   """
 
   expansion = 4
 
+  @former_keyword("beside", "extra")
   @nn.compact
   def __call__(
     self,
     x: Array,
     train: bool = False,
-    beside: Array | None = None,
+    extra: Array | None = None,
     shared: Shared = NOTHING_SHARED,
   ) -> tuple[Array, Records]:
     self._check(x)
@@ -308,7 +310,7 @@ class Bottleneck(_ResidualBlock):
     conv3 = self._conv("conv3", features=out, window=1)
     convs = (conv1, conv2, conv3)
     project = self._project(x, out)
-    h1 = nn.relu(self._told("bias1", conv1(self._joined(x, beside), train), shared))
+    h1 = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train), shared))
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)

@@ -35,7 +35,8 @@ class Experts(nn.Module):
   Attributes:
     experts: modules called as `expert(x, train)`, with outputs of one shape and equal MACs.
     top_k: number of experts that count for an example; None for all.
-    gate: settings of the head, of which only `hidden` matters.
+    gate: settings of the head: `hidden`, and `initial_open`, from which all scores start alike. The
+      others act on gates that are drawn.
     axis_name: mapped device axis over which the head's BatchNorm takes its statistics.
   Raises:
     ValueError: experts of different MACs, when called.

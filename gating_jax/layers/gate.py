@@ -211,11 +211,8 @@ class GateSettings:
   weighted: bool = False
 
   def __post_init__(self):
-    arguments.whole_number("gate hidden", self.hidden)
+    check_sampling(self)
     arguments.whole_number("gate block", self.block)
-    arguments.number("gate initial_open", self.initial_open, "in (0, 1)", lambda v: 0 < v < 1)
-    arguments.number("gate temperature", self.temperature, "> 0", lambda v: 0 < v < math.inf)
-    arguments.number("gate noise_scale", self.noise_scale, ">= 0", lambda v: 0 <= v < math.inf)
     arguments.number("gate normalise", self.normalise, ">= 0", lambda v: 0 <= v < math.inf)
     arguments.number("gate share", self.share, "in (0, 1]", lambda v: 0 < v <= 1)
     arguments.instance("gate weighted", self.weighted, bool, "True or False")
@@ -316,6 +313,14 @@ def _check_context(context: object) -> None:
     one_of("gate context", part, PARTS if len(parts) > 1 else CONTEXTS)
   if len(set(parts)) < len(parts):
     raise ValueError(f"gate context must name each part once; got {context!r}")
+
+
+def check_sampling(gate: Any) -> None:
+  """Raises an error unless the fields that settings of all gates have are in their range."""
+  arguments.whole_number("gate hidden", gate.hidden)
+  arguments.number("gate initial_open", gate.initial_open, "in (0, 1)", lambda v: 0 < v < 1)
+  arguments.number("gate temperature", gate.temperature, "> 0", lambda v: 0 < v < math.inf)
+  arguments.number("gate noise_scale", gate.noise_scale, ">= 0", lambda v: 0 <= v < math.inf)
 
 
 def check_gate_settings(name: str, settings: object) -> None:

@@ -10,6 +10,8 @@ Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler).
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Hashable
 
 import flax.linen as nn
@@ -17,7 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.gate import GATE_RNG, GateSettings, check_examples, check_gate_settings
+from gating_jax.layers.gate import (
+  GATE_RNG,
+  GateSettings,
+  check_examples,
+  check_gate_settings,
+  check_sampling,
+)
 from gating_jax.ops import arguments, collectives, relaxations, selection
 from gating_jax.types import Array, GateRecord
 
@@ -50,7 +58,8 @@ class SegmentGateSettings:
     context: how a gate sees the other segments: `none`, `attention` or `convolution` over time.
     relaxation: gates of training: `straight_through`, `soft` (binary concrete) or
       `clipped_sigmoid`.
-    gate: hidden width, initial open probability, temperature and noise, as for channel gates.
+    gate: former way to set the four fields below; it warns.
+    hidden, initial_open, temperature, noise_scale: as in `GateSettings`.
   Raises:
     ValueError, TypeError: a field out of range or of another kind.
   """
@@ -58,18 +67,37 @@ class SegmentGateSettings:
   concepts: int = 128
   context: str = "attention"
   relaxation: str = "straight_through"
-  gate: GateSettings = GateSettings(hidden=64, initial_open=0.5)
+  gate: dataclasses.InitVar[GateSettings | None] = None
+  hidden: int = 64
+  initial_open: float = 0.5
+  temperature: float = relaxations.DEFAULT_TEMPERATURE
+  noise_scale: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self, gate: GateSettings | None):
+    if gate is not None:
+      check_gate_settings("gate", gate)
+      warnings.warn(
+        "gate is now given by its fields hidden, initial_open, temperature and noise_scale",
+        DeprecationWarning,
+        stacklevel=3,
+      )
+      # Segments have contexts and relaxations of their own, and nothing else of channels' gates.
+      for name in ("normalise", "threshold", "share", "weighted"):
+        unset, value = getattr(GateSettings, name), getattr(gate, name)
+        if value != unset:
+          raise ValueError(f"gate {name} of segments must be {unset!r}; got {value!r}")
+      for name in ("hidden", "initial_open", "temperature", "noise_scale"):
+        # The dataclass is frozen.
+        object.__setattr__(self, name, getattr(gate, name))
     one_of("gate context", self.context, SEGMENT_CONTEXTS)
     one_of("gate relaxation", self.relaxation, SEGMENT_RELAXATIONS)
     arguments.whole_number("gate concepts", self.concepts)
-    check_gate_settings("gate", self.gate)
-    # Segments have contexts and relaxations of their own; the other fields are those of channels.
-    for name in ("normalise", "threshold", "share", "weighted"):
-      unset, value = getattr(GateSettings, name), getattr(self.gate, name)
-      if value != unset:
-        raise ValueError(f"gate {name} of segments must be {unset!r}; got {value!r}")
+    check_sampling(self)
+
+  @property
+  def initial_logit(self) -> float:
+    """Returns the log-odds of `initial_open`."""
+    return math.log(self.initial_open / (1 - self.initial_open))
 
 
 class SegmentGate(nn.Module):
@@ -91,7 +119,7 @@ class SegmentGate(nn.Module):
   def __call__(self, x: Array, valid: Array, train: bool = False) -> GateRecord:
     rule = "SegmentGateSettings, such as SegmentGateSettings(concepts=128)"
     arguments.instance("settings", self.settings, SegmentGateSettings, rule)
-    s, g = self.settings, self.settings.gate
+    s = self.settings
     check_examples(x, train)
     arguments.real_array("valid", valid, "[B, T]")
     if x.ndim != 3 or valid.shape != x.shape[:2]:
@@ -103,15 +131,15 @@ class SegmentGate(nn.Module):
     h = nn.BatchNorm(
       use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm"
     )(similarity)
-    h = nn.Dense(g.hidden, name="project")(nn.relu(h))
+    h = nn.Dense(s.hidden, name="project")(nn.relu(h))
     if s.context == "attention":
       h += Attention(name="context")(h, valid)
     elif s.context == "convolution":
       # The convolution reads zeros in the padding, as beyond the video's ends.
       seen = h * valid[..., None].astype(h.dtype)
-      h += nn.Conv(g.hidden, (_WINDOW,), feature_group_count=g.hidden, name="context")(seen)
-    h = nn.relu(nn.Dense(g.hidden, name="hidden")(h))
-    bias = nn.initializers.constant(g.initial_logit)
+      h += nn.Conv(s.hidden, (_WINDOW,), feature_group_count=s.hidden, name="context")(seen)
+    h = nn.relu(nn.Dense(s.hidden, name="hidden")(h))
+    bias = nn.initializers.constant(s.initial_logit)
     # A scalar per segment; the last axis of length 1 goes.
     logits = nn.Dense(1, bias_init=bias, name="logits")(h)[..., 0]
     gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
@@ -124,11 +152,12 @@ class SegmentGate(nn.Module):
 
   def _sample(self, logits: Array) -> Array:
     keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)
-    relax, gate = SEGMENT_RELAXATIONS[self.settings.relaxation], self.settings.gate
+    s = self.settings
+    relax = SEGMENT_RELAXATIONS[s.relaxation]
 
     def sample(key, row):
       """Draws the gates of one video's segments, `[T]`."""
-      return relax(key, row, gate.temperature, noise_scale=gate.noise_scale)
+      return relax(key, row, s.temperature, noise_scale=s.noise_scale)
 
     return jax.vmap(sample)(keys, logits)
 

@@ -74,8 +74,8 @@ class ChainColumn(nn.Module):
       if outputs and before:
         # W and U of the module's equation are one convolution over both inputs, side by side.
         # Layer `number` reads the output of layer `number - 1`, whose index is `number - 2`.
-        beside = Adapter(self.alpha, name=f"adapter{number}")(before[number - 2])
-        h = jnp.concatenate([h, beside], axis=-1)
+        extra = Adapter(self.alpha, name=f"adapter{number}")(before[number - 2])
+        h = jnp.concatenate([h, extra], axis=-1)
       h, _ = VGGLayer(
         features=scaled(self.chain[i], self.width),
         pool=POOL in self.chain[i + 1 : i + 2],
@@ -111,12 +111,12 @@ class ResNetColumn(ResNet):
     outputs = [h]
     for stage in self.plan(x):
       for plan in stage.blocks:
-        block, beside = self._block(plan), None
+        block, extra = self._block(plan), None
         if before:
           # A block reads the earlier columns' features at its own input, the last output so far.
           adapter = Adapter(self.alpha, name=f"{plan.name}_adapter")
-          beside = adapter(before[len(outputs) - 1])
-        h, _ = block(h, train, beside)
+          extra = adapter(before[len(outputs) - 1])
+        h, _ = block(h, train, extra)
         outputs.append(h)
     return _logits(self, h, before), tuple(outputs)
 

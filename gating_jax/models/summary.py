@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from gating_jax.checks import shown
+from gating_jax.checks import former_keyword, shown
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.layers.mac_trace import Call, kernel_calls
 from gating_jax.models.timegate import SegmentNet
@@ -274,11 +274,12 @@ class VideoCounts:
     return masked if taken is None else masked - (self.segments - taken) * heavy
 
 
+@former_keyword("made_elsewhere", "precomputed")
 def video_summary(
   model: SegmentNet,
   shapes: Mapping[str, tuple[int, ...]],
   *,
-  made_elsewhere: tuple[int, int] = (0, 0),
+  precomputed: tuple[int, int] = (0, 0),
 ) -> VideoCounts:
   """Counts the MACs and parameters of a network for long videos.
 
@@ -286,8 +287,8 @@ def video_summary(
     model: a network whose nets return `(features, records)`.
     shapes: shapes of a video's inputs: `heavy` `(T, ...)`, `valid` `(T,)` and, where there is a
       light net, `light`.
-    made_elsewhere: MACs per segment of making the light and the heavy net's inputs, where these
-      are precomputed features.
+    precomputed: MACs per segment of making the light and the heavy net's inputs, where these are
+      precomputed features.
   Raises:
     TypeError: another network, or a shape that is missing.
   """
@@ -309,8 +310,8 @@ def video_summary(
   selector = gate_network + whole.macs - light.macs - heavy.macs - classifier
   if model.selection == "gate" and model.gate.context == "attention":
     # Products without a kernel: queries with keys, and weights with values.
-    selector += 2 * segments**2 * model.gate.gate.hidden
-  light_before, heavy_before = made_elsewhere
+    selector += 2 * segments**2 * model.gate.hidden
+  light_before, heavy_before = precomputed
   return VideoCounts(
     segments=segments,
     light=dataclasses.replace(light, macs=light.macs + light_before),

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gating_jax.checks import former_keyword
 from gating_jax.ops import arguments
 from gating_jax.types import Array
 
@@ -98,8 +99,9 @@ def first_sure(answers: Array, stay: Array) -> Array:
   return jnp.take_along_axis(answers, at[:, None, None], axis=1)[:, 0]
 
 
+@former_keyword("fixed", "always_macs")
 def threshold_for_budget(
-  stay: np.ndarray, macs: Sequence[int], fixed: int, *, threshold: float, share: float
+  stay: np.ndarray, macs: Sequence[int], always_macs: int, *, threshold: float, share: float
 ) -> float:
   """Finds the lowest exit threshold whose mean MACs stay within a fraction of all.
 
@@ -110,11 +112,11 @@ def threshold_for_budget(
   Args:
     stay: `[N, X]` of `stay_logits`.
     macs: X numbers, the MACs after each exit up to the next.
-    fixed: MACs that run for every example.
+    always_macs: MACs that run for every example.
     threshold: the one that `stay` was made with.
-    share: fraction in (0, 1] of `fixed + sum(macs)`.
+    share: fraction in (0, 1] of `always_macs + sum(macs)`.
   Raises:
-    ValueError: `fixed` alone exceeds the budget, or the shapes do not fit together.
+    ValueError: `always_macs` alone exceeds the budget, or the shapes do not fit together.
 
   >>> stay = np.array([[3.0, 2.0], [1.0, -1.0], [-2.0, -4.0]])
   >>> print(f"{threshold_for_budget(stay, [10, 20], 10, threshold=0.5, share=0.5):.4f}")
@@ -122,15 +124,16 @@ def threshold_for_budget(
   """
   arguments.real_array("stay", stay, "[N, X]")
   arguments.real_array("macs", macs, "[X]")
-  arguments.number("fixed", fixed, ">= 0", lambda v: v >= 0)
+  arguments.number("always_macs", always_macs, ">= 0", lambda v: v >= 0)
   arguments.number("share", share, "in (0, 1]", lambda v: 0 < v <= 1)
   stay, macs = np.asarray(stay, np.float64), np.asarray(macs, np.float64)
   if not stay.size or macs.shape != stay.shape[1:]:
     raise ValueError(f"stay must be [N, X] for X macs; got shapes {stay.shape} and {macs.shape}")
-  total = fixed + macs.sum()
-  if not fixed <= share * total:
+  total = always_macs + macs.sum()
+  if not always_macs <= share * total:
+    least = always_macs / total
     raise ValueError(
-      f"share must be at least {fixed / total:.4g}, the cost up to the first exit; got {share}"
+      f"share must be at least {least:.4g}, the cost up to the first exit; got {share}"
     )
   # Passing a level saves the MACs after the exits that are as unsure as that.
   passed = _levels_passed(stay, np.broadcast_to(macs / len(stay), stay.shape))

@@ -4,7 +4,7 @@ Each example has its own channel masks, so nothing is gathered over the batch. T
 (C++ in `gating_jax.native`, through JAX's foreign function interface) reads the open rows of the
 weights in place, and keeps the hidden channels of a residual branch compact between its
 convolutions. It is an optional extra for CPUs: where it is missing, `why_not()` gives the reason.
-Its plain JAX twin computes all channels and masks them.
+`masked_chain` computes the same anywhere, in plain JAX: all channels, masked afterwards.
 
 Gates only choose here, as [gate > 0]; `gated_branch` of `ops.pallas_kernels` also multiplies by
 them.
@@ -27,11 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.checks import one_of, shown
+from gating_jax.checks import shown
 from gating_jax.native import build
 from gating_jax.types import Array
 
-IMPLEMENTATIONS = ("native", "jax")
 _TARGET = "gating_jax_gated_chain"
 # Lanes of the widest vectors to use; 0 for those of the processor.
 _LANES = 0
@@ -59,7 +58,6 @@ def gated_chain(
   *,
   strides: Sequence[int] | None = None,
   relu: bool = True,
-  implementation: str = "native",
 ) -> Array:
   """Computes convolutions with ReLU between, each on the open channels of each example only.
 
@@ -81,30 +79,35 @@ def gated_chain(
       none.
     strides: L numbers; None for 1 everywhere.
     relu: whether the last activation is ReLU, or none.
-    implementation: `"native"` is the kernel in C++, `"jax"` its twin, which runs anywhere.
   Returns:
     `[N, H', W', O]` float32.
   Raises:
     ValueError: arguments that do not fit each other.
-    RuntimeError: `implementation="native"` where it is not available, with the reason.
+    RuntimeError: the native kernel is not available; with the reason.
     TypeError: an argument is no array of real numbers; also on differentiation.
   """
-  strides = _strides((1,) * len(kernels) if strides is None else strides)
-  chain = _Chain(
-    x=_array("x", x),
-    kernels=_arrays("kernels", kernels),
-    biases=_arrays("biases", biases),
-    # Gates may have any real type; the kernel reads float32.
-    gates=_arrays("gates", gates, jnp.float32),
-    shortcut=_array("shortcut", shortcut),
-  )
-  one_of("implementation", implementation, IMPLEMENTATIONS)
-  _check_rank(chain.kernels)
-  _check(chain, strides)
-  if implementation == "native" and not available():
+  chain, strides = _checked_chain(x, kernels, biases, gates, shortcut, strides)
+  if not available():
     raise RuntimeError(f"the native kernel is not available: {why_not()}")
-  compute = _native if implementation == "native" else _in_jax
-  return _not_differentiable(compute, strides, relu, chain)
+  return _not_differentiable(_native, strides, relu, chain)
+
+
+def masked_chain(
+  x: Array,
+  kernels: Sequence[Array],
+  biases: Sequence[Array],
+  gates: Sequence[Array | None],
+  shortcut: Array | None = None,
+  *,
+  strides: Sequence[int] | None = None,
+  relu: bool = True,
+) -> Array:
+  """Computes `gated_chain` in JAX: all channels, with closed ones replaced by zeros.
+
+  It runs anywhere. Arguments are as there.
+  """
+  chain, strides = _checked_chain(x, kernels, biases, gates, shortcut, strides)
+  return _not_differentiable(_masked, strides, relu, chain)
 
 
 class _Step(NamedTuple):
@@ -132,6 +135,22 @@ class _Chain(NamedTuple):
       yield _Step(*fields)
 
 
+def _checked_chain(x, kernels, biases, gates, shortcut, strides) -> tuple[_Chain, tuple[int, ...]]:
+  """Returns the arguments of `gated_chain` as arrays, and the strides; raises as it does."""
+  strides = _strides((1,) * len(kernels) if strides is None else strides)
+  chain = _Chain(
+    x=_array("x", x),
+    kernels=_arrays("kernels", kernels),
+    biases=_arrays("biases", biases),
+    # Gates may have any real type; the kernel reads float32.
+    gates=_arrays("gates", gates, jnp.float32),
+    shortcut=_array("shortcut", shortcut),
+  )
+  _check_rank(chain.kernels)
+  _check(chain, strides)
+  return chain, strides
+
+
 def _arrays(
   name: str, values: Sequence[Array | None], dtype: jnp.dtype | None = None
 ) -> tuple[Array | None, ...]:
@@ -157,7 +176,7 @@ def packed(kernel: Array) -> Array:
   return jnp.transpose(kernel, (3, 2, 0, 1))
 
 
-# Both implementations refuse in the same words, although the twin alone could be differentiated.
+# Both refuse in the same words, although `masked_chain` could be differentiated.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _not_differentiable(compute, strides, relu, chain):
   return compute(strides, relu, chain)
@@ -166,13 +185,13 @@ def _not_differentiable(compute, strides, relu, chain):
 @_not_differentiable.defjvp
 def _refuse(compute, strides, relu, primals, tangents):
   raise TypeError(
-    "gated_chain and its twin are for inference and have no derivatives; train with "
+    "gated_chain and masked_chain are for inference and have no derivatives; train with "
     "gating_jax.layers, which multiply by the gates"
   )
 
 
-def _in_jax(strides, relu, chain):
-  """Computes the twin in JAX: all channels, with closed ones replaced by zeros."""
+def _masked(strides, relu, chain):
+  """Computes all channels in JAX, with closed ones replaced by zeros."""
   x, last = _closed(chain.x, chain.gates[0]), len(chain.kernels) - 1
   for i, step in enumerate(chain.steps(strides)):
     pads = [(size // 2,) * 2 for size in step.kernel.shape[2:]]

@@ -4,7 +4,7 @@ On the logit axis z = logit(x) the density of Beta(a, b) is bounded, while on th
 infinite at 0 and 1 for a, b < 1. The losses on gates therefore work in z throughout.
 
 Parameters are numbers, or arrays with one entry per column of the batch (any shape that broadcasts
-to one example's), constant or traced: a loss has gradients in them, so they can be learned. A value
+to one example's), constant or traced: a loss has gradients in them, so they can be learnt. A value
 out of range raises a ValueError if it is known, and gives NaN if it is traced (Beta loses precision
 outside its range before that).
 
@@ -481,7 +481,7 @@ def _is_positive(value: np.ndarray) -> np.ndarray:
 
 
 def _positive(parameter):
-  """Returns a parameter, or NaN where it has been learned out of range.
+  """Returns a parameter, or NaN where it has been learnt out of range.
 
   A traced parameter cannot be checked in advance.
   """

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.checks import user_path
-from gating_jax.experiments import Score
+from gating_jax.programmes import Score
 from gating_jax.reports import frame, timings
 from gating_jax.reports.text import plain
 from gating_jax.reports.timings import Times
@@ -49,7 +49,7 @@ class Run:
 
   @property
   def experiment(self) -> str:
-    """Returns the kind of experiment, from the config."""
+    """Returns the name of the programme, from the config."""
     return self.config["experiment"]
 
   def lines_of(self, split: str) -> list[Mapping[str, Any]]:
@@ -81,11 +81,11 @@ class Run:
 
 
 # In the order of priority for a group's large numbers.
-SCORES = experiments.all_scores()
+SCORES = programmes.all_scores()
 
 
-class Group(NamedTuple):
-  """Runs of one kind of experiment that learn, and are tested on, the same data.
+class RunGroup(NamedTuple):
+  """Runs of one programme that learn, and are tested on, the same data.
 
   Attributes:
     name: such as `classification on digits`; unique among the groups.
@@ -97,7 +97,7 @@ class Group(NamedTuple):
 
   @property
   def experiment(self) -> str:
-    """Returns the kind of experiment of the runs."""
+    """Returns the name of the programme of the runs."""
     # The same for all of them, since a group is made by it.
     return self.runs[0].experiment
 
@@ -201,7 +201,7 @@ def read_run(folder: Path, name: str) -> Run:
   )
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
   """Groups runs by what they are tested on, in the order of each group's first run."""
   alike = {}
   for run in runs:
@@ -214,15 +214,15 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     name = _short_name(members[0])
     # Empty where experiment and data set alone tell the group apart.
     own = _own_settings(members[0], firsts)
-    groups.append(Group(f"{name} ({own})" if own else name, members))
+    groups.append(RunGroup(f"{name} ({own})" if own else name, members))
   return groups
 
 
 def _short_name(run: Run) -> str:
-  """Returns the kind of experiment and the data set of a run, in words."""
-  kind = plain(run.experiment, 30).replace("_", " ")
+  """Returns the programme and the data set of a run, in words."""
+  programme = plain(run.experiment, 30).replace("_", " ")
   data = run.tested.get("data.name")
-  return kind if data is None else f"{kind} on {plain(data, 30)}"
+  return programme if data is None else f"{programme} on {plain(data, 30)}"
 
 
 def _own_settings(run: Run, others: Sequence[Run]) -> str:
@@ -265,7 +265,7 @@ def _differs(name: str, runs: Sequence[Run]) -> bool:
     if of_one and of_other:
       if one.config[name] != other.config[name]:
         return True
-    # A setting that only another kind of experiment has is no difference: it would fill the table.
+    # A setting that only another programme has is no difference: it would fill the table.
     elif (of_one or of_other) and one.experiment == other.experiment:
       return True
   return False

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gating_jax.experiments import Score, example_noun
-from gating_jax.reports import conclusion, frame, page
+from gating_jax.programmes import Score, example_noun
+from gating_jax.reports import conclusion, frame, page, tables
 from gating_jax.reports.compared_runs import (
   MISSING,
   SCORES,
-  Group,
   Run,
+  RunGroup,
   differing_settings,
   group_runs,
   read_runs,
@@ -75,7 +75,7 @@ def _is_comparison(file: Path) -> bool:
   return file.is_file() and f"<title>{TITLE}</title>".encode() in file.read_bytes()[:2000]
 
 
-def _names(named: Sequence[Run | Group]) -> list[str]:
+def _names(named: Sequence[Run | RunGroup]) -> list[str]:
   """Returns the names of runs or groups."""
   return [one.name for one in named]
 
@@ -88,7 +88,7 @@ def _about_section(runs: Sequence[Run]) -> page.Section:
   return frame.about_runs_section(origins, provenance.describe())
 
 
-# By their names in results, which differ between kinds of experiment; a run has some of them.
+# By their names in results, which differ between programmes; a run has some of them.
 _SUMMARISED = {
   "accuracy": "accuracy",
   "mean_iou": "mean IoU",
@@ -164,7 +164,7 @@ def page_content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]
   return page.Opening(numbers, picture, " ".join(said)), sections
 
 
-def _not_comparable(groups: Sequence[Group]) -> str:
+def _not_comparable(groups: Sequence[RunGroup]) -> str:
   """States that runs with different test sets are not compared."""
   return (
     f"These runs learn {len(groups)} different things: {', '.join(_names(groups))}. "
@@ -270,32 +270,11 @@ def _cell(numbers: Mapping[str, Any], measure: _Measure) -> str:
   return MISSING if None in values else measure.form(*values)
 
 
-# Definitions of rows of results, by the beginnings of their names.
-_TERMS = {
-  "tested on": "the data set; scores on different ones are not comparable",
-  "state": "whether the run is finished",
-  "last step": "the newest step with a record, in updates of the parameters",
-  "mean IoU": "intersection over union, mean over classes, on the test set",
-  "accuracy": "on the test set; of a sequence of tasks the mean over tasks at the end",
-  "mean average precision": "mean over classes, on the test set",
-  "forgetting": "mean over all tasks but the last of the best accuracy minus the final one",
-  "MACs": "multiply-accumulate operations of one image or video, mean over the test set, gate "
-  "networks included",
-  "share": "MACs in % of those of the run's own network without gates",
-  "parameters": "trainable parameters of the network; those of gates are counted separately",
-  "gates": "open for 1 to 99 % of the test set (conditional), for more, for less, or decided by "
-  "noise (at random)",
-  "units that two tasks share": "in % of those that either uses, mean over pairs of tasks",
-  "segments chosen": "in % of a video's segments, mean over videos",
-  "seconds": "of the training since it was last started or resumed",
-}
-
-
 def _definitions(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
   """Returns the definitions of the given rows, and of the columns."""
-  runs = "the runs, by the names of their directories; a dash means that a run has no such number"
+  runs = "The runs, by the names of their directories; a dash means that a run has no such number."
   definitions = [("columns", runs)]
-  for start, meaning in _TERMS.items():
+  for start, meaning in tables.COMPARED_MEANINGS.items():
     if any(row[0].startswith(start) for row in rows):
       definitions.append((start, meaning))
   return definitions
@@ -335,7 +314,7 @@ class _Pair(NamedTuple):
   ungated: Run | None
 
 
-def _best_pair(group: Group) -> _Pair | None:
+def _best_pair(group: RunGroup) -> _Pair | None:
   """Finds the best runs by the first score that gated and ungated runs both have.
 
   If no score has both, it is the first one of a gated run. Returns None where no run is gated.
@@ -363,7 +342,7 @@ def _highest(runs: Sequence[Run], score: Score, *, ungated: bool) -> Run | None:
   return best
 
 
-def _rank(group: Group) -> int:
+def _rank(group: RunGroup) -> int:
   """Ranks groups: first those with a gated and an ungated run, last those without a gated one."""
   pair = _best_pair(group)
   if pair is None:
@@ -371,7 +350,7 @@ def _rank(group: Group) -> int:
   return 1 if pair.ungated is None else 0
 
 
-def _describe_pair(group: Group, pair: _Pair, *, alone: bool) -> str:
+def _describe_pair(group: RunGroup, pair: _Pair, *, alone: bool) -> str:
   """States which runs the large numbers belong to."""
   numbers = "The numbers" if alone else f"Those of {group.name}"
   text = (
@@ -384,7 +363,7 @@ def _describe_pair(group: Group, pair: _Pair, *, alone: bool) -> str:
   return f"{text}, next to {plain(pair.ungated.name, 60)}, the best ungated one."
 
 
-def _large_numbers(group: Group, pair: _Pair, *, alone: bool) -> list[page.Number]:
+def _large_numbers(group: RunGroup, pair: _Pair, *, alone: bool) -> list[page.Number]:
   """Returns a group's large numbers, named by the group unless it is alone."""
   numbers = [_score_number(pair), _macs_number(pair), _time_number(pair)]
   if alone:
@@ -472,7 +451,7 @@ class _Curve(NamedTuple):
   values: list[float]
 
 
-def draw_costs(runs: Sequence[Run], groups: Sequence[Group]) -> list[page.Picture]:
+def draw_costs(runs: Sequence[Run], groups: Sequence[RunGroup]) -> list[page.EmbeddedPicture]:
   """Draws score against MACs, a picture for each group and score that some run has."""
   styles, pictures = _styles(runs), []
   for group in groups:
@@ -485,7 +464,7 @@ def draw_costs(runs: Sequence[Run], groups: Sequence[Group]) -> list[page.Pictur
   return pictures
 
 
-def draw_courses(runs: Sequence[Run], groups: Sequence[Group]) -> list[page.Picture]:
+def draw_courses(runs: Sequence[Run], groups: Sequence[RunGroup]) -> list[page.EmbeddedPicture]:
   """Draws each group's scores at the tests during training, and its training cross-entropy."""
   styles, pictures = _styles(runs), []
   for group in groups:
@@ -524,7 +503,7 @@ def _styles(runs: Sequence[Run]) -> dict[str, _Style]:
   return styles
 
 
-def _curves(group: Group, split: str, name: str, *, scale: int = 1) -> list[_Curve]:
+def _curves(group: RunGroup, split: str, name: str, *, scale: int = 1) -> list[_Curve]:
   """Returns the curve of each run whose journal has the number.
 
   Args:
@@ -552,8 +531,8 @@ def _have_a_course(curves: Sequence[_Curve]) -> bool:
 
 
 def _draw_cost(
-  points: Sequence[_Point], group: Group, score: Score, *, styles: Mapping[str, _Style]
-) -> page.Picture:
+  points: Sequence[_Point], group: RunGroup, score: Score, *, styles: Mapping[str, _Style]
+) -> page.EmbeddedPicture:
   """Draws runs as named points, the ungated ones joined by a line."""
   figure, axes = _axes(len(points))
   # Sorted by MACs, so that the line through ungated networks never turns back.
@@ -641,7 +620,7 @@ def _draw_curves(
   meaning: str,
   caption: str,
   marked: bool = True,
-) -> page.Picture:
+) -> page.EmbeddedPicture:
   """Draws a curve for each run, with a legend below.
 
   Args:

@@ -17,6 +17,7 @@ import ml_collections
 
 from gating_jax.checks import first_line, printable, quoted
 from gating_jax.reports import frame, page, timings
+from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, warn
 from gating_jax.timing import CHOSEN, MASKED, UNGATED
 from gating_jax.training import rundir
@@ -110,7 +111,7 @@ def outcome_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   # A net without gates has no gate outcomes.
   rows = []
   if "mac_ratio" in result:
-    ratio = f"{100 * result['mac_ratio']:.1f} % of the ungated net's, gate networks included"
+    ratio = f"{format_percent(result['mac_ratio'], 1)} of the ungated net's, gate networks included"
     rows.append(("MACs per image", f"{result['macs']:,.0f}, {ratio}"))
   if "gates" in result:
     counts = [f"{result[outcome]} {outcome.replace('_', ' ')}" for outcome in _OUTCOMES]
@@ -147,20 +148,22 @@ def time_rows(tables: Mapping[str, timings.Rows]) -> list[tuple[str, str]]:
   return found
 
 
-def conclude_times(run_dir: RunDir, step: int, tables: Mapping[str, timings.Rows]) -> None:
+def conclude_times(
+  run_dir: RunDir, step: int, tables: Mapping[str, timings.Rows], *, then: Sequence[str] = ()
+) -> None:
   """Writes new times into the page of the run, and prints the last lines of `--mode=compile`.
 
   Args:
     run_dir: of the run.
     step: of the checkpoint that was timed.
     tables: rows of times, by title, as `timings.write_times` returns them.
+    then: modes that may follow, next to writing the page again.
   """
   # A page of this step shows the times at once; one of another step must be written again.
   has_times, modes = frame.refresh_times(run_dir.path), []
   if run_dir.report.exists() and not has_times:
     modes.append("report")
-  if run_dir.config().get("experiment") == "classification":
-    modes.append("export")
+  modes += then
   done = f"Timed the checkpoint of step {step:,}: median milliseconds of a call."
   made = ("made", f"{run_dir.path / timings.TIMES_FILE}, {timings.PICTURE_FILE}")
   say(closing_text(done, [made, *time_rows(tables)], next_commands(run_dir.path, modes)))
@@ -190,7 +193,7 @@ def report_failures(
       _record(run_dir, failure)
       # With several processes the test would wait for those that have failed.
       if jax.process_count() == 1:
-        _report_failure(run_dir, config, report, _said(failure))
+        _report_failure(run_dir, config, report, _failure_text(failure))
     raise
 
 
@@ -200,12 +203,12 @@ def failure_notice(run_dir: RunDir) -> str:
   if (run_dir.path / rundir.RESULT_FILE).exists():
     return ""
   try:
-    return _said(read_json(run_dir.path / FAILURE_FILE))
+    return _failure_text(read_json(run_dir.path / FAILURE_FILE))
   except (TypeError, KeyError):  # no failure, or a damaged note of one
     return ""
 
 
-def _said(failure: Mapping[str, Any]) -> str:
+def _failure_text(failure: Mapping[str, Any]) -> str:
   """Returns the notice of a recorded failure."""
   return (
     f"This run failed and is not finished: {printable(failure['reason'])} "

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from gating_jax import config_files, experiments
+from gating_jax import config_files, programmes
 from gating_jax.checks import user_path
-from gating_jax.experiments import Kind
+from gating_jax.programmes import ProgrammeRow
 from gating_jax.reports import page, timings
 from gating_jax.reports.text import capitalise, format_count, format_percent, plain
 from gating_jax.reports.timings import Times
@@ -101,14 +101,14 @@ class Origin:
 
 def is_ungated(config: Mapping[str, Any]) -> bool:
   """Checks that a flat config belongs to a network that computes the same for every example."""
-  kind = experiments.kind_of(config.get("experiment"))
-  return kind is not None and kind.is_ungated(config)
+  row = programmes.find_row(config.get("experiment"))
+  return row is not None and row.is_ungated(config)
 
 
 def tested_on(config: Mapping[str, Any]) -> dict[str, str]:
   """Returns the fields of a flat config that define the run's data, without those that are None."""
-  kind = experiments.kind_of(config.get("experiment"))
-  names = ("experiment", *(kind.tested if kind else ()))
+  row = programmes.find_row(config.get("experiment"))
+  names = ("experiment", *(row.tested if row else ()))
   return {name: str(config[name]) for name in names if config.get(name) is not None}
 
 
@@ -128,11 +128,11 @@ def read_surroundings(
     step: of the page.
     not_compiled: why `--mode=compile` refuses the run; empty where it accepts it.
   """
-  kind = experiments.KINDS[config.experiment]
+  row = programmes.PROGRAMMES[config.experiment]
   # By way of JSON, as the configs of other runs are read: tuples are lists in both.
   mine = rundir.flatten(json.loads(config.to_json()))
   # An ungated run that is no baseline, such as a progressive net, is compared like a gated one.
-  ungated = _is_baseline(mine, kind)
+  ungated = _is_baseline(mine, row)
   around = Surroundings(
     ungated=ungated,
     step=step,
@@ -144,7 +144,7 @@ def read_surroundings(
     return around
   return dataclasses.replace(
     around,
-    baseline=None if ungated else find_baseline(run_dir.path, mine, kind),
+    baseline=None if ungated else find_baseline(run_dir.path, mine, row),
     times=timings.read_times(run_dir.path),
     starts=provenance.read_starts(run_dir.path),
     report=provenance.describe(),
@@ -155,19 +155,19 @@ class _Neighbour(NamedTuple):
   """A neighbour that may be the baseline; the least one is the best.
 
   Attributes:
-    kind: position among the kinds of baselines.
+    position: of its kind in the row's baselines, the best first.
     other_seed: its seed differs from the run's.
     name: of its folder, so that the choice is the same on every file system.
     folder: the run directory.
   """
 
-  kind: int
+  position: int
   other_seed: bool
   name: str
   folder: Path
 
 
-def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline | None:
+def find_baseline(path: Path, mine: Mapping[str, Any], row: ProgrammeRow) -> Baseline | None:
   """Finds the ungated run that a run started from, or a finished neighbour without gates.
 
   A start that is gated, or was tested on something else, is no baseline. A neighbour must have the
@@ -176,7 +176,7 @@ def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline |
   Args:
     path: the run directory.
     mine: its flat config.
-    kind: of the run.
+    row: of its programme.
   Returns:
     The baseline; None where there is none.
   """
@@ -192,8 +192,8 @@ def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline |
   candidates = []
   for folder in _neighbours(path):
     theirs = _read_config(folder)
-    if _is_baseline(theirs, kind) and _differ_in_gates_alone(mine, theirs, kind):
-      position = kind.baselines.index(theirs[kind.field])
+    if _is_baseline(theirs, row) and _differ_in_gates_alone(mine, theirs, row):
+      position = row.baselines.index(theirs[row.field])
       other_seed = theirs.get("seed") != mine.get("seed")
       candidates.append(_Neighbour(position, other_seed, folder.name, folder=folder))
   # The best candidate may be unfinished; then the next one is taken.
@@ -204,9 +204,9 @@ def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline |
   return None
 
 
-def _is_baseline(config: Mapping[str, Any], kind: Kind) -> bool:
+def _is_baseline(config: Mapping[str, Any], row: ProgrammeRow) -> bool:
   """Checks that pages may compare with the run of a flat config."""
-  return config.get(kind.field) in kind.baselines and kind.is_ungated(config)
+  return config.get(row.field) in row.baselines and row.is_ungated(config)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -231,12 +231,14 @@ def _neighbours(path: Path) -> list[Path]:
   return sorted(folders)[:_MOST_NEIGHBOURS]
 
 
-def _differ_in_gates_alone(mine: Mapping[str, Any], theirs: Mapping[str, Any], kind: Kind) -> bool:
+def _differ_in_gates_alone(
+  mine: Mapping[str, Any], theirs: Mapping[str, Any], row: ProgrammeRow
+) -> bool:
   """Checks that two flat configs have the same values, but for fields that a baseline may change.
 
   A field that an older config lacks counts as None.
   """
-  ignored = (kind.field, *kind.ignored, *_ALWAYS_IGNORED)
+  ignored = (row.field, *row.ignored, *_ALWAYS_IGNORED)
   for name in {**mine, **theirs}:
     # `startswith` takes a whole section for a name that ends with a dot.
     if name.startswith(ignored):
@@ -325,14 +327,14 @@ def macs_number(
   return page.Number("MACs", format_percent(ratio, 1), compared, meaning=meaning)
 
 
-def time_number(noun: str, around: Surroundings) -> page.Number:
+def run_time_number(noun: str, around: Surroundings) -> page.Number:
   """Returns the milliseconds per example as a large number."""
   return timings.time_number(
     around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled
   )
 
 
-def times_section(noun: str, around: Surroundings) -> page.Section:
+def run_times_section(noun: str, around: Surroundings) -> page.Section:
   """Returns the section of times of each way to run the network."""
   return timings.times_section(around.times, noun, step=around.step, refused=around.not_compiled)
 
@@ -346,7 +348,7 @@ def refresh_times(path: Path) -> bool:
   found = timings.read_times(path)
   if found is None:
     return False
-  noun = experiments.example_noun(_read_config(path).get("experiment"))
+  noun = programmes.example_noun(_read_config(path).get("experiment"))
   number = timings.time_number(found, noun, step=found.step, workdir=str(path))
   section = timings.times_section(found, noun, step=found.step)
   return page.fill_page(path / rundir.REPORT_FILE, [number, section])

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from gating_jax.reports.page import WIDTH
-from gating_jax.reports.text import plain
+from gating_jax.reports.text import format_percent, plain
 
 _COLUMNS = 4  # of images
 _SIDE = 128  # pixels of an image shown, at most
@@ -239,7 +239,7 @@ def draw_scenes(
   top, middle, bottom = figure.subplots(3, count, squeeze=False)
   for i in range(count):
     top[i].imshow(_without_colours(images[i]), cmap="gray", vmin=0, vmax=255)
-    top[i].set_title(f"{100 * mac_ratios[i]:.1f} % of MACs", fontsize=9)
+    top[i].set_title(f"{format_percent(mac_ratios[i], 1)} of MACs", fontsize=9)
     # All values that are no class become one, that of the grey colour.
     middle[i].imshow(np.minimum(truth[i], classes), **pixels)
     bottom[i].imshow(np.minimum(predicted[i], classes), **pixels)

@@ -63,7 +63,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class EmbeddedPicture:
   """A PNG image with a caption.
 
   Attributes:
@@ -125,7 +125,7 @@ class Section:
   kind: ClassVar[str] = "section"
   title: str
   text: str = ""
-  parts: Sequence[Picture | Table] = ()
+  parts: Sequence[EmbeddedPicture | Table] = ()
   open: bool = False
   place: str = ""
 
@@ -142,7 +142,7 @@ class Opening:
   """
 
   numbers: Sequence[Number] = ()
-  picture: Picture | None = None
+  picture: EmbeddedPicture | None = None
   text: str = ""
   notice: str = ""
 
@@ -177,7 +177,7 @@ def save_figure(figure: Any, file: Path | IO[bytes]) -> None:
 
 def embed_figure(
   figure: Any, caption: str, *, scrolls: bool = False, terms: Terms = (), photo: bool = False
-) -> Picture:
+) -> EmbeddedPicture:
   """Returns a matplotlib figure as a picture.
 
   A figure of width `WIDTH` fills a phone, with letters as large as the text's. A wider one should
@@ -185,13 +185,13 @@ def embed_figure(
 
   Args:
     figure: of matplotlib.
-    caption, scrolls, terms, photo: of the `Picture`.
+    caption, scrolls, terms, photo: of the `EmbeddedPicture`.
   """
   # 100 CSS pixels an inch, whatever the resolution of the PNG.
   width = round(100 * figure.get_figwidth())
   file = io.BytesIO()
   save_figure(figure, file)
-  return Picture(file.getvalue(), caption, width, scrolls=scrolls, terms=terms, photo=photo)
+  return EmbeddedPicture(file.getvalue(), caption, width, scrolls=scrolls, terms=terms, photo=photo)
 
 
 def render_page(

@@ -185,7 +185,7 @@ def _video_score(result: Mapping[str, Any]) -> Row:
 # Sequences of tasks.
 
 _TASK_SETTINGS = {"task_aware": "task-aware", "task_agnostic": "task-agnostic"}
-_TASK_MEASURES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
+_TASK_MEASURES = ("average_accuracy", "forgetting", "backward_transfer")
 
 
 class AccuracyTable(NamedTuple):
@@ -204,8 +204,7 @@ def render_tasks(result: Mapping[str, Any]) -> str:
       task_aware: with the task known at the test, a mapping of
         accuracies: T rows of T, row i after learning task i, column j on task j; values above the
           diagonal are not read, and None marks what was not tested;
-        average_accuracy, forgetting, backward_transfer, forward_transfer: fractions, None where
-          undefined;
+        average_accuracy, forgetting, backward_transfer: fractions, None where undefined;
         reasons: why a measure is undefined, by its name.
       task_agnostic: the same with the task unknown; may be missing.
       task_classifier_accuracy: fraction of images whose task is inferred correctly; may be missing.
@@ -225,7 +224,7 @@ def render_tasks(result: Mapping[str, Any]) -> str:
   first_line, second_line = ["accuracy (%)"], ["task"]
   for setting in settings:
     first_line += ["", _TASK_SETTINGS[setting]]
-    second_line += ["when learned", "at the end"]
+    second_line += ["when learnt", "at the end"]
   lines = align_columns([first_line, second_line, *_task_scores(result, settings)])
   return "\n".join([*lines, *task_reasons(result), "", render_rows(task_rows(result))])
 
@@ -240,7 +239,7 @@ def task_tables(result: Mapping[str, Any]) -> list[AccuracyTable]:
   """
   tables = []
   for setting in _tested_settings(result):
-    header = [f"{_TASK_SETTINGS[setting]} accuracy (%)", "when learned", "at the end"]
+    header = [f"{_TASK_SETTINGS[setting]} accuracy (%)", "when learnt", "at the end"]
     tables.append(AccuracyTable(header, _task_scores(result, [setting])))
   return tables
 
@@ -249,8 +248,10 @@ def task_reasons(result: Mapping[str, Any]) -> list[str]:
   """Returns the reasons why measures are undefined, a line each."""
   lines = []
   for setting in _tested_settings(result):
-    for measure, reason in result[setting]["reasons"].items():
-      line = f"{measure.replace('_', ' ')} n/a: {reason}"
+    reasons = result[setting]["reasons"]
+    # Older results have reasons for a measure that tables no longer have.
+    for measure in filter(reasons.get, _TASK_MEASURES):
+      line = f"{measure.replace('_', ' ')} n/a: {reasons[measure]}"
       # Both settings often have the same reason, which is then given once.
       if line not in lines:
         lines.append(line)
@@ -491,9 +492,27 @@ TASK_MEANINGS = {
   "forgetting (points)": "Mean over all tasks but the last of the best accuracy minus the final "
   "one.",
   "backward transfer (points)": "Mean over all tasks but the last of the final accuracy minus that "
-  "when the task was learned; below 0 where tasks are forgotten.",
-  "forward transfer (points)": "Mean over all tasks but the first of the accuracy just before "
-  "the task is learned, minus that of a random network.",
+  "when the task was learnt; below 0 where tasks are forgotten.",
+}
+
+# Rows of comparisons, keyed as `_MEANINGS`.
+COMPARED_MEANINGS = {
+  "tested on": "The data set; scores on different ones are not comparable.",
+  "state": "Whether the run is finished.",
+  "last step": "The newest step with a record, in updates of the parameters.",
+  "mean IoU": _MEANINGS["mean IoU"],
+  "accuracy": "On the test set; of a sequence of tasks the mean over tasks at the end.",
+  "mean average precision": _MEANINGS["test mean average precision"],
+  "forgetting": TASK_MEANINGS["forgetting (points)"],
+  "MACs": f"The {_MACS} of one image or video, mean over the test set, gate networks included.",
+  "share": "The MACs as a fraction of those of the run's own network without gates.",
+  "parameters": _MEANINGS["parameters"],
+  "gates": "Open for 1 to 99 % of the test set (conditional), for more, for less, or decided by "
+  "noise (at random).",
+  "units that two tasks share": _MEANINGS["units that two tasks share"],
+  "segments chosen": "Fraction of a video's segments that the heavy network runs on, mean over "
+  "videos.",
+  "seconds": "Of the training since it was last started or resumed.",
 }
 
 

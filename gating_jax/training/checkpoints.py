@@ -60,22 +60,6 @@ def restore_newest(directory: Path, like: Any) -> Checkpoint | None:
     checkpoints.close()
 
 
-def resume_newest(directory: Path, fresh: Any) -> Checkpoint:
-  """Restores as `restore_newest`; where there is no checkpoint, takes a fresh state as of step 0.
-
-  Args:
-    directory: as in `restore_newest`.
-    fresh: the state with which training begins.
-  Raises:
-    CheckpointError: as in `restore_newest`.
-  """
-  return _or_fresh(restore_newest(directory, fresh), fresh)
-
-
-def _or_fresh(found: Checkpoint | None, fresh: Any) -> Checkpoint:
-  return Checkpoint(0, devices.replicate(fresh)) if found is None else found
-
-
 class Checkpoints:
   """The checkpoints of one run, by step.
 
@@ -174,7 +158,8 @@ class Checkpoints:
     Raises:
       CheckpointError: as in `restore`.
     """
-    return _or_fresh(self.restore(fresh, devices.replicated_sharding()), fresh)
+    found = self.restore(fresh, devices.replicated_sharding())
+    return Checkpoint(0, devices.replicate(fresh)) if found is None else found
 
   def wait(self) -> None:
     """Waits until everything saved is on disk. Raises as `save` does."""

@@ -1,7 +1,7 @@
 """Warnings in training of gates that close for all examples.
 
 A gate that never opens hardly learns: what it switches no longer reaches the loss, and a penalty
-alone never opens it. Each kind of run has limits of its own, and advice in the words of its config.
+alone never opens it. Each programme has limits of its own, and advice in the words of its config.
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ SEGMENTS_CLOSED = "gates/segments_closed"
 _LASTING = 20
 # The largest fraction of closed gates that is no fault: half; nearly all where closed units are
 # wanted, as in pruning.
-_MOST, _NOTHING_LEFT = 0.5, 0.995
-# Regularisers with one strength, and its setting.
-_REGULARISERS = {
-  "entropy": "loss.entropy.coefficient",
-  "decision_entropy": "loss.decision_entropy.coefficient",
-  "away_from_half": "loss.away_from_half.coefficient",
-}
+MOST_CLOSED, NOTHING_LEFT = 0.5, 0.995
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,62 +85,21 @@ def _warning(limit: Limit, closed: float) -> str:
   )
 
 
-def watch_images(config: ml_collections.ConfigDict) -> ClosingWatch:
-  """Returns the watch over classifiers and segmentation."""
-  gating, gate, loss = config.model.gating, config.model.gate, config.loss
-  # An exit that no image passes is not a closed gate; random gates learn nothing.
-  # Scales and biases close nothing.
-  if gating in ("none", "scale", "bias", "exits") or gate.context in ("random", "assigned"):
-    return ClosingWatch(())
-  if gating == "experts":
-    advice = "raise loss.balance.coefficient, with loss.regulariser=balance"
-    return ClosingWatch([Limit(CLOSED, _MOST, advice, subject="experts")])
-  if loss.regulariser in _REGULARISERS:
-    advice = f"lower {_REGULARISERS[loss.regulariser]}, or use loss.regulariser=batch_shaping"
-  elif loss.regulariser == "none":
-    advice = (
-      "lower optim.learning_rate or optim.gate_lr_multiplier, or use loss.regulariser=batch_shaping"
-    )
-  else:
-    advice = _advice("loss", loss, shaped=loss.regulariser == "batch_shaping")
-  # Gates that see no input prune: they are meant to close for all examples.
-  most = _NOTHING_LEFT if gate.context == "none" else _most(loss.sparsity)
-  return ClosingWatch([Limit(CLOSED, most, advice)])
-
-
-def watch_tasks() -> ClosingWatch:
-  """Returns the watch over task gates: filters that a task closes are left for the next tasks."""
-  advice = (
-    "lower gates.sparsity, or raise gates.patience, the number of epochs that a task first learns "
-    "without it"
-  )
-  return ClosingWatch([Limit(CLOSED, _NOTHING_LEFT, advice)])
-
-
-def watch_videos(config: ml_collections.ConfigDict) -> ClosingWatch:
-  """Returns the watch over the gate of segments and the channel gates of the heavy net."""
-  limits, loss = [], config.loss
-  if config.model.selection == "gate":
-    advice = (
-      f"{_lower('loss', loss.sparsity)} or loss.sparsity.kind=target, or raise "
-      f"loss.batch_shaping.coefficient (now {loss.batch_shaping.coefficient:g})"
-    )
-    limits.append(Limit(SEGMENTS_CLOSED, _MOST, advice, subject="segments"))
-  if config.model.heavy.gating != "none":
-    advice = _advice("loss.channels", loss.channels, shaped=True)
-    most, subject = _most(loss.channels.sparsity), "heavy net's channel gates"
-    limits.append(Limit(f"channels_{CLOSED}", most, advice, subject=subject))
-  return ClosingWatch(limits)
-
-
-def _most(sparsity: ml_collections.ConfigDict) -> float:
+def accepted_fraction(sparsity: ml_collections.ConfigDict) -> float:
   """Returns the accepted fraction of closed gates: half, or more where the budget asks for it."""
   # A budget of 20 % of the MACs closes about 80 % of the gates.
-  return max(_MOST, 1 - sparsity.target) if sparsity.kind == "budget" else _MOST
+  return max(MOST_CLOSED, 1 - sparsity.target) if sparsity.kind == "budget" else MOST_CLOSED
 
 
-def _advice(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> str:
-  lower = _lower(section, loss.sparsity)
+def advise_on_loss(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> str:
+  """Returns the settings of a loss's section to change so that fewer gates close.
+
+  Args:
+    section: the name of the section.
+    loss: the section, with a sparsity and `batch_shaping`.
+    shaped: whether the batch-shaping loss is on.
+  """
+  lower = advise_lower(section, loss.sparsity)
   if not shaped:
     return (
       f"{lower} or start it later ({section}.sparsity.ramp_start), or use "
@@ -160,5 +113,6 @@ def _advice(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> s
   )
 
 
-def _lower(section: str, sparsity: ml_collections.ConfigDict) -> str:
+def advise_lower(section: str, sparsity: ml_collections.ConfigDict) -> str:
+  """Returns the setting of a section that makes its sparsity weaker."""
   return f"lower {section}.sparsity.coefficient (now {sparsity.coefficient:g})"

@@ -1,4 +1,4 @@
-"""The journal of a run: its metrics as JSON lines, TensorBoard events and lines for people."""
+"""The journal of a run: its metrics as JSON lines, TensorBoard events and human-readable lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENSORBOARD_DIR = "tensorboard"
 # The suffix of a file that is still being written.
 TEMPORARY = ".tmp"
 
-# The words for metrics of training, in lines for people.
+# The words for metrics of training, in human-readable lines.
 _ACCURACIES = {
   "accuracy": "accuracy",
   "light_accuracy": "accuracy of the light net",
@@ -143,7 +143,7 @@ class Journal:
     self._bar.update(step - self._bar.n)
 
   def say(self, step: int, text: str) -> None:
-    """Prints a line for people: above the bar on a terminal, plain otherwise."""
+    """Prints a human-readable line: above the bar on a terminal, plain otherwise."""
     line = f"step {step}/{self._total}  {text}"
     if self._bar.disable:
       line = f"[{time.monotonic() - self._start:6.0f} s] {line}"

@@ -58,11 +58,11 @@ def sgd(
     optax.add_decayed_weights(weight_decay, mask=decayed),
     optax.sgd(learning_rate, momentum=momentum, nesterov=momentum > 0),
     # After the learning rate: the factor scales the update, not the momentum.
-    optax.masked(optax.scale(gate_lr_multiplier), of_gates),
+    optax.masked(optax.scale(gate_lr_multiplier), mark_gates),
   )
 
 
-def of_gates(params: Any) -> Any:
+def mark_gates(params: Any) -> Any:
   """Returns a tree with True for each parameter of a gate network."""
   flat = traverse_util.flatten_dict(params)
   return traverse_util.unflatten_dict({path: is_gate_path(path) for path in flat})
@@ -70,7 +70,7 @@ def of_gates(params: Any) -> Any:
 
 def decayed(params: Any) -> Any:
   """Returns a tree with True for each parameter that decays: all but those of gate networks."""
-  return jax.tree.map(operator.not_, of_gates(params))
+  return jax.tree.map(operator.not_, mark_gates(params))
 
 
 def adam(learning_rate: optax.Schedule, *, weight_decay: float) -> optax.GradientTransformation:

@@ -1,7 +1,7 @@
 """Provenance of a run: the time, command, code and machine of each start.
 
-A run that is resumed has several starts. The file is for people; nothing depends on it, and an old
-run has none.
+A run that is resumed has several starts. The file is human-readable; nothing depends on it, and an
+old run has none.
 """
 
 from __future__ import annotations

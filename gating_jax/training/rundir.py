@@ -35,7 +35,7 @@ class RunDirError(Exception):
 
 
 class RunDir:
-  """An open run directory, `path`."""
+  """The run directory at `path`, which need not exist yet; `open_run` makes and locks it."""
 
   def __init__(self, path: Path):
     self.path = path

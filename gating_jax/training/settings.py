@@ -1,4 +1,4 @@
-"""Checks of a config's fields, common to all experiments, before anything is compiled."""
+"""Checks of a config's fields, common to all programmes, before anything is compiled."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.data import features, image_sets, scenes, worlds
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.training import settings
@@ -21,8 +21,8 @@ _OF_A_CLASS = {"train": 50, "test": 25}
 _VIDEOS = 32
 # Pixels of a scene's longer side.
 _SIDE = 128
-# Fields of several kinds of experiments that a run's time grows with, and their largest value;
-# `experiments.KINDS` has those of one kind.
+# Fields of several programmes that a run's time grows with, and their largest value;
+# `programmes.PROGRAMMES` has those of one.
 _AT_MOST = {
   "data.image_size": 64,
   "data.workers": 1,
@@ -44,8 +44,8 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """
   small = config.copy_and_resolve_references().unlock()
   _shrink_scenes(small)
-  kind = experiments.kind_of(small.get("experiment"))
-  for name, most in {**_AT_MOST, **(kind.small if kind else {})}.items():
+  row = programmes.find_row(small.get("experiment"))
+  for name, most in {**_AT_MOST, **(row.small if row else {})}.items():
     _lower(small, name, most)
   phases = ["optim"]
   # With `pretrained`, the first training is that of another run, and stays as it was.

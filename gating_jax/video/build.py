@@ -19,7 +19,6 @@ import optax
 from gating_jax.checks import one_of
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.layers.blocks import GATINGS
-from gating_jax.layers.gate import GateSettings
 from gating_jax.layers.segment_gate import (
   CONCEPTS,
   SEGMENT_CONTEXTS,
@@ -141,13 +140,13 @@ def build(
     0 if model.light is None else config.data.light_macs,
     config.data[f"{source}_macs"],
   )
-  counts = video_summary(model, shapes, made_elsewhere=feature_macs)
+  counts = video_summary(model, shapes, precomputed=feature_macs)
   # The cost of a segment is known only once the heavy net is counted.
   model = model.clone(macs_per_segment=counts.heavy.macs)
   # The baseline of all ratios: every segment by the heavy net, no light net and no gate.
   dense = model.clone(selection="all", light=None, light_head=False, heavy=nets(config)[1])
   reference = video_summary(
-    dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs)
+    dense, sets.network_shapes(train, config), precomputed=(0, config.data.heavy_macs)
   )
   # The heavy net itself, also where the light net takes its place and `counts` are of that.
   check_budget("loss.channels.sparsity", config.loss.channels.sparsity, reference.heavy)
@@ -210,12 +209,10 @@ def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
       concepts=gate.concepts,
       context=gate.context,
       relaxation=gate.relaxation,
-      gate=GateSettings(
-        hidden=gate.hidden,
-        initial_open=gate.initial_open,
-        temperature=gate.temperature,
-        noise_scale=gate.noise_scale,
-      ),
+      hidden=gate.hidden,
+      initial_open=gate.initial_open,
+      temperature=gate.temperature,
+      noise_scale=gate.noise_scale,
     ),
   )
 

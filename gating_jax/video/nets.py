@@ -17,7 +17,7 @@ from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segment_gate import CONCEPTS
 from gating_jax.models.timegate import find_concepts
 from gating_jax.training import devices, rundir, steps
-from gating_jax.training.checkpoints import Checkpoint, resume_newest
+from gating_jax.training.checkpoints import Checkpoint, restore_newest
 from gating_jax.video import evaluate
 from gating_jax.video.build import Phase, VideoExperiment, heavy_from
 
@@ -33,7 +33,9 @@ def initial_state(phase: Phase, seed: int) -> steps.TrainState:
 
 def restore(phase: Phase, path: Path, seed: int) -> Checkpoint:
   """Returns the newest checkpoint of a phase, or a fresh state, at step 0."""
-  return resume_newest(path / rundir.CHECKPOINT_DIR, initial_state(phase, seed))
+  fresh = initial_state(phase, seed)
+  found = restore_newest(path / rundir.CHECKPOINT_DIR, fresh)
+  return Checkpoint(0, devices.replicate(fresh)) if found is None else found
 
 
 def trained_nets(experiment: VideoExperiment, path: Path) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.analysis import statistics
 from gating_jax.reports import conclusion, frame, page, tables, text, timeline
 from gating_jax.training import rundir
@@ -111,7 +111,7 @@ def write_report(
       "Chosen segments of the first test videos, and the relevant ones where they are known.",
       _time_lines(experiment, tested),
     ),
-    frame.times_section("video", around),
+    frame.run_times_section("video", around),
     frame.settings_section(configured),
     frame.about_section(around),
   ]
@@ -154,7 +154,7 @@ def _make_opening(
       noun="video",
       around=around,
     ),
-    frame.time_number("video", around)
+    frame.run_time_number("video", around)
     # Times of `--mode=compile` for this step; without them, those that the run measured itself.
     if around.times and around.times.belong_to(around.step)
     else _speed(result, around),
@@ -162,14 +162,14 @@ def _make_opening(
   return page.Opening(
     numbers,
     _choices(experiment, tested),
-    frame.why_no_baseline(around, experiments.KINDS[experiment.config.experiment].how),
+    frame.why_no_baseline(around, programmes.PROGRAMMES[experiment.config.experiment].how),
     notice,
   )
 
 
 def _speed(result: Mapping[str, Any], around: frame.Surroundings) -> page.Number:
   """Returns the milliseconds of a video as the run itself has measured them."""
-  number = frame.time_number("video", around)
+  number = frame.run_time_number("video", around)
   if "videos_per_second" not in result:
     return number
   # The result has videos per second; the page shows time per video, like all pages.
@@ -185,7 +185,7 @@ def _speed(result: Mapping[str, Any], around: frame.Surroundings) -> page.Number
   )
 
 
-def _choices(experiment: VideoExperiment, tested: Arrays) -> page.Picture:
+def _choices(experiment: VideoExperiment, tested: Arrays) -> page.EmbeddedPicture:
   """Draws the chosen segments of the first test videos."""
   count = min(_LISTED, len(tested["valid"]))
   titles, chosen, relevant = [], [], [] if "relevant" in tested else None
@@ -230,7 +230,7 @@ def _figure_of_shares(experiment: VideoExperiment, tested: Arrays) -> Any:
   )
 
 
-def _time_lines(experiment: VideoExperiment, tested: Arrays) -> list[page.Picture]:
+def _time_lines(experiment: VideoExperiment, tested: Arrays) -> list[page.EmbeddedPicture]:
   """Draws each of the first videos, with its title below; the first one defines the axes."""
   lines, parts = _lines(experiment, tested), []
   # The longest video sets the width of all, so that segments have one scale.

@@ -21,9 +21,20 @@ from gating_jax import runner
 from gating_jax.data.image_sets import process_indices
 from gating_jax.data.videos import VideoArrays
 from gating_jax.reports import tables
+from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
-from gating_jax.training import closed_gates, devices, hosts, outlines, steps
+from gating_jax.training import devices, hosts, outlines, steps
 from gating_jax.training.checkpoints import Checkpoint
+from gating_jax.training.closed_gates import (
+  CLOSED,
+  MOST_CLOSED,
+  SEGMENTS_CLOSED,
+  ClosingWatch,
+  Limit,
+  accepted_fraction,
+  advise_lower,
+  advise_on_loss,
+)
 from gating_jax.training.journal import numbers
 from gating_jax.training.rundir import RunDir
 from gating_jax.training.steps import Advance, MappedSteps, TrainState
@@ -65,11 +76,11 @@ class LongVideo(runner.Programme):
 
   def main_numbers(self, result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the score, MACs, the fraction of segments and, where it was timed, the speed."""
-    ratio = f"{100 * result['mac_ratio']:.1f} %"
+    ratio = format_percent(result["mac_ratio"], 1)
     found = [
       tables.video_rows(result)[0],
       ("MACs per video", f"{result['macs']:,.0f}, {ratio} of the heavy net on all segments"),
-      ("segments chosen", f"{100 * result['share']:.1f} %"),
+      ("segments chosen", format_percent(result["share"], 1)),
     ]
     if "videos_per_second" in result:
       baseline = f"the heavy net on all segments: {result['all_segments_videos_per_second']:.1f}"
@@ -214,7 +225,7 @@ class LongVideo(runner.Programme):
       self.make_advance(phase, train, training.step),
       phase.settings,
       evaluate=evaluate,
-      watch=closed_gates.watch_videos(self.config),
+      watch=watch_videos(self.config),
     )
 
   def _training_set(self, nets: Any) -> Any:
@@ -255,3 +266,19 @@ class LongVideo(runner.Programme):
     training.journal.write(training.step, "test", numbers(result))
     histograms = report.count_histograms(self.experiment, behaviour)
     training.journal.write_histograms(training.step, "test", histograms)
+
+
+def watch_videos(config: ml_collections.ConfigDict) -> ClosingWatch:
+  """Returns the watch over the gate of segments and the channel gates of the heavy net."""
+  limits, loss = [], config.loss
+  if config.model.selection == "gate":
+    advice = (
+      f"{advise_lower('loss', loss.sparsity)} or loss.sparsity.kind=target, or raise "
+      f"loss.batch_shaping.coefficient (now {loss.batch_shaping.coefficient:g})"
+    )
+    limits.append(Limit(SEGMENTS_CLOSED, MOST_CLOSED, advice, subject="segments"))
+  if config.model.heavy.gating != "none":
+    advice = advise_on_loss("loss.channels", loss.channels, shaped=True)
+    most, subject = accepted_fraction(loss.channels.sparsity), "heavy net's channel gates"
+    limits.append(Limit(f"channels_{CLOSED}", most, advice, subject=subject))
+  return ClosingWatch(limits)

@@ -56,6 +56,18 @@ def test_a_checkpoint_of_a_dict_is_restored_into_its_type(rehearsed, tmp_path):
   assert tiny.bit_equal(jax.device_get(restored), jax.device_get(new))
 
 
+def test_a_checkpoint_with_an_empty_dict_for_a_memory_is_restored_into_none(tmp_path):
+  checkpoints = Checkpoints(tmp_path / "checkpoints")
+  try:
+    checkpoints.save(1, devices.replicate(learner({})))
+    checkpoints.wait()
+    step, restored = checkpoints.restore(learner(()), devices.replicated_sharding())
+  finally:
+    checkpoints.close()
+  assert step == 1
+  assert restored.memory == ()
+
+
 def test_leaves_have_the_paths_and_the_order_of_a_dict():
   for rehearsed in (False, True):
     old, new = (

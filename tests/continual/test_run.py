@@ -619,7 +619,7 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
   monkeypatch.setattr(runner, "Checkpoints", functools.partial(Checkpoints, keep=100))
   made = config(method="multitask_gates")
   run.run(made, tmp_path, "train")
-  assert "forgetting n/a: all tasks are learned together" in capsys.readouterr().out
+  assert "forgetting n/a: all tasks are learnt together" in capsys.readouterr().out
   result = strict_json(tmp_path / "result.json")
   for setting in ("task_aware", "task_agnostic"):
     first, last = result[setting]["accuracies"]

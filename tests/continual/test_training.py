@@ -1,4 +1,4 @@
-"""The time that a step passes to a method."""
+"""The time that a step passes to a method, and what a method may keep."""
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +33,23 @@ def test_epoch_and_place_are_exact_at_every_step(steps_per_epoch):
     assert int(metrics["epoch"]) == epoch
     assert float(metrics["epoch"]) == pytest.approx(taken / steps_per_epoch)
     assert float(metrics["place"]) == pytest.approx(i / max(1, steps_per_epoch - 1))
+
+
+def test_a_method_may_keep_the_very_parameters_that_the_next_step_donates():
+  keep = lambda learner, data, key: learner.replace(memory=learner.params)
+  loss = lambda params, learner, batch: ((params["w"] - learner.memory["w"]) ** 2, ({}, {}))
+  init = lambda key: InitialState({"w": jnp.ones(())}, {}, {"w": jnp.zeros(())})
+  method, optimiser = Method(init, loss, keep, None), optax.sgd(0.25)
+  learner = toy.start(method)
+  learner = learner.replace(opt_state=optimiser.init(learner.params))
+  learner = training.end_task(
+    method, optimiser, learner, None, learnt=1, key=jax.random.key(0)
+  ).replace(params={"w": jnp.full((), 3.0)})
+  assert float(learner.memory["w"]) == 1
+  learner = training.end_task(method, optimiser, learner, None, learnt=2, key=jax.random.key(0))
+  step = training.make_step(
+    method, optimiser, lambda key, pixels: pixels, seed=0, steps_per_epoch=1
+  )
+  train = jax.jit(step, donate_argnums=0)
+  learner, _ = train(learner, jnp.zeros((1, 1)), jnp.zeros(1, jnp.int32), np.int32(0))
+  assert float(learner.memory["w"]) == float(learner.params["w"]) == 3

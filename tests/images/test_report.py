@@ -21,7 +21,7 @@ def section(run, title):
 
 
 def captions(found):
-  return [part.caption for part in found.parts if isinstance(part, page.Picture)]
+  return [part.caption for part in found.parts if isinstance(part, page.EmbeddedPicture)]
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def net(selection="gate", channels="none", light=True, **settings):
     selection,
     share=0.5,
     macs_per_segment=7,
-    gate=SegmentGateSettings(concepts=5, gate=GateSettings(hidden=4)),
+    gate=SegmentGateSettings(concepts=5, hidden=4, initial_open=0.85),
     **settings,
   )
 

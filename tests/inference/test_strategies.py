@@ -123,12 +123,12 @@ def test_ratios_of_parts_and_of_whole_programs():
   heads = [folded.head_macs(part) for part in of.parts]
   dense = folded.macs_by_part(conditional.ungated(of), SHAPE)
   assert found.dense == dense
-  opened, computed = found.of_part(1)
+  opened, computed = found.part_ratios(1)
   assert computed["masked"] == 1
   assert computed["native"] == computed["pallas"] == pytest.approx(opened)
   assert opened < computed["masked"]
   classifier = of.classifier[0].size
-  opened, computed = found.of_net(
+  opened, computed = found.net_ratios(
     {"masked": ["masked"] * 3, "mixed": ["masked", "native", "masked"]}
   )
   total = sum(dense) + classifier

@@ -325,3 +325,15 @@ def test_shortcut_a_cannot_drop_channels():
   with pytest.raises(ValueError, match=message):
     shape_of(BasicBlock(4, shortcut="A"))
   assert shape_of(BasicBlock(4, shortcut="B")) == (1, 4, 4, 4)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_extra_channels_are_taken_by_their_former_name(block):
+  x = jnp.zeros((1, 4, 4, 4))
+  shapes = lambda **extra: jax.eval_shape(
+    lambda: block(4, gating="none").init(jax.random.key(0), x, **extra)
+  )
+  with pytest.warns(DeprecationWarning, match="beside is now called extra"):
+    found = shapes(beside=x)
+  assert found == shapes(extra=x)
+  assert found["params"]["conv1"]["conv"]["kernel"].shape[2] == 8

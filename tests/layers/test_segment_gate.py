@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 
@@ -27,10 +28,8 @@ def padded(*lengths):
 
 
 def gate(context="attention", relaxation="straight_through", axis_name=None, **settings):
-  settings = GateSettings(**{"hidden": HIDDEN, "initial_open": 0.5, **settings})
-  return SegmentGate(
-    SegmentGateSettings(K, context, relaxation, settings), macs_per_unit=10, axis_name=axis_name
-  )
+  settings = SegmentGateSettings(K, context, relaxation, **{"hidden": HIDDEN, **settings})
+  return SegmentGate(settings, macs_per_unit=10, axis_name=axis_name)
 
 
 def init(module, *inputs):
@@ -220,6 +219,15 @@ def test_the_last_bias_starts_at_the_initial_open_rate():
   module = gate("none", initial_open=0.3)
   variables = jax.jit(module.init)(jax.random.key(0), normal(1, 2, C), np.ones((1, 2), bool))
   np.testing.assert_allclose(special.expit(variables["params"]["logits"]["bias"]), [0.3], rtol=1e-6)
+
+
+def test_gate_settings_for_the_fields_they_have_are_taken_with_a_warning():
+  gate = GateSettings(hidden=4, initial_open=0.3, temperature=0.5, noise_scale=0.25)
+  with pytest.warns(DeprecationWarning, match="gate is now given by its fields hidden"):
+    settings = SegmentGateSettings(K, gate=gate)
+  today = SegmentGateSettings(K, hidden=4, initial_open=0.3, temperature=0.5, noise_scale=0.25)
+  assert settings == today
+  assert dataclasses.replace(settings, concepts=3).hidden == 4
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,5 @@ def test_a_named_columns_macs():
 
 
 def test_gates_are_refused(block):
-  with pytest.raises(
-    ValueError, match=r"^extra input channels \(beside\) need gating 'none'; got 'channel'"
-  ):
+  with pytest.raises(ValueError, match=r"^extra input channels need gating 'none'; got 'channel'"):
     net(block, gating="channel").init(jax.random.key(0), random(N, *SHAPE), before(block))

@@ -171,7 +171,10 @@ def test_a_generator_has_no_image_to_glance_at():
 
 
 def test_segments_have_no_quantiles():
-  with pytest.raises(ValueError, match="^gate normalise of segments must be 0.0; got 2.0"):
+  with (
+    pytest.warns(DeprecationWarning, match="gate is now given by its fields"),
+    pytest.raises(ValueError, match="^gate normalise of segments must be 0.0; got 2.0"),
+  ):
     SegmentGateSettings(gate=GateSettings(normalise=2.0))
 
 

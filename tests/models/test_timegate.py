@@ -35,7 +35,7 @@ AXIS = "devices"
 B, T, C, D, CLASSES = 4, 6, 5, 7, 3
 LENGTHS = (6, 3, 1, 5)
 SHARE = 0.4
-GATE = SegmentGateSettings(concepts=4, gate=GateSettings(hidden=4, initial_open=0.5))
+GATE = SegmentGateSettings(concepts=4, hidden=4)
 
 
 class Net(nn.Module):

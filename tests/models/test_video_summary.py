@@ -37,7 +37,7 @@ class Heavy(nn.Module):
 
 
 def net(selection="gate", context="none", *, light=True, gated=False, **settings):
-  gate = SegmentGateSettings(K, context, gate=GateSettings(hidden=HIDDEN))
+  gate = SegmentGateSettings(K, context, hidden=HIDDEN)
   return SegmentNet(
     CLASSES, Light() if light else None, Heavy(gated), selection, gate=gate, **settings
   )
@@ -77,11 +77,13 @@ def test_the_light_head_counts_as_selector_and_attention_scores_as_classifier():
 
 def test_what_was_spent_on_features_elsewhere_is_each_nets_own():
   plain, with_nets = (
-    video_summary(net(), SHAPES, made_elsewhere=macs) for macs in ((0, 0), (1000, 30_000))
+    video_summary(net(), SHAPES, precomputed=macs) for macs in ((0, 0), (1000, 30_000))
   )
   assert with_nets.light.macs == plain.light.macs + 1000
   assert with_nets.all_segments == plain.all_segments + T * 30_000
   assert (with_nets.selector, with_nets.classifier) == (plain.selector, plain.classifier)
+  with pytest.warns(DeprecationWarning, match="made_elsewhere is now called precomputed"):
+    assert video_summary(net(), SHAPES, made_elsewhere=(1000, 30_000)) == with_nets
 
 
 def test_channel_gates_do_not_count_as_the_segments_gate():

@@ -85,6 +85,13 @@ def test_wrong_arguments_are_named():
     confidence.threshold_for_budget(np.zeros((2, 1)), [3, 4], 1, threshold=0.5, share=0.2)
 
 
+def test_the_macs_of_every_example_are_taken_by_their_former_name():
+  stay, settings = np.array([[3.0], [-2.0]]), dict(threshold=0.5, share=0.7)
+  with pytest.warns(DeprecationWarning, match="fixed is now called always_macs"):
+    found = confidence.threshold_for_budget(stay, [10], fixed=10, **settings)
+  assert found == confidence.threshold_for_budget(stay, [10], always_macs=10, **settings)
+
+
 # Exits in time: segments of a video come one by one.
 CONFIDENCES = np.array([[0.6, 0.9, 0.7, 0.95], [0.8, 0.55, 0.99, 0.99], [0.5, 0.5, 0.5, 0.5]])
 COUNTS = np.array([4, 2, 3])

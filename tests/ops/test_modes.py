@@ -264,18 +264,16 @@ BRANCHES = {
 }
 
 
-def chain(x, implementation):
+def chain(x, run):
   kernels_ = [native_kernels.packed(kernel(x, *shape)) for shape in ((3, 3, 4, 4), (1, 1, 4, 2))]
   biases = (x[0], x[0, :2])
   gates = (x[:2], x[2:4] > 0, None)
-  return native_kernels.gated_chain(
-    images(x), kernels_, biases, gates, implementation=implementation
-  )
+  return run(images(x), kernels_, biases, gates)
 
 
-CHAINS = {"twin": lambda x: chain(x, "jax")}
+CHAINS = {"twin": lambda x: chain(x, native_kernels.masked_chain)}
 if native_kernels.available():
-  CHAINS["native"] = lambda x: chain(x, "native")
+  CHAINS["native"] = lambda x: chain(x, native_kernels.gated_chain)
 
 HALVES = (jnp.bfloat16, jnp.float16)
 ALL = (jnp.float32, *HALVES)

@@ -210,8 +210,8 @@ def test_all_kinds_of_parts_load_and_fit(tmp_path):
       page.Section(
         "Pictures",
         parts=[
-          page.Picture(file.getvalue(), "Images."),
-          page.Picture(file.getvalue(), "Images.", 900),
+          page.EmbeddedPicture(file.getvalue(), "Images."),
+          page.EmbeddedPicture(file.getvalue(), "Images.", 900),
           page.embed_figure(rows, "Images."),
           page.embed_figure(wide, "Wide.", scrolls=True),
         ],

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from configs import split_digits
-from gating_jax import experiments
+from gating_jax import programmes
 from gating_jax.continual import registry
 from gating_jax.reports import frame, page
 from gating_jax.training.rundir import flatten
@@ -59,7 +59,7 @@ def made(tmp_path):
 
 def baseline_of(folder):
   mine = json.loads((folder / "config.json").read_text())
-  found = frame.find_baseline(folder, mine, experiments.KINDS["classification"])
+  found = frame.find_baseline(folder, mine, programmes.PROGRAMMES["classification"])
   return found and found.name
 
 
@@ -151,13 +151,15 @@ def test_methods_whose_network_is_built_without_gates_are_ungated(monkeypatch):
 
 
 def test_measured_times_are_written_into_the_page_of_their_step(tmp_path, monkeypatch):
-  monkeypatch.setattr(page, "embed_figure", lambda figure, caption, **_: page.Picture(b"", caption))
+  monkeypatch.setattr(
+    page, "embed_figure", lambda figure, caption, **_: page.EmbeddedPicture(b"", caption)
+  )
   file = tmp_path / "report.html"
 
   def page_of(step):
     around = frame.Surroundings(step=step, workdir="a run")
-    begin = page.Opening([frame.time_number("image", around)])
-    page.write_page(file, "A run", [frame.times_section("image", around)], opening=begin)
+    begin = page.Opening([frame.run_time_number("image", around)])
+    page.write_page(file, "A run", [frame.run_times_section("image", around)], opening=begin)
     return file.read_text()
 
   (tmp_path / "compile.json").write_text(json.dumps(TIMES))

@@ -16,7 +16,7 @@ def tiny_picture(caption):
   figure.subplots().plot([0, 1], [1, 0])
   file = io.BytesIO()
   figure.savefig(file)
-  return page.Picture(file.getvalue(), caption)
+  return page.EmbeddedPicture(file.getvalue(), caption)
 
 
 def test_the_page_holds_its_parts_in_their_order():
@@ -54,7 +54,7 @@ def test_a_picture_is_the_figure_it_was_made_of():
 
 
 def test_every_text_is_escaped():
-  picture = page.Picture(b"", WICKED)
+  picture = page.EmbeddedPicture(b"", WICKED)
   parts = [page.Table((WICKED,), [(WICKED,)]), picture]
   html = page.render_page(WICKED, [page.Section(WICKED, WICKED, parts)], subtitle=WICKED)
   assert "<script" not in html

@@ -102,9 +102,11 @@ def one_image(step, pixels=None):
 
 
 def test_times_of_another_step_are_said_to_be(monkeypatch):
-  monkeypatch.setattr(page, "embed_figure", lambda figure, caption, **_: page.Picture(b"", caption))
+  monkeypatch.setattr(
+    page, "embed_figure", lambda figure, caption, **_: page.EmbeddedPicture(b"", caption)
+  )
   around = frame.Surroundings(step=2, times=one_image(1), workdir="a")
-  shown = frame.time_number("image", around)
+  shown = frame.run_time_number("image", around)
   assert (shown.value, shown.baseline) == (
     "–",
     "measured at step 1, not at step 2 like the rest of the page",
@@ -112,23 +114,25 @@ def test_times_of_another_step_are_said_to_be(monkeypatch):
   assert shown.command == "gating-jax --mode=compile --workdir=a"
   assert (
     "The rest of this page is of step 2, so these times belong to a different network"
-    in frame.times_section("image", around).text
+    in frame.run_times_section("image", around).text
   )
-  assert frame.time_number("image", frame.Surroundings(step=1, times=one_image(1))).value == "1 ms"
+  assert (
+    frame.run_time_number("image", frame.Surroundings(step=1, times=one_image(1))).value == "1 ms"
+  )
 
 
 def test_a_mode_that_refuses_the_run_is_not_advised():
   around = frame.Surroundings(
     step=2, not_compiled="model must be ResNet; got ExpertNet", workdir="a"
   )
-  shown = frame.time_number("image", around)
+  shown = frame.run_time_number("image", around)
   said = "--mode=compile cannot time this run: model must be ResNet; got ExpertNet."
   assert (shown.value, shown.command, shown.meaning) == ("–", "", said)
-  assert frame.times_section("image", around).text == f"gating-jax {said}"
+  assert frame.run_times_section("image", around).text == f"gating-jax {said}"
 
 
 def test_times_of_scenes_are_said_to_be_of_the_backbone_on_training_images():
-  shown = frame.time_number("scene", frame.Surroundings(step=1, times=one_image(1, [8, 12])))
+  shown = frame.run_time_number("scene", frame.Surroundings(step=1, times=one_image(1, [8, 12])))
   assert (shown.name, shown.value) == ("Milliseconds of the backbone", "1 ms")
   assert (
     "a call with one training image of 8 x 12 pixels, by the backbone without the head, in the"

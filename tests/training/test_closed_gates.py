@@ -6,7 +6,6 @@ import pytest
 from gating_jax.continual import run as continual_run
 from gating_jax.images import classification, segmentation
 from gating_jax.models import resnet, vgg, video_backbones
-from gating_jax.training import closed_gates
 from gating_jax.training.closed_gates import CLOSED, SEGMENTS_CLOSED, ClosingWatch, Limit
 from gating_jax.video import run as video_run
 from tests.helpers import tiny_cli
@@ -124,11 +123,11 @@ def check_named(text, config):
 )
 def test_most_gates_of_images_and_scenes_closed_is_said(name, variant):
   config = config_of(name, variant)
-  text = warned(closed_gates.watch_images(config), CLOSED, 0.6)
+  text = warned(classification.watch_images(config), CLOSED, 0.6)
   check_named(text, config)
   if variant == "l0=3.0":
     assert "lower loss.sparsity.coefficient (now 3)" in text
-  assert warned(closed_gates.watch_images(config), CLOSED, 0.4) is None
+  assert warned(classification.watch_images(config), CLOSED, 0.4) is None
 
 
 @pytest.mark.parametrize(
@@ -143,41 +142,42 @@ def test_most_gates_of_images_and_scenes_closed_is_said(name, variant):
 )
 def test_pruning_that_is_wanted_is_no_fault(variant, share):
   assert (
-    warned(closed_gates.watch_images(config_of("digits_resnet20", variant)), CLOSED, share) is None
+    warned(classification.watch_images(config_of("digits_resnet20", variant)), CLOSED, share)
+    is None
   )
 
 
 @pytest.mark.parametrize(("variant", "share"), [("gates=static", 1.0), ("budget=0.2", 0.9)])
 def test_pruning_beyond_what_is_wanted_is_said(variant, share):
   config = config_of("digits_resnet20", variant)
-  check_named(warned(closed_gates.watch_images(config), CLOSED, share), config)
+  check_named(warned(classification.watch_images(config), CLOSED, share), config)
 
 
 def test_experts_that_no_image_reaches_are_said():
   config = config_of("digits_resnet20", "gates=sparse_experts")
-  text = warned(closed_gates.watch_images(config), CLOSED, 0.75)
+  text = warned(classification.watch_images(config), CLOSED, 0.75)
   assert "75% of the experts" in text
   check_named(text, config)
 
 
 def test_filters_left_for_later_tasks_are_no_fault_but_none_at_all_is():
   config = config_of("split_digits")
-  assert warned(closed_gates.watch_tasks(), CLOSED, 0.98) is None
-  check_named(warned(closed_gates.watch_tasks(), CLOSED, 1.0), config)
+  assert warned(continual_run.watch_tasks(), CLOSED, 0.98) is None
+  check_named(warned(continual_run.watch_tasks(), CLOSED, 1.0), config)
 
 
 def test_segments_and_channels_of_videos_that_close_are_said():
   config = config_of("composed_timegate", **{"model.heavy.gating": "channel"})
   for metric in (SEGMENTS_CLOSED, CHANNELS):
-    check_named(warned(closed_gates.watch_videos(config), metric, 0.9), config)
-    assert warned(closed_gates.watch_videos(config), metric, 0.1) is None
+    check_named(warned(video_run.watch_videos(config), metric, 0.9), config)
+    assert warned(video_run.watch_videos(config), metric, 0.1) is None
 
 
 def test_segments_chosen_by_a_rule_and_ungated_nets_are_not_watched():
   for metric in (SEGMENTS_CLOSED, CHANNELS):
     assert (
       warned(
-        closed_gates.watch_videos(config_of("composed_timegate", "selection=uniform")), metric, 1.0
+        video_run.watch_videos(config_of("composed_timegate", "selection=uniform")), metric, 1.0
       )
       is None
     )

@@ -20,7 +20,6 @@ a synaptic plasticity driven framework for continual learning", CVPR 2019.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +31,12 @@ from gating_jax.continual.generators import wgan
 from gating_jax.continual.method import MemoryNode
 from gating_jax.continual.methods import hat
 from gating_jax.models.generator import Generator
-from gating_jax.types import Array
+from gating_jax.types import Array, Tree
 
 # Latents per batch, and batches, that show which gates a task opens.
 _PROBES, _PROBE_BATCHES = 250, 40
 # Factor on HAT's updates of embeddings.
 _EMBEDDING_RATE = 10.0
-Tree = Any
 
 
 class FrozenFilters(MemoryNode):
@@ -72,7 +70,7 @@ def gated(
 
   def begin(state, shared, fresh, key):
     """Returns a task's initial parameters: frozen filters, and fresh ones elsewhere."""
-    return {**fresh, "shared": units.reinitialise_free(state.frozen, shared, fresh["shared"])}
+    return fresh._replace(shared=units.reinitialise_free(state.frozen, shared, fresh.shared))
 
   def training(state, step):
     """Returns the hooks of a training step: masked updates and the gates' penalty."""
@@ -93,8 +91,8 @@ def gated(
 
   def finish(state, task, params, batch_stats, key):
     """Freezes the filters of relevant units and closes the other gates of the task."""
-    own = params["own"]
-    variables = {"params": shared_net.merge(params["shared"], own), "batch_stats": batch_stats}
+    own = params.own
+    variables = {"params": shared_net.merge(params.shared, own), "batch_stats": batch_stats}
     # On latents of its own, since a generator has no validation images.
     relevant = open_rates(generator, variables, key) > gates.threshold
     if gates.shut_gates:
@@ -166,7 +164,7 @@ def masked(
 
   def begin(state, shared, fresh, key):
     """Returns a task's initial parameters: the shared filters and drawn embeddings."""
-    return {"shared": shared, "own": hat.draw_embeddings(fresh["own"], key)}
+    return shared_net.Parts(shared, hat.draw_embeddings(fresh.own, key))
 
   def training(state, step):
     """Returns the hooks of a training step, at this step's slope."""
@@ -193,7 +191,7 @@ def masked(
       updates = hat.limit_embeddings(
         hat.change_embeddings(lambda u: _EMBEDDING_RATE * u, updates), params
       )
-      shared = shared_generator.split(updates, records)["shared"]
+      shared = shared_generator.split(updates, records).shared
       free = hat.plasticity(shared, records, used=used, started=jnp.ones(()))
       return shared_generator.slow_updates(updates, free)
 
@@ -202,8 +200,8 @@ def masked(
   def finish(state, task, params, batch_stats, key):
     """Keeps the task's mask `[U]` at the largest slope."""
     # a^t = sigmoid(s_max e^t): the mask that the task keeps is almost binary.
-    mask = jax.nn.sigmoid(steepness * hat.join_embeddings(params["own"], records))
-    return UsedUnits(state.masks.at[task].set(mask)), params["own"]
+    mask = jax.nn.sigmoid(steepness * hat.join_embeddings(params.own, records))
+    return UsedUnits(state.masks.at[task].set(mask)), params.own
 
   def view(params):
     """Returns the parameters with which the generator makes the masks of the largest slope."""

@@ -34,16 +34,14 @@ from gating_jax.continual.method import (
 )
 from gating_jax.continual.rehearsal import (
   Rehearsal,
-  Replay,
+  ReplayedImages,
   check_images,
   generate_tasks,
   replay_of_all,
 )
 from gating_jax.continual.units import gated_layers
 from gating_jax.models.generator import Critic, Generator
-from gating_jax.types import Array, Records
-
-Tree = Any
+from gating_jax.types import Array, Records, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +61,9 @@ class Protection:
   """
 
   init: Callable[[Tree], Tree]
-  begin: Callable[[Tree, Tree, Tree, Array], Tree]
+  begin: Callable[[Tree, Tree, shared_net.Parts, Array], shared_net.Parts]
   training: Callable[[Tree, Array], wgan.GeneratorHooks]
-  finish: Callable[[Tree, int, Tree, Tree, Array], tuple[Tree, Tree]]
+  finish: Callable[[Tree, int, shared_net.Parts, Tree, Array], tuple[Tree, Tree]]
   view: Callable[[Tree], Tree] = wgan.unchanged
 
 
@@ -103,14 +101,7 @@ def shared_generative(
     replayed=replayed,
     seed=seed,
   )
-  return Rehearsal(
-    init=shared.init,
-    replay=shared.replay,
-    recall=shared.recall,
-    keep=shared.keep,
-    megabytes=shared.megabytes,
-    pretrain_step=shared.pretrain_step,
-  )
+  return shared.rehearsal()
 
 
 def trace_records(generator: Generator) -> Records:
@@ -127,14 +118,12 @@ def trace_records(generator: Generator) -> Records:
   return records
 
 
-def split(params: Tree, records: Records) -> dict[str, Tree]:
+def split(params: Tree, records: Records) -> shared_net.Parts:
   """Splits parameters into the filters that gates switch, and the rest.
 
   Args:
     params: of the generator.
     records: as `trace_records` returns them.
-  Returns:
-    `{"shared", "own"}`.
   """
   gated = gated_layers(records)
   # The last name of a path is the kernel or the bias, the rest is the layer.
@@ -181,14 +170,25 @@ class _SharedGenerator:
   replayed: int
   seed: int
 
+  def rehearsal(self) -> Rehearsal:
+    """Returns the functions as a `Rehearsal`."""
+    return Rehearsal(
+      init=self.init,
+      replay=self.replay,
+      recall=self.recall,
+      keep=self.keep,
+      megabytes=self.megabytes,
+      pretrain_step=self.pretrain_step,
+    )
+
   def init(self, key: Array) -> SharedGeneratorMemory:
     """Initialises the memory for all tasks."""
     fresh = self._fresh(0)
-    shared = self._split(fresh.average)["shared"]
+    shared = self._split(fresh.average).shared
     protection = self.protection.init(shared)
     # Initial values for all tasks; each is replaced when its task ends.
     training = self._begin(fresh, protection, shared, task=0)
-    own = Variables(self._split(training.average)["own"], training.batch_stats)
+    own = Variables(self._split(training.average).own, training.batch_stats)
     return SharedGeneratorMemory(stack_tasks(own, self.problem.tasks), protection, training)
 
   def pretrain_step(
@@ -208,16 +208,18 @@ class _SharedGenerator:
     training, metrics = step(state, pixels, labels)
     return memory.replace(training=training), metrics
 
-  def replay(self, memory: SharedGeneratorMemory, batch: Batch, task: Array, key: Array) -> Replay:
+  def replay(
+    self, memory: SharedGeneratorMemory, batch: Batch, task: Array, key: Array
+  ) -> ReplayedImages:
     """Generates images of all tasks so far for one training batch."""
     state = memory.training
     params = self._split(state.average)
     # The current task has no entry of its own until it ends.
-    own = put_task(memory.own, task, Variables(params["own"], state.batch_stats))
+    own = put_task(memory.own, task, Variables(params.own, state.batch_stats))
 
     def generate(own, z, labels):
       """Generates uint8 pixels `[N, H, W, D]` from latents and `[N]` labels."""
-      variables = self._variables(params["shared"], own)
+      variables = self._variables(params.shared, own)
       return wgan.to_pixels(self.generator.apply(variables, z, labels)[0])
 
     return replay_of_all(
@@ -233,7 +235,7 @@ class _SharedGenerator:
   def recall(self, memory: SharedGeneratorMemory, data: TaskData, task: int, key: Array):
     """Generates pixels `[N, H, W, D]` and labels `[N]` of all tasks up to this one."""
     memory = self._with_ending(memory, task)
-    shared = self._split(memory.training.average)["shared"]
+    shared = self._split(memory.training.average).shared
 
     def variables_of(task):
       """Returns the variables of one task's generator."""
@@ -247,7 +249,7 @@ class _SharedGenerator:
     """Returns the memory with the ended task, and a fresh training state for the next."""
     memory = self._with_ending(memory, task)
     # Filters of ended tasks are protected: the current shared part serves all of them.
-    shared = self._split(memory.training.average)["shared"]
+    shared = self._split(memory.training.average).shared
     # A fresh optimiser and critic for the next task; only the filters are passed on.
     fresh = self._fresh(task + 1)
     training = self._begin(fresh, memory.protection, shared, task=task + 1)
@@ -256,7 +258,7 @@ class _SharedGenerator:
   def megabytes(self, memory: SharedGeneratorMemory, learnt: int) -> float:
     """Returns the size, in 10**6 bytes, of the part needed after `learnt` tasks."""
     # The rest of the training state is needed only while a task is learnt.
-    shared = self._split(memory.training.average)["shared"]
+    shared = self._split(memory.training.average).shared
     return tree_megabytes((shared, first_tasks(memory.own, learnt), memory.protection))
 
   @property
@@ -264,8 +266,8 @@ class _SharedGenerator:
     """Returns the critic, which is of the generator's width."""
     return Critic(width=self.generator.width, classes=self.generator.classes)
 
-  def _split(self, params: Tree) -> dict[str, Tree]:
-    """Splits parameters into `{"shared", "own"}`."""
+  def _split(self, params: Tree) -> shared_net.Parts:
+    """Splits parameters into shared filters and the rest."""
     return split(params, trace_records(self.generator))
 
   def _variables(self, shared: Tree, own: Variables) -> Tree:
@@ -291,7 +293,7 @@ class _SharedGenerator:
     params = self.protection.begin(
       protection, shared, fresh=self._split(fresh.average), key=self._key(task)
     )
-    params = shared_net.merge(params["shared"], params["own"])
+    params = shared_net.merge(params.shared, params.own)
     # A copy: a step donates its buffers, and none may be donated twice.
     return fresh.replace(generator=params, average=jax.tree.map(jnp.copy, params))
 

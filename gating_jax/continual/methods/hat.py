@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -45,17 +44,17 @@ from gating_jax.continual.method import (
   tree_megabytes,
   tree_size,
 )
+from gating_jax.continual.shared_net import NET, OWN, SHARED
 from gating_jax.continual.units import count_units, layer_name, record_places
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.types import Array, Records
+from gating_jax.types import Array, Records, Tree
 
 EMBEDDING_LIMIT = 6.0
 # Limit of the compensation's cosh, as in the authors' code.
 EXPONENT_LIMIT = 50.0
 # 0.9^50 = 0.5 % of the old statistics is left.
 _SETTLING_BATCHES = 50
-Tree = Any
 
 
 def hat(
@@ -301,12 +300,12 @@ class _Hat:
     """Scales shared updates by their plasticity and limits the embeddings."""
     # The update, not the gradient: momentum and weight decay would still move used weights.
     free = plasticity(
-      updates["shared"],
+      updates[SHARED],
       self.records,
       used=learner.memory.used,
       started=jnp.float32(learner.task > 0),
     )
-    updates = {**updates, "shared": jax.tree.map(jnp.multiply, updates["shared"], free)}
+    updates = {**updates, SHARED: jax.tree.map(jnp.multiply, updates[SHARED], free)}
     return limit_embeddings(updates, learner.params), learner.memory
 
   def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
@@ -324,9 +323,9 @@ class _Hat:
       used=jnp.maximum(learner.memory.used, mask),
     )
     return learner.replace(
-      params={**learner.params, "own": fresh["own"]},
+      params={**learner.params, OWN: fresh[OWN]},
       memory=memory,
-      batch_stats={**batch_stats, "own": fresh_stats["own"]},
+      batch_stats={**batch_stats, OWN: fresh_stats[OWN]},
     )
 
   def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
@@ -346,12 +345,12 @@ class _Hat:
     # All tasks learnt are in `kept`; the part for the next one does not count.
     learnt = first_tasks(kept, int(learner.task))
     # At s_max a unit is in use where its embedding is positive.
-    used = jax.vmap(lambda net: join_embeddings(net, self.records))(kept["net"]) > 0
+    used = jax.vmap(lambda net: join_embeddings(net, self.records))(kept[NET]) > 0
     relevant = {}
     for record, place in record_places(self.records):
       relevant[layer_name(record)] = np.asarray(used[:, place])
     return Footprint(
-      params=tree_size((learner.params["shared"], learnt)),
+      params=tree_size((learner.params[SHARED], learnt)),
       memory_mb=tree_megabytes(learner.memory.used),
       relevant=relevant,
     )

@@ -18,6 +18,7 @@ Reference: Rebuffi et al., "iCaRL: Incremental classifier and representation lea
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -36,6 +37,7 @@ from gating_jax.continual.method import (
   Method,
   Network,
   Prediction,
+  Problem,
   StepLoss,
   TaskData,
   Variables,
@@ -92,36 +94,58 @@ def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
   Raises:
     ValueError: fewer images than classes.
   """
-  problem, model = network.problem, network.model
-  if replay.images < problem.all_classes:
+  least = network.problem.all_classes
+  if replay.images < least:
     raise ValueError(
-      f"images must be at least {problem.all_classes}, one exemplar per class; got {replay.images}"
+      f"images must be at least {least}, one exemplar per class; got {replay.images}"
+    )
+  return _Icarl(network, replay).method()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Icarl:
+  """The functions of the method, over an `IcarlMemory`."""
+
+  network: Network
+  replay: replay_memory.ReplaySettings
+
+  def method(self) -> Method:
+    """Returns the functions as a `Method`."""
+    return Method(
+      init=self.init,
+      loss=self.loss,
+      end_task=self.end_task,
+      predict=self.predict,
     )
 
-  def features(learner: LearnerState, x: Array) -> Array:
-    """Computes `[N, F]` features of norm 1, in evaluation."""
-    return model.apply(
-      {"params": learner.params, "batch_stats": learner.batch_stats}, x, method="unit_features"
-    )
+  @property
+  def problem(self) -> Problem:
+    """Returns the learning problem."""
+    return self.network.problem
 
-  def init(key: Array) -> InitialState:
+  def init(self, key: Array) -> InitialState:
     """Initialises the network and a memory without exemplars."""
-    params, batch_stats = network.init(key)
+    params, batch_stats = self.network.init(key)
     # The kernel of the head is `[F, K]`.
     width = params["head"]["kernel"].shape[0]
     memory = IcarlMemory(
-      exemplars=replay_memory.empty(replay.images, problem.shape),
-      means=jnp.zeros((problem.all_classes, width)),
-      has_mean=jnp.zeros(problem.all_classes, bool),
+      exemplars=replay_memory.empty(self.replay.images, self.problem.shape),
+      means=jnp.zeros((self.problem.all_classes, width)),
+      has_mean=jnp.zeros(self.problem.all_classes, bool),
       teacher=Variables(params, batch_stats),
     )
     return InitialState(params, batch_stats, memory)
 
-  def loss(params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
+  def loss(self, params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the loss on the batch and on exemplars: new classes plus old ones."""
+    network, problem = self.network, self.problem
     noise, drawing = jax.random.split(batch.key)
     drawn = replay_memory.draw_inputs(
-      learner.memory.exemplars, key=drawing, batch=batch, problem=problem, count=replay.batch_size
+      learner.memory.exemplars,
+      key=drawing,
+      batch=batch,
+      problem=problem,
+      count=self.replay.batch_size,
     )
     x = jnp.concatenate([batch.x, drawn.x])
     labels = jnp.concatenate([batch.labels, drawn.labels])
@@ -132,21 +156,15 @@ def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
     new, old = sigmoid_losses(logits, taught, labels, task=learner.task, classes=problem.classes)
     return new + old, ({"cross_entropy": new, "distillation": old}, batch_stats)
 
-  def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
+  def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Chooses the task's exemplars by herding, and computes all means again."""
-    labels, of_images = np.asarray(data.labels), problem.in_batches(features, learner, data.pixels)
-    # A class has at most so many slots.
-    slots = math.ceil(replay.images / ((int(learner.task) + 1) * problem.classes))
-    ranked = []
-    for label in np.unique(labels):
-      of_class = np.flatnonzero(labels == label)
-      ranked.append(of_class[herd(of_images[of_class], slots)])
-    ranked = np.concatenate(ranked)
+    problem = self.problem
+    ranked = self._herded(learner, data)
     exemplars = replay_memory.keep_first(
-      learner.memory.exemplars, np.asarray(data.pixels)[ranked], labels[ranked]
+      learner.memory.exemplars, np.asarray(data.pixels)[ranked], np.asarray(data.labels)[ranked]
     )
     # The features of all classes have changed with this task, so all means are computed again.
-    of_exemplars = problem.in_batches(features, learner, exemplars.pixels)
+    of_exemplars = problem.in_batches(self._features, learner, exemplars.pixels)
     means, has_mean = class_means(of_exemplars, exemplars.labels, problem.all_classes)
     memory = IcarlMemory(
       exemplars=exemplars,
@@ -157,13 +175,29 @@ def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
     )
     return learner.replace(memory=memory)
 
-  def predict(learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
+  def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the class of the nearest mean for `[N, H, W, D]` images."""
     memory = learner.memory
-    scores = nearest_mean(features(learner, x), memory.means, memory.has_mean)
-    return network.prediction(scores, task, seen)
+    scores = nearest_mean(self._features(learner, x), memory.means, memory.has_mean)
+    return self.network.prediction(scores, task, seen)
 
-  return Method(init, loss, end_task, predict)
+  def _features(self, learner: LearnerState, x: Array) -> Array:
+    """Computes `[N, F]` features of norm 1, in evaluation."""
+    variables = {"params": learner.params, "batch_stats": learner.batch_stats}
+    return self.network.model.apply(variables, x, method="unit_features")
+
+  def _herded(self, learner: LearnerState, data: TaskData) -> np.ndarray:
+    """Returns the positions of the exemplars of each class, the first chosen first."""
+    labels = np.asarray(data.labels)
+    of_images = self.problem.in_batches(self._features, learner, data.pixels)
+    # A class has at most so many slots.
+    classes = (int(learner.task) + 1) * self.problem.classes
+    slots = math.ceil(self.replay.images / classes)
+    ranked = []
+    for label in np.unique(labels):
+      of_class = np.flatnonzero(labels == label)
+      ranked.append(of_class[herd(of_images[of_class], slots)])
+    return np.concatenate(ranked)
 
 
 def sigmoid_losses(

@@ -221,11 +221,7 @@ def _fisher_of_task(
 
     return fisher_diagonal(log_prob, params, x=network.problem.normalise(pixels), labels=labels)
 
-  def logits_of(learner, x):
-    """Returns `[N, K]` logits in evaluation."""
-    return network.logits(learner.params, learner.batch_stats, x)
-
-  logits = network.problem.in_batches(logits_of, learner, pixels)
+  logits = network.problem.in_batches(network.logits_of, learner, pixels)
   # y_n ~ p(y | x_n) among the classes of the task.
   own = network.visible(jnp.asarray(labels), task, scope="own")
   drawn = jax.random.categorical(drawing, jnp.where(own, logits, -jnp.inf))
@@ -282,13 +278,7 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
     memory = learner.memory
     # At the parameters before the step, as `grads`.
     of_penalty = jax.grad(penalty)(learner.params, memory)
-
-    def extend(path, grad, of_penalty, update):
-      """Adds the step of one array: omega_i <- omega_i - g_i dtheta_i."""
-      # g is the gradient of the cross-entropy alone: that of the penalty is subtracted.
-      return path - (grad - of_penalty) * update
-
-    path = jax.tree.map(extend, memory.path, grads, of_penalty, updates)
+    path = jax.tree.map(_extend_path, memory.path, grads, of_penalty, updates)
     return updates, memory.replace(path=path)
 
   def end_task(learner, data, key):
@@ -308,6 +298,12 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
     return learner.replace(memory=memory)
 
   return Method(init, anchored_loss(network, penalty), end_task, network.predict, update=update)
+
+
+def _extend_path(path: Array, grad: Array, of_penalty: Array, update: Array) -> Array:
+  """Adds the step of one array: omega_i <- omega_i - g_i dtheta_i."""
+  # g is the gradient of the cross-entropy alone: that of the penalty is subtracted.
+  return path - (grad - of_penalty) * update
 
 
 def weighted_distance(params: Any, anchor: Any, weight: Any) -> Array:

@@ -16,7 +16,6 @@ Reference: Caruana, "Multitask learning", 1997; Abati et al., 2020 (the gates).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,13 +40,12 @@ from gating_jax.continual.method import (
   tree_size,
 )
 from gating_jax.continual.methods.task_gates import TaskGatesSettings
+from gating_jax.continual.shared_net import OWN, SHARED
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops.penalties import closed_share
 from gating_jax.training.closed_gates import CLOSED
-from gating_jax.types import Array
-
-Tree = Any
+from gating_jax.types import Array, Tree
 
 
 def multitask_gates(
@@ -159,9 +157,10 @@ class _Multitask:
     """Initialises the shared part, and the own parts of all tasks."""
     # Own parts for every task, from a key each; of the shared parts only the first.
     params, batch_stats = jax.lax.map(self.net.fresh, jax.random.split(key, self.problem.tasks))
-    params["shared"] = task_entry(params["shared"], 0)
-    batch_stats["shared"] = task_entry(batch_stats["shared"], 0)
-    memory = {}
+    params[SHARED] = task_entry(params[SHARED], 0)
+    batch_stats[SHARED] = task_entry(batch_stats[SHARED], 0)
+    # Without gates nothing is kept.
+    memory = ()
     if self.settings:
       memory = MultitaskMemory(jnp.zeros((self.problem.tasks, self.counts.gates), bool))
     return InitialState(params, batch_stats, memory)
@@ -172,8 +171,8 @@ class _Multitask:
     def of_task(task, own, own_stats, x, labels):
       """Returns one task's loss on `[B, H, W, D]` images, its terms and its statistics."""
       forward = self.net.apply(
-        {**params, "own": own},
-        {**learner.batch_stats, "own": own_stats},
+        {**params, OWN: own},
+        {**learner.batch_stats, OWN: own_stats},
         x,
         train=True,
         # Noise of its own for every task.
@@ -186,19 +185,19 @@ class _Multitask:
         terms["sparsity"] = units.open_share(forward.records, np.ones(self.counts.gates, bool))
         terms[CLOSED] = closed_share(forward.records, axis_name=self.problem.axis_name)
         total += self.settings.sparsity_weight(batch.epoch) * terms["sparsity"]
-      return total, terms, forward.batch_stats["own"]
+      return total, terms, forward.batch_stats[OWN]
 
     tasks = self.problem.tasks
     # All tasks have the same shapes: vmap runs them as one.
     totals, terms, own_stats = jax.vmap(of_task)(
       jnp.arange(tasks),
-      params["own"],
-      learner.batch_stats["own"],
+      params[OWN],
+      learner.batch_stats[OWN],
       by_task(batch.x, tasks),
       by_task(batch.labels, tasks),
     )
     # L is a sum, so that a task's own parts get the gradient that they would get alone.
-    batch_stats = {**learner.batch_stats, "own": own_stats}
+    batch_stats = {**learner.batch_stats, OWN: own_stats}
     return jnp.sum(totals), (jax.tree.map(jnp.mean, terms), batch_stats)
 
   def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:

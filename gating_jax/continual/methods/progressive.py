@@ -12,7 +12,6 @@ Reference: Rusu et al., "Progressive neural networks", 2016.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +37,7 @@ from gating_jax.continual.method import (
   tree_size,
 )
 from gating_jax.models.columns import Column, column_macs, output_shapes
-from gating_jax.types import Array
-
-Tree = Any
+from gating_jax.types import Array, Tree
 
 
 def progressive(column: Column, problem: Problem) -> Method:

@@ -1,4 +1,4 @@
-"""Methods that replay images of earlier tasks from an episodic memory: ER, DER++ and A-GEM.
+"""Methods whose steps also see images from a replay memory: ER, DER++ and A-GEM.
 
 Experience replay: every step also sees images of earlier tasks.
 
@@ -31,6 +31,7 @@ learning with A-GEM", 2019.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -96,58 +97,72 @@ def derpp(
   for name, value in (("alpha", alpha), ("beta", beta)):
     if not value >= 0:
       raise ValueError(f"{name} must be >= 0; got {value}")
-  problem = network.problem
+  return _DarkReplay(network, replay, alpha, beta).method()
 
-  def init(key: Array) -> InitialState:
+
+@dataclasses.dataclass(frozen=True)
+class _DarkReplay:
+  """The functions of DER++."""
+
+  network: Network
+  replay: replay_memory.ReplaySettings
+  alpha: float
+  beta: float
+
+  def method(self) -> Method:
+    """Returns the functions as a `Method`."""
+    return Method(
+      init=self.init,
+      loss=self.loss,
+      end_task=self.end_task,
+      predict=self.network.predict,
+    )
+
+  def init(self, key: Array) -> InitialState:
     """Initialises the network and an empty memory with logits `[S, K]`."""
-    logits = jnp.zeros((replay.images, problem.all_classes))
-    memory = replay_memory.empty(replay.images, problem.shape, logits)
-    return InitialState(*network.init(key), memory)
+    problem = self.network.problem
+    logits = jnp.zeros((self.replay.images, problem.all_classes))
+    memory = replay_memory.empty(self.replay.images, problem.shape, logits)
+    return InitialState(*self.network.init(key), memory)
 
-  def loss(params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
+  def loss(self, params: Any, learner: LearnerState, batch: Batch) -> StepLoss:
     """Returns the loss of a step, a scalar, with its terms and the new statistics."""
+    network = self.network
     noise, first_key, second_key = jax.random.split(batch.key, 3)
-
-    def draw(key):
-      """Draws images for one of the two terms; the paper has independent draws."""
-      return replay_memory.draw_inputs(
-        learner.memory, key=key, batch=batch, problem=problem, count=replay.batch_size
-      )
-
-    def mean_cross_entropy(logits, labels):
-      """Averages the cross-entropy over some of the images."""
-      return jnp.mean(network.cross_entropy(logits, labels, learner.task))
-
-    first, second = draw(first_key), draw(second_key)
+    # A draw for each of the two terms: in the paper they are independent.
+    first, second = self._draw(learner, batch, first_key), self._draw(learner, batch, second_key)
     # One pass, so that BatchNorm normalises all three parts alike.
     x = jnp.concatenate([batch.x, first.x, second.x])
     logits, batch_stats = network.train_logits(params, learner.batch_stats, x, key=noise)
     ends = [len(batch.x), len(batch.x) + len(first.x)]
     of_batch, of_first, of_second = jnp.split(logits, ends)
     change = squared_gap(of_first, first.extra, network.seen_with(first.labels))
-    replayed = mean_cross_entropy(of_second, second.labels)
+    replayed = jnp.mean(network.cross_entropy(of_second, second.labels, learner.task))
     terms = {
-      "cross_entropy": mean_cross_entropy(of_batch, batch.labels),
+      "cross_entropy": jnp.mean(network.cross_entropy(of_batch, batch.labels, learner.task)),
       # Before the first task ends there are no stored logits and nothing to replay.
       "logits": jnp.where(first.filled, change, 0.0),
       "replay": jnp.where(first.filled, replayed, 0.0),
     }
-    total = terms["cross_entropy"] + alpha * terms["logits"] + beta * terms["replay"]
+    total = terms["cross_entropy"] + self.alpha * terms["logits"] + self.beta * terms["replay"]
     return total, (terms, batch_stats)
 
-  def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
+  def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Adds the task's images and their logits to the memory."""
-
-    def logits_of(learner, x):
-      """Returns `[N, K]` logits in evaluation."""
-      return network.logits(learner.params, learner.batch_stats, x)
-
     # z* of every image, before it is known which the memory keeps.
-    logits = problem.in_batches(logits_of, learner, data.pixels)
+    logits = self.network.problem.in_batches(self.network.logits_of, learner, data.pixels)
     memory = replay_memory.add_task(learner.memory, data.pixels, data.labels, key=key, extra=logits)
     return learner.replace(memory=memory)
 
-  return Method(init, loss, end_task, network.predict)
+  def _draw(self, learner: LearnerState, batch: Batch, key: Array) -> replay_memory.Drawn:
+    """Draws images for one of the two terms."""
+    return replay_memory.draw_inputs(
+      learner.memory,
+      key=key,
+      batch=batch,
+      problem=self.network.problem,
+      count=self.replay.batch_size,
+    )
 
 
 def squared_gap(logits: Array, stored: Array, counted: Array) -> Array:

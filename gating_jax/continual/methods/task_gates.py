@@ -48,7 +48,9 @@ from gating_jax.continual.method import (
   tree_size,
 )
 from gating_jax.continual.rehearsal import Rehearsal, make_pretrain_step
+from gating_jax.continual.shared_net import NET, OWN, SHARED
 from gating_jax.continual.task_inference import (
+  ROUTER,
   FeatureClassifier,
   NetworkClassifier,
   RehearsedBatch,
@@ -59,10 +61,9 @@ from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops.penalties import closed_share
 from gating_jax.training.closed_gates import CLOSED
-from gating_jax.types import Array
+from gating_jax.types import Array, Tree
 
 WHEN_FULL = ("error", "reuse", "grow")
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,31 +164,35 @@ def task_gates(
     if classifier_settings is None:
       raise ValueError("rehearsal without a network needs classifier_settings; got None")
     classifier = FeatureClassifier(net, rehearsal, classifier_settings)
-  gates = _TaskGates(net, counts, settings, classifier)
-  return Method(
-    gates.init,
-    gates.loss,
-    gates.end_task,
-    gates.predict,
-    update=gates.update,
-    footprint=gates.footprint,
-    check_capacity=gates.check_capacity,
-    pretrain_step=make_pretrain_step(rehearsal, problem),
-    task_net=gates.task_net,
-  )
+  return _TaskGates(net, counts, settings, classifier).method()
 
 
 @dataclasses.dataclass(frozen=True)
 class _TaskGates:
   """The functions of the method, over parameters and statistics of `SharedNet` and a `TaskMemory`.
 
-  With a task classifier, its parameters and statistics are called `router`.
+  With a task classifier, its parameters and statistics are at `ROUTER`.
   """
 
   net: shared_net.SharedNet
   counts: ModelCounts
   settings: TaskGatesSettings
   classifier: TaskClassifier | None
+
+  def method(self) -> Method:
+    """Returns the functions as a `Method`."""
+    rehearsal = self.classifier.rehearsal if self.classifier is not None else None
+    return Method(
+      init=self.init,
+      loss=self.loss,
+      end_task=self.end_task,
+      predict=self.predict,
+      update=self.update,
+      footprint=self.footprint,
+      check_capacity=self.check_capacity,
+      pretrain_step=make_pretrain_step(rehearsal, self.problem),
+      task_net=self.task_net,
+    )
 
   @property
   def problem(self) -> Problem:
@@ -203,14 +208,14 @@ class _TaskGates:
     params, batch_stats = self._fresh(net_key, available)
     memory = TaskMemory(
       own=stack_tasks(shared_net.own_part(params, batch_stats), self.problem.tasks),
-      frozen=units.nothing_frozen(params["shared"], records),
+      frozen=units.nothing_frozen(params[SHARED], records),
       relevant=jnp.zeros((self.problem.tasks, len(available)), bool),
       available=available,
     )
     if self.classifier is not None:
       rehearsal = self.classifier.rehearsal.init(rehearsal_key)
       memory = RehearsedTaskMemory(**vars(memory), rehearsal=rehearsal)
-      params["router"], of_classifier = self.classifier.init(classifier_key)
+      params[ROUTER], of_classifier = self.classifier.init(classifier_key)
       batch_stats |= of_classifier
     return InitialState(params, batch_stats, memory)
 
@@ -243,12 +248,12 @@ class _TaskGates:
     updates = dict(updates)
     if self.classifier is not None:
       # Weights of later tasks keep their initial values.
-      updates["router"] = self.classifier.update(updates["router"], learner.task)
+      updates[ROUTER] = self.classifier.update(updates[ROUTER], learner.task)
     if self.settings.protect_updates:
       # The update, not the gradient: momentum and weight decay would still move frozen filters.
-      updates["shared"] = jax.tree.map(
+      updates[SHARED] = jax.tree.map(
         lambda update, frozen: jnp.where(frozen, 0, update),
-        updates["shared"],
+        updates[SHARED],
         learner.memory.frozen,
       )
     return updates, learner.memory
@@ -268,10 +273,10 @@ class _TaskGates:
     fresh_key, classifier_key = jax.random.split(key)
     fresh, fresh_stats = self._fresh(fresh_key, available)
     # Irrelevant filters are free for the next task, and start as any fresh filter does.
-    shared = units.reinitialise_free(frozen, learner.params["shared"], fresh["shared"])
+    shared = units.reinitialise_free(frozen, learner.params[SHARED], fresh[SHARED])
     learner = learner.replace(
-      params={**learner.params, "shared": shared, "own": fresh["own"]},
-      batch_stats={**learner.batch_stats, "own": fresh_stats["own"]},
+      params={**learner.params, SHARED: shared, OWN: fresh[OWN]},
+      batch_stats={**learner.batch_stats, OWN: fresh_stats[OWN]},
       memory=memory.replace(
         own=put_task(memory.own, task, own),
         frozen=frozen,
@@ -310,10 +315,10 @@ class _TaskGates:
     # Entries of later tasks are initial values, and nothing needs them.
     own = first_tasks(memory.own, learnt)
     # The own part in `params` is for the next task.
-    others = {name: tree for name, tree in learner.params.items() if name != "own"}
+    others = {name: tree for name, tree in learner.params.items() if name != OWN}
     # Filters not grown to yet do not count.
     unallocated = units.unallocated_params(
-      learner.params["shared"], records, np.asarray(memory.available)
+      learner.params[SHARED], records, np.asarray(memory.available)
     )
     rehearsed_mb = 0.0
     if self.classifier is not None:
@@ -336,17 +341,17 @@ class _TaskGates:
       learner.memory.rehearsal, data, int(learner.task), key=keeping
     )
     return learner.replace(
-      params={**learner.params, "router": trained}, memory=learner.memory.replace(rehearsal=kept)
+      params={**learner.params, ROUTER: trained}, memory=learner.memory.replace(rehearsal=kept)
     )
 
   def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:
     """Returns the initial state of the next task, which can use the available units."""
     params, batch_stats = self.net.fresh(key)
-    return {**params, "own": self._with_gates_shut(params["own"], available)}, batch_stats
+    return {**params, OWN: self._with_gates_shut(params[OWN], available)}, batch_stats
 
   def _with_gates_shut(self, own: Tree, kept: Array) -> Tree:
     """Returns a task's own parameters, with the gates of all but the kept units closed."""
-    return {**own, "net": units.close_gates(own["net"], self.net.shapes[0], kept)}
+    return {**own, NET: units.close_gates(own[NET], self.net.shapes[0], kept)}
 
   def _open_rates(self, learner: LearnerState, pixels: Array) -> np.ndarray:
     """Computes the fraction of images for which each gate of the current task opens, `[U]`."""

@@ -81,7 +81,7 @@ def rehearsed():
 
 
 def shared(memory):
-  return shared_generator.split(memory.training.average, records_of_net())["shared"]
+  return shared_generator.split(memory.training.average, records_of_net()).shared
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_a_batch_is_joined_by_all_classes_so_far_and_old_images_stay(rehearsed):
 
 def test_what_each_task_has_for_itself_is_kept_and_starts_fresh(rehearsed):
   method, memories, _ = rehearsed
-  parts = [shared_generator.split(m.training.average, records_of_net())["own"] for m in memories]
+  parts = [shared_generator.split(m.training.average, records_of_net()).own for m in memories]
   assert set(parts[0]) == {"pixels", "map1", "map2"}
   assert set(parts[0]["map1"]) == set(parts[0]["map2"]) == {"gate"}
   kept = jax.tree.map(lambda x: x[0], memories[-1].own)
@@ -154,7 +154,7 @@ def test_units_whose_gates_open_often_are_relevant_and_other_gates_are_shut():
   np.testing.assert_array_equal(rates[:8], [1, 0] * 4)
   parts = shared_generator.split(params["params"], records_of_net())
   gates = protection(threshold=0.5)
-  state, own = gates.finish(gates.init(parts["shared"]), 1, parts, params["batch_stats"], KEY)
+  state, own = gates.finish(gates.init(parts.shared), 1, parts, params["batch_stats"], KEY)
   np.testing.assert_array_equal(state.relevant[1], rates > 0.5)
   assert not np.any(state.relevant[jnp.array([0, 2])])
   np.testing.assert_array_equal(
@@ -164,7 +164,7 @@ def test_units_whose_gates_open_often_are_relevant_and_other_gates_are_shut():
 
 def test_open_gates_cost_their_share_after_the_patience():
   gates = protection(sparsity=2.0, patience=3.0)
-  state = gates.init(shared_generator.split(fresh()["params"], records_of_net())["shared"])
+  state = gates.init(shared_generator.split(fresh()["params"], records_of_net()).shared)
   _, records = apply(fresh(), jax.random.normal(KEY, (9, 4)), jnp.zeros(9, int))
   shares = [np.mean(r.gates) for r in records]
   for step, price in ((2, 0.0), (3, 2.0)):
@@ -177,7 +177,7 @@ def test_it_needs_the_filters_once_and_the_rest_of_every_task_learnt(rehearsed):
   method, memories, _ = rehearsed
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   filters = 4 * ((4 + 2) * 16 * 8 + 16 * 8 + 9 * 8 * 4 + 4)
-  own = size(shared_generator.split(memories[0].training.average, records_of_net())["own"])
+  own = size(shared_generator.split(memories[0].training.average, records_of_net()).own)
   statistics = size(memories[0].training.batch_stats)
   state = size(memories[0].protection)
   for tasks in (1, 3):

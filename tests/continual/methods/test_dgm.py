@@ -12,7 +12,7 @@ from scipy import special
 from gating_jax.continual.generators import protections, shared, wgan
 from gating_jax.continual.method import Batch, Problem
 from gating_jax.continual.methods import dgm, hat
-from gating_jax.continual.rehearsal import Rehearsal, Replay
+from gating_jax.continual.rehearsal import Rehearsal, ReplayedImages
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.generator import Generator
 from tests.helpers import tiny, toy
@@ -45,10 +45,10 @@ def masked(**changes):
 
 def params_with(*embeddings):
   own = {
-    name: {**fresh()["own"][name], "gate": {"logits": jnp.asarray(e, jnp.float32)}}
+    name: {**fresh().own[name], "gate": {"logits": jnp.asarray(e, jnp.float32)}}
     for name, e in zip(("map1", "map2"), embeddings, strict=True)
   }
-  return {"shared": fresh()["shared"], "own": {**fresh()["own"], **own}}
+  return fresh()._replace(own={**fresh().own, **own})
 
 
 @functools.cache
@@ -98,7 +98,7 @@ def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
   used = jnp.zeros((2, UNITS)).at[0, 0].set(1).at[1, 1].set(0.25).at[0, 8].set(1)
   change = masked().training(protections.UsedUnits(used), 0).update
   ones = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), params)
-  updates = jax.jit(change)(shared.shared_net.merge(**ones), shared.shared_net.merge(**params))
+  updates = jax.jit(change)(shared.shared_net.merge(*ones), shared.shared_net.merge(*params))
   free = lambda name: np.asarray(updates[name]["filters"]["kernel"]) / 0.1
   np.testing.assert_allclose(free("map1")[0, 0, 0], [0, 0.75] + [1] * 6, rtol=1e-6)
   np.testing.assert_allclose(
@@ -110,7 +110,7 @@ def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
 
 
 def test_the_slope_rises_over_the_training_and_a_mask_costs_what_it_takes():
-  params = shared.shared_net.merge(**params_with([0.01] * 8, [-0.01] * 4))
+  params = shared.shared_net.merge(*params_with([0.01] * 8, [-0.01] * 4))
   state = protections.UsedUnits(jnp.zeros((2, UNITS)).at[0, :4].set(1))
   for step, s in ((0, 1 / STEEPNESS), (STEPS - 1, STEEPNESS)):
     training = masked().training(state, step)
@@ -127,7 +127,7 @@ def test_a_finished_task_keeps_its_mask_at_the_full_slope_and_what_is_its_own():
   state, own = masked().finish(protections.UsedUnits(jnp.zeros((2, UNITS))), 1, params, {}, KEY)
   expected = [special.expit(0.01 * STEEPNESS)] * 8 + [special.expit(-0.01 * STEEPNESS)] * 4
   np.testing.assert_allclose(state.masks, [[0] * UNITS, expected], rtol=1e-5)
-  assert tiny.bit_equal(own, params["own"])
+  assert tiny.bit_equal(own, params.own)
 
 
 def perfect():
@@ -139,7 +139,9 @@ def perfect():
 
   def replay(memory, batch, task, key):
     places = jax.random.randint(key, (16,), 0, 16 * (task + 1))
-    return Replay(toy.normalise(jnp.asarray(pool[0])[places]), jnp.asarray(pool[1])[places], 0.0)
+    return ReplayedImages(
+      toy.normalise(jnp.asarray(pool[0])[places]), jnp.asarray(pool[1])[places], 0.0
+    )
 
   return Rehearsal(
     init=lambda key: jnp.zeros(3),

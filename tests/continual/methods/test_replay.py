@@ -1,4 +1,4 @@
-"""Properties of every method with an episodic memory."""
+"""Properties of every method with a replay memory."""
 
 import jax
 import numpy as np

@@ -346,7 +346,7 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
   batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
 
   def results(old):
-    replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
+    replayed = rehearsal.ReplayedImages(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
     made = dataclasses.replace(
       episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_, key: replayed
     )
@@ -382,7 +382,7 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
 def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
   new, old = data(1, 32, seed=6), data(0, 16, seed=5)
   batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
-  replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), 0.5)
+  replayed = rehearsal.ReplayedImages(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), 0.5)
   made = dataclasses.replace(
     episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_, key: replayed
   )
@@ -442,7 +442,7 @@ def test_a_network_without_rehearsal_is_an_error():
 def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   """Earlier streams run in evaluation, the task's own in training; the batch has a weight."""
   old, new = data(0, 16, seed=5), data(1, 32, seed=6)
-  replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
+  replayed = rehearsal.ReplayedImages(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
   made = dataclasses.replace(
     episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_, key: replayed
   )

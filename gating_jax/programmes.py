@@ -1,4 +1,4 @@
-"""Kinds of experiments: one row for each programme, by the name in `config.experiment`.
+"""The programmes: one row for each, by the name in `config.experiment`.
 
 The command, the config files, `load_run`, smoke tests and pages find here what they need to know of
 a programme. A row is plain data and names modules without importing them: this file lies below all
@@ -27,7 +27,7 @@ class Score(NamedTuple):
 
 
 class Example(NamedTuple):
-  """An example of a kind in `--help`.
+  """An example of a programme in `--help`.
 
   Attributes:
     config: the name of a config, whose data need no download.
@@ -41,11 +41,11 @@ class Example(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-  """A kind of experiment.
+class ProgrammeRow:
+  """What the rest of the package knows of a programme.
 
   Attributes:
-    module: the module of its programme, with `run(config, workdir, mode)` and
+    module: its module, with `run(config, workdir, mode)` and
       `build(config, outlines)`.
     programme: the name of the class there, a `runner.Programme` of one argument, what `build` made.
     base: the module in `configs`, and its function, that list every field with its default.
@@ -53,7 +53,7 @@ class Kind:
     scores: of a finished run, the most important first.
     noun: word for an example of the data, such as `image`.
     small: fields that a run's time grows with, and their largest value in a smoke test; next to
-      those that `training.smoke` lowers for all kinds.
+      those that `training.smoke` lowers for all programmes.
     field: the config's field that says what is gated.
     baselines: its values for ungated networks that pages compare with, the best baseline first.
     ungated: fields, and their values in a network that computes the same for every example. None
@@ -105,7 +105,7 @@ _BLIND = ("all", "uniform", "random", "light")
 # Fields that define the images that a run is tested on.
 _IMAGE_SET = ("data.name", "data.test_split", "data.image_feature", "data.label_feature")
 
-_CLASSIFICATION = Kind(
+_CLASSIFICATION = ProgrammeRow(
   module="gating_jax.images.classification",
   programme="Classification",
   base=("common", "image_config"),
@@ -147,7 +147,7 @@ _SEGMENTATION = dataclasses.replace(
   small={"data.train_scenes": 64, "data.test_scenes": 16},
   tested=("data.name", "data.test_split", "data.size", "data.digits", "data.test_scenes"),
 )
-_CONTINUAL = Kind(
+_CONTINUAL = ProgrammeRow(
   module="gating_jax.continual.run",
   programme="ContinualLearning",
   base=("continual_common", "continual_config"),
@@ -190,7 +190,7 @@ _CONTINUAL = Kind(
   "method=fine_tuning",
   tested=(*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"),
 )
-_LONG_VIDEO = Kind(
+_LONG_VIDEO = ProgrammeRow(
   module="gating_jax.video.run",
   programme="LongVideo",
   base=("video_common", "video_config"),
@@ -230,9 +230,9 @@ _LONG_VIDEO = Kind(
   ),
 )
 
-# By the name of the experiment in a config. Comparisons show scores in this order: scenes come
+# By `experiment` in a config. Comparisons show scores in this order: scenes come
 # first, since their mean IoU comes before the accuracy that they share with images.
-KINDS = {
+PROGRAMMES = {
   "segmentation": _SEGMENTATION,
   "classification": _CLASSIFICATION,
   "long_video": _LONG_VIDEO,
@@ -240,29 +240,29 @@ KINDS = {
 }
 
 
-def kind_of(experiment: Any) -> Kind | None:
-  """Returns the kind of a name in a config; None for one of another version, or a damaged one."""
-  return KINDS.get(str(experiment))
+def find_row(experiment: Any) -> ProgrammeRow | None:
+  """Returns the row of a name in a config; None for one of another version, or a damaged one."""
+  return PROGRAMMES.get(str(experiment))
 
 
 def example_noun(experiment: Any) -> str:
-  """Returns the word for an example of a kind of experiment.
+  """Returns the word for an example of the data of a programme.
 
   >>> example_noun("segmentation"), example_noun("of another version")
   ('scene', 'image')
   """
-  kind = kind_of(experiment)
-  return kind.noun if kind else "image"
+  row = find_row(experiment)
+  return row.noun if row else "image"
 
 
 def all_scores() -> tuple[Score, ...]:
-  """Returns the scores of all kinds, each once, in the order of the kinds.
+  """Returns the scores of all programmes, each once, in the order of the rows.
 
   >>> [score.label for score in all_scores()[:3]]
   ['mean IoU', 'accuracy', 'mean average precision']
   """
   # A dictionary keeps the first of equals, and the order.
   scores = {}
-  for kind in KINDS.values():
-    scores.update(dict.fromkeys(kind.scores))
+  for row in PROGRAMMES.values():
+    scores.update(dict.fromkeys(row.scores))
   return tuple(scores)
