@@ -305,10 +305,7 @@ class GateSettings:
 
 def _check_context(context: object) -> None:
   """Raises an error unless a context is one of those that stand alone, or a sum of parts."""
-  arguments.instance("gate context", context, str, "a text, such as 'glance+pooled'")
-  if context in _ALONE:
-    return
-  parts = context.split("+")
+  parts = context.split("+") if isinstance(context, str) else [context]
   for part in parts:
     one_of("gate context", part, PARTS if len(parts) > 1 else CONTEXTS)
   if len(set(parts)) < len(parts):
