@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 CIFAR10, DIGITS = "configs/cifar10_resnet20.py", "configs/digits_resnet20.py"
 COMMON = "batch=256,schedule=cosine"
-# A quarter of the noise costs less accuracy: docs/results.md.
+# A quarter of the noise costs less accuracy: docs/results/images.md.
 GATED = f"noise=0.25,{COMMON}"
 RECIPES = {
   "ungated": f"{CIFAR10}:gates=none,{COMMON}",

@@ -16,7 +16,9 @@ lacking() {  # names of the packages of pyproject.toml that this interpreter lac
   "$1" - "$here/pyproject.toml" << 'EOF'
 import importlib.metadata, re, sys, tomllib
 
-for requirement in tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]:
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+extras = project["optional-dependencies"]
+for requirement in project["dependencies"] + extras["train"] + extras["export"]:
   name = re.match(r"[\w.-]+", requirement)[0]
   try:
     importlib.metadata.distribution(name)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import resnet
+from gating_jax.models.resnets import resnet
 from gating_jax.timing import race
 from gating_jax.training import steps
 

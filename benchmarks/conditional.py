@@ -30,7 +30,7 @@ from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Lay
 from gating_jax.inference.folding import fold
 from gating_jax.inference.strategies import why_not
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import resnet
+from gating_jax.models.resnets import resnet
 from gating_jax.timing import race
 
 SHARES = (1.0, 0.5, 0.25)

@@ -108,7 +108,7 @@ def built(config, images):
     tuple(map(str, range(10))),
   )
   # In place of CIFAR-10, which need not be there.
-  with mock.patch.multiple(image_sets, load=lambda *_: made, size=lambda *_: images):
+  with mock.patch.multiple(image_sets, load=lambda *_: made, count_images=lambda *_: images):
     return classification.build(config)
 
 

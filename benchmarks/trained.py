@@ -30,7 +30,7 @@ from gating_jax import runner
 from gating_jax.images.build import build
 from gating_jax.images.classification import Classification
 from gating_jax.inference import folded
-from gating_jax.inference.analyse import observe
+from gating_jax.inference.analysing import observe
 from gating_jax.inference.conditional import compile_conditional, make_program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold

@@ -28,12 +28,11 @@ import numpy as np
 from configs import cifar10_resnet20
 from gating_jax.data import image_sets
 from gating_jax.images import classification
-from gating_jax.models.resnet import resnet
+from gating_jax.models.resnets import resnet
+from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.priors import beta
 from gating_jax.timing import race
 from gating_jax.training import devices, steps
-from gating_jax.training.objectives import batch_shaping_term
-from gating_jax.types import GateRecord
 
 IMAGES = 4096
 
@@ -96,7 +95,7 @@ def training(args, images, gating):
   config = cifar10_resnet20.get_config(f"batch={args.batch},gates={gating},epochs=1000")
   config.model.name = args.model
   # In place of CIFAR-10, which need not be there.
-  with mock.patch.multiple(image_sets, load=lambda *_: images, size=lambda *_: len(images)):
+  with mock.patch.multiple(image_sets, load=lambda *_: images, count_images=lambda *_: len(images)):
     experiment = classification.build(config)
   state = devices.replicate(
     steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape)
@@ -129,9 +128,10 @@ def shaping_term(args):
   prior = beta(0.6, 0.4)
 
   def term(local):
-    """Computes the term of a device's logits."""
-    records = tuple(GateRecord(z, z, z) for z in local)
-    return batch_shaping_term(records, prior, axis_name=devices.AXIS)
+    """Computes the term of a device's logits: one sort for all layers, then each layer's mean."""
+    losses = batch_shaping_loss(jnp.concatenate(local, -1), prior, axis_name=devices.AXIS)
+    weights = [jnp.full(z.shape[-1], 1 / z.shape[-1]) for z in local]
+    return jnp.sum(losses * jnp.concatenate(weights))
 
   def gradient(logits, places):
     """Computes the gradient of the term, as one number."""

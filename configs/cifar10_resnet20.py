@@ -3,7 +3,7 @@
     gating-jax --config=configs/cifar10_resnet20.py --workdir=runs/cifar10 --mode=train
 
 The defaults are the full recipe of 500 epochs. It has not been run; shorter ones have, see
-docs/results.md.
+docs/results/images.md.
 
 From the authors: the prior, gates on single channels, noise. From independent re-implementations
 that agree: optimiser, schedules, coefficient and corners of the batch-shaping term, corners of the

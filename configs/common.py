@@ -9,6 +9,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from gating_jax.config_files import Config
+
 
 def opening() -> dict[str, Any]:
   """Returns the fields of channel gates that say how they open; None for thresholds of 0."""
@@ -20,7 +22,7 @@ def opening() -> dict[str, Any]:
   }
 
 
-def image_config() -> ml_collections.ConfigDict:
+def image_config() -> Config:
   """Returns a config with every field; fractions of a schedule are of the whole training."""
   return ml_collections.ConfigDict(
     {
@@ -144,7 +146,7 @@ def image_config() -> ml_collections.ConfigDict:
   )
 
 
-def imagenet_config() -> ml_collections.ConfigDict:
+def imagenet_config() -> Config:
   """Returns the shared config for photographs.
 
   It has ImageNet's colour statistics, the streaming loader, and ResNet18 in bfloat16.
@@ -280,10 +282,10 @@ _EARLIER = {
 
 
 def apply_variants(
-  config: ml_collections.ConfigDict,
+  config: Config,
   arg: str | None,
   variants: Mapping[str, Variant] | None = None,
-) -> ml_collections.ConfigDict:
+) -> Config:
   """Applies variants such as `epochs=10,gates=layer`: short names for the most used settings.
 
   Args:

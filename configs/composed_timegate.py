@@ -5,7 +5,7 @@
       --workdir=runs/uniform --mode=train
 
 After Hussein et al., 2020; the task is described in gating_jax/data/composed.py. Time and score:
-docs/results.md.
+docs/results/video.md.
 """
 
 from configs import video_common

@@ -7,9 +7,10 @@ import ml_collections
 from ml_collections import config_dict
 
 from configs import common
+from gating_jax.config_files import Config
 
 
-def continual_config() -> ml_collections.ConfigDict:
+def continual_config() -> Config:
   """Returns a config with every field; epochs are those of one task."""
   return ml_collections.ConfigDict(
     {
@@ -165,6 +166,6 @@ _VARIANTS = {
 }
 
 
-def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
+def apply_variants(config: Config, arg: str | None) -> Config:
   """Applies variants such as `method=ewc,epochs=3`; see `common.apply_variants`."""
   return common.apply_variants(config, arg, _VARIANTS)

@@ -2,7 +2,8 @@
 
     gating-jax --config=configs/digits_resnet20.py --workdir=runs/digits --mode=train
 
-The recipe of Bejnordi et al., ICLR 2020 (CIFAR-10), shortened. Time and score: docs/results.md.
+The recipe of Bejnordi et al., ICLR 2020 (CIFAR-10), shortened.
+Time and score: docs/results/images.md.
 """
 
 from configs import common

@@ -4,9 +4,10 @@ import ml_collections
 from ml_collections import config_dict
 
 from configs import common
+from gating_jax.config_files import Config
 
 
-def segmentation_config() -> ml_collections.ConfigDict:
+def segmentation_config() -> Config:
   """Returns a config with every field; `configs/common.py` explains `loss`, `optim` and so on."""
   config = common.image_config()
   config.experiment = "segmentation"

@@ -5,7 +5,7 @@
       --workdir=runs/scenes_ungated --mode=train
 
 After Bejnordi et al., ICLR 2020, section 4.2 (Cityscapes); the task is described in
-gating_jax/data/scenes.py. Time and score: docs/results.md.
+gating_jax/data/scenes.py. Time and score: docs/results/images.md.
 """
 
 from configs import common, segmentation_common

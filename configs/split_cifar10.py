@@ -2,7 +2,7 @@
 
     gating-jax --config=configs/split_cifar10.py --workdir=runs/split_cifar10 --mode=train
 
-Abati et al., 2020; `width=0.25` is for small machines. Time and score: docs/results.md.
+Abati et al., 2020; `width=0.25` is for small machines. Time and score: docs/results/continual.md.
 """
 
 from configs import continual_common

@@ -4,7 +4,7 @@
       --mode=train
 
 The paper's recipe is changed in the same way, and for the same reasons, as in split_mnist_short.py.
-Time and score: docs/results.md.
+Time and score: docs/results/continual.md.
 """
 
 from configs import continual_common, split_cifar10

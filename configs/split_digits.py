@@ -4,7 +4,8 @@
     gating-jax --config=configs/split_digits.py:method=fine_tuning --workdir=runs/forgetting \
       --mode=train
 
-The set has 1,797 images of 8 x 8 pixels. After Abati et al., 2020. Time and score: docs/results.md.
+The set has 1,797 images of 8 x 8 pixels. After Abati et al., 2020.
+Time and score: docs/results/continual.md.
 """
 
 from configs import continual_common

@@ -3,7 +3,7 @@
     gating-jax --config=configs/split_mnist.py --workdir=runs/split_mnist --mode=train
 
 `split_mnist_short.py` is for small machines. For another set of the same kind, use
---config.data.name=fashion_mnist. Abati et al., 2020. Time and score: docs/results.md.
+--config.data.name=fashion_mnist. Abati et al., 2020. Time and score: docs/results/continual.md.
 """
 
 from configs import continual_common

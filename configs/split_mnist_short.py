@@ -3,7 +3,7 @@
     gating-jax --config=configs/split_mnist_short.py --workdir=runs/split_mnist_short --mode=train
 
 Small batches give many steps, and gates learn faster than filters. So gates close in time, without
-a penalty that outweighs the task. Time and score: docs/results.md.
+a penalty that outweighs the task. Time and score: docs/results/continual.md.
 """
 
 from configs import continual_common, split_mnist

@@ -7,9 +7,10 @@ import ml_collections
 from ml_collections import config_dict
 
 from configs import common
+from gating_jax.config_files import Config
 
 
-def video_config() -> ml_collections.ConfigDict:
+def video_config() -> Config:
   """Returns a config with every field; fractions of a schedule are of the whole training."""
   channels = {
     "batch_shaping": {
@@ -159,6 +160,6 @@ _VARIANTS = {
 }
 
 
-def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
+def apply_variants(config: Config, arg: str | None) -> Config:
   """Applies variants such as `context=none,target=0.25`; see `common.apply_variants`."""
   return common.apply_variants(config, arg, _VARIANTS)

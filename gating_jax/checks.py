@@ -7,16 +7,19 @@ other character stands for itself.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import importlib.util
+import inspect
 import math
 import os
 import shlex
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeGuard, TypeVar, cast
 
 # Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
 # of the letters of both.
@@ -27,6 +30,28 @@ _LONGEST, _MOST = 60, 8
 _JOINERS = "\u200c\u200d"
 # On Linux an open folder has a numbered name here, without any pattern or separator of its own.
 HANDLES = Path("/proc/self/fd")
+Function = TypeVar("Function", bound=Callable)
+# What an installation without extras lacks: the libraries of each extra, as they are imported.
+EXTRAS = {
+  "train": (
+    "PIL",
+    "absl",
+    "array_record",
+    "grain",
+    "importlib_resources",
+    "jinja2",
+    "matplotlib",
+    "ml_collections",
+    "optax",
+    "orbax",
+    "sklearn",
+    "tensorboardX",
+    "tensorflow_datasets",
+    "tqdm",
+  ),
+  "video": ("av",),
+  "export": ("flatbuffers", "safetensors"),
+}
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -70,7 +95,17 @@ def shown(value: object) -> str:
   return _type_and_shape(value) if is_array(value) else f"an object of class {type(value).__name__}"
 
 
-def is_array(value: object) -> bool:
+class _Array(Protocol):
+  """An array of NumPy, JAX or another library."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> Any: ...
+
+
+def is_array(value: object) -> TypeGuard[_Array]:
   """Returns whether a value is an array of NumPy, JAX or another library."""
   return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type)
 
@@ -78,9 +113,9 @@ def is_array(value: object) -> bool:
 def _is_tracer(array: object) -> bool:
   """Returns whether JAX traces an array, so that it has no values."""
   # Imported here: the command checks its flags before it loads JAX.
-  import jax
+  from jax.core import Tracer
 
-  return isinstance(array, jax.core.Tracer)
+  return isinstance(array, Tracer)
 
 
 def _type_and_shape(array) -> str:
@@ -137,10 +172,10 @@ def first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def former_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
+def former_keyword(old: str, new: str) -> Callable[[Function], Function]:
   """Decorates a function so that it takes a keyword by its former name, too, and warns."""
 
-  def decorate(function: Callable) -> Callable:
+  def decorate(function: Function) -> Function:
     """Returns the function that takes both names."""
 
     @functools.wraps(function)
@@ -153,9 +188,84 @@ def former_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
         keywords[new] = keywords.pop(old)
       return function(*args, **keywords)
 
-    return call
+    # Type checkers see the function of today.
+    return cast(Function, call)
 
   return decorate
+
+
+def former_positional(*names: str, stacklevel: int = 2) -> Callable[[Function], Function]:
+  """Decorates a function so that it takes keywords by position, too, after its arrays, and warns.
+
+  Args:
+    names: the keywords, in their former order.
+    stacklevel: 2, and 1 more for each decorator around this one, so that the caller is warned.
+  """
+
+  def decorate(function: Function) -> Function:
+    """Returns the function that takes both."""
+    parameters = inspect.signature(function).parameters.values()
+    arrays = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+      """Calls the function with what it takes by keyword today."""
+      given = dict(zip(names, args[arrays:], strict=False))
+      # Too many arguments, or one that is given twice, are errors of the function itself.
+      if not given or len(args) > arrays + len(names) or given.keys() & keywords.keys():
+        return function(*args, **keywords)
+      today = ", ".join(f"{name}=..." for name in given)
+      message = f"{function.__name__} takes {today} by keyword"
+      warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+      return function(*args[:arrays], **given, **keywords)
+
+    # Type checkers see the function of today.
+    return cast(Function, call)
+
+  return decorate
+
+
+def missing_extra(error: BaseException | None) -> str | None:
+  """Returns the line that says which extra installs the library that an import lacks.
+
+  None for any other error.
+
+  >>> missing_extra(ModuleNotFoundError("No module named 'tqdm'", name="tqdm"))
+  'tqdm is not installed; get it by: pip install "gating-jax[train]"'
+  """
+  # A library may have replaced the error by one of its own.
+  while error is not None and not isinstance(error, ModuleNotFoundError):
+    error = error.__cause__
+  if error is None:
+    return None
+  library = (error.name or "").partition(".")[0]
+  for extra, libraries in EXTRAS.items():
+    if library in libraries:
+      return _how_to_install(library, extra)
+  return None
+
+
+def _how_to_install(library: str, extra: str) -> str:
+  return f'{library} is not installed; get it by: pip install "gating-jax[{extra}]"'
+
+
+def require_extra(extra: str) -> None:
+  """Raises a ModuleNotFoundError that says what to install, unless all of an extra is installed."""
+  for library in EXTRAS[extra]:
+    if importlib.util.find_spec(library) is None:
+      raise ModuleNotFoundError(_how_to_install(library, extra), name=library)
+
+
+@contextlib.contextmanager
+def naming_extra() -> Iterator[None]:
+  """Lets the error of a missing library say which extra installs it; decorates functions, too."""
+  try:
+    yield
+  except ImportError as error:
+    line = missing_extra(error)
+    if line is None:
+      raise
+    raise ModuleNotFoundError(line, name=error.name) from error
 
 
 def user_path(path: str | os.PathLike) -> Path:

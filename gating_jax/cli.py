@@ -13,8 +13,8 @@ from importlib import metadata
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gating_jax import config_files, programmes
-from gating_jax.checks import near, one_of, printable, user_path
+from gating_jax import __version__, config_files, programmes
+from gating_jax.checks import missing_extra, near, one_of, printable, user_path
 from gating_jax.terminal import is_terminal, prepare_streams
 
 COMPARE = "compare"
@@ -156,21 +156,15 @@ def _help() -> str:
 
 def _own_flags() -> list[flags.Flag]:
   """Returns the flags of this file in their order, without those of libraries."""
-  return flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag(_WORKDIR.name)]
+  module = flags.FLAGS.find_module_defining_flag(_WORKDIR.name) or ""
+  return flags.FLAGS.flags_by_module_dict()[module]
 
 
 def _version() -> str:
   """Returns the versions of this package, Python and JAX."""
 
-  def of(package):
-    """Returns the installed version of a package."""
-    try:
-      return metadata.version(package)
-    # A checkout that is not installed has no metadata.
-    except metadata.PackageNotFoundError:
-      return "0 (not installed)"
-
-  return f"gating-jax {of('gating-jax')}, Python {sys.version.split()[0]}, JAX {of('jax')}"
+  python, jax_version = sys.version.split()[0], metadata.version("jax")
+  return f"gating-jax {__version__}, Python {python}, JAX {jax_version}"
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -297,7 +291,9 @@ def _main(argv: list[str]) -> int:
     if not _COORDINATOR.value:
       raise
     return _failed(f"JAX failed, perhaps because another process of the job ended: {error}", 1)
-  except Exception:
+  except Exception as error:
+    if line := missing_extra(error):
+      return _failed(line, 2)
     if not _COORDINATOR.value:
       raise
     return _failed(f"internal error:\n{traceback.format_exc()}", 1)
@@ -318,11 +314,13 @@ def _run_mode() -> None:
   from gating_jax.reports import compared_runs, comparison
   from gating_jax.training import hosts, settings, smoke
 
+  given = _WORKDIR.value
+  assert given is not None  # which has been checked
   if _MODE.value == COMPARE:
-    folders = compared_runs.split_folders(_WORKDIR.value)
+    folders = compared_runs.split_folders(given)
     comparison.compare_runs(folders, user_path(_PAGE.value or "comparison.html"))
     return
-  workdir, config = user_path(_WORKDIR.value), _CONFIG.value
+  workdir, config = user_path(given), _CONFIG.value
   # All modes but training can do without --config: the run directory keeps it.
   if config is None:
     config = settings.config_of(workdir)

@@ -13,10 +13,10 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import ml_collections
 
@@ -45,6 +45,32 @@ RENAMED_FIELDS = {
 }
 
 
+class Config(Protocol):
+  """A config or a section of one, as `ml_collections.ConfigDict` is.
+
+  Type checkers learn here that a field can be of any type. From the code of ConfigDict they infer
+  that a field is a string, a number, a list or None, and refuse `config.model.name`.
+  """
+
+  def __getattr__(self, name: str, /) -> Any: ...
+
+  def __getitem__(self, key: str, /) -> Any: ...
+
+  def __setattr__(self, name: str, value: Any, /) -> None: ...
+
+  def __setitem__(self, key: str, value: Any, /) -> None: ...
+
+  def __delitem__(self, key: str, /) -> None: ...
+
+  def __contains__(self, key: str, /) -> bool: ...
+
+  def __iter__(self) -> Iterator[str]: ...
+
+  def __len__(self) -> int: ...
+
+  def keys(self) -> Collection[str]: ...
+
+
 def folder() -> Path:
   """Returns the folder of the configs that come with the package."""
   here = Path(__file__).parent
@@ -65,7 +91,7 @@ def packaged() -> dict[str, str]:
   return found
 
 
-def load_config(given: str) -> ml_collections.ConfigDict:
+def load_config(given: str) -> Config:
   """Loads the config that `given` names.
 
   The file may import its neighbours: the folder above its own joins the import path permanently.
@@ -179,10 +205,11 @@ def import_shared(path: Path) -> None:
   spec = importlib.util.spec_from_file_location(
     _PACKAGE, folder() / "__init__.py", submodule_search_locations=places
   )
+  assert spec is not None  # as for every file that ends with .py
   sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
 
 
-def rename_fields(fields: MutableMapping[str, Any], section: str = "") -> list[str]:
+def rename_fields(fields: Config | MutableMapping[str, Any], section: str = "") -> list[str]:
   """Gives fields of an earlier version their present names, in place, in all sections.
 
   Args:
@@ -192,7 +219,8 @@ def rename_fields(fields: MutableMapping[str, Any], section: str = "") -> list[s
     a line for each renamed field, `optim.drops is now optim.lr_drop_at`.
   """
   lines = []
-  for name, value in list(fields.items()):
+  for name in list(fields):
+    value = fields[name]
     if isinstance(value, (MutableMapping, ml_collections.ConfigDict)):
       lines += rename_fields(value, name)
     new = RENAMED_FIELDS.get((section, name))
@@ -218,7 +246,7 @@ def rename_override(argument: str) -> str:
   return ".".join(parts) + equals + value
 
 
-def base(experiment: str) -> ml_collections.ConfigDict | None:
+def base(experiment: str) -> Config | None:
   """Returns every field of a config of a programme with its default; None for an unknown one."""
   row = programmes.find_row(experiment)
   if row is None:
@@ -253,7 +281,7 @@ def _forget_package() -> dict[str, ModuleType]:
   return removed
 
 
-def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
+def check(path: Path, variant: str | None) -> Config:
   """Runs a config file and returns its config.
 
   Args:
@@ -290,7 +318,7 @@ def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
 def _run(path: Path) -> ModuleType:
   """Runs a config file as a module."""
   spec = importlib.util.spec_from_file_location("config_file", path)
-  if spec is None:
+  if spec is None or spec.loader is None:
     raise ValueError("a config file must end with .py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

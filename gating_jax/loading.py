@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 
 from gating_jax import programmes
-from gating_jax.checks import one_of, user_path
+from gating_jax.checks import naming_extra, one_of, user_path
 
 if TYPE_CHECKING:
-  import ml_collections
+  from gating_jax.config_files import Config
 
 
-def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.ConfigDict]:
+@naming_extra()
+def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, Config]:
   """Loads the model of a run directory and the values of its newest checkpoint.
 
       model, variables, config = load_run("runs/digits")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 
 from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.reports import conclusion
 from gating_jax.terminal import TRAINING, Pace, lasting, say, working
 from gating_jax.training import hosts, loop, provenance, rundir
@@ -41,7 +41,7 @@ class Programme(abc.ABC):
   untrained: str = "no checkpoint"
 
   @property
-  def config(self) -> ml_collections.ConfigDict:
+  def config(self) -> Config:
     """Returns the config of the run."""
     return self.experiment.config
 
@@ -168,7 +168,8 @@ class Training:
       RunDirError: the newest checkpoint is of a later step.
       CheckpointError: there are checkpoints, and none can be read.
     """
-    self.total_steps, self.journal = total_steps, None
+    self.total_steps = total_steps
+    self._journal: Journal | None = None
     self._folder = folder
     self._checkpoints = Checkpoints(folder / rundir.CHECKPOINT_DIR)
     self.step, self.state = self._checkpoints.resume(fresh)
@@ -182,8 +183,8 @@ class Training:
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self.journal is not None:
-      self.journal.close()
+    if self._journal is not None:
+      self._journal.close()
     self._checkpoints.close()
 
   def begin(self, title: str, others: Callable[[int], Mapping[str, int]] = lambda step: {}) -> None:
@@ -195,9 +196,16 @@ class Training:
     """
     if self.step:
       say(f"resuming from the checkpoint of step {self.step} in {self._folder}")
-    self.journal = Journal(self._folder, self.step, self.total_steps)
+    self._journal = Journal(self._folder, self.step, self.total_steps)
     self._pace = Pace(self.journal.say, self.total_steps, others)
     self.say(title)
+
+  @property
+  def journal(self) -> Journal:
+    """Returns the journal, which `begin` opens."""
+    if self._journal is None:
+      raise ValueError("a training has no journal before it begins")
+    return self._journal
 
   def say(self, text: str) -> None:
     """Prints a line, and keeps it in the journal, with the present step."""
@@ -226,7 +234,8 @@ class Training:
     def evaluate_at(state, step):
       """Tests a state on the way."""
       self.state, self.step = state, step
-      evaluate()
+      if evaluate is not None:
+        evaluate()
 
     if self.step < settings.total_steps:
       self.state, self.step = loop.train(

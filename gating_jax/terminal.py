@@ -46,8 +46,9 @@ def prepare_streams() -> None:
     # Python sets the stream to None where its number was closed at the start.
     if not is_open(getattr(sys, name)):
       setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-  if hasattr(sys.stdout, "reconfigure"):
-    sys.stdout.reconfigure(errors="backslashreplace")
+  reconfigure = getattr(sys.stdout, "reconfigure", None)
+  if reconfigure is not None:
+    reconfigure(errors="backslashreplace")
 
 
 def is_open(stream: Any) -> bool:

@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+__all__ = ["LossCheck", "LossCheckError", "check_loss"]
+
 _AXIS = "check_loss_devices"
 # Rounding error of terms that cancel, relative to the largest result or 1.
 _ROUNDING = 1e-12
@@ -359,15 +361,16 @@ def _spread(objective, weights, batch, *, devices):
   if len(jax.devices()) < devices:
     return results, f"shard_map: there are fewer than {devices} real devices"
   split, whole = PartitionSpec(_AXIS), PartitionSpec()
-  layout = dict(
+  shard_map = functools.partial(
+    jax.shard_map,
     mesh=Mesh(np.array(jax.devices()[:devices]), _AXIS),
     in_specs=(whole, split, split, split),
     out_specs=whole,
   )
-  by_shard_map = jax.jit(jax.shard_map(averaged, **layout, check_vma=False))
+  by_shard_map = jax.jit(shard_map(averaged, check_vma=False))
   results["shard_map"] = _Result(*by_shard_map(weights, *batch))
   # With check_vma, JAX sums the gradient of a shared parameter over the devices.
-  checked = jax.jit(jax.shard_map(jax.value_and_grad(average), **layout))
+  checked = jax.jit(shard_map(jax.value_and_grad(average)))
   try:
     results["shard_map with check_vma"] = _Result(*checked(weights, *batch))
   # check_vma refuses many correct losses that were not written for it.

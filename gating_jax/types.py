@@ -6,14 +6,33 @@ Axes: N examples, C gated units.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import jax
+import numpy as np
 
 Array = jax.Array
+# An array of the host or of a device.
+AnyArray = jax.Array | np.ndarray
 Path = tuple[str, ...]
 # A tree of arrays, such as parameters: JAX has no type for it.
 Tree = Any
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+if TYPE_CHECKING:
+  # Unlike that of functools, it keeps the types of the arguments. These may be Flax modules, which
+  # have a hash at run time only.
+  def cached(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Returns the function with a cache."""
+    ...
+
+else:
+  cached = functools.cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +55,9 @@ class GateRecord:
       its outputs.
   """
 
-  logits: Any
-  probs: Any
-  gates: Any
+  logits: AnyArray
+  probs: AnyArray
+  gates: AnyArray
   macs_per_unit: int = 0
   macs_per_pair: int = 0
   writers: tuple[Path, ...] = ()
@@ -56,3 +75,27 @@ jax.tree_util.register_dataclass(
 
 # In the order of the network's layers, on which `macs_per_pair` relies.
 Records = tuple[GateRecord, ...]
+
+_Outputs = TypeVar("_Outputs", covariant=True)
+
+
+class Apply(Protocol[_Outputs]):
+  """The method `apply` of a Flax module that returns `(outputs, records)`.
+
+  Flax's own declaration does not say what the module returns.
+  """
+
+  @overload
+  def __call__(
+    self,
+    variables: Mapping[str, Any],
+    *args: Any,
+    rngs: Any = None,
+    method: None = None,
+    mutable: Literal[False] = False,
+    **kwargs: Any,
+  ) -> tuple[_Outputs, Records]: ...
+
+  # Another method, or changed variables next to the outputs.
+  @overload
+  def __call__(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any: ...

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced from the repository's root: makes .venv with the pinned packages and this one, if needed, and activates it.
-# PYTHON names the interpreter (default: python3); EXTRAS the extra packages, such as [dev]. Needs `set -e`.
+# PYTHON names the interpreter (default: python3); EXTRAS the extra packages (default: [all]), such as [dev]. Needs `set -e`.
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   sed -n '2,3s/^# //p' "$0"
@@ -14,17 +14,18 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 
 # Changes of these files make a new installation; one with more packages serves as well.
+extras=${EXTRAS:-[all]}
 wanted=$(cat requirements.txt pyproject.toml | cksum)
 installed=$(cat .venv/installed 2>/dev/null || true)
-if [ "$installed" != "$wanted ${EXTRAS:-}" ] && [ "$installed" != "$wanted [dev]" ]; then
+if [ "$installed" != "$wanted $extras" ] && [ "$installed" != "$wanted [dev]" ]; then
   echo "installing into .venv (once; a minute or two)"
   .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv
   # The pins are those of Python 3.11; another Python takes what pyproject.toml allows.
   pins=(-c requirements.txt)
   .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || pins=()
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check ${pins[@]+"${pins[@]}"} -e ".${EXTRAS:-}"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check ${pins[@]+"${pins[@]}"} -e ".$extras"
   .venv/bin/python -c 'from gating_jax.native import build; build.main()'  # where there is a C++ compiler
-  echo "$wanted ${EXTRAS:-}" > .venv/installed
+  echo "$wanted $extras" > .venv/installed
 fi
 # shellcheck source=/dev/null
 . .venv/bin/activate

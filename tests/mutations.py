@@ -165,8 +165,8 @@ GATES = [
   Mutant(
     "l0_sign_flipped",
     "training/objectives.py",
-    "return penalties.l0_loss([r.probs for r in records])",
-    "return -penalties.l0_loss([r.probs for r in records])",
+    "return penalties.l0_loss(records)",
+    "return -penalties.l0_loss(records)",
     "training/test_objectives.py::test_total_is_cross_entropy_and_weighted_terms",
   ),
   Mutant(
@@ -200,8 +200,8 @@ GATES = [
   Mutant(
     "pairs_counted_once",
     "ops/macs.py",
-    "total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)",
-    "total = total + open_units[i] * float(record.macs_per_pair)",
+    "costs.append(open_units[i - 1] * open_units[i] * float(record.macs_per_pair))",
+    "costs.append(open_units[i] * float(record.macs_per_pair))",
     "ops/test_macs.py",
   ),
   Mutant(
@@ -478,10 +478,10 @@ INFERENCE = [
   ),
   Mutant(
     "int8_scale_of_zeros",
-    "inference/quantise.py",
+    "inference/quantising.py",
     "scale = jnp.where(largest > 0, largest, _LARGEST) / _LARGEST",
     "scale = largest / _LARGEST",
-    "inference/test_quantise.py::test_values_and_scales_by_hand",
+    "inference/test_quantising.py::test_values_and_scales_by_hand",
   ),
   Mutant(
     "changed_export_loaded",

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from gating_jax.images import classification
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.training import devices, steps
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import ROOT, environment, pages, tiny, tiny_cli
@@ -77,7 +77,7 @@ def wait_for_checkpoint(process, workdir, after=0):
 
 
 def final_state(workdir, monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   from configs.digits_resnet20 import get_config
 
   config = get_config()

@@ -10,14 +10,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 
 import jax
 import pytest
 
+import gating_jax
 from gating_jax import cli, config_files, programmes
 from gating_jax.images import classification
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.reports import timings
 from gating_jax.training import hosts, provenance, smoke
 from tests.helpers import ROOT, tiny_cli
@@ -125,8 +125,7 @@ def test_help_has_an_example_of_each_programme_all_modes_configs_and_flags(argum
 
 def test_the_version_is_that_of_the_project():
   status, said = run_command("--version")
-  version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-  assert (status, said.split(",")[0]) == (0, f"gating-jax {version}")
+  assert (status, said.split(",")[0]) == (0, f"gating-jax {gating_jax.__version__}")
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "report", "compile", "export"])
@@ -183,7 +182,7 @@ def check_concluded(said, number):
 
 
 def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.chdir(tmp_path)
   command = (
     "--config=digits",
@@ -216,7 +215,7 @@ def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lr[0.1] *?'\"<b>&$x", os.fsdecode(b"\xff:a,b\n")])
 def test_every_mode_works_in_a_folder_of_any_name(name, tmp_path, monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(timings, "_REPEATS", 1)
   monkeypatch.setattr(timings, "_BATCHES", (3,))
   folder = tmp_path / name

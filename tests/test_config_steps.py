@@ -11,7 +11,7 @@ from gating_jax.continual.training import make_advance
 from gating_jax.data import tfds
 from gating_jax.images import classification, segmentation
 from gating_jax.layers.blocks import BasicBlock
-from gating_jax.models import resnet, vgg, video_backbones
+from gating_jax.models import resnets, vggs, video_backbones
 from gating_jax.training import devices, steps
 from gating_jax.video import build as video_build
 from gating_jax.video.run import LongVideo
@@ -58,15 +58,15 @@ def source(name, split, *_):
 def config(monkeypatch, tmp_path):
   """Returns `name -> config`, with networks of one or two blocks and made data."""
   monkeypatch.setattr(tfds, "open_tfds", source)
-  net = resnet.NamedResNet("cifar", BasicBlock, (1, 1), 4, "B")
-  monkeypatch.setitem(resnet.RESNETS, "tiny", net)
-  monkeypatch.setitem(vgg.VGGS, "tiny_chain", (4, vgg.POOL, 4))
+  net = resnets.NamedResNet("cifar", BasicBlock, (1, 1), 4, "B")
+  monkeypatch.setitem(resnets.RESNETS, "tiny", net)
+  monkeypatch.setitem(vggs.VGGS, "tiny_chain", (4, vggs.POOL, 4))
   monkeypatch.setitem(video_backbones.LIGHT_NETS, "tiny", tiny_cli.TINY_LIGHT)
   monkeypatch.setitem(video_backbones.HEAVY_NETS, "tiny", tiny_cli.TINY_HEAVY)
 
   def make(name):
     made = importlib.import_module(f"configs.{name}").get_config()
-    chain = made.experiment == "continual" and made.model.name in vgg.VGGS
+    chain = made.experiment == "continual" and made.model.name in vggs.VGGS
     changes = {"optim.batch_size": BATCH, "optim.epochs": 1}
     if made.experiment == "long_video":
       changes |= {

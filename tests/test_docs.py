@@ -11,10 +11,11 @@ from gating_jax import cli
 from tests.helpers import ROOT
 from tests.helpers.commands import run_one_after_the_other
 
-PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-TRAINS = tuple(
-  f"docs/{name}.md" for name in ("extend", "gate_your_model", "inference", "loss", "videos")
-)  # for long
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = ("README.md", *(path.relative_to(ROOT).as_posix() for path in DOCS))
+# Pages whose code takes long.
+LONG = ("devices", "extend", "gate_your_model", "inference", "loss", "test_your_loss", "videos")
+TRAINS = tuple(f"docs/{name}.md" for name in LONG)
 SHORT = {  # changes with which a command of the README takes seconds
   "digits_resnet20": ("optim.epochs=1", "model.width=0.25"),
   "segmentation_digits": (

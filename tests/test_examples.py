@@ -12,7 +12,7 @@ import pytest
 from gating_jax import GateSettings, ResNet, export_model, fold, quantise
 from gating_jax.images import classification
 from gating_jax.inference import folded
-from gating_jax.inference.quantise import dequantise
+from gating_jax.inference.quantising import dequantise
 from tests.helpers.runs import said
 
 pytestmark = pytest.mark.slow

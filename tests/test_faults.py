@@ -170,7 +170,8 @@ def test_when_a_process_is_killed_the_others_end_and_the_job_goes_on_to_the_same
     time.sleep(0.05)
   status, said = finished(job)
   assert status == 0, said
-  assert "status 137; restarting from its newest checkpoint (1 of 1)" in said
+  # The launcher may hear first of the peer, which ends since the killed one no longer answers.
+  assert re.search(r"status (137|1); restarting from its newest checkpoint \(1 of 1\)", said)
   assert "Traceback" not in said
   assert "resuming from the checkpoint of step" in said
   assert saved_steps(disturbed)[-1] == STEPS

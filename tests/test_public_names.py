@@ -1,6 +1,8 @@
 """Names of the public API: those of former versions still import."""
 
 import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
 import warnings
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 import gating_jax
+from gating_jax import testing
 
 # The public API before the first renaming.
 FORMER = """
@@ -74,14 +77,43 @@ def test_neither_the_package_nor_the_command_loads_jax_before_it_is_used(module)
   assert done.stdout.split() == ["False"]
 
 
-def test_type_checkers_and_dir_find_the_names_that_are_imported_when_used():
+@pytest.mark.parametrize("name", ["", ".analysis", ".inference", ".layers", ".models", ".ops"])
+def test_type_checkers_dir_and_python_find_the_same_names(name):
+  package = importlib.import_module(f"gating_jax{name}")
+  source = ast.parse(Path(package.__file__).read_text())
   imported = {}
-  for node in ast.walk(ast.parse(Path(gating_jax.__file__).read_text())):
+  for node in ast.walk(source):
     if isinstance(node, ast.ImportFrom) and node.module.startswith("gating_jax."):
       imported |= {alias.name: node.module for alias in node.names}
-  assert imported == gating_jax._MODULES
-  assert gating_jax.__all__ == sorted(imported)
-  assert set(gating_jax.__all__) <= set(dir(gating_jax))
+  assert imported.pop("lazy_names") == "gating_jax.lazy"
+  assert package.__all__ == sorted(imported)
+  assert set(package.__all__) <= set(dir(package))
+  submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+  # Python would set the module as the attribute.
+  assert not submodules.intersection(package.__all__)
+  for public, home in imported.items():
+    assert getattr(package, public) is getattr(importlib.import_module(home), public)
+
+
+def test_a_package_imports_a_name_when_it_is_used():
+  program = (
+    "import sys; from gating_jax import ops; print('jax' in sys.modules); "
+    "ops.beta(0.6, 0.4); print('jax' in sys.modules, 'gating_jax.ops.penalties' in sys.modules)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.split() == ["False", "True", "False"]
+
+
+def test_the_checks_of_losses_export_their_public_names():
+  defined = [name for name in vars(testing) if name[0] != "_" and is_of(testing, name)]
+  assert testing.__all__ == sorted(defined)
+
+
+def is_of(module, name):
+  """Whether a module defines a name itself."""
+  return getattr(vars(module)[name], "__module__", None) == module.__name__
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -19,7 +19,7 @@ from gating_jax.data import image_sets, tfds, video_files
 from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.images import classification
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.reports import comparison, tables
 from tests.helpers import ROOT, made_tfds, made_videos, tiny_cli
 
@@ -147,7 +147,7 @@ def test_the_names_of_classes_do_not_choose_where_files_go(monkeypatch, tmp_path
   monkeypatch.setattr(
     image_sets, "load", lambda *args: dataclasses.replace(load(*args), class_names=names)
   )
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.chdir(tmp_path)
   config = importlib.import_module("configs.digits_resnet20").get_config()
   config.update_from_flattened_dict({"model.name": "tiny", "optim.epochs": 1})

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
+from gating_jax.config_files import Config
 from gating_jax.continual.method import LearnerState, Method, Problem, TaskTable
 from gating_jax.continual.registry import METHODS, REHEARSALS, build_method, build_network
 from gating_jax.data import augment, image_sets
-from gating_jax.models.resnet import RESNETS
+from gating_jax.models.resnets import RESNETS
 from gating_jax.models.summary import model_summary, reduced_macs
-from gating_jax.models.vgg import VGGS
+from gating_jax.models.vggs import VGGS
 from gating_jax.training import devices, loop, optim, settings
 from gating_jax.training.outlines import Outline
 
@@ -38,7 +39,7 @@ class ContinualExperiment:
     steps_per_epoch: steps in an epoch of any task.
   """
 
-  config: ml_collections.ConfigDict
+  config: Config
   tasks: tuple[image_sets.Task, ...]
   problem: Problem
   method: Method
@@ -138,9 +139,7 @@ class ContinualExperiment:
     return init(self.key(0))
 
 
-def build(
-  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
-) -> ContinualExperiment:
+def build(config: Config, outlines: Sequence[Outline] | None = None) -> ContinualExperiment:
   """Checks every setting, then reads the data.
 
   Args:
@@ -152,11 +151,7 @@ def build(
   """
   data, training = config.data, config.optim
   _check(config)
-  if outlines is None:
-    sequence = _read_tasks(config)
-  else:
-    # An outline has the length and the shape of a set: enough for every check.
-    sequence = tuple(image_sets.Task(train=each, validation=each, test=each) for each in outlines)
+  sequence = _read_tasks(config) if outlines is None else tuple(map(_task_of, outlines))
   shape = sequence[0].train.shape
   settings.check_channels(data, shape[-1])
   # The smallest task sets the steps of an epoch, the same for all tasks.
@@ -190,7 +185,12 @@ def build(
   )
 
 
-def _read_tasks(config: ml_collections.ConfigDict) -> tuple[image_sets.Task, ...]:
+def _task_of(outline: Any) -> image_sets.Task:
+  # An outline has the length and the shape of a set: enough for every check.
+  return image_sets.Task(train=outline, validation=outline, test=outline)
+
+
+def _read_tasks(config: Config) -> tuple[image_sets.Task, ...]:
   """Reads the data set and splits it into tasks."""
   data = config.data
 
@@ -204,9 +204,7 @@ def _read_tasks(config: ml_collections.ConfigDict) -> tuple[image_sets.Task, ...
     return image_sets.make_tasks(train, test, **config.tasks)
 
 
-def _build_problem(
-  config: ml_collections.ConfigDict, *, tasks: int, shape: tuple[int, int, int]
-) -> Problem:
+def _build_problem(config: Config, *, tasks: int, shape: tuple[int, int, int]) -> Problem:
   """Builds the learning problem of so many tasks with images of this shape."""
   data = config.data
 
@@ -232,9 +230,7 @@ def _build_problem(
   )
 
 
-def _build_optimiser(
-  config: ml_collections.ConfigDict, steps_per_epoch: int
-) -> optax.GradientTransformation:
+def _build_optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
   """Builds the optimiser of one task."""
   training = config.optim
   with settings.named("optim"):
@@ -249,7 +245,7 @@ def _build_optimiser(
   return optax.chain(optax.clip_by_global_norm(training.grad_clip_norm), sgd)
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
+def _check(config: Config) -> None:
   """Raises ValueError for a setting that breaks its rule; the message names the field."""
   settings.check(
     config,

@@ -78,6 +78,8 @@ def folded_net(experiment: ContinualExperiment, learner: LearnerState, task: int
   Raises:
     ValueError: the model cannot be folded.
   """
-  net = experiment.method.task_net(learner, task)
+  task_net = experiment.method.task_net
+  assert task_net is not None  # which has been checked
+  net = task_net(learner, task)
   # The model ends at its features; the head is the task's own.
   return dataclasses.replace(folding.fold(net.model, net.variables), classifier=net.classifier)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import flax.linen as nn
 import jax
@@ -33,7 +33,7 @@ from flax import struct
 
 from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.layers.gate import GATE_RNG
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array
 
 # A loss, its metrics by name, and the new running statistics.
 StepLoss = tuple[Array, tuple[Mapping[str, Array], Any]]
@@ -51,11 +51,11 @@ class TaskTable(NamedTuple):
     macs, agnostic_macs: multiply-accumulates per image, with the task known and unknown.
   """
 
-  aware: Array
-  agnostic: Array
-  task: Array
-  macs: Array
-  agnostic_macs: Array
+  aware: AnyArray
+  agnostic: AnyArray
+  task: AnyArray
+  macs: AnyArray
+  agnostic_macs: AnyArray
 
 
 class LearnerState(struct.PyTreeNode):
@@ -89,6 +89,9 @@ class MemoryNode:
   To JAX and to checkpoints, an instance looks like a dict of its fields: its children are in the
   order of their names, whatever that of the fields is. So checkpoints of dicts are restored too.
   """
+
+  # Every subclass is a dataclass.
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
   def __init_subclass__(cls):
     dataclasses.dataclass(frozen=True)(cls)
@@ -135,7 +138,7 @@ class Batch(NamedTuple):
   labels: Array
   key: Array
   epoch: Array
-  place: Array = 0.0
+  place: Array | float = 0.0
 
 
 class Prediction(NamedTuple):
@@ -351,7 +354,7 @@ class Method:
     Callable[[LearnerState, Array, Array], tuple[LearnerState, Mapping[str, Array]]] | None
   ) = None
   check_capacity: Callable[[LearnerState], None] = _unlimited
-  task_net: Callable[[LearnerState, Array], TaskNet] | None = None
+  task_net: Callable[[LearnerState, Any], TaskNet] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

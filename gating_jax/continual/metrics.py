@@ -64,9 +64,9 @@ def summarise(accuracies: np.ndarray) -> Summary:
   last, just_learnt = accuracies[-1], np.diag(accuracies)
   # Undefined for a single task, and for tasks learnt together: there is no earlier accuracy.
   forgetting = backward = None
-  reasons = {}
+  reasons: dict[str, str] = {}
   if reason := _why_no_sequence(accuracies):
-    reasons = dict.fromkeys(("forgetting", "backward_transfer"), reason)
+    reasons |= {"forgetting": reason, "backward_transfer": reason}
   else:
     # forgetting = mean_(j<T) (max_(i<T) R[i, j] - R[T, j]); R[i, j] is NaN for i < j.
     forgetting = float(np.mean(np.nanmax(accuracies[:-1, :-1], axis=0) - last[:-1]))
@@ -186,8 +186,8 @@ def collect_result(experiment: ContinualExperiment, learner: LearnerState) -> di
   result = {
     "method": experiment.config.method,
     "task_names": experiment.task_names[:learnt],
-    "task_aware": _accuracy_metrics(table.aware),
-    "task_agnostic": _accuracy_metrics(table.agnostic),
+    "task_aware": _accuracy_metrics(np.asarray(table.aware)),
+    "task_agnostic": _accuracy_metrics(np.asarray(table.agnostic)),
     # The last row: tests of all tasks after the last one learnt.
     "task_classifier_accuracy": float(table.task[-1].mean()),
     "dense_macs": experiment.dense_macs,
@@ -254,7 +254,7 @@ def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
 
 def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
   """Converts a matrix to rows for JSON, which has no NaN."""
-  return np.where(np.isnan(matrix), None, matrix).tolist()
+  return np.where(np.isnan(matrix), np.array(None, object), matrix).tolist()
 
 
 def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:

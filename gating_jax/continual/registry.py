@@ -7,10 +7,11 @@ builds the networks that it needs. To add a method, see docs/extend.md.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import flax.linen as nn
-import ml_collections
 
+from gating_jax.config_files import Config
 from gating_jax.continual.generators import protections
 from gating_jax.continual.generators.shared import shared_generative
 from gating_jax.continual.generators.wgan import WganSettings
@@ -30,13 +31,13 @@ from gating_jax.continual.units import ProtectionSettings
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.columns import column
 from gating_jax.models.generator import Generator
-from gating_jax.models.resnet import resnet
+from gating_jax.models.resnets import resnet
 from gating_jax.models.summary import model_summary
-from gating_jax.models.vgg import VGGS, vgg
+from gating_jax.models.vggs import VGGS, vgg
 from gating_jax.training import settings
 
 
-def build_method(config: ml_collections.ConfigDict, problem: Problem) -> Method:
+def build_method(config: Config, problem: Problem) -> Method:
   """Builds the method that the config names.
 
   Args:
@@ -240,7 +241,7 @@ def _plain(make, *, scope="own", section=None, memory=False):
 
   def build(config, problem):
     """Builds the method that a config describes, for a problem."""
-    given = [_classifier(config, problem, scope)]
+    given: list[Any] = [_classifier(config, problem, scope)]
     if memory:
       given.append(_from_section(ReplaySettings, config, "replay"))
     return _from_section(make, config, section, *given) if section else make(*given)
@@ -266,7 +267,7 @@ def _icarl(config, problem):
 
 
 def build_network(
-  config: ml_collections.ConfigDict,
+  config: Config,
   problem: Problem,
   *,
   classes: int | None,
@@ -300,7 +301,7 @@ def build_network(
   return resnet(model.name, classes, stem="cifar", gating=gating, **fields)
 
 
-def _check_norm(model: ml_collections.ConfigDict) -> None:
+def _check_norm(model: Config) -> None:
   """Raises ValueError for a network without BatchNorm that must have it."""
   if model.name not in VGGS and not model.norm:
     raise ValueError(f"model.norm must be True for {model.name}, which has BatchNorm; got False")

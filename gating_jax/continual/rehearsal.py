@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from gating_jax.continual.method import (
   task_entry,
   tree_megabytes,
 )
-from gating_jax.models.generator import Critic, Generator
+from gating_jax.models.generator import Critic, Generator, classes_of
 from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
 
@@ -51,7 +51,19 @@ class ReplayedImages(NamedTuple):
 
   x: Array
   labels: Array
-  batch_weight: Array
+  batch_weight: Array | float
+
+
+class ReplayFunction(Protocol):
+  """Rehearses images for a training batch, as `Rehearsal.replay`."""
+
+  def __call__(self, memory: Any, batch: Batch, task: Array, key: Array) -> ReplayedImages: ...
+
+
+class KeepFunction(Protocol):
+  """Returns the memory at the end of a task, as `Rehearsal.keep`."""
+
+  def __call__(self, memory: Any, data: TaskData, task: int, key: Array) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +83,9 @@ class Rehearsal:
   """
 
   init: Callable[[Array], Any]
-  replay: Callable[[Any, Batch, Array, Array], ReplayedImages]
+  replay: ReplayFunction
   recall: Callable[[Any, TaskData, int, Array], tuple[np.ndarray, np.ndarray]]
-  keep: Callable[[Any, TaskData, int, Array], Any]
+  keep: KeepFunction
   megabytes: Callable[[Any, int], float]
   pretrain_step: Callable[[Any, Array, Array], tuple[Any, Mapping[str, Array]]] | None = None
 
@@ -297,12 +309,13 @@ def make_pretrain_step(
   """
   if rehearsal is None or rehearsal.pretrain_step is None:
     return None
+  advance = rehearsal.pretrain_step
 
   def pretrain_step(learner, pixels, labels):
     """Trains the generator for one step on images of the learner's task."""
     # Generators are conditional on the classes of one task, from 0.
     own = labels - learner.task * problem.classes
-    rehearsed, metrics = rehearsal.pretrain_step(learner.memory.rehearsal, pixels, own)
+    rehearsed, metrics = advance(learner.memory.rehearsal, pixels, own)
     # The steps of the run are counted, those of pretraining among them.
     memory = learner.memory.replace(rehearsal=rehearsed)
     return learner.replace(step=learner.step + 1, memory=memory), metrics
@@ -396,7 +409,7 @@ def generate_tasks(
     pixels, classes = _sample(generator, variables_of(task), key=of_task, images=images)
     all_pixels.append(np.asarray(pixels))
     # A generator numbers the classes of its task from 0.
-    all_labels.append(np.asarray(classes) + task * generator.classes)
+    all_labels.append(np.asarray(classes) + task * classes_of(generator))
   return np.concatenate(all_pixels), np.concatenate(all_labels)
 
 
@@ -407,7 +420,7 @@ def _sample(
 ) -> tuple[Array, Array]:
   """Generates pixels `[M, H, W, D]` and their classes `[M]`."""
   # The classes in turn, so that their counts differ by at most 1.
-  classes = jnp.arange(images) % generator.classes
+  classes = jnp.arange(images) % classes_of(generator)
   z = wgan.draw_latents(key, images, generator.latent)
   generated, _ = generator.apply(variables, z, classes)
   return wgan.to_pixels(generated), classes

@@ -64,7 +64,8 @@ def make_histograms(
     `(learner, task) -> ` counts for `Journal.write_histograms`; empty for a method without gates
       per task.
   """
-  if experiment.method.task_net is None:
+  task_net = experiment.method.task_net
+  if task_net is None:
     return _no_histograms
   look = _make_look(experiment)
   image = jax.ShapeDtypeStruct((1, *experiment.problem.shape), np.float32)
@@ -72,7 +73,7 @@ def make_histograms(
   def records_of(learner, x):
     """Returns the records of the gates for images `[N, H, W, D]`."""
     # Layers have the same names for every task.
-    net = experiment.method.task_net(learner, 0)
+    net = task_net(learner, 0)
     return net.model.apply(net.variables, x)[1]
 
   def histograms(learner, task):
@@ -110,21 +111,24 @@ def _make_look(experiment: ContinualExperiment) -> Callable[[LearnerState, int],
   Returns:
     `(learner, task) -> _Look`.
   """
-  method, problem = experiment.method, experiment.problem
+  task_net, problem = experiment.method.task_net, experiment.problem
+  assert task_net is not None  # which has been checked
 
   @jax.jit
   def run(learner, pixels, task):
     """Returns the log-odds of a task's gates, `[N, units]` of each layer."""
-    net = method.task_net(learner, task)
+    net = task_net(learner, task)
     # `task` is traced, so that one program serves all tasks.
-    _, records = net.model.apply(net.variables, problem.normalise(pixels))
+    outputs: Any = net.model.apply(net.variables, problem.normalise(pixels))
+    _, records = outputs
     # Log-odds, not gates: histograms and rankings need more than 0 and 1.
     return tuple(record.logits for record in records)
 
   def look(learner, task):
     """Returns a task's first test images `[N, H, W, D]` and the log-odds of its gates."""
     test = experiment.tasks[task].test
-    images = Images(*test.read(np.arange(min(_LOOKED_AT, len(test)))), ())
+    pixels, labels = test.read(np.arange(min(_LOOKED_AT, len(test))))
+    images = Images(pixels, labels, ())
     by_batch = []
     for (pixels, _), count in padded_batches(images, problem.batch_size):
       logits = run(learner, pixels, np.int32(task))
@@ -249,7 +253,7 @@ def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str]
   (first, *_), rows = table
   knows = "knows" if first.startswith("task-aware") else "must infer"
   known = (first, f"on each task's test images, by a network that {knows} the task of an image")
-  measures = [known]
+  measures: list[tuple[str, str]] = [known]
   for name, *_ in rows:
     # Other rows are tasks, named by their classes.
     if name in tables.TASK_MEANINGS:
@@ -339,7 +343,7 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: LearnerStat
       most_open = np.argsort(-logits[task][:, unit], kind="stable")[:_IMAGES]
       rows.append(looks[task].pixels[most_open])
       name = plain(experiment.task_names[task], 20)
-      labels.append(f"{name}\nopen: {format_percent(rates[task, unit], 0)}")
+      labels.append(f"{name}\nopen: {format_percent(float(rates[task, unit]), 0)}")
     parts.append(
       page.embed_figure(
         image_pictures.draw_image_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True

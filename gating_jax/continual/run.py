@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import ml_collections
-
 from gating_jax import runner
+from gating_jax.config_files import Config
 from gating_jax.continual import compile, metrics, report
 from gating_jax.continual.build import ContinualExperiment, build
 from gating_jax.continual.method import LearnerState, Method
@@ -29,7 +28,7 @@ from gating_jax.training.rundir import RunDir
 _PRETRAINING = "generator's training step"
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+def run(config: Config, workdir: Path, mode: str) -> None:
   """Runs a mode of continual learning.
 
   Args:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,7 +34,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.types import Array, Records, Tree
+from gating_jax.types import Array, Path, Records, Tree
 
 # Parts of a learner's parameters and statistics: of all tasks, and of one. Dicts, not nodes with
 # fields: optimisers address leaves by paths through dicts.
@@ -112,7 +112,8 @@ class SharedNet:
       (features, records), new = self.model.apply(variables, x, mutable=["batch_stats"], **training)
       batch_stats = self._split(new.get("batch_stats", {}))
     else:
-      features, records = self.model.apply(variables, x)
+      outputs: Any = self.model.apply(variables, x)
+      features, records = outputs
     return TaskForward(features @ kernel + bias, features, records, batch_stats)
 
   def run_tasks(self, learner: LearnerState, owns: Variables, x: Array) -> TaskForward:
@@ -160,7 +161,7 @@ class SharedNet:
 
   def _split(self, tree: Tree) -> dict[str, Tree]:
     """Splits a tree into shared convolutions and each task's own rest, `{SHARED, OWN}`."""
-    flat = traverse_util.flatten_dict(tree)
+    flat: dict[Path, Any] = traverse_util.flatten_dict(tree)
 
     def is_shared(path):
       """Returns whether all tasks share the leaf at a path."""

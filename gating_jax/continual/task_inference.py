@@ -45,7 +45,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.continual.rehearsal import Rehearsal, ReplayedImages
 from gating_jax.continual.shared_net import SharedNet, TaskForward
-from gating_jax.types import Array, Tree
+from gating_jax.types import AnyArray, Array, Tree
 
 # Softens the softmax of the distillation loss.
 TEMPERATURE = 2.0
@@ -78,7 +78,7 @@ class RehearsedBatch(NamedTuple):
     """Separates arrays `[B + R, ...]` in the order of `x` into `[B, ...]` and `[R, ...]`."""
     return replay_memory.unmix(tree, len(self.batch.x), len(self.replayed.x))
 
-  def weighted_mean(self, each: Array, weight: Array) -> Array:
+  def weighted_mean(self, each: Array, weight: Array | float) -> Array:
     """Averages `[B + R]` losses in the order of `x`, with this weight on the mean of the batch."""
     of_batch, of_replay = self.separate(each)
     return weight * jnp.mean(of_batch) + (1 - weight) * jnp.mean(of_replay)
@@ -119,13 +119,16 @@ class TaskClassifier(Protocol):
     rehearsal: memory of images of earlier tasks.
   """
 
-  rehearsal: Rehearsal
+  @property
+  def rehearsal(self) -> Rehearsal: ...
 
   def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
     """Initialises parameters, and statistics as in `ClassifierLoss`."""
+    ...
 
   def forward_input(self, rehearsed: RehearsedBatch) -> Array:
     """Returns the images that the current task's network sees in a step."""
+    ...
 
   def loss(
     self,
@@ -145,12 +148,15 @@ class TaskClassifier(Protocol):
       forward: of the current task's network, on `forward_input`.
       key: PRNG key of the step's noise.
     """
+    ...
 
   def update(self, updates: Tree, task: Array) -> Tree:
     """Changes the optimiser's updates of the classifier in a step of this task's training."""
+    ...
 
   def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> Tree:
     """Returns the classifier's parameters at the end of a task."""
+    ...
 
   def infer_task(
     self, learner: LearnerState, x: Array, *, forward: TaskForward, macs: Array
@@ -163,6 +169,7 @@ class TaskClassifier(Protocol):
       forward: of all tasks seen, for these images.
       macs: `[S, N]` of the tasks' networks.
     """
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +364,7 @@ class NetworkClassifier:
     return TaskInference(task, log_probs, of_inferred + self.network.macs)
 
 
-def _log_ratio(share: Array, fair: Array) -> Array:
+def _log_ratio(share: Array | float, fair: Array | float) -> Array:
   """Computes log(share / fair), and 0 where `fair` is 0."""
   return jnp.log(jnp.where(fair > 0, share / jnp.where(fair > 0, fair, 1), 1))
 
@@ -422,7 +429,7 @@ def task_scores(params: Any, features: Array) -> Array:
   return h @ out["kernel"][:, :seen] + out["bias"][:seen]
 
 
-def task_cross_entropy(params: Any, features: Array, tasks: Array, *, seen: Array) -> Array:
+def task_cross_entropy(params: Any, features: Array, tasks: Array, *, seen: Array | int) -> Array:
   """Computes the cross-entropies over the tasks seen.
 
   Args:
@@ -513,9 +520,9 @@ class _SortedImages(NamedTuple):
     counts, firsts: `[S]`, the number of images of each task and the position of its first one.
   """
 
-  features: Array
-  counts: Array
-  firsts: Array
+  features: AnyArray
+  counts: AnyArray
+  firsts: AnyArray
 
 
 @jax.jit(static_argnames="settings")

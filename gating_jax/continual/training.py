@@ -143,7 +143,7 @@ def make_advance(experiment: ContinualExperiment) -> Callable[[int], Advance]:
 
     def advance(learner, step):
       """Takes one step, of the pretraining or of the training."""
-      if step < first:
+      if pretrain is not None and step < first:
         pixels, labels = read(step - begin, experiment.pretrain_batch_size)
         learner, metrics = pretrain(learner, pixels, labels)
       else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from gating_jax.layers.gate import LOGITS, SHUT
 from gating_jax.ops.penalties import unweighted
-from gating_jax.types import Array, GateRecord, Path, Records, Tree
+from gating_jax.types import AnyArray, Array, GateRecord, Path, Records, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def record_places(records: Records) -> list[RecordPlace]:
   return found
 
 
-def by_record(units: Array, records: Records) -> list[Array]:
+def by_record(units: AnyArray, records: Records) -> list[Any]:
   """Splits units into the parts of each record.
 
   Args:
@@ -97,7 +97,7 @@ def count_units(records: Records) -> int:
   return sum(record.gates.shape[-1] for record in records)
 
 
-def open_share(records: Records, available: Array) -> Array:
+def open_share(records: Records, available: AnyArray) -> Array:
   """Computes the fraction of available units that are open, averaged over layers and examples.
 
   Args:
@@ -130,7 +130,7 @@ def layer_name(record: GateRecord) -> str:
   return "/".join(record.writers[0])
 
 
-def close_gates(net: Tree, records: Records, kept: Array) -> Tree:
+def close_gates(net: Tree, records: Records, kept: AnyArray) -> Tree:
   """Closes the gates of all but the kept units, for every input.
 
   The gradient of a closed gate is 0, so no training opens it.
@@ -146,7 +146,7 @@ def close_gates(net: Tree, records: Records, kept: Array) -> Tree:
   kept_by_gate = {}
   for record, place in record_places(records):
     kept_by_gate.setdefault(record.gate, []).append(jnp.asarray(kept[place]))
-  flat = traverse_util.flatten_dict(net)
+  flat: dict[Path, Any] = traverse_util.flatten_dict(net)
   for gate, parts in kept_by_gate.items():
     mask, path = jnp.concatenate(parts), (*gate, *LOGITS)
     # Without a kernel no input can outweigh the bias.
@@ -166,7 +166,8 @@ def nothing_frozen(shared: Tree, records: Records) -> Tree:
       scalar.
   """
   gated, frozen = gated_layers(records), {}
-  for path, leaf in traverse_util.flatten_dict(shared).items():
+  flat: dict[Path, Any] = traverse_util.flatten_dict(shared)
+  for path, leaf in flat.items():
     frozen[path] = jnp.zeros(leaf.shape[-1:] if path[:-1] in gated else (), bool)
   return traverse_util.unflatten_dict(frozen)
 
@@ -179,7 +180,7 @@ def gated_layers(records: Records) -> set[Path]:
   return layers
 
 
-def freeze(frozen: Tree, records: Records, relevant: Array) -> Tree:
+def freeze(frozen: Tree, records: Records, relevant: AnyArray) -> Tree:
   """Freezes the filters of relevant units, and all convolutions without gates.
 
   Args:
@@ -189,7 +190,7 @@ def freeze(frozen: Tree, records: Records, relevant: Array) -> Tree:
   Returns:
     the new mask.
   """
-  flat = traverse_util.flatten_dict(frozen)
+  flat: dict[Path, Any] = traverse_util.flatten_dict(frozen)
   for path, leaf in flat.items():
     if not leaf.ndim:
       # Without gates a convolution serves every task as a whole. Only its layer, which has a
@@ -264,7 +265,8 @@ def unallocated_params(shared: Tree, records: Records, available: np.ndarray) ->
     records: of the network.
     available: `[U]` bool.
   """
-  flat, total = traverse_util.flatten_dict(shared), 0
+  flat: dict[Path, Any] = traverse_util.flatten_dict(shared)
+  total = 0
   for record, place in record_places(records):
     units = available[place]
     for path, leaf in flat.items():
@@ -274,7 +276,7 @@ def unallocated_params(shared: Tree, records: Records, available: np.ndarray) ->
   return total
 
 
-def used_by(relevant: Array, available: Array, records: Records) -> dict[str, np.ndarray]:
+def used_by(relevant: AnyArray, available: AnyArray, records: Records) -> dict[str, np.ndarray]:
   """Returns the units that each task needs, by layer.
 
   Args:

@@ -35,8 +35,8 @@ def normalise(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
       raise ValueError(
         f"{name} must hold 1 or {pixels.shape[-1]} numbers, one per channel; got {tuple(value)}"
       )
-  mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-  return (pixels.astype(jnp.float32) / 255 - mean) / std
+  means, stds = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+  return (pixels.astype(jnp.float32) / 255 - means) / stds
 
 
 def crop_and_flip(

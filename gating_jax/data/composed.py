@@ -150,7 +150,7 @@ def _script(rng: np.random.Generator, label: int, segments: int) -> tuple[np.nda
   runs, left = [], segments - 2
   for digit in moving:
     # Drawn for tools too, so that the random numbers that follow do not depend on the activity.
-    random_motion = rng.integers(4)
+    random_motion = int(rng.integers(4))
     unit = _unit(digit, tools.get(digit, random_motion))
     run = _Run(unit, relevant=digit in tools, length=int(rng.integers(1, 3)))
     runs.append(run)

@@ -99,7 +99,7 @@ class Picture:
     self._name, self.shape = name, feature.shape
     self.encoded = isinstance(feature, types.Image)
     self._dtype = (
-      np.dtype(feature.np_dtype) if self.encoded or isinstance(feature, types.Tensor) else None
+      _element_type(feature) if self.encoded or isinstance(feature, types.Tensor) else None
     )
     numbers = self._dtype is not None and self._dtype.kind in "biuf"
     channels = self.shape[-1] if numbers and len(self.shape) == 3 else None
@@ -167,11 +167,11 @@ class PixelClasses:
   def __init__(self, feature: Any, name: str):
     from tensorflow_datasets import features as types
 
-    self._name = name
+    self._name, shape = name, feature.shape
     self.encoded = isinstance(feature, types.Image)
     known = self.encoded or isinstance(feature, types.Tensor)
-    one_channel = known and len(feature.shape) == 3 and feature.shape[-1] == 1
-    if not one_channel or np.dtype(feature.np_dtype).kind not in "biu":
+    one_channel = known and len(shape) == 3 and shape[-1] == 1
+    if not one_channel or _element_type(feature).kind not in "biu":
       raise ValueError(
         f"{name} must be an Image or a Tensor of whole numbers with shape (H, W, 1); it is "
         f"{describe(feature)}"
@@ -214,7 +214,7 @@ class ImageClass:
     # The class of each text.
     self._places: dict[bytes, int] = {}
     single = isinstance(feature, types.Tensor) and feature.shape == ()
-    kind = np.dtype(feature.np_dtype).kind if single else ""
+    kind = _element_type(feature).kind if single else ""
     self._texts = kind in "OSU" and single
     if isinstance(feature, types.ClassLabel) and feature.num_classes:
       self.class_names = tuple(feature.names)
@@ -232,7 +232,7 @@ class ImageClass:
 
   def convert(self, value: Any) -> int:
     """Returns the class of a label."""
-    if not self._learnt:
+    if not self._learnt and self.class_names is not None:
       return int(value) if 0 <= value < len(self.class_names) else UNLABELLED
     label = self._label(value)
     if label is None:
@@ -240,7 +240,7 @@ class ImageClass:
         f"{self._name} must be a whole number from 0 or a text; got {value!r}, so the image has no "
         "class. Use another split, or choose another feature by data.label_feature"
       )
-    return self._places[label] if self._texts else label
+    return self._places[label] if isinstance(label, bytes) else label
 
   def learn(self, labels: Mapping[str, Iterable[Any]]) -> None:
     """Counts and names the classes, and logs them.
@@ -437,3 +437,8 @@ def _is_deep(picture: Image.Image, encoded: bytes) -> bool:
   """Returns whether a channel has more than 8 bits."""
   # Pillow shows 16-bit colours of a PNG as 8-bit ones.
   return picture.mode[0] in "IF" or (picture.format == "PNG" and encoded[_PNG_BIT_DEPTH] == 16)
+
+
+def _element_type(feature: Any) -> np.dtype:
+  """Returns the type of the numbers of an `Image` or a `Tensor`."""
+  return np.dtype(feature.np_dtype)

@@ -57,7 +57,7 @@ class Images:
     """Returns `(H, W, D)` of an image."""
     return self.pixels.shape[1:]
 
-  def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def read(self, index: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images at `index`: `(pixels [n, H, W, D], labels [n])`."""
     return self.pixels[index], self.labels[index]
 
@@ -145,7 +145,7 @@ def resize(
   def fit(pixels):
     """Resizes what Pillow takes for a picture: `[H, W]` or `[H, W, 3]`."""
     # Pillow's size is width and height.
-    width_height = size[::-1]
+    width_height = size[1], size[0]
     picture = Image.fromarray(pixels)
     return np.asarray(picture.resize(width_height, Image.Resampling.BILINEAR, box=box))
 
@@ -368,7 +368,7 @@ def _digits(split: str) -> Images:
 
   if split not in ("train", "test"):
     raise ValueError(f"data split of digits must be 'train' or 'test'; got {split!r}")
-  digits = datasets.load_digits()
+  digits: Any = datasets.load_digits()
   # Stratified, with a fixed seed: the split is the same in every run.
   train, test = model_selection.train_test_split(
     np.arange(len(digits.target)),

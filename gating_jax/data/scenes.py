@@ -108,7 +108,7 @@ class Scenes(streaming.Stream):
       of each scene.
   """
 
-  size: tuple[int, int] = ()
+  size: tuple[int, int] = dataclasses.field(kw_only=True)
   flip: bool = False
 
   def read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -172,4 +172,4 @@ def _resize(x: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.n
   """Resizes `[H, W, ...]` to `size`, height and width; not resampled where it has this size."""
   if x.shape[:2] == size:
     return x
-  return np.asarray(Image.fromarray(x).resize(size[::-1], how))
+  return np.asarray(Image.fromarray(x).resize((size[1], size[0]), how))

@@ -122,7 +122,9 @@ class Stream:
     return image, np.int32(example[self.label])
 
 
-def _stack(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _stack(
+  examples: Sequence[tuple[np.ndarray, np.ndarray | np.int32]],
+) -> tuple[np.ndarray, np.ndarray]:
   """Joins pairs of image and label: `(pixels [n, H, W, D], labels [n, ...])`."""
   pixels, labels = zip(*examples, strict=True)
   return np.stack(pixels), np.stack(labels)

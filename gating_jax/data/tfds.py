@@ -108,9 +108,10 @@ def _open_source(name: str, split: str, folder: str) -> Any:
   """
   # Imported here, since the import is slow and digits do not need it.
   import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import naming
 
   # Before TFDS opens the set, which would import what its files name.
-  _check_features(Path(folder, tfds.core.naming.camelcase_to_snakecase(_plain(name))))
+  _check_features(Path(folder, naming.camelcase_to_snakecase(_plain(name))))
   try:
     return tfds.data_source(name, split=split, data_dir=folder, download=False)
   except tfds.core.DatasetNotFoundError as error:
@@ -162,7 +163,8 @@ def _by_hand(name: str, folder: str) -> str:
   import tensorflow_datasets as tfds
 
   try:
-    instructions = tfds.builder_cls(_plain(name)).MANUAL_DOWNLOAD_INSTRUCTIONS
+    builder: Any = tfds.builder_cls(_plain(name))
+    instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
   # A set that is known only by its folder has no builder.
   except tfds.core.DatasetNotFoundError:
     instructions = None
@@ -261,6 +263,7 @@ class Examples(Sequence):
         reader.learn(labels)
         _LEARNT[key] = reader
       self._readers[feature] = reader = _LEARNT[key]
+    assert reader.class_names is not None  # given or learnt
     return reader.class_names
 
   def _labels(self, split: str, feature: str) -> Iterator[Any]:

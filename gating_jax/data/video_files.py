@@ -101,7 +101,7 @@ class VideoFolder(VideoSet):
     if frames < 1 or min(size) < 1:
       raise ValueError(f"frames and size must be at least 1; got {frames} and {size}")
     require_av()
-    self._frames, self._size = frames, tuple(size)
+    self._frames, self._size = frames, (size[0], size[1])
 
     def find(name):
       """Returns the video's file, or None if it is missing."""
@@ -274,6 +274,7 @@ def _open(path: Path):
   The name is not read as an address of FFmpeg's, and nothing in the file makes it open another.
   """
   import av
+  from av.error import ArgumentError
 
   file = f"file:{os.path.abspath(path)}"
   allowed = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
@@ -283,7 +284,7 @@ def _open(path: Path):
   except UnicodeDecodeError:
     return av.open(file, options=_LIMITS, container_options=allowed, metadata_errors="replace")
   # FFmpeg's error for a format that is not in the list.
-  except av.error.ArgumentError as error:
+  except ArgumentError as error:
     raise ValueError(
       f"must have a self-contained container format, one of {_CONTAINERS}"
     ) from error
@@ -500,13 +501,13 @@ def _timed_frames(container, film: _Film) -> Iterator[tuple[float, Any]]:
 
 def _decode(container) -> Iterator[Any]:
   """Yields frames in order of display; damaged packets are skipped."""
-  import av
+  from av.error import FFmpegError
 
   for packet in container.demux(_video_stream(container)):
     try:
       yield from packet.decode()
     # Each decoder has its own error for what it cannot decode.
-    except av.error.FFmpegError:
+    except FFmpegError:
       continue
 
 

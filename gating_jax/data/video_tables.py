@@ -113,7 +113,7 @@ class VideoTable:
     """Returns whether a video may have several classes."""
     return self.labels.ndim == 2
 
-  def take(self, index: Sequence[int]) -> VideoTable:
+  def take(self, index: Sequence[int] | np.ndarray) -> VideoTable:
     """Returns the table of the videos at `index`, with the same classes and unit actions."""
     index = list(index)
     return dataclasses.replace(

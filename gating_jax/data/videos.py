@@ -127,7 +127,7 @@ class VideoSet(abc.ABC):
     """Returns the shapes of a batch's arrays, without the batch axes."""
     return {key: array.shape for key, array in self._blank(0).items()}
 
-  def read(self, index: Sequence[int]) -> Batch:
+  def read(self, index: Sequence[int] | np.ndarray) -> Batch:
     """Returns the videos at `index`, at fixed segments."""
     return _stack([self._read_one(int(i), None) for i in index])
 
@@ -209,7 +209,7 @@ class VideoSet(abc.ABC):
       self._note({self.names[index]: str(error) or type(error).__name__})
       return example
     example |= loaded.inputs | {"valid": loaded.valid, "weight": np.float32(1)}
-    if "units" in example:
+    if self.table.units is not None:
       example["units"] = _units_at(self.table.units[index], loaded.middles)
     return example
 

@@ -15,14 +15,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 import optax
 
+from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
-from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
+from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary
-from gating_jax.models.vgg import VGGS, vgg
+from gating_jax.models.vggs import VGGS, vgg
 from gating_jax.training import devices, loop, optim, rundir, settings
 from gating_jax.training.objectives import (
   REDUCTIONS,
@@ -66,7 +68,7 @@ class Experiment:
     full: the model with the whole backward pass, where its own leaves something out; else None.
   """
 
-  config: ml_collections.ConfigDict
+  config: Config
   open_train: Callable[[], image_sets.Images | streaming.Stream]
   test: image_sets.Images | streaming.Stream
   model: nn.Module
@@ -74,8 +76,8 @@ class Experiment:
   optimiser: optax.GradientTransformation
   objective: ImageObjective
   settings: loop.LoopSettings
-  noise_scale: Callable[[jax.Array], jax.Array] | None = None
-  share: Callable[[jax.Array], jax.Array] | None = None
+  noise_scale: optax.Schedule | None = None
+  share: optax.Schedule | None = None
   full: nn.Module | None = None
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
@@ -85,16 +87,14 @@ class Experiment:
   def drawn_noise_scale(self, step: int) -> float:
     """Returns the noise scale of the gates in training at a step; 0 where none is drawn."""
     if self.noise_scale is not None:
-      return float(self.noise_scale(step))
+      return float(np.asarray(self.noise_scale(step)))
     model = self.config.model
     if model.gating in CLASSIFIER_GATINGS:
       return 0.0
     return settings.gate_settings(model.gate).drawn_noise_scale
 
 
-def build(
-  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
-) -> Experiment:
+def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experiment:
   """Builds the experiment of a config of labelled images.
 
   Every setting is checked first, then the data are opened.
@@ -147,12 +147,12 @@ def build(
 
 
 def assemble(
-  config: ml_collections.ConfigDict,
+  config: Config,
   size: Callable[[], int],
   *,
   open_train: Callable[[], Any],
   open_test: Callable[[], Any],
-  network: Callable[[ml_collections.ConfigDict, int], nn.Module],
+  network: Callable[[Config, int], nn.Module],
   fit: FitLabels = fit_classes,
   train_shape: tuple[int, int, int] | None = None,
   outlines: Sequence[Outline] | None = None,
@@ -192,7 +192,7 @@ def assemble(
   noise_scale = _noise_schedule(config.model, total)
   share = _share_schedule(config.model, total)
   # The outlines are those of the training set, then of the test set.
-  test = outlines[-1] if outlines else open_test()
+  test: Any = outlines[-1] if outlines else open_test()
   settings.check_channels(data, test.shape[-1])
   classes = len(test.class_names)
   model = network(config.model, classes)
@@ -222,7 +222,7 @@ def assemble(
   )
 
 
-def _noise_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Schedule | None:
+def _noise_schedule(model: Config, total: int) -> optax.Schedule | None:
   """Returns the noise scale of the gates, from step to number; None for the model's own."""
   noise = model.noise
   if noise.final is None:
@@ -236,7 +236,7 @@ def _noise_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Sched
   )
 
 
-def _share_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Schedule | None:
+def _share_schedule(model: Config, total: int) -> optax.Schedule | None:
   """Returns the share of gates that quantiles open, from step to number; None for a fixed one."""
   # Older configs have no such section.
   schedule = model.get("dense_first") or {}
@@ -255,7 +255,7 @@ def _share_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Sched
     )
 
 
-def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
+def network(model: Config, classes: int | None) -> nn.Module:
   """Builds the residual network, or the chain of convolutions, that `config.model` describes.
 
   Args:
@@ -318,9 +318,7 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
   return resnet(model.name, classes, **fields)
 
 
-def _open(
-  config: ml_collections.ConfigDict, split: str, *, training: bool
-) -> image_sets.Images | streaming.Stream:
+def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | streaming.Stream:
   """Opens a split of the data, in memory or on disk."""
   data = config.data
   image, label = settings.feature_names(data)
@@ -341,7 +339,7 @@ def _open(
 
 
 def check_config(
-  config: ml_collections.ConfigDict,
+  config: Config,
   *,
   choices: Mapping[str, Collection[str]],
   at_least: Mapping[str, int],
@@ -416,7 +414,7 @@ def check_config(
   _check_together(config)
 
 
-def _check_together(config: ml_collections.ConfigDict) -> None:
+def _check_together(config: Config) -> None:
   """Raises a ValueError where one setting excludes another."""
   model, loss = config.model, config.loss
   skips, chain = model.backward_share < 1, model.name in VGGS
@@ -473,7 +471,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def _check_opening(config: ml_collections.ConfigDict) -> None:
+def _check_opening(config: Config) -> None:
   """Raises a ValueError where a setting of how gates open, or of sources, would be ignored."""
   model = config.model
   gate, sources = model.gate, model.get("sources")
@@ -500,7 +498,7 @@ def _check_opening(config: ml_collections.ConfigDict) -> None:
     raise ValueError(f"model.sources must be > 0 where model.gating is 'bias'; got {sources}")
 
 
-def _check_budget_acts(config: ml_collections.ConfigDict) -> None:
+def _check_budget_acts(config: Config) -> None:
   """Raises a ValueError where no gate, or no term of the loss, is left for a budget to act on."""
   fields = rundir.flatten(config)
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import ml_collections
 from flax import traverse_util
 
 from gating_jax import programmes, runner
 from gating_jax.analysis import outcomes
 from gating_jax.checks import user_path
+from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
-from gating_jax.images.build import Experiment, build
+from gating_jax.images.build import EXITS, Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.reports import conclusion, frame, page, tables
 from gating_jax.reports import gates as gate_pictures
@@ -64,7 +64,7 @@ _REGULARISERS = {
 }
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+def run(config: Config, workdir: Path, mode: str) -> None:
   """Runs a mode for a classifier in a run directory.
 
   Args:
@@ -238,6 +238,8 @@ class Classification(runner.Programme):
         axis_name=devices.AXIS,
         noise_scale=experiment.noise_scale,
         share=experiment.share,
+        # Training fits all exits.
+        method="all_exits" if config.model.gating == EXITS else None,
       )
 
     def indices(step):
@@ -425,7 +427,7 @@ def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
   return renamed
 
 
-def check_start(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def check_start(config: Config) -> Config:
   """Returns the config of the run that `model.init_from` names.
 
   Raises:
@@ -487,10 +489,11 @@ def start_from(experiment: Experiment, state: steps.TrainState) -> steps.TrainSt
 
 def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
   """Merges flax's trees of two networks: theirs, and of mine what they do not have."""
-  mine, theirs = traverse_util.flatten_dict(mine), traverse_util.flatten_dict(theirs)
-  for path in sorted(mine.keys() | theirs.keys()):
-    here = mine[path].shape if path in mine else None
-    there = theirs[path].shape if path in theirs else None
+  ours: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(mine)
+  loaded: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(theirs)
+  for path in sorted(ours.keys() | loaded.keys()):
+    here = ours[path].shape if path in ours else None
+    there = loaded[path].shape if path in loaded else None
     # An ungated network has neither gates nor exits: these keep their initial values.
     fresh = there is None and (is_gate_path(path) or path[0].startswith("exit"))
     if here != there and not fresh:
@@ -498,10 +501,10 @@ def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) ->
         f"model.init_from must name a run of the same network; {'/'.join(path)} has shape {here} "
         f"here and {there} in {folder}"
       )
-  return traverse_util.unflatten_dict({**mine, **theirs})
+  return traverse_util.unflatten_dict({**ours, **loaded})
 
 
-def watch_images(config: ml_collections.ConfigDict) -> ClosingWatch:
+def watch_images(config: Config) -> ClosingWatch:
   """Returns the watch over classifiers and segmentation."""
   gating, gate, loss = config.model.gating, config.model.gate, config.loss
   # An exit that no image passes is not a closed gate; random gates learn nothing.

@@ -16,10 +16,10 @@ from gating_jax.inference import folding
 from gating_jax.inference.compiled import CompiledImages
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exits import compile_exits, fold_exits
-from gating_jax.models.resnet import ResNet
 from gating_jax.models.resnet_variants import EarlyExitNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.models.segmenter import Segmenter
-from gating_jax.models.vgg import VGG
+from gating_jax.models.vggs import VGG
 from gating_jax.reports import conclusion, timings
 from gating_jax.terminal import working
 from gating_jax.training import rundir

@@ -19,7 +19,7 @@ from gating_jax import config_files
 from gating_jax.checks import quoted
 from gating_jax.images.build import Experiment
 from gating_jax.inference import exits, export, folded
-from gating_jax.inference.analyse import (
+from gating_jax.inference.analysing import (
   BATCH_SIZE,
   Analysis,
   PruningEffect,
@@ -36,7 +36,7 @@ from gating_jax.inference.compiled import (
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import FoldedNet, Gates
 from gating_jax.inference.pruning import apply_pruning, find_static_units, rate_bound
-from gating_jax.inference.quantise import dequantise, quantise
+from gating_jax.inference.quantising import dequantise, quantise
 from gating_jax.inference.strategies import EXPORTABLE
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.reports import conclusion, timings
@@ -152,33 +152,16 @@ def _write(
   with working("opening the training data", "minutes for large sets"):
     train = experiment.open_train()
   analysis = _analyse(experiment, variables, train)
-  net = analysis.net
-  static = find_static_units(net, analysis.gate_statistics)
-  with working(
-    f"testing the net as trained, pruned and in int8 on {len(experiment.test):,} images",
-    "up to a minute",
-  ):
-    # On test images: pruning was decided on training images.
-    effect = pruning_error(net, static, _inputs(experiment, experiment.test))
-    pruned = apply_pruning(net, static)
-    candidates = {
-      _TRAINED: _candidate(experiment, net),
-      _PRUNED: _candidate(experiment, pruned),
-      _INT8: _candidate(experiment, quantise(pruned)),
-    }
-  say(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
+  effect, candidates = _prune(experiment, analysis)
   layers = [name for name, _ in experiment.counts.gate_layers]
+  say(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
   say("\n".join(_analysis_lines(analysis, layers)))
   say("\n".join(["", *_pruning_lines(analysis, effect), ""]))
   images = timings.calibration_images(train, experiment.normalise)
   skipping = _skipping_candidate(experiment, candidates[_PRUNED], images)
   if skipping is not None:
     candidates[_SKIPPING] = skipping
-  programs = {name: candidate.program for name, candidate in candidates.items()}
-  with working("timing the nets, one image and many at a time", "up to a minute") as progress:
-    # The other half of the images chose the strategies.
-    timed = images[1::2] if len(images) > 1 else images
-    milliseconds = _milliseconds(programs, timed, progress)
+  milliseconds = _time_candidates(candidates, images)
   trained = candidates.pop(_TRAINED).score
   table = [_head(), _row(_TRAINED, trained, {"milliseconds": milliseconds[_TRAINED]})]
   for name, candidate in candidates.items():
@@ -206,6 +189,46 @@ def _write(
       "skips closed units is written."
     )
   return milliseconds[_TRAINED]["1"]
+
+
+def _prune(
+  experiment: Experiment, analysis: Analysis
+) -> tuple[PruningEffect, dict[str, _ExportCandidate]]:
+  """Prunes the network; tests it as trained, pruned and in int8.
+
+  Returns:
+    the effect of pruning on test images, and the three networks by name.
+  """
+  net = analysis.net
+  static = find_static_units(net, analysis.gate_statistics)
+  with working(
+    f"testing the net as trained, pruned and in int8 on {len(experiment.test):,} images",
+    "up to a minute",
+  ):
+    # On test images: pruning was decided on training images.
+    effect = pruning_error(net, static, _inputs(experiment, experiment.test))
+    pruned = apply_pruning(net, static)
+    return effect, {
+      _TRAINED: _candidate(experiment, net),
+      _PRUNED: _candidate(experiment, pruned),
+      _INT8: _candidate(experiment, quantise(pruned)),
+    }
+
+
+def _time_candidates(
+  candidates: Mapping[str, _ExportCandidate], images: np.ndarray
+) -> dict[str, dict[str, float]]:
+  """Measures milliseconds per batch, by name and batch size.
+
+  Args:
+    candidates: the networks, by name.
+    images: `[M, H, W, D]`, the calibration images.
+  """
+  programs = {name: candidate.program for name, candidate in candidates.items()}
+  with working("timing the nets, one image and many at a time", "up to a minute") as progress:
+    # The other half of the images chose the strategies.
+    timed = images[1::2] if len(images) > 1 else images
+    return _milliseconds(programs, timed, progress)
 
 
 def _analyse(experiment: Experiment, variables: Mapping[str, Any], train: Any) -> Analysis:
@@ -268,45 +291,50 @@ def _write_exits(
 ) -> float:
   """Writes the export of a network with exits; returns the same time as `_write`."""
   with working("opening the training data", "minutes for large sets"):
-    train, test = experiment.open_train(), experiment.test
-    images, macs = timings.calibration_images(train, experiment.normalise), []
-  net, shape = exits.fold_exits(experiment.model, variables), test.shape
+    images = timings.calibration_images(experiment.open_train(), experiment.normalise)
+  net, shape = exits.fold_exits(experiment.model, variables), experiment.test.shape
   with working(
     "compiling and timing programs with early exits, for one image", "a minute or two"
   ) as progress:
     made = exits.compile_exits(
       net, input_shape=shape, batch_size=1, repeats=_REPEATS, calibration=images, progress=progress
     )
+  score = _score_exits(experiment, net, made)
+  whole = functools.partial(exits.make_program(), net)
+  with working("timing the program and the net, one image at a time", "up to a minute") as progress:
+    times = _milliseconds({"exits": made, MASKED: whole}, images, progress, sizes=(1,))
+  card = _card(experiment, origin, score) | {
+    "strategies": [made.strategy],
+    "milliseconds": times["exits"],
+  }
+  with working("writing the net", "up to half a minute"):
+    path = export.export_model(made, folder / FOLDERS[_PRUNED], input_shape=shape, card=card)
+  say(f"\ncheckpoint of step {origin['step']}\n")
+  table = [_head(), _row(made.strategy, score, export.load_exported(path).card)]
+  say("\n".join(align_columns(table)))
+  return times[MASKED]["1"]
+
+
+def _score_exits(
+  experiment: Experiment, net: exits.ExitNet, made: exits.CompiledExits
+) -> dict[str, float]:
+  """Computes test accuracy, and MACs per image: of the whole net, and up to the exits taken."""
+  test, macs = experiment.test, []
 
   def answer(x: Array) -> Array:
     """Returns logits `[N, K]` of images `[N, H, W, D]`; notes the MACs of each."""
     logits, stay = made(x)
     # An image costs what lies before the exit that it takes.
-    macs.append(folded.exit_macs(net, shape, stay))
+    macs.append(folded.exit_macs(net, test.shape, stay))
     return logits
 
   with working(f"testing the program on {len(test):,} images, one at a time", "up to a minute"):
     accuracy = _accuracy(experiment, answer)
-  score = {
+  return {
     "accuracy": accuracy,
-    "macs": int(folded.exit_macs(net, shape)),
+    "macs": int(folded.exit_macs(net, test.shape)),
     "executed_macs": float(np.mean(np.concatenate(macs))),
   }
-  whole = functools.partial(exits.make_program(), net)
-  with working("timing the program and the net, one image at a time", "up to a minute") as progress:
-    times = _milliseconds({"exits": made, MASKED: whole}, images, progress, sizes=(1,))
-  milliseconds = times["exits"]
-  card = _card(experiment, origin, score) | {
-    "strategies": [made.strategy],
-    "milliseconds": milliseconds,
-  }
-  with working("writing the net", "up to half a minute"):
-    path = export.export_model(made, folder / FOLDERS[_PRUNED], input_shape=shape, card=card)
-  say(f"\ncheckpoint of step {origin['step']}\n")
-  say(
-    "\n".join(align_columns([_head(), _row(made.strategy, score, export.load_exported(path).card)]))
-  )
-  return times[MASKED]["1"]
 
 
 def _batches(
@@ -352,7 +380,7 @@ def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
   }
 
 
-def _accuracy(experiment: Experiment, answer: Callable[[np.ndarray], Any]) -> float:
+def _accuracy(experiment: Experiment, answer: Callable[[Any], Any]) -> float:
   """Computes the accuracy of the answers for all test images."""
   right = 0
   for x, labels in _batches(experiment, experiment.test):
@@ -397,6 +425,7 @@ def _milliseconds(
 def _card(
   experiment: Experiment, origin: Mapping[str, Any], score: Mapping[str, float]
 ) -> dict[str, Any]:
+  """Returns what every export says of itself: its scores, and how its images are prepared."""
   data = experiment.config.data
   # Pixels must be normalised as in training, by whoever runs the export.
   return {

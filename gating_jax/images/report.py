@@ -76,6 +76,13 @@ class ImageRun:
   notice: str = ""
 
   @property
+  def gated(self) -> GateBehaviour:
+    """Returns the results for each gate, for the sections of networks that have some."""
+    if self.gates is None:
+      raise ValueError("the network has no gates")
+    return self.gates
+
+  @property
   def layer_sizes(self) -> list[int]:
     """Returns the number of gates of each layer."""
     return [size for _, size in self.layers]
@@ -236,8 +243,9 @@ def _on_hard(run: ImageRun) -> str:
 
 
 def _outcomes(run: ImageRun) -> page.EmbeddedPicture:
+  """Draws how many test images each gate is open for, by layer."""
   return page.embed_figure(
-    gate_pictures.draw_outcomes(run.gates.diagnosis, run.layer_sizes, run.layer_names),
+    gate_pictures.draw_outcomes(run.gated.diagnosis, run.layer_sizes, run.layer_names),
     f"Gates of each layer, by how many of the {len(run.images.macs):,} test {run.noun}s they are "
     "open for.",
     terms=[
@@ -254,15 +262,17 @@ def _outcomes(run: ImageRun) -> page.EmbeddedPicture:
 
 
 def _by_layer(run: ImageRun) -> page.Section:
+  """Returns the table of the gates of each layer."""
   # Layers have the numbers that the figures give them.
   layers = list(zip(run.layer_names, run.layer_sizes, strict=True))
-  header, *rows = tables.gate_rows(by_layer(run.gates.diagnosis, layers))
+  header, *rows = tables.gate_rows(by_layer(run.gated.diagnosis, layers))
   columns = [tables.GATE_COLUMNS[name] for name in header]
   titles = [title for title, _ in columns]
   return page.Section("Gates of each layer", parts=[page.Table(titles, rows, terms=columns)])
 
 
 def _over_training(run: ImageRun) -> page.Section:
+  """Returns the figures of how gates changed over the training."""
   names, history = run.layer_names, run.histograms
   # The panels of a deep network would not fit on a page.
   left_out = len(names) - len(gate_pictures.shown_layers(len(names)))
@@ -285,7 +295,7 @@ def _over_training(run: ImageRun) -> page.Section:
     [
       page.embed_figure(
         gate_pictures.draw_histograms(history, names, "probs"),
-        f"Open probabilities of the gates of each layer, on {len(run.gates.logits):,} test "
+        f"Open probabilities of the gates of each layer, on {len(run.gated.logits):,} test "
         f"{run.noun}s. A band at 1 shows gates that stay open; bands at both ends show "
         "gates that decide.",
         terms=[
@@ -313,8 +323,9 @@ def _over_training(run: ImageRun) -> page.Section:
 
 
 def _selective(run: ImageRun) -> page.Section:
+  """Shows the most selective gates, each with images that open it."""
   title = f"The most selective gates, and the {run.noun}s that open them"
-  rates, labels = run.gates.diagnosis.open_rates, run.images.labels
+  rates, labels = run.gated.diagnosis.open_rates, run.images.labels
   # Gates that are open for no image, or for all, are not selective.
   few = np.count_nonzero((rates > 0) & (rates < SELECTIVE))
   shown = _selected(rates, run.layer_sizes)
@@ -322,7 +333,7 @@ def _selective(run: ImageRun) -> page.Section:
     return page.Section(title, f"No gate is open for some {run.noun}s and closed for others.")
   parts, shown_layers = [], set()
   for gate in shown:
-    images = run.gates.most_open_images[:, gate]
+    images = run.gated.most_open_images[:, gate]
     # -1 marks places without an image: fewer images open the gate.
     images = images[images >= 0]
     texts = [""] * len(images)
@@ -331,7 +342,7 @@ def _selective(run: ImageRun) -> page.Section:
     figure = image_pictures.draw_images(run.read(images), texts)
     place = _place(run, gate)
     shown_layers.add(place.layer)
-    rate = f"open for {_percent(rates[gate])} of {run.noun}s{_mostly(run, gate)}"
+    rate = f"open for {_percent(float(rates[gate]))} of {run.noun}s{_mostly(run, gate)}"
     caption = f"Layer {run.layer_names[place.layer]}, gate {place.number}: {rate}."
     parts.append(page.embed_figure(figure, caption, photo=True))
   layers = len(shown_layers)
@@ -381,22 +392,29 @@ def _selected(rates: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 def _mostly(run: ImageRun, gate: int) -> str:
   """Names the classes whose images open a gate most often."""
-  if run.gates.class_rates is None or len(run.class_names) < 2:
+  class_rates = run.gated.class_rates
+  if class_rates is None or run.class_names is None or len(run.class_names) < 2:
     return ""
   # A class without test images has the rate NaN.
-  rates = np.nan_to_num(run.gates.class_rates[:, gate])
+  rates = np.nan_to_num(class_rates[:, gate])
   named = []
   for k in np.argsort(-rates, kind="stable")[:2]:
     if rates[k] > 0:
-      named.append(f"{_percent(rates[k])} of “{_class(run, k)}”")
+      named.append(f"{_percent(float(rates[k]))} of “{_class(run, int(k))}”")
   return "; " + ", ".join(named)
 
 
 def _classes(run: ImageRun) -> page.Section:
-  title, information = "Gates and classes", run.gates.diagnosis.class_information
+  """Shows the gates that tell most about the class."""
+  title, diagnosis = "Gates and classes", run.gated.diagnosis
+  class_rates, information = run.gated.class_rates, diagnosis.class_information
+  # As for all sets whose images have classes.
+  assert class_rates is not None
+  assert information is not None
+  assert run.class_names is not None
   # Classes without test images have no rates.
-  known = np.flatnonzero(~np.isnan(run.gates.class_rates).any(axis=1))
-  rates, names = run.gates.class_rates[known], [run.class_names[k] for k in known]
+  known = np.flatnonzero(~np.isnan(class_rates).any(axis=1))
+  rates, names = class_rates[known], [run.class_names[k] for k in known.tolist()]
   order = np.argsort(-information, kind="stable")
   # Gates with 0 bits of the class are left out: their order is arbitrary.
   order = order[information[order] > 0]
@@ -421,7 +439,7 @@ def _classes(run: ImageRun) -> page.Section:
   )
   titles = []
   for gate in best:
-    rate = _percent(run.gates.diagnosis.open_rates[gate])
+    rate = _percent(float(diagnosis.open_rates[gate]))
     titles.append(f"{_short(run, gate)}: {information[gate]:.2f} bits, open for {rate}")
   bars = page.embed_figure(
     gate_pictures.draw_class_bars(rates[:, best].T, titles, names),
@@ -442,6 +460,7 @@ def _classes(run: ImageRun) -> page.Section:
 
 
 def _extremes(run: ImageRun) -> page.Section:
+  """Shows the images with the least and the largest loss."""
   images = run.images
   order = np.argsort(images.losses, kind="stable")
 
@@ -450,11 +469,11 @@ def _extremes(run: ImageRun) -> page.Section:
     texts = []
     for i in chosen:
       cost = f"{images.losses[i]:.2g} · {images.macs[i] / 1e6:.3g} M"
-      if images.labels is None:
+      if images.labels is None or images.correct is None or images.predicted is None:
         texts.append(cost)
         continue
-      answer = "right" if images.correct[i] else f"→ {_class(run, images.predicted[i])}"
-      texts.append(f"{_class(run, images.labels[i])}\n{answer}\n{cost}")
+      answer = "right" if images.correct[i] else f"→ {_class(run, int(images.predicted[i]))}"
+      texts.append(f"{_class(run, int(images.labels[i]))}\n{answer}\n{cost}")
     figure = image_pictures.draw_images(run.read(chosen), texts)
     return page.embed_figure(figure, caption, photo=True)
 
@@ -485,6 +504,9 @@ def _percent(rate: float) -> str:
 
 
 def _class(run: ImageRun, k: int) -> str:
+  """Returns the name of class `k`, shortened."""
+  # As for every image with a class.
+  assert run.class_names is not None
   return plain(run.class_names[k], 15)
 
 
@@ -496,6 +518,7 @@ class _Place(NamedTuple):
 
 
 def _place(run: ImageRun, gate: int) -> _Place:
+  """Returns the place of the gate with this number among all gates."""
   ends = np.cumsum(run.layer_sizes)
   # The end of a layer is the first gate of the next one, hence `right`.
   layer = int(np.searchsorted(ends, gate, side="right"))
@@ -503,5 +526,6 @@ def _place(run: ImageRun, gate: int) -> _Place:
 
 
 def _short(run: ImageRun, gate: int) -> str:
+  """Returns the short name of a gate, `layer:number`."""
   place = _place(run, gate)
   return f"{place.layer:02d}:{place.number}"

@@ -18,17 +18,17 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 
 from gating_jax import runner
+from gating_jax.config_files import Config
 from gating_jax.data import scenes
 from gating_jax.images import build as image_build
 from gating_jax.images import compile
 from gating_jax.images.build import Experiment
 from gating_jax.images.classification import Classification
-from gating_jax.models.resnet import RESNETS
+from gating_jax.models.resnets import RESNETS
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.summary import model_summary
 from gating_jax.reports import images as image_pictures
@@ -44,7 +44,7 @@ from gating_jax.types import Array
 _DRAWN = 3
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+def run(config: Config, workdir: Path, mode: str) -> None:
   """Runs a mode for segmentation in a run directory.
 
   Args:
@@ -57,9 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   runner.run(Segmentation(experiment), workdir, mode)
 
 
-def build(
-  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
-) -> Experiment:
+def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experiment:
   """Builds the experiment of a config of scenes.
 
   Args:
@@ -115,7 +113,7 @@ class _Sets(NamedTuple):
   train_shape: tuple[int, int, int] | None = None
 
 
-def _made_sets(config: ml_collections.ConfigDict) -> _Sets:
+def _made_sets(config: Config) -> _Sets:
   """Returns sets of scenes that are made of digits."""
   data = config.data
 
@@ -131,7 +129,7 @@ def _made_sets(config: ml_collections.ConfigDict) -> _Sets:
   )
 
 
-def _opened_sets(config: ml_collections.ConfigDict) -> _Sets:
+def _opened_sets(config: Config) -> _Sets:
   """Returns sets of scenes on disk."""
   data = config.data
 
@@ -160,7 +158,7 @@ def _opened_sets(config: ml_collections.ConfigDict) -> _Sets:
   )
 
 
-def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
+def network(model: Config, classes: int) -> nn.Module:
   """Builds the residual network that `config.model` describes, with the head on its feature map.
 
   Args:
@@ -334,7 +332,7 @@ def summarise_pixels(
     "accuracy": float(np.trace(sums["confusion"])) / pixels,
     "cross_entropy": float(sums["cross_entropy"]) / pixels,
   }
-  for k in np.flatnonzero(present):
+  for k in np.flatnonzero(present).tolist():
     numbers[f"iou/{class_names[k]}"] = float(iou[k])
   return numbers
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.inference.folded import Group
+from gating_jax.inference.folded import Group, expand_groups
 
 # Sets are filled up to multiples of this, what a row of registers holds.
 CHANNELS = 16
@@ -38,8 +38,8 @@ def unions(
     A list of sets; each set has an index array, `[K]`, for every group.
   """
   usages = []
-  for group, g in zip(groups, gates, strict=True):
-    mask = np.asarray(group.expand(jnp.asarray(g))) > 0
+  for factors in expand_groups(groups, list(map(jnp.asarray, gates))):
+    mask = np.asarray(factors) > 0
     # Stable, so that the same data always give the same sets.
     usages.append(_Usage(mask, np.argsort(-mask.mean(0), kind="stable")))
   # Examples are clustered by the open channels of all groups at once.

@@ -438,7 +438,7 @@ def choose_fastest(
   # `masked` is the fallback, so its own ratio must be within the limit.
   limit = max(max_slowdown_all_open, open_ratios[MASKED])
   allowed = [name for name in open_seconds if open_ratios[name] <= limit]
-  best = min(allowed, key=seconds.get)
+  best = min(allowed, key=seconds.__getitem__)
   # A small gain may be noise, and computing everything has no bad case.
   if seconds[best] >= GAIN * seconds[MASKED]:
     best = MASKED

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from gating_jax.checks import former_keyword, one_of
 from gating_jax.inference import folded
-from gating_jax.inference.analyse import gates_of
+from gating_jax.inference.analysing import gates_of
 from gating_jax.inference.compiled import (
   AUTO,
   GAIN,
@@ -36,7 +36,7 @@ from gating_jax.inference.compiled import (
 )
 from gating_jax.inference.folded import FoldedNet, Gates, Head, Layer
 from gating_jax.inference.folding import fold
-from gating_jax.inference.quantise import check_float
+from gating_jax.inference.quantising import check_float
 from gating_jax.inference.strategies import (
   EXPORTABLE,
   STRATEGIES,
@@ -189,7 +189,7 @@ def compile_conditional(
   folded.check_channels(net, options.input_shape[2])
   # Strategies are fitted to every second image and timed on the others, if there are two or more.
   fitted = timed = options.calibration
-  if strategy == AUTO and len(fitted) > 1:
+  if strategy == AUTO and fitted is not None and len(fitted) > 1:
     fitted, timed = fitted[::2], fitted[1::2]
   gates = () if fitted is None else gates_of(net, fitted)
   tried = _names_to_try(strategy, candidates)

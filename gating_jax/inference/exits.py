@@ -20,6 +20,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +75,7 @@ class CompiledExits(CompiledImages):
     super().__init__(net, net, options=options, program=run_as, timings=timings)
 
 
-def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
+def fold_exits(model: nn.Module, variables: Mapping[str, Any] | None) -> ExitNet:
   """Folds the BatchNorm of a network with exits, in evaluation and in float32.
 
   Args:
@@ -86,6 +87,7 @@ def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
     ValueError: another model, or one with something that cannot be folded.
   """
   check_foldable(model, (EarlyExitNet,))
+  assert isinstance(model, EarlyExitNet)  # which has been checked
   parts, flat = fold_stages(model, variables)
 
   def classifier(*path: str) -> tuple[Array, Array]:

@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from gating_jax.checks import one_of, shown, user_path
+from gating_jax.checks import naming_extra, one_of, shown, user_path
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import CompiledImages, check_image_shape, check_images
 from gating_jax.inference.folded import FoldedNet
-from gating_jax.inference.quantise import dequantise
+from gating_jax.inference.quantising import dequantise
 from gating_jax.ops import arguments
 
 PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
@@ -80,6 +80,7 @@ class Loaded:
     return self._call(dict(self.weights), x)
 
 
+@naming_extra()
 def export_model(
   model: FoldedNet | CompiledImages | Callable[[jax.Array], Any],
   directory: str | os.PathLike,
@@ -174,6 +175,7 @@ def _check_compiled(
     )
 
 
+@naming_extra()
 def load_exported(directory: str | os.PathLike) -> Loaded:
   """Loads an export on this process's default device, after checking it against its card.
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ import numpy as np
 from jax import lax
 
 from gating_jax.ops.relaxations import threshold_gate
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array
 
 Gates = tuple[Array, ...]
+_T = TypeVar("_T")
 # `[N, U]` gates of every group of a network in host memory, in order.
 AllGates = Sequence[np.ndarray]
 Shape = tuple[int, int, int]
@@ -66,7 +67,7 @@ class Conv:
     return y + self.bias[None, None, None]
 
   def select(
-    self, inputs: Array | slice | None = None, outputs: Array | slice | None = None
+    self, inputs: AnyArray | slice | None = None, outputs: AnyArray | slice | None = None
   ) -> Conv:
     """Returns the convolution restricted to some of its channels.
 
@@ -82,7 +83,7 @@ class Conv:
     return dataclasses.replace(self, kernel=kernel, bias=bias)
 
 
-def _select(array: Array, axis: int, index: Array | slice) -> Array:
+def _select(array: Array, axis: int, index: AnyArray | slice) -> Array:
   """Selects entries of one axis of an array."""
   place = (slice(None),) * axis + (index,)
   if isinstance(index, slice):
@@ -104,11 +105,16 @@ class Group:
     """Returns the number of the convolution's output channels."""
     return self.always + self.gates * self.channels
 
-  def expand(self, gates: Array) -> Array:
+  def expand(self, gates: AnyArray) -> Array:
     """Expands `[N, U]` gates to `[N, width]`, the factor of each channel."""
     # The channels of a gate are adjacent.
     each = jnp.repeat(gates, self.channels, axis=1)
     return jnp.concatenate([jnp.ones((each.shape[0], self.always), each.dtype), each], axis=1)
+
+
+def expand_groups(groups: Sequence[Group], gates: Sequence[AnyArray]) -> list[Array]:
+  """Expands the `[N, U]` gates of each group to `[N, C]`, a factor for each channel."""
+  return [group.expand(g) for group, g in zip(groups, gates, strict=True)]
 
 
 @jax.tree_util.register_dataclass
@@ -167,10 +173,9 @@ class _Gated:
     """Returns the group that gates a block's output, if any."""
     return self.groups[-1] if self.output_gate else None
 
-  def masks(self, gates: Sequence[Array]) -> list[Array]:
+  def masks(self, gates: Sequence[AnyArray]) -> list[Array]:
     """Expands the gates of the inner groups to `[N, C]`, a factor for each channel."""
-    inner = self.inner_groups
-    return [group.expand(g) for group, g in zip(inner, gates[: len(inner)], strict=True)]
+    return expand_groups(self.inner_groups, gates[: len(self.inner_groups)])
 
 
 @jax.tree_util.register_dataclass
@@ -266,7 +271,7 @@ class ExitNet:
   threshold: float = dataclasses.field(metadata={"static": True})
 
 
-def output_groups(part: Part, per_group: Sequence[Any]) -> Sequence[Any]:
+def output_groups(part: Part, per_group: tuple[_T, ...]) -> tuple[_T, ...]:
   """Selects, from values for each group of a part, those of its output's channels.
 
   Returns nothing where these have no gates.
@@ -286,8 +291,8 @@ class Step(NamedTuple):
   """
 
   part: Part
-  own: Sequence[Any]
-  before: Sequence[Any]
+  own: tuple[Any, ...]
+  before: tuple[Any, ...]
 
 
 def walk(net: FoldedNet, per_group: Sequence[Any] = ()) -> Iterator[Step]:
@@ -329,7 +334,13 @@ def group_places(net: FoldedNet) -> list[GroupPlace]:
   return found
 
 
-Runner = Callable[[Part, Array, Gates, Gates], Array]
+def join_batches(batches: Sequence[AllGates]) -> list[np.ndarray]:
+  """Joins the gates of several batches: `[N, U]` of each group to `[M, U]`."""
+  return [np.concatenate(of_group) for of_group in zip(*batches, strict=True)]
+
+
+# `(part, x, gates, gates of x) -> y`; the part is of the kind that the runner was made for.
+Runner = Callable[[Any, Array, Gates, Gates], Array]
 
 
 def run(
@@ -358,9 +369,9 @@ def run(
     x = runner(part, x, gates, before)
     found += logits
     before = output_groups(part, gates)
-    if part.output_gate:
+    if (group := part.outer_group) is not None:
       # y = gates * ReLU(branch + shortcut): here, so that no strategy needs to know of it.
-      x = x * part.outer_group.expand(gates[-1])[:, None, None]
+      x = x * group.expand(gates[-1])[:, None, None]
   if not net.pooled:
     return x, found
   x = pooled(x)
@@ -485,7 +496,7 @@ def macs_by_part(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) 
   opened = []
   for part, own, _ in walk(net, gates):
     opened += opened_of(part, own) if gates else []
-  shape, found = tuple(input_shape), []
+  shape, found = input_shape, []
   # The next part multiplies only by the channels that the gates before leave.
   for part, own, before in walk(net, opened):
     shape, part_cost = part_macs(part, shape, *before, opened=own)

@@ -23,8 +23,8 @@ from gating_jax.checks import one_of, shown
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer, Part
 from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GATE_NAME, GateSettings
-from gating_jax.models.resnet import ResNet
-from gating_jax.models.vgg import POOL, VGG
+from gating_jax.models.resnets import ResNet
+from gating_jax.models.vggs import POOL, VGG
 from gating_jax.ops import relaxations
 from gating_jax.ops.arguments import instance
 from gating_jax.types import Path
@@ -33,7 +33,7 @@ _EPSILON = nn.BatchNorm.epsilon
 _VGG_POOL = (2, 2, 0)
 
 
-def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> FoldedNet:
+def fold(model: nn.Module, variables: Mapping[str, Any] | None) -> FoldedNet:
   """Converts a network in evaluation, with the same outputs up to rounding, in float32.
 
   Args:
@@ -47,6 +47,7 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> FoldedNet:
     TypeError: variables that are no mapping.
   """
   check_foldable(model)
+  assert isinstance(model, (ResNet, VGG))  # which has been checked
   flat = _flat(model, variables)
   parts = _vgg_parts(model, flat) if isinstance(model, VGG) else _resnet_parts(model, flat)
   if isinstance(model, ResNet) and not model.pool:
@@ -61,7 +62,7 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> FoldedNet:
   return FoldedNet(parts, (kernel, bias))
 
 
-def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:
+def _flat(model: nn.Module, variables: Mapping[str, Any] | None) -> dict[Path, np.ndarray]:
   """Returns the variables in float32, by path.
 
   Raises:
@@ -93,7 +94,8 @@ def _shapes(model: nn.Module, channels: int) -> dict[Path, tuple[int, ...]]:
   # Any size works from which the pools leave a pixel.
   images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
   made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
-  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(dict(made)).items()}
+  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(made))
+  return {path: leaf.shape for path, leaf in flat.items()}
 
 
 class _Rule(NamedTuple):
@@ -183,7 +185,7 @@ def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]) -> tuple[Part,
   stem_plan = model.stem_plan
   # The stride of images is the same along both sides.
   stem = fold_conv(flat, ("stem",), stride=stem_plan.stride[-1])
-  parts = [Layer(stem, pool=stem_plan.pool)]
+  parts: list[Part] = [Layer(stem, pool=stem_plan.pool)]
   channels = stem.bias.size
   for stage in model.plan(probe):
     for plan in stage.blocks:
@@ -320,13 +322,14 @@ def _gate_layer(model: VGG, flat: Mapping[Path, np.ndarray], layers: list[Layer]
 
 
 def _without_closed_features(
-  parts: tuple[Layer, ...], classifier: jax.Array
-) -> tuple[tuple[Layer, ...], jax.Array]:
+  parts: tuple[Part, ...], classifier: jax.Array
+) -> tuple[tuple[Part, ...], jax.Array]:
   """Removes the last layer's channels that are 0 for every input, also from the classifier.
 
   Static gates close such channels; no other convolution reads them.
   """
   *before, last = parts
+  assert isinstance(last, Layer)  # as all parts of a VGG
   conv = last.conv
   closed = np.all(np.asarray(conv.kernel) == 0, axis=(0, 1, 2)) & (np.asarray(conv.bias) == 0)
   kept = _at_least_one(~closed)
@@ -341,7 +344,7 @@ def _group(model, channels: int) -> Group:
 
 
 def fold_stages(
-  model: ResNet, variables: Mapping[str, Any]
+  model: ResNet, variables: Mapping[str, Any] | None
 ) -> tuple[list[tuple[Part, ...]], dict[Path, np.ndarray]]:
   """Returns the parts of each stage, the stem with the first, and the variables by path."""
   flat = _flat(model, variables)
@@ -416,8 +419,8 @@ def _static_gates(
 
 def _scaled(conv: Conv, scale: np.ndarray | float) -> Conv:
   """Multiplies the output channels of a convolution by `[O]` numbers, or by one number."""
-  scale = jnp.broadcast_to(jnp.asarray(scale, conv.bias.dtype), conv.bias.shape)
-  return Conv(conv.kernel * scale[None, None, None], conv.bias * scale, conv.stride, conv.dilation)
+  each = jnp.broadcast_to(jnp.asarray(scale, conv.bias.dtype), conv.bias.shape)
+  return Conv(conv.kernel * each[None, None, None], conv.bias * each, conv.stride, conv.dilation)
 
 
 def _scaled_away(writer: Conv, scale: np.ndarray, reader: Conv) -> tuple[Conv, Conv]:

@@ -30,7 +30,7 @@ from gating_jax.inference.folded import (
   group_places,
   walk,
 )
-from gating_jax.inference.quantise import check_folded
+from gating_jax.inference.quantising import check_folded
 from gating_jax.ops import arguments
 
 
@@ -250,10 +250,12 @@ def _channels(group: Group, units: np.ndarray) -> np.ndarray:
   return (first[:, None] + np.arange(group.channels)).reshape(-1)
 
 
-def _prune_head(head: Head, choices: Sequence[PruneMask], groups: Sequence[Group]) -> Head | None:
+def _prune_head(
+  head: Head | None, choices: Sequence[PruneMask], groups: Sequence[Group]
+) -> Head | None:
   """Restricts a gate network to the units that keep their gate; None if there are none."""
   gated = np.concatenate([choice.gated for choice in choices])
-  if not gated.any():
+  if head is None or not gated.any():
     return None
   return dataclasses.replace(
     head, logits=head.logits[:, gated], logits_bias=head.logits_bias[gated], groups=tuple(groups)
@@ -302,7 +304,7 @@ def _prune_block(block: Block, own: Sequence[PruneMask]) -> Block:
     convs[i] = convs[i].select(outputs=channels.index)
     convs[i + 1] = convs[i + 1].select(inputs=channels.index)
     groups_left.append(channels.group)
-  if block.output_gate:
+  if block.outer_group is not None:
     groups_left.append(block.outer_group)
   head = _prune_head(block.head, [*inner, *outer], groups_left)
   return dataclasses.replace(block, convs=tuple(convs), head=head)

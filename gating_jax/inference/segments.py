@@ -254,9 +254,9 @@ def compile_segments(
     advance=count_pieces(progress, count_runs(programs) + repeats),
   )
   timings = choice.timings(network.mac_ratios(calibration, counts))
-  return CompiledSegments(
-    variables, strategy=choice.strategy, program=programs[choice.strategy].run, timings=timings
-  )
+  program = programs[choice.strategy].run
+  assert isinstance(program, (SkippingProgram, MaskedProgram))  # the others are never chosen
+  return CompiledSegments(variables, strategy=choice.strategy, program=program, timings=timings)
 
 
 class _Network(NamedTuple):
@@ -304,7 +304,8 @@ class _Network(NamedTuple):
 
     def run_gates(variables: Mapping[str, Any], inputs: Inputs) -> tuple[Array, Array]:
       """Returns the gates, and the heavy net's MACs on each segment, `[B, T]` both."""
-      _, (record, *channels) = self.model.apply(variables, self.prepare(inputs))
+      results: Any = self.model.apply(variables, self.prepare(inputs))
+      _, (record, *channels) = results
       return record.gates, counts.heavy.per_example(tuple(channels), record.gates.shape)
 
     gates, heavy_macs = jax.device_get(jax.jit(run_gates)(self.variables, inputs))
@@ -401,7 +402,8 @@ def _run_whole(
   model: SegmentNet, prepare: Callable, variables: Mapping[str, Any], inputs: Inputs
 ) -> tuple[Outputs, Records, Array]:
   """Computes outputs and records of all segments, and the number of chosen segments."""
-  outputs, records = model.apply(variables, prepare(inputs))
+  results: Any = model.apply(variables, prepare(inputs))
+  outputs, records = results
   return outputs, records, jnp.sum(records[0].gates > 0)
 
 
@@ -409,7 +411,8 @@ def _choose(
   model: SegmentNet, prepare: Callable, variables: Mapping[str, Any], inputs: Inputs
 ) -> tuple[GateRecord, Outputs, Array]:
   """Chooses segments; returns their record, outputs so far, and the number of chosen segments."""
-  record, outputs = model.apply(variables, prepare(inputs), method="choose")
+  results: Any = model.apply(variables, prepare(inputs), method="choose")
+  record, outputs = results
   return record, outputs, jnp.sum(record.gates > 0)
 
 
@@ -445,4 +448,6 @@ def _classify(
   model: SegmentNet, variables: Mapping[str, Any], features: Array, gates: Array
 ) -> Array:
   """Computes the logits `[B, classes]` from the features of all segments."""
-  return model.apply(variables, features.reshape(*gates.shape, -1), gates, method="classify")
+  features = features.reshape(*gates.shape, -1)
+  logits: Any = model.apply(variables, features, gates, method="classify")
+  return logits

@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ from gating_jax.inference.folded import (
 from gating_jax.ops import native_kernels, pallas_kernels
 from gating_jax.ops.compaction import bucket_sizes
 from gating_jax.timing import MASKED
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +269,7 @@ def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
   return filled
 
 
-def _smallest_program(count: Array, sizes: Sequence[int]) -> Array:
+def _smallest_program(count: Array, sizes: Sequence[int]) -> Array | int:
   """Returns the index of the first of the rising sizes that holds `count`."""
   return sum((count > size).astype(jnp.int32) for size in sizes[:-1])
 
@@ -325,7 +325,7 @@ def _compact_layer(layer: Layer, x: Array, kept: Sequence[_Kept]) -> Array:
   return _spread(y, channels.index, layer.conv.bias.size)
 
 
-def _subnet(convs: Sequence[Conv], channels: Sequence[Array]) -> tuple[Conv, ...]:
+def _subnet(convs: Sequence[Conv], channels: Sequence[AnyArray]) -> tuple[Conv, ...]:
   """Restricts convolutions to the given channels between them."""
   # The first reads all channels, the last writes all.
   ends, subnet = [None, *channels, None], []
@@ -344,7 +344,7 @@ def _spread(y: Array, index: Array, size: int) -> Array:
 
 def layer_dispatch(part: Part, context: PartContext) -> CompiledPart | None:
   """Runs the branch on the examples open for it, gathered; None without a gate of the branch."""
-  if not part.layer_gate or not part.groups:
+  if not isinstance(part, Block) or not part.layer_gate or not part.groups:
     return None
   # ReLU changes nothing in a shortcut that is the input and never below 0.
   plain_shortcut = context.rectified and part.project is None
@@ -371,7 +371,7 @@ def layer_dispatch_macs(batch: PartBatch) -> float:
   return float(batch.count * batch.macs(opened=[fraction]))
 
 
-def _has_one_hidden_group(part: Part) -> bool:
+def _has_one_hidden_group(part: Part) -> TypeGuard[Block]:
   """Tests for a block of two convolutions with gates of the channels between them."""
   return (
     isinstance(part, Block)
@@ -588,6 +588,7 @@ def _channel_sets(block: Block, context: PartContext) -> list[list[np.ndarray]]:
 def cluster_macs(batch: PartBatch) -> float:
   """Counts the channels of each set for the examples gathered for it."""
   part = batch.part
+  assert isinstance(part, Block)  # `cluster` fits no other
   masks = list(map(np.asarray, part.masks(batch.gates)))
   whole = [np.arange(group.width) for group in part.inner_groups]
   # The shortcut runs for all; an example waits until a set covers what it opens.
@@ -632,7 +633,8 @@ def native(part: Part, context: PartContext) -> CompiledPart | None:
       masks = [None, *wide]
     else:
       between = block.masks(gates) or [None] * (len(block.convs) - 1)
-      outer = block.outer_group.expand(gates[-1]) if block.output_gate else None
+      group = block.outer_group
+      outer = None if group is None else group.expand(gates[-1])
       masks = [gates_before(before), *between, outer]
     return _native_chain(block.convs, x, masks, block.shortcut(x))
 
@@ -790,10 +792,7 @@ def account(
   Returns:
     An `Account`, per image.
   """
-  gates = []
-  for of_group in zip(*batches, strict=True):
-    gates.append(np.concatenate(of_group))
-  of_parts = folded.macs_by_part(net, shape, gates)
+  of_parts = folded.macs_by_part(net, shape, folded.join_batches(batches))
   walks = [list(folded.walk(net, gates)) for gates in batches]
   dense, opened, computed, heads = [], [], [], []
   for i, part in enumerate(net.parts):

@@ -1,0 +1,52 @@
+"""Flax Linen modules; gated ones return `(y, records)`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gating_jax.lazy import lazy_names
+
+__all__ = [
+  "BasicBlock",
+  "Bottleneck",
+  "ChannelGate",
+  "ConvNorm",
+  "Experts",
+  "FactorisedConvNorm",
+  "GateHead",
+  "GateSettings",
+  "GatedChannels",
+  "SegmentGate",
+  "SegmentGateSettings",
+  "apply_gates",
+  "deterministic_record",
+]
+
+# Type checkers read the imports, and Python the table.
+if TYPE_CHECKING:
+  from gating_jax.layers.blocks import BasicBlock, Bottleneck
+  from gating_jax.layers.conv import ConvNorm, FactorisedConvNorm
+  from gating_jax.layers.experts import Experts
+  from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
+  from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings, deterministic_record
+else:
+  __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+      "gating_jax.layers.blocks": ("BasicBlock", "Bottleneck"),
+      "gating_jax.layers.conv": ("ConvNorm", "FactorisedConvNorm"),
+      "gating_jax.layers.experts": ("Experts",),
+      "gating_jax.layers.gate": (
+        "ChannelGate",
+        "GateHead",
+        "GateSettings",
+        "GatedChannels",
+        "apply_gates",
+      ),
+      "gating_jax.layers.segment_gate": (
+        "SegmentGate",
+        "SegmentGateSettings",
+        "deterministic_record",
+      ),
+    },
+  )

@@ -10,8 +10,8 @@ Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3;
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ class _ResidualBlock(nn.Module):
   convolution: str = "full"
   gate: GateSettings = GateSettings()
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
   gated_input: bool = False
   dilations: tuple[int, int] = (1, 1)
   group_norm: bool = False
@@ -105,7 +105,7 @@ class _ResidualBlock(nn.Module):
   ) -> Conv:
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
     # `FactorisedConvNorm` has no such field.
-    spread = {} if dilation == 1 else {"dilation": dilation}
+    spread: dict[str, Any] = {} if dilation == 1 else {"dilation": dilation}
     return conv(
       features=features,
       window=window,
@@ -138,7 +138,7 @@ class _ResidualBlock(nn.Module):
     shared: Shared,
     *,
     convs: Sequence[Conv],
-    project: ConvNorm | None,
+    project: Conv | None,
   ) -> Records:
     """Returns the records of the block's gate, or scales; none if it has no gate."""
     groups = self._groups(x.shape, convs, project)
@@ -153,7 +153,7 @@ class _ResidualBlock(nn.Module):
     return SourceBias(name=name)(h, shared)
 
   def _groups(
-    self, x_shape: Sequence[int], convs: Sequence[Conv], project: ConvNorm | None
+    self, x_shape: Sequence[int], convs: Sequence[Conv], project: Conv | None
   ) -> tuple[GatedChannels, ...]:
     """Describes the groups of channels that the block's gate decides on."""
     if self.gating in ("none", "bias"):
@@ -163,6 +163,9 @@ class _ResidualBlock(nn.Module):
       # Only the identity can replace a closed branch.
       keeps_shape = self.stride == 1 and x_shape[-1] == convs[-1].features
       return (_whole_branch(calls),) if keeps_shape else ()
+    if self.gating not in ("channel", "all_channels"):
+      # Groups that nothing multiplies would count as gated without an effect.
+      raise ValueError(f"gating {self.gating!r} is in GATINGS, but _groups does not describe it")
     gated_output = self.gating == "all_channels"
     hidden = _hidden_groups(calls, gated_input=self.gated_input, gated_output=gated_output)
     return (*hidden, _output_group(calls[-1], project, x_shape)) if gated_output else hidden
@@ -192,7 +195,7 @@ class _ResidualBlock(nn.Module):
     # Free of this module's scope, the copies can run inside the custom backward pass.
     alone = [conv.clone(parent=None, name=None) for conv in convs]
 
-    def branch(variables, x):
+    def branch(variables: Any, x: Any) -> Any:
       """Applies the convolutions, with ReLU between them: `[N, H, W, D] -> [N, H', W', C]`."""
       for i, conv in enumerate(alone):
         x = conv.apply(variables[i], nn.relu(x) if i else x, True)
@@ -216,13 +219,13 @@ class _ResidualBlock(nn.Module):
       y = apply_gates(y, records[-1].gates)
     return y, decisions(records, self.gate)
 
-  def _project(self, x: Array, features: int) -> ConvNorm | None:
+  def _project(self, x: Array, features: int) -> Conv | None:
     """Returns the convolution of the shortcut, where it needs one."""
     if self.shortcut == "A" or (self.stride == 1 and x.shape[-1] == features):
       return None
     return self._conv("project", features=features, window=1, stride=self.stride)
 
-  def _shortcut(self, x: Array, train: bool, *, features: int, project: ConvNorm | None) -> Array:
+  def _shortcut(self, x: Array, train: bool, *, features: int, project: Conv | None) -> Array:
     """Returns the identity where shapes agree, else the shortcut of kind A or B.
 
     A subsamples and pads with zero channels; B is a 1x1 convolution.
@@ -404,7 +407,7 @@ def _hidden_groups(
   return tuple(groups)
 
 
-def _output_group(last: _Call, project: ConvNorm | None, x_shape: Sequence[int]) -> GatedChannels:
+def _output_group(last: _Call, project: Conv | None, x_shape: Sequence[int]) -> GatedChannels:
   """Describes the output channels: those of the last convolution and of the projection.
 
   No reader is named, since the output also bypasses the next block's branch.

@@ -7,8 +7,9 @@ Reference: Tran et al., "A closer look at spatiotemporal convolutions for action
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -67,7 +68,7 @@ class ConvNorm(nn.Module):
   window: int | Sequence[int]
   stride: int | Sequence[int] = 1
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
   depthwise: bool = False
   norm: bool = True
   dilation: int = 1
@@ -85,7 +86,7 @@ class ConvNorm(nn.Module):
       window,
       stride,
       # Same size as the input at stride 1, for odd windows.
-      padding=[(w // 2 * self.dilation,) * 2 for w in window],
+      padding=[(w // 2 * self.dilation, w // 2 * self.dilation) for w in window],
       kernel_dilation=self.dilation,
       feature_group_count=self.features if self.depthwise else 1,
       use_bias=not self.norm,
@@ -144,7 +145,7 @@ class FactorisedConvNorm(nn.Module):
   window: int | Sequence[int]
   stride: int | Sequence[int] = 1
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
   group_norm: bool = False
 
   @nn.compact
@@ -188,10 +189,12 @@ class FactorisedConvNorm(nn.Module):
 
   def _parts(self, inputs: int) -> tuple[ConvNorm, ConvNorm]:
     window, stride = _per_axis("window", self.window, 3), _per_axis("stride", self.stride, 3)
-    shared = dict(dtype=self.dtype, axis_name=self.axis_name, group_norm=self.group_norm)
+    part = functools.partial(
+      ConvNorm, dtype=self.dtype, axis_name=self.axis_name, group_norm=self.group_norm
+    )
     middle = self._middle(inputs)
-    space = ConvNorm(middle, (1, *window[1:]), (1, *stride[1:]), name="space", **shared)
-    time = ConvNorm(self.features, (window[0], 1, 1), (stride[0], 1, 1), name="time", **shared)
+    space = part(middle, (1, *window[1:]), (1, *stride[1:]), name="space")
+    time = part(self.features, (window[0], 1, 1), (stride[0], 1, 1), name="time")
     return space, time
 
   def _middle(self, inputs: int) -> int:
@@ -221,7 +224,7 @@ def _output_shape(
 
 def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
   """Returns one size per axis; a single number holds for all of them."""
-  sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
+  sizes = tuple(value) if isinstance(value, Sequence) else (value,) * axes
   for size in sizes:
     arguments.whole_number(name, size)
   if len(sizes) != axes:

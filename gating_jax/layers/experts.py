@@ -9,7 +9,8 @@ Reference: Jacobs et al., "Adaptive mixtures of local experts", 1991; Shazeer et
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+import operator
 
 import flax.linen as nn
 import jax
@@ -45,7 +46,7 @@ class Experts(nn.Module):
   experts: tuple[nn.Module, ...]
   top_k: int | None = None
   gate: GateSettings = GateSettings()
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -56,14 +57,15 @@ class Experts(nn.Module):
       )
     scores = GateHead(count, self.gate, self.axis_name, name=GATE_NAME)(x, train)
     logits, gates = mixture(scores, self.top_k)
-    y, macs = 0, []
+    parts, macs = [], []
     for e, expert in enumerate(self.experts):
       # Experts can be any modules, so their MACs are counted while they are traced.
       with kernel_calls() as calls:
         own = expert(x, train)
       macs.append(sum(call.macs for call in calls))
       # g_e expert_e(x), one gate per example whatever the output's rank.
-      y += gates[:, e].reshape(-1, *[1] * (own.ndim - 1)).astype(own.dtype) * own
+      gate = gates[:, e].reshape(-1, *[1] * (own.ndim - 1))
+      parts.append(gate.astype(own.dtype) * own)
     # A record has one cost per unit.
     if len(set(macs)) > 1:
       raise ValueError(f"experts must all have the same number of MACs; got {macs}")
@@ -74,7 +76,7 @@ class Experts(nn.Module):
       macs_per_unit=macs[0],
       gate=(*self.path, GATE_NAME),
     )
-    return y, (record,)
+    return functools.reduce(operator.add, parts), (record,)
 
 
 def mixture(scores: Array, top_k: int | None) -> tuple[Array, Array]:

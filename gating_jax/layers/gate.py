@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.typing import ArrayLike
 
 from gating_jax.checks import one_of, shown
 from gating_jax.layers.context import (
@@ -37,7 +38,7 @@ from gating_jax.layers.context import (
 )
 from gating_jax.ops import arguments, collectives, quantiles, relaxations
 from gating_jax.ops.arguments import float_dtype
-from gating_jax.types import Array, GateRecord, Path, Records
+from gating_jax.types import AnyArray, Array, GateRecord, Path, Records
 
 # Name of every gate module inside its block; `is_gate_path` recognises gates by it.
 GATE_NAME = "gate"
@@ -71,7 +72,7 @@ def is_gate_path(path: Sequence[str]) -> bool:
   return GATE_NAME in path or GLANCE_NAME in path
 
 
-def noise_scales(params: Mapping[str, Any], scale: float | Array) -> dict[str, Any]:
+def noise_scales(params: Mapping[str, Any], scale: ArrayLike) -> dict[str, Any]:
   """Returns the collection `noise`, which replaces the `noise_scale` of every gate's settings.
 
   Unlike a setting, the scale may be traced:
@@ -335,7 +336,7 @@ class GateHead(nn.Module):
 
   units: int
   settings: GateSettings = GateSettings()
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False, shared: Shared = NOTHING_SHARED) -> Array:
@@ -398,7 +399,7 @@ class ChannelGate(nn.Module):
 
   groups: tuple[GatedChannels, ...]
   settings: GateSettings = GateSettings()
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False, shared: Shared = NOTHING_SHARED) -> Records:
@@ -583,7 +584,7 @@ def decisions(records: Records, settings: GateSettings) -> Records:
   return records if settings.decides else ()
 
 
-def apply_gates(x: Array, gates: Array) -> Array:
+def apply_gates(x: Array, gates: AnyArray) -> Array:
   """Switches channels: `[N, H, W, C]` features times `[N, C / b]` gates of b channels each.
 
   The b channels of a gate are adjacent. The result has the type of the features; float32 if they

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Hashable
 
 import flax.linen as nn
 import jax
@@ -113,7 +112,7 @@ class SegmentGate(nn.Module):
 
   settings: SegmentGateSettings = SegmentGateSettings()
   macs_per_unit: int = 0
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, valid: Array, train: bool = False) -> GateRecord:
@@ -199,7 +198,7 @@ class Policy(nn.Module):
   policy: str
   share: float = 1.0
   macs_per_unit: int = 0
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(

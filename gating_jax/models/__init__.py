@@ -1,0 +1,53 @@
+"""Networks: residual nets, VGG, segment nets, and counts of their parameters and MACs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gating_jax.lazy import lazy_names
+
+__all__ = [
+  "EarlyExitNet",
+  "ExpertNet",
+  "InflatedInception",
+  "MobileNet",
+  "ModelCounts",
+  "ResNet",
+  "SegmentClassifier",
+  "SegmentNet",
+  "Segmenter",
+  "VGG",
+  "VideoCounts",
+  "find_concepts",
+  "heavy_net",
+  "light_net",
+  "model_summary",
+  "resnet",
+  "vgg",
+  "video_summary",
+]
+
+# Type checkers read the imports, and Python the table.
+if TYPE_CHECKING:
+  from gating_jax.models.mobilenet import MobileNet
+  from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
+  from gating_jax.models.resnets import ResNet, resnet
+  from gating_jax.models.segmenter import Segmenter
+  from gating_jax.models.summary import ModelCounts, VideoCounts, model_summary, video_summary
+  from gating_jax.models.timegate import SegmentClassifier, SegmentNet, find_concepts
+  from gating_jax.models.vggs import VGG, vgg
+  from gating_jax.models.video_backbones import InflatedInception, heavy_net, light_net
+else:
+  __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+      "gating_jax.models.mobilenet": ("MobileNet",),
+      "gating_jax.models.resnet_variants": ("EarlyExitNet", "ExpertNet"),
+      "gating_jax.models.resnets": ("ResNet", "resnet"),
+      "gating_jax.models.segmenter": ("Segmenter",),
+      "gating_jax.models.summary": ("ModelCounts", "VideoCounts", "model_summary", "video_summary"),
+      "gating_jax.models.timegate": ("SegmentClassifier", "SegmentNet", "find_concepts"),
+      "gating_jax.models.vggs": ("VGG", "vgg"),
+      "gating_jax.models.video_backbones": ("InflatedInception", "heavy_net", "light_net"),
+    },
+  )

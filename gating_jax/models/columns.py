@@ -16,8 +16,7 @@ Reference: Rusu et al., "Progressive neural networks", 2016.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -28,9 +27,9 @@ from gating_jax.checks import one_of
 from gating_jax.layers.conv import scaled
 from gating_jax.layers.gate import GateSettings
 from gating_jax.layers.mac_trace import kernel_calls
-from gating_jax.models.resnet import RESNETS, ResNet, resnet
-from gating_jax.models.vgg import POOL, VGGS, VGGLayer
-from gating_jax.types import Array
+from gating_jax.models.resnets import RESNETS, ResNet, resnet
+from gating_jax.models.vggs import POOL, VGGS, Chain, VGGLayer
+from gating_jax.types import Array, cached
 
 
 class ColumnMacs(NamedTuple):
@@ -56,12 +55,12 @@ class ChainColumn(nn.Module):
   """
 
   classes: int
-  chain: tuple[int | str, ...]
+  chain: Chain
   width: float = 1.0
   norm: bool = True
   alpha: float = 0.1
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(
@@ -69,15 +68,15 @@ class ChainColumn(nn.Module):
   ) -> tuple[Array, tuple[Array, ...]]:
     h, outputs = x.astype(self.dtype), []
     # `chain` mixes convolutions with pools; layers are numbered by their convolutions alone.
-    convs = [i for i, channels in enumerate(self.chain) if channels != POOL]
-    for number, i in enumerate(convs, start=1):
+    convs = [(i, channels) for i, channels in enumerate(self.chain) if channels != POOL]
+    for number, (i, channels) in enumerate(convs, start=1):
       if outputs and before:
         # W and U of the module's equation are one convolution over both inputs, side by side.
         # Layer `number` reads the output of layer `number - 1`, whose index is `number - 2`.
         extra = Adapter(self.alpha, name=f"adapter{number}")(before[number - 2])
         h = jnp.concatenate([h, extra], axis=-1)
       h, _ = VGGLayer(
-        features=scaled(self.chain[i], self.width),
+        features=scaled(channels, self.width),
         pool=POOL in self.chain[i + 1 : i + 2],
         norm=self.norm,
         gating="none",
@@ -101,6 +100,7 @@ class ResNetColumn(ResNet):
     alpha: initial value of each alpha_j; the other fields are those of `ResNet`.
   """
 
+  classes: int
   alpha: float = 0.1
 
   @nn.compact
@@ -162,14 +162,14 @@ def column(name: str, classes: int, **settings) -> Column:
   return resnet(name, classes, kind=ResNetColumn, **settings)
 
 
-@functools.cache
-def output_shapes(column: Column, shape: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
+@cached
+def output_shapes(column: Column, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], ...]:
   """Returns `(H_i, W_i, D_i)` of each output of a column for an image of this shape."""
   _, outputs = _trace(column, shape, ())
   return tuple(h.shape[1:] for h in outputs)
 
 
-@functools.cache
+@cached
 def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int) -> ColumnMacs:
   """Counts the MACs of a column that has `columns_before` columns before it.
 

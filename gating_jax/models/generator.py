@@ -8,7 +8,7 @@ adversarial networks", 2016; Odena et al., "Deconvolution and checkerboard artif
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -62,7 +62,7 @@ class Generator(nn.Module):
   classes: int | None = None
   gating: str = "none"
   gate: GateSettings = GateSettings()
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(
@@ -144,7 +144,7 @@ class _Hidden(nn.Module):
   reader: Path
   gating: str
   gate: GateSettings
-  axis_name: Hashable | None
+  axis_name: str | None
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> tuple[Array, Records]:
@@ -218,6 +218,13 @@ def _halving(features: int, name: str) -> nn.Conv:
     conv_general_dilated=convolve,
     name=name,
   )
+
+
+def classes_of(generator: Generator) -> int:
+  """Returns the number of labels that the images of a generator are conditional on."""
+  if generator.classes is None:
+    raise ValueError("the generator must be conditional on labels; got classes None")
+  return generator.classes
 
 
 def _check_labels(classes: int | None, labels: Array | None) -> None:

@@ -7,7 +7,7 @@ and 2.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -49,14 +49,14 @@ class MobileNet(nn.Module):
   head: int = 1280
   width: float = 1.0
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     if x.ndim != 4:
       raise ValueError(f"images must be [N, H, W, D]; got shape {x.shape}")
-    shared = dict(dtype=self.dtype, axis_name=self.axis_name)
-    stem = ConvNorm(scaled(self.stem, self.width), 3, self.stem_stride, name="stem", **shared)
+    layer = functools.partial(ConvNorm, dtype=self.dtype, axis_name=self.axis_name)
+    stem = layer(scaled(self.stem, self.width), 3, self.stem_stride, name="stem")
     x = nn.relu6(stem(x.astype(self.dtype), train))
     for stage, (expansion, channels, blocks, stride) in enumerate(self.stages, start=1):
       for i in range(1, blocks + 1):
@@ -65,11 +65,12 @@ class MobileNet(nn.Module):
           expansion=expansion,
           # Only the first block of a stage reduces the resolution.
           stride=stride if i == 1 else 1,
+          dtype=self.dtype,
+          axis_name=self.axis_name,
           name=f"stage{stage}_block{i}",
-          **shared,
         )
         x = block(x, train)
-    x = nn.relu6(ConvNorm(scaled(self.head, self.width), 1, name="head", **shared)(x, train))
+    x = nn.relu6(layer(scaled(self.head, self.width), 1, name="head")(x, train))
     # A mean in bfloat16 over many pixels would lose precision.
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2)), ()
 
@@ -85,18 +86,18 @@ class InvertedResidual(nn.Module):
   expansion: int
   stride: int = 1
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     inside = self.expansion * x.shape[-1]
-    shared = dict(dtype=self.dtype, axis_name=self.axis_name)
+    layer = functools.partial(ConvNorm, dtype=self.dtype, axis_name=self.axis_name)
     h = x
     # Without expansion the paper's first block has no 1x1 convolution before the depthwise one.
     if self.expansion > 1:
-      h = nn.relu6(ConvNorm(inside, 1, name="expand", **shared)(h, train))
-    depthwise = ConvNorm(inside, 3, self.stride, depthwise=True, name="depthwise", **shared)
+      h = nn.relu6(layer(inside, 1, name="expand")(h, train))
+    depthwise = layer(inside, 3, self.stride, depthwise=True, name="depthwise")
     h = nn.relu6(depthwise(h, train))
     # Linear bottleneck: no ReLU after the projection, which would lose information (section 3.2).
-    h = ConvNorm(self.features, 1, name="project", **shared)(h, train)
+    h = layer(self.features, 1, name="project")(h, train)
     return x + h if h.shape == x.shape else h

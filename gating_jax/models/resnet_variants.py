@@ -7,8 +7,6 @@ deep neural networks", 2016; Jacobs et al., 1991, and Shazeer et al., 2017 (see 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from gating_jax.layers.context import NOTHING_SHARED, Shared
 from gating_jax.layers.conv import ConvNorm
 from gating_jax.layers.experts import Experts
 from gating_jax.layers.mac_trace import kernel_calls
-from gating_jax.models.resnet import ResNet, StagePlan
+from gating_jax.models.resnets import ResNet, StagePlan
 from gating_jax.ops import confidence
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import Array, GateRecord, Records
@@ -27,8 +25,11 @@ class EarlyExitNet(ResNet):
   """Residual network that answers at the first exit that is sure of its class.
 
   `[N, H, W, D]` images to `([N, K] float32 logits, records)`: the logits of the exit at which each
-  image leaves. With `train=True` the logits are those of all exits, `[N, X + 1, K]`, the network's
-  own last, since training fits all of them. Everything is computed in both cases.
+  image leaves. Training fits all exits, whose logits are those of the method `all_exits`:
+
+      model.apply(variables, x, train=True, method="all_exits", mutable=["batch_stats"])
+
+  Everything is computed in both cases.
 
   There is one record for each exit before the last. Its single unit is the part of the network up
   to the next exit, which runs where the gate is open. Gates are never drawn: `logits` say how far
@@ -40,15 +41,22 @@ class EarlyExitNet(ResNet):
     threshold: fraction of the largest entropy, in (0, 1), below which an exit is taken.
 
   >>> from gating_jax.models.summary import model_summary
-  >>> from gating_jax.models.resnet import resnet
+  >>> from gating_jax.models.resnets import resnet
   >>> model_summary(resnet("resnet20", 10, kind=EarlyExitNet), (32, 32, 3)).gate_layers
   (('exit1', 1), ('exit2', 1))
   """
 
+  classes: int
   threshold: float = 0.3
 
-  @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    answers, records = self.all_exits(x, train)
+    stay = jnp.concatenate([record.logits for record in records], axis=1)
+    return confidence.first_sure(answers, stay), records
+
+  @nn.compact
+  def all_exits(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    """Returns the logits of all exits, `[N, X + 1, K]`, the network's own last, and the records."""
     if self.classes is None or len(self.blocks) < 2 or self.gating != "none" or x.ndim != 4:
       # An exit needs classes and a stage after it; its own gates would be a second kind of record.
       raise ValueError(
@@ -78,8 +86,7 @@ class EarlyExitNet(ResNet):
         gate=(*self.path, f"exit{i}", "classifier"),
       )
       records.append(record)
-    # In training every exit has a loss, so no answer is chosen.
-    return (answers if train else confidence.first_sure(answers, stay)), tuple(records)
+    return answers, tuple(records)
 
   def _exit(self, number: int) -> nn.Module:
     """Returns the classifier after a stage."""
@@ -102,7 +109,7 @@ class Exit(nn.Module):
   classes: int
   features: int
   dtype: jnp.dtype
-  axis_name: Hashable | None
+  axis_name: str | None
   group_norm: bool
 
   @nn.compact
@@ -133,7 +140,7 @@ class ExpertNet(ResNet):
     top_k: number of experts that contribute for an example; None for all.
 
   >>> from gating_jax.models.summary import model_summary
-  >>> from gating_jax.models.resnet import resnet
+  >>> from gating_jax.models.resnets import resnet
   >>> model_summary(resnet("resnet20", 10, kind=ExpertNet, experts=3), (32, 32, 3)).gate_layers
   (('stage3', 3),)
   """

@@ -6,7 +6,8 @@ Reference: Zhao et al., "Pyramid scene parsing network", 2017, section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -35,7 +36,7 @@ class Segmenter(nn.Module):
     axis_name: mapped device axis over which BatchNorm takes its statistics.
 
   >>> from gating_jax.models.summary import model_summary
-  >>> from gating_jax.models.resnet import resnet
+  >>> from gating_jax.models.resnets import resnet
   >>> backbone = resnet("resnet20", None, pool=False, output_stride=2)
   >>> model_summary(Segmenter(backbone, classes=11, features=32), (32, 32, 1)).macs
   88762368
@@ -46,7 +47,7 @@ class Segmenter(nn.Module):
   features: int = 512
   bins: tuple[int, ...] = BINS
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -76,11 +77,11 @@ class PyramidHead(nn.Module):
   features: int
   bins: tuple[int, ...] = BINS
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    shared = dict(dtype=self.dtype, axis_name=self.axis_name)
+    layer = functools.partial(ConvNorm, dtype=self.dtype, axis_name=self.axis_name)
     x = x.astype(self.dtype)
     levels = [x]
     # Together the grids have about as many channels as the map, as in the paper.
@@ -88,9 +89,9 @@ class PyramidHead(nn.Module):
     for side in self.bins:
       # Means in float32: a cell may hold many pixels.
       level = grid_means(x.astype(jnp.float32), side).astype(self.dtype)
-      level = nn.relu(ConvNorm(features, 1, name=f"bins{side}", **shared)(level, train))
+      level = nn.relu(layer(features, 1, name=f"bins{side}")(level, train))
       levels.append(enlarge(level, x.shape[1:3]))
-    join = ConvNorm(self.features, 3, name="join", **shared)
+    join = layer(self.features, 3, name="join")
     x = nn.relu(join(jnp.concatenate(levels, axis=-1), train))
     # Logits are float32, whatever the head computes in.
     return nn.Conv(self.classes, (1, 1), name="classifier")(x.astype(jnp.float32))

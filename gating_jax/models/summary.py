@@ -31,7 +31,7 @@ from gating_jax.layers.mac_trace import Call, kernel_calls
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import arguments
 from gating_jax.ops.macs import executed_macs, gated_macs
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import Array, GateRecord, Path, Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
   Raises:
     TypeError: no module, one that returns something else, or a shape of another kind.
 
-  >>> from gating_jax.models.resnet import resnet
+  >>> from gating_jax.models.resnets import resnet
   >>> model_summary(resnet("resnet20", classes=10), (32, 32, 3)).macs
   40551040
   """
@@ -108,7 +108,8 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
   macs, params = {True: 0, False: 0}, {True: 0, False: 0}
   for call in trace.calls:
     macs[is_gate_path(call.path)] += call.macs
-  for path, leaf in traverse_util.flatten_dict(trace.variables.get("params", {})).items():
+  leaves: dict[Path, Any] = traverse_util.flatten_dict(trace.variables.get("params", {}))
+  for path, leaf in leaves.items():
     params[is_gate_path(path)] += math.prod(leaf.shape)
   gates = [record.gates.shape[-1] for record in trace.records]
   return ModelCounts(
@@ -129,7 +130,7 @@ def reduced_macs(model: nn.Module, input_shape: Any) -> int:
   Abati et al., 2020, table 2, count the SimpleCNN on MNIST like this; `model_summary` has its true
   MACs. Gate networks and dense layers are not counted.
 
-  >>> from gating_jax.models.vgg import vgg
+  >>> from gating_jax.models.vggs import vgg
   >>> reduced_macs(vgg("simple_cnn", 2), (28, 28, 1))
   926100
   """

@@ -14,14 +14,15 @@ Reference: Hussein et al., 2020 (TimeGate); Ghodrati et al., 2021 (FrameExit); K
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.checks import one_of
+from gating_jax.checks import naming_extra, one_of
 from gating_jax.layers.gate import GATE_NAME, check_examples
 from gating_jax.layers.segment_gate import (
   POLICIES,
@@ -33,7 +34,7 @@ from gating_jax.layers.segment_gate import (
 from gating_jax.ops import arguments, collectives, selection
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.compaction import open_backward
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import AnyArray, Apply, Array, GateRecord, Records
 
 SELECTIONS = ("gate", "confidence", *POLICIES)
 POOLINGS = ("max", "mean", "attention")
@@ -69,6 +70,9 @@ class SegmentNet(nn.Module):
       each clip alone and have no gates.
   """
 
+  if TYPE_CHECKING:
+    apply: ClassVar[Apply[Outputs]]
+
   classes: int
   light: nn.Module | None
   heavy: nn.Module
@@ -78,7 +82,7 @@ class SegmentNet(nn.Module):
   pooling: str = "max"
   gate: SegmentGateSettings = SegmentGateSettings()
   macs_per_segment: int = 0
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
   backward_capacity: int | None = None
 
   def setup(self):
@@ -97,7 +101,9 @@ class SegmentNet(nn.Module):
         f"light must be a net for selection {self.selection!r} or with a light head; got None"
       )
     if self.selection == "gate":
-      self.selector = SegmentGate(self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME)
+      self.selector: nn.Module = SegmentGate(
+        self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME
+      )
     elif self.selection in POLICIES:
       # A policy has no parameters; `confidence` needs no module at all.
       self.selector = Policy(
@@ -116,7 +122,10 @@ class SegmentNet(nn.Module):
     _check_input(inputs, "heavy")
     clips = inputs["heavy"].reshape(-1, *inputs["heavy"].shape[2:])
     if train and self.backward_capacity is not None:
-      features, records = self._encode_with_open_backward(clips, record.gates.reshape(-1)), ()
+      features, records = (
+        self._encode_with_open_backward(clips, record.gates.reshape(-1), self.backward_capacity),
+        (),
+      )
     else:
       features, records = self.encode(clips, train)
     # From `[B T, C]` back to `[B, T, C]`.
@@ -164,7 +173,7 @@ class SegmentNet(nn.Module):
     """Runs the heavy net on single segments, `[N, ...]` to `[N, C]`; also returns its records."""
     return self.heavy(clips, train)
 
-  def _encode_with_open_backward(self, clips: Array, gates: Array) -> Array:
+  def _encode_with_open_backward(self, clips: Array, gates: AnyArray, capacity: int) -> Array:
     """Runs the heavy net on all segments; its backward pass runs on the open ones alone."""
     # A copy outside this module, since `open_backward` differentiates a pure function.
     variables, heavy = self.heavy.variables, self.heavy.clone(parent=None, name=None)
@@ -179,7 +188,7 @@ class SegmentNet(nn.Module):
       """Runs the heavy net on single segments in training, `[K, ...]` to `[K, C]`."""
       return heavy.apply(variables, clips, True)[0]
 
-    return open_backward(encode, variables, clips, gates, capacity=self.backward_capacity)
+    return open_backward(encode, variables, clips, gates, capacity=capacity)
 
   def classify(self, features: Array, gates: Array) -> Array:
     """Computes the logits `[B, classes]` from `[B, T, C]` features of the chosen segments.
@@ -212,10 +221,10 @@ class Classifier(nn.Module):
 
   classes: int
   pooling: str = "max"
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, features: Array, gates: Array, train: bool = False) -> Array:
+  def __call__(self, features: Array, gates: AnyArray, train: bool = False) -> Array:
     # Attention weights the chosen segments by the softmax of a score each.
     scores = nn.Dense(1, name="scores")(features)[..., 0] if self.pooling == "attention" else None
     h = pool(features, gates, self.pooling, scores=scores)
@@ -228,7 +237,7 @@ class Classifier(nn.Module):
     return nn.Dense(self.classes, name="logits")(h)
 
 
-def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) -> Array:
+def pool(features: Array, gates: AnyArray, kind: str, scores: Array | None = None) -> Array:
   """Pools the chosen segments of each video to one vector.
 
   Args:
@@ -274,7 +283,7 @@ class Dropout(nn.Module):
   """
 
   rate: float
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -313,6 +322,7 @@ class SegmentClassifier(nn.Module):
     }, records
 
 
+@naming_extra()
 def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
   """Computes the centroids of k clusters of features (k-means from one k-means++ start).
 
@@ -352,5 +362,6 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
     raise ValueError(
       f"k must be in 1 .. {distinct}, the number of distinct features of {len(features)}; got {k}"
     )
-  # One seeded start: the same features give the same concepts.
-  return KMeans(k, random_state=seed, n_init=1).fit(features).cluster_centers_.astype(np.float32)
+  # One seeded start: the same features give the same concepts. Checkers take `n_init` for a text.
+  one_start: dict[str, Any] = {"n_init": 1}
+  return KMeans(k, random_state=seed, **one_start).fit(features).cluster_centers_.astype(np.float32)

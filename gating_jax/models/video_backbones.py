@@ -1,7 +1,7 @@
 """Networks for video segments, by name: light ones see a frame, heavy ones a clip of frames.
 
 All return `([N, C] float32 features, records)`. The residual ones are those for images, in
-`models/resnet.py` and `models/mobilenet.py`; I3D is here.
+`models/resnets.py` and `models/mobilenet.py`; I3D is here.
 
 Axes: N segments, F frames, H and W pixels, D channels, C features.
 Reference: Hussein et al., "TimeGate: conditional gating of segments in long-range activities",
@@ -12,7 +12,6 @@ Reference: Hussein et al., "TimeGate: conditional gating of segments in long-ran
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +21,7 @@ from gating_jax.checks import one_of
 from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import GateSettings, check_gate_settings
 from gating_jax.models.mobilenet import MobileNet
-from gating_jax.models.resnet import RESNETS, ResNet
+from gating_jax.models.resnets import RESNETS, ResNet
 from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import max_pool
 from gating_jax.types import Array, Records
@@ -50,7 +49,7 @@ class FeaturePool(nn.Module):
   """
 
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -79,7 +78,7 @@ class InflatedInception(nn.Module):
   width: float = 1.0
   stem: str = "imagenet"
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -109,8 +108,15 @@ class InflatedInception(nn.Module):
     def conv(x, i, *, features, window, stride):
       """Applies convolution i of the stem, normalisation and ReLU: `[N, ..., D] -> [N, ..., C]`."""
       features = scaled(features, self.width)
-      shared = dict(dtype=self.dtype, axis_name=self.axis_name)
-      return nn.relu(ConvNorm(features, window, stride, name=f"stem{i}", **shared)(x, train))
+      layer = ConvNorm(
+        features,
+        window,
+        stride,
+        dtype=self.dtype,
+        axis_name=self.axis_name,
+        name=f"stem{i}",
+      )
+      return nn.relu(layer(x, train))
 
     if self.stem == "small":
       return conv(x, 1, features=64, window=3, stride=half)
@@ -133,16 +139,16 @@ class InceptionModule(nn.Module):
       last.
   """
 
-  channels: tuple[int, int, int, int, int, int]
+  channels: tuple[int, ...]
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     def conv(x, name, features, window=1):
       """Applies a convolution, normalisation and ReLU: `[N, ..., D] -> [N, ..., features]`."""
-      shared = dict(dtype=self.dtype, axis_name=self.axis_name)
-      return nn.relu(ConvNorm(features, window, name=name, **shared)(x, train))
+      layer = ConvNorm(features, window, dtype=self.dtype, axis_name=self.axis_name, name=name)
+      return nn.relu(layer(x, train))
 
     one, reduce2, two, reduce3, three, four = self.channels
     axes = x.ndim - 2
@@ -193,7 +199,7 @@ def light_net(
   *,
   width: float = 1.0,
   dtype: jnp.dtype = jnp.float32,
-  axis_name: Hashable | None = None,
+  axis_name: str | None = None,
 ) -> nn.Module:
   """Builds a network for `[N, H, W, D]` frames.
 
@@ -220,7 +226,7 @@ def heavy_net(
   gate: GateSettings | None = None,
   group_norm: bool = False,
   dtype: jnp.dtype = jnp.float32,
-  axis_name: Hashable | None = None,
+  axis_name: str | None = None,
 ) -> nn.Module:
   """Builds a network for `[N, F, H, W, D]` clips.
 

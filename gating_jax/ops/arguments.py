@@ -19,9 +19,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gating_jax.checks import is_array, shown
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array, GateRecord
 
 # NumPy's kinds of types that hold no real number: objects, texts, bytes, complex numbers, times.
 _NO_NUMBERS = "OSUcmM"
@@ -102,7 +103,7 @@ def parameter(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> 
     ValueError: it is known and breaks the rule.
   """
   # A tracer has no value to check.
-  if isinstance(value, jax.core.Tracer):
+  if isinstance(value, Tracer):
     return value
   try:
     known = np.asarray(value)
@@ -129,11 +130,17 @@ def real_array(name: str, value: Any, axes: str = "") -> None:
     ValueError: another number of axes.
   """
   what = f"an {axes} array of real numbers" if axes else "an array of real numbers"
-  is_row = isinstance(value, (list, tuple)) and all(_is_scalar(v) for v in value)
-  if not (is_array(value) and _is_real(value.dtype) or _is_scalar(value) or is_row):
+  if not _holds_real_numbers(value):
     raise TypeError(f"{name} must be {what}; got {shown(value)}")
   if axes and np.ndim(value) != axes.count(",") + 1:
     raise ValueError(f"{name} must be {axes}; got shape {np.shape(value)}")
+
+
+def _holds_real_numbers(value: Any) -> bool:
+  """Returns whether a value is a real number, an array of them, or a list of them."""
+  if isinstance(value, (list, tuple)):
+    return all(_is_scalar(v) for v in value)
+  return is_array(value) and _is_real(value.dtype) or _is_scalar(value)
 
 
 def one_shape(axes: str, **arrays: Any) -> tuple[Array, ...]:
@@ -172,6 +179,15 @@ def items(name: str, values: Any, what: str) -> tuple[Any, ...]:
   return tuple(values)
 
 
+def of_record(value: AnyArray | GateRecord, field: str) -> AnyArray:
+  """Returns a field of a `GateRecord`; any other value as it is.
+
+  >>> of_record(GateRecord(logits=1.0, probs=0.7, gates=1.0), "probs"), of_record(0.5, "probs")
+  (0.7, 0.5)
+  """
+  return getattr(value, field) if isinstance(value, GateRecord) else value
+
+
 def within_reach(name: str, shape: tuple[int, ...]) -> None:
   """Raises a ValueError if an array has 2**31 elements or more, beyond 32-bit indices.
 
@@ -191,7 +207,7 @@ def prng_key(name: str, key: Any) -> None:
     raise TypeError(f"{name} must be a PRNG key, such as jax.random.key(0); got {shown(key)}")
 
 
-def as_float(x: Array) -> Array:
+def as_float(x: AnyArray) -> Array:
   """Returns `x` in floating point of at least 32 bits, in which priors and losses compute.
 
   bfloat16, float16, integers, truth values and Python's numbers become float32; float64 stays.
@@ -207,7 +223,7 @@ def as_float(x: Array) -> Array:
   return x.astype(jnp.float32)
 
 
-def float_dtype(x: Array) -> np.dtype:
+def float_dtype(x: AnyArray) -> np.dtype:
   """Returns the type of `x` if it is a floating one, else float32.
 
   Integers and truth values count as float32.
@@ -227,8 +243,9 @@ def number_as(number: int | float, like: Array) -> Array:
   Array(1.0995116e+12, dtype=float32)
   """
   # A size that is not known yet has no value that `float` could take.
-  known = number if jax.export.is_symbolic_dim(number) else float(number)
-  return jnp.asarray(known, float_dtype(like))
+  if isinstance(number, float) or not jax.export.is_symbolic_dim(number):
+    number = float(number)
+  return jnp.asarray(number, float_dtype(like))
 
 
 def same_rank(*arrays: Array) -> tuple[Array, ...]:
@@ -247,7 +264,7 @@ def aligned(x: Array, *parameters: Any) -> tuple[Any, ...]:
   Numbers stay numbers, since they take part in any type. Arrays get x's type, and all get one rank.
   """
   rank = max(map(jnp.ndim, (x, *parameters)))
-  result = [_at_rank(x, rank)]
+  result: list[Any] = [_at_rank(x, rank)]
   for parameter in parameters:
     if _is_scalar(parameter):
       result.append(float(parameter))

@@ -193,7 +193,7 @@ def _totals(a, b):
   )
 
 
-def _lower_tail(z, a, b, *, log_x=0.0, log_rest=0.0):
+def _lower_tail(z, a, b, *, log_x: float | Array = 0.0, log_rest: float | Array = 0.0):
   """Integrates f(t) / f(z) over t <= z, for z <= mode, times each of three factors.
 
   The factors are 1, log sigmoid(t) - log_x and log sigmoid(-t) - log_rest. Gauss-Legendre in v with

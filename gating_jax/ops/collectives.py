@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gating_jax.ops.arguments import float_dtype
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array
 
 
 def gather_batch(x: Array, axis_name: Hashable | None) -> Array:
@@ -55,7 +55,7 @@ def exchange_columns(x: Array, axis_name: Hashable) -> Array:
   )
 
 
-def batch_mean(x: Array, axis_name: Hashable | None) -> Array:
+def batch_mean(x: AnyArray, axis_name: Hashable | None) -> Array:
   """Computes the mean over axis 0 of the whole batch, whose shards have equal size."""
   x = jnp.asarray(x)
   # Integers and truth values have a mean in float32.

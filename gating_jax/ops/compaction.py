@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from gating_jax.checks import shown
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array
 
 
 def open_indices(gates: Array, capacity: int) -> tuple[Array, Array]:
@@ -152,7 +152,7 @@ def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, .
 
 
 def open_backward(
-  f: Callable[[Any, Array], Array], variables: Any, x: Array, gates: Array, *, capacity: int
+  f: Callable[[Any, Array], Array], variables: Any, x: Array, gates: AnyArray, *, capacity: int
 ) -> Array:
   """Computes `f(variables, x)`, with a backward pass on the open examples only.
 

@@ -126,17 +126,17 @@ def threshold_for_budget(
   arguments.real_array("macs", macs, "[X]")
   arguments.number("always_macs", always_macs, ">= 0", lambda v: v >= 0)
   arguments.number("share", share, "in (0, 1]", lambda v: 0 < v <= 1)
-  stay, macs = np.asarray(stay, np.float64), np.asarray(macs, np.float64)
-  if not stay.size or macs.shape != stay.shape[1:]:
-    raise ValueError(f"stay must be [N, X] for X macs; got shapes {stay.shape} and {macs.shape}")
-  total = always_macs + macs.sum()
+  stay, costs = np.asarray(stay, np.float64), np.asarray(macs, np.float64)
+  if not stay.size or costs.shape != stay.shape[1:]:
+    raise ValueError(f"stay must be [N, X] for X macs; got shapes {stay.shape} and {costs.shape}")
+  total = always_macs + costs.sum()
   if not always_macs <= share * total:
     least = always_macs / total
     raise ValueError(
       f"share must be at least {least:.4g}, the cost up to the first exit; got {share}"
     )
   # Passing a level saves the MACs after the exits that are as unsure as that.
-  passed = _levels_passed(stay, np.broadcast_to(macs / len(stay), stay.shape))
+  passed = _levels_passed(stay, np.broadcast_to(costs / len(stay), stay.shape))
   spent = total - passed.weight
   # The first that fits the budget, up to the rounding of the sums.
   leave = int(np.argmax(spent <= share * total * (1 + 1e-9)))

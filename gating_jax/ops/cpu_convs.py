@@ -13,6 +13,8 @@ Reference: Chellapilla et al., "High performance convolutional neural networks f
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -137,11 +139,11 @@ def convolve_depthwise(
          [12., 15.]], dtype=float32)
   """
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  y = 0
+  products = []
   for tap in _taps(x, kernel.shape[:2], strides):
     # Slices keep the two axes, over which the product is broadcast.
-    y = y + tap.pixels * kernel[tap.row : tap.row + 1, tap.column : tap.column + 1]
-  return y
+    products.append(tap.pixels * kernel[tap.row : tap.row + 1, tap.column : tap.column + 1])
+  return functools.reduce(operator.add, products)
 
 
 def max_pool(x: Array, window: Sequence[int], strides: Sequence[int]) -> Array:

@@ -20,7 +20,7 @@ from gating_jax.checks import one_of
 from gating_jax.ops import arguments, collectives, ranking
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.priors import Prior, check_prior
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array, GateRecord
 
 EXCHANGES = ("gather", "all_to_all")
 # Least mean of a learned prior. Below it, a batch has hardly an example on one side, and Beta's
@@ -28,7 +28,7 @@ EXCHANGES = ("gather", "all_to_all")
 _LEAST_MEAN = 0.05
 
 
-def empirical_cdf(x: Array, axis: int = 0) -> Array:
+def empirical_cdf(x: AnyArray, axis: int = 0) -> Array:
   """Computes each value's level in its column: `rank / (N + 1)`, without a gradient.
 
   Tied values have their mean rank.
@@ -58,12 +58,12 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
 
 @ranking.reverse_mode_only
 def batch_shaping_loss(
-  logits: Array,
+  logits: AnyArray | GateRecord,
   prior: Prior,
   *,
   axis: int = 0,
   axis_name: Hashable | None = None,
-  weights: Array | None = None,
+  weights: AnyArray | None = None,
   exchange: str = "gather",
 ) -> Array:
   """Computes the squared gap between each gate's empirical CDF and a prior's, from log-odds.
@@ -78,9 +78,9 @@ def batch_shaping_loss(
   expected loss `noise_floor(N)`.
 
   Args:
-    logits: `[N, C]` gate log-odds, or any shape; columns along `axis` are independent gates. The
-      loss is computed in float32, or in float64 if they are; integers and truth values count as
-      float32.
+    logits: `[N, C]` gate log-odds, or any shape; columns along `axis` are independent gates. Of a
+      record, its logits. The loss is computed in float32, or in float64 if they are; integers and
+      truth values count as float32.
     prior: a `Prior` on [0, 1]; parameters that are arrays hold one entry per column.
     axis: the batch axis.
     axis_name: the mapped device axis, or axes, over which the batch is spread. The loss and its
@@ -116,18 +116,19 @@ def batch_shaping_loss(
       "use cdf_matching_loss"
     )
   one_of("exchange", exchange, EXCHANGES)
+  logits = arguments.of_record(logits, "logits")
   batch = _prepare("logits", logits, prior, cdf=prior.logit_cdf, axis=axis, weights=weights)
   return _loss_over_devices(batch, axis_name=axis_name, exchange=exchange)
 
 
 @ranking.reverse_mode_only
 def cdf_matching_loss(
-  x: Array,
+  x: AnyArray,
   prior: Prior,
   *,
   axis: int = 0,
   axis_name: Hashable | None = None,
-  weights: Array | None = None,
+  weights: AnyArray | None = None,
   exchange: str = "gather",
 ) -> Array:
   """Computes `batch_shaping_loss` on the natural axis, for probabilities or any real feature.
@@ -152,7 +153,11 @@ def cdf_matching_loss(
 
 
 def generalised_batch_shaping_loss(
-  logits: Array, mean_logits: Array, prior: Callable[[Array], Prior], hyperprior: Prior, **options
+  logits: AnyArray | GateRecord,
+  mean_logits: AnyArray,
+  prior: Callable[[Array], Prior],
+  hyperprior: Prior,
+  **options,
 ) -> tuple[Array, Array]:
   """Computes batch-shaping losses with one learned prior per gate, and a hyperprior of their means.
 
@@ -162,7 +167,7 @@ def generalised_batch_shaping_loss(
       mean = sigmoid(mean_logits), kept within [0.05, 0.95]
 
   Args:
-    logits: `[N, C]` gate log-odds.
+    logits: `[N, C]` gate log-odds, or a record.
     mean_logits: `[C]`, learned: the log-odds of each prior's mean.
     prior: means `[C]` -> `Prior`, such as `lambda mean: relaxed_bernoulli(mean, 0.4)`, or
       `symmetric_beta`.
@@ -218,7 +223,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(
-  name: str, x: Array, prior: Prior, *, cdf: Callable, axis: int, weights: Array | None
+  name: str, x: AnyArray, prior: Prior, *, cdf: Callable, axis: int, weights: AnyArray | None
 ) -> _Prepared:
   """Computes the prior's CDF at each value, checks all shapes, and moves the batch axis first."""
   x, axis = _batch(x, axis, name)
@@ -243,10 +248,10 @@ def _prepare(
   # A NaN stays one, whatever the CDF returns for it.
   values = jnp.where(jnp.isnan(x), jnp.nan, values.astype(x.dtype))
   # All axes but the first become one: each column is ranked on its own.
-  keys, values, weights = jax.tree.map(
+  keys, values, of_examples = jax.tree.map(
     lambda v: v.reshape(v.shape[0], -1), (lax.stop_gradient(x), values, weights)
   )
-  return _Prepared(keys, values, weights, columns)
+  return _Prepared(keys, values, of_examples, columns)
 
 
 def _loss_over_devices(batch: _Prepared, *, axis_name: Hashable | None, exchange: str) -> Array:

@@ -7,14 +7,17 @@ Axes: N examples, C gates of one layer.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import float_dtype
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import AnyArray, Array, GateRecord, Records
 
 
 def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
@@ -76,13 +79,13 @@ def gated_macs(records: Records) -> int:
   return total
 
 
-def _open_units(gates: Array) -> Array:
+def _open_units(gates: AnyArray) -> Any:
   """Returns the number of open units of each example, `[N]`."""
   gates = _wide(gates)
   return (gates > 0).astype(gates.dtype).sum(-1)
 
 
-def _wide(x: Array) -> Array:
+def _wide(x: AnyArray) -> Any:
   """Returns x in float32, or in float64 if it is that, as NumPy's arrays may be.
 
   MACs exceed what 16 bits can count.
@@ -92,13 +95,13 @@ def _wide(x: Array) -> Array:
 
 def _macs(records: Records, open_units: Sequence[Array]) -> Array:
   """Computes the MACs of each example from the open units `[N]` of each record."""
-  total = 0
+  costs = []
   for i, record in enumerate(records):
     # The sum over l of the equation; in floats, since a count can exceed the range of int32.
-    total = total + open_units[i] * float(record.macs_per_unit)
+    costs.append(open_units[i] * float(record.macs_per_unit))
     if record.macs_per_pair:
-      total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)
-  return total
+      costs.append(open_units[i - 1] * open_units[i] * float(record.macs_per_pair))
+  return functools.reduce(operator.add, costs)
 
 
 def checked_records(records: Records, *fields: str, with_examples: bool = False) -> Records:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from gating_jax.checks import shown
 from gating_jax.native import build
@@ -135,31 +136,41 @@ class _Chain(NamedTuple):
       yield _Step(*fields)
 
 
-def _checked_chain(x, kernels, biases, gates, shortcut, strides) -> tuple[_Chain, tuple[int, ...]]:
+def _checked_chain(
+  x: Array,
+  kernels: Sequence[Array],
+  biases: Sequence[Array],
+  gates: Sequence[Array | None],
+  shortcut: Array | None,
+  strides: Sequence[int] | None,
+) -> tuple[_Chain, tuple[int, ...]]:
   """Returns the arguments of `gated_chain` as arrays, and the strides; raises as it does."""
   strides = _strides((1,) * len(kernels) if strides is None else strides)
   chain = _Chain(
     x=_array("x", x),
     kernels=_arrays("kernels", kernels),
     biases=_arrays("biases", biases),
-    # Gates may have any real type; the kernel reads float32.
-    gates=_arrays("gates", gates, jnp.float32),
-    shortcut=_array("shortcut", shortcut),
+    gates=_gates(gates),
+    shortcut=None if shortcut is None else _array("shortcut", shortcut),
   )
   _check_rank(chain.kernels)
   _check(chain, strides)
   return chain, strides
 
 
-def _arrays(
-  name: str, values: Sequence[Array | None], dtype: jnp.dtype | None = None
-) -> tuple[Array | None, ...]:
-  return tuple(_array(f"{name}[{i}]", value, dtype) for i, value in enumerate(values))
+def _arrays(name: str, values: Sequence[Array]) -> tuple[Array, ...]:
+  return tuple(_array(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 
-def _array(name: str, value: Array | None, dtype: jnp.dtype | None = None) -> Array | None:
-  if value is None:
-    return None
+def _gates(values: Sequence[Array | None]) -> tuple[Array | None, ...]:
+  """Returns the gates, which may have any real type, in the kernel's float32."""
+  gates = []
+  for i, value in enumerate(values):
+    gates.append(None if value is None else _array(f"gates[{i}]", value, jnp.float32))
+  return tuple(gates)
+
+
+def _array(name: str, value: Array, dtype: DTypeLike | None = None) -> Array:
   try:
     return jnp.asarray(value, dtype)
   # Such as a text, or rows of unequal lengths.

@@ -428,7 +428,7 @@ def _conv(
     x,
     kernel,
     (stride, stride),
-    [(size // 2,) * 2 for size in kernel.shape[:2]],
+    [(size // 2, size // 2) for size in kernel.shape[:2]],
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     precision=precision,
   )

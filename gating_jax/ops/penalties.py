@@ -2,6 +2,9 @@
 
 `closed_share` is no penalty but a metric to watch: penalties may close gates permanently.
 
+Arrays and records are given by position, all else by keyword. A layer is an `[N, C]` array or a
+`GateRecord`, whose `probs` or `gates` are taken. Costs, and both together, are in records alone.
+
 Axes: N examples, at least 1, C gates of one layer, G gates of the network. All penalties are
 dimensionless scalars, differentiable in the probabilities. All raise a ValueError if no layer is
 given or a layer has no example, and a TypeError if the argument is no list of layers.
@@ -9,6 +12,8 @@ given or a layer has no example, and a TypeError if the argument is no list of l
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Hashable, Sequence
 
 import jax.numpy as jnp
@@ -16,25 +21,27 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import entr
 
-from gating_jax.checks import former_keyword
+from gating_jax.checks import former_keyword, former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float, number_as
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, gated_macs
-from gating_jax.types import Array, Records
+from gating_jax.types import AnyArray, Array, GateRecord, Records
 
+Layers = Sequence[AnyArray | GateRecord]
 # For `closed_share`, a gate counts as open from this fraction of examples on.
 LEAST_RATE = 0.01
 # A gate of this open probability may well be drawn open in the next batch: it is not closed.
 _LEAST_PROB = 0.1
 
 
-def l0_loss(probs: Sequence[Array]) -> Array:
+def l0_loss(probs: Layers) -> Array:
   """Computes the mean open probability over all gates of all layers.
 
   It is the expected fraction of open gates.
 
   Args:
-    probs: one `[N, C]` array per layer. For hard concrete gates pass `hard_concrete_open_prob`.
+    probs: one `[N, C]` array or record per layer. For hard concrete gates pass
+      `hard_concrete_open_prob`.
   Raises:
     ValueError: no layers given.
 
@@ -43,16 +50,17 @@ def l0_loss(probs: Sequence[Array]) -> Array:
 
   Reference: Louizos et al., 2018; Bejnordi et al., 2020.
   """
-  gates, expected_open = 0, 0
-  for layer in _checked_layers("probs", probs):
+  gates, expected_open = 0, []
+  for layer in _checked_layers("probs", probs, "probs"):
     # Every gate counts once, so large layers count more.
     gates += layer.shape[-1]
-    expected_open += jnp.sum(collectives.batch_mean(layer, None))
-  return expected_open / gates
+    expected_open.append(jnp.sum(collectives.batch_mean(layer, None)))
+  return functools.reduce(operator.add, expected_open) / gates
 
 
+@former_positional("target")
 def target_rate_loss(
-  gates: Sequence[Array], target: float | Array, *, axis_name: Hashable | None = None
+  gates: Layers, *, target: float | Array, axis_name: Hashable | None = None
 ) -> Array:
   """Computes the squared gap between each gate's batch mean and a target rate, as a sum.
 
@@ -61,22 +69,23 @@ def target_rate_loss(
   The sum is over gates and layers.
 
   Args:
-    gates: one `[N, C]` array per layer: sampled gates or probabilities.
+    gates: one `[N, C]` array per layer, sampled gates or probabilities; or one record, whose gates
+      as drawn are taken.
     target: a rate in [0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
 
-  >>> target_rate_loss([jnp.array([[1.0], [0.0]])], 0.6)
+  >>> target_rate_loss([jnp.array([[1.0], [0.0]])], target=0.6)
   Array(0.01, dtype=float32)
 
   Reference: Veit and Belongie, 2018 (ConvNet-AIG).
   """
   target = arguments.parameter("target", target, "in [0, 1]", lambda v: (v >= 0) & (v <= 1))
-  total = 0
-  for layer in _checked_layers("gates", gates):
+  gaps = []
+  for layer in _checked_layers("gates", gates, "gates"):
     rate = collectives.batch_mean(unweighted(layer), axis_name)
     # Layers may differ in type, and the target takes that of each.
-    total += jnp.sum(jnp.square(rate - jnp.asarray(target, rate.dtype)))
-  return total
+    gaps.append(jnp.sum(jnp.square(rate - jnp.asarray(target, rate.dtype))))
+  return functools.reduce(operator.add, gaps)
 
 
 def unweighted(gates: Array) -> Array:
@@ -95,7 +104,7 @@ def unweighted(gates: Array) -> Array:
   return gates / lax.stop_gradient(jnp.maximum(gates, jnp.ones_like(gates)))
 
 
-def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -> Array:
+def entropy_loss(probs: Layers, *, axis_name: Hashable | None = None) -> Array:
   """Computes how far the entropy of each gate's mean probability is below 1 bit, on average.
 
       loss = mean_c (1 - H(mean_n p_nc)),   H(p) = -p log2 p - (1 - p) log2(1 - p)
@@ -104,17 +113,17 @@ def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -
   and also if it is open for each with probability 1/2: the loss does not distinguish these.
 
   Args:
-    probs: one `[N, C]` array per layer.
+    probs: one `[N, C]` array or record per layer.
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
 
   >>> print(f"{entropy_loss([jnp.array([[0.0, 1.0], [1.0, 1.0]])]):.4f}")
   0.5000
   """
-  layers = _checked_layers("probs", probs)
+  layers = _checked_layers("probs", probs, "probs")
   return _certainty(jnp.concatenate([collectives.batch_mean(p, axis_name) for p in layers]))
 
 
-def decision_entropy_loss(probs: Sequence[Array]) -> Array:
+def decision_entropy_loss(probs: Layers) -> Array:
   """Computes how far the entropy of each single decision is below 1 bit, on average.
 
       loss = mean_nc (1 - H(p_nc))
@@ -123,14 +132,14 @@ def decision_entropy_loss(probs: Sequence[Array]) -> Array:
   every input: then it carries no information about them.
 
   Args:
-    probs: one `[N, C]` array of open probabilities per layer.
+    probs: one `[N, C]` array of open probabilities, or one record, per layer.
   Returns:
     A scalar in [0, 1], in bits.
 
   >>> print(f"{decision_entropy_loss([jnp.array([[0.0, 0.5], [1.0, 0.5]])]):.4f}")
   0.5000
   """
-  return _certainty(jnp.concatenate(_checked_layers("probs", probs), axis=-1))
+  return _certainty(jnp.concatenate(_checked_layers("probs", probs, "probs"), axis=-1))
 
 
 def _certainty(probs: Array) -> Array:
@@ -141,7 +150,7 @@ def _certainty(probs: Array) -> Array:
   return 1 - jnp.mean(entr(probs) + entr(1 - probs)) / jnp.log(2.0)
 
 
-def indecision_loss(probs: Sequence[Array]) -> Array:
+def indecision_loss(probs: Layers) -> Array:
   """Computes how near probabilities are to 1/2, as the mean of `4 p (1 - p)`.
 
   The mean is over examples and all gates of all layers.
@@ -149,7 +158,7 @@ def indecision_loss(probs: Sequence[Array]) -> Array:
   >>> indecision_loss([jnp.array([[0.5, 1.0]]), jnp.array([[0.0, 0.5]])])
   Array(0.5, dtype=float32)
   """
-  return l0_loss([4 * p * (1 - p) for p in _checked_layers("probs", probs)])
+  return l0_loss([4 * p * (1 - p) for p in _checked_layers("probs", probs, "probs")])
 
 
 def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Array:
@@ -170,15 +179,15 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
 
   Reference: Fedus et al., 2022, section 2.2.
   """
-  total = 0.0
+  terms = []
   for record in checked_records(records, "gates", "probs", with_examples=True):
     gates = record.gates.astype(record.probs.dtype)
     # f_c of the equation, up to its sum; a step function, so without a gradient.
     share = collectives.batch_mean((gates > 0).astype(gates.dtype), axis_name)
     probs = collectives.batch_mean(record.probs, axis_name)
     # C sum_c f_c P_c of the equation.
-    total += probs.shape[-1] * jnp.sum(share / jnp.sum(share) * probs)
-  return total
+    terms.append(probs.shape[-1] * jnp.sum(share / jnp.sum(share) * probs))
+  return functools.reduce(operator.add, terms)
 
 
 def mac_loss(records: Records) -> Array:
@@ -194,11 +203,12 @@ def mac_loss(records: Records) -> Array:
 
 
 @former_keyword("fixed_macs", "never_gated_macs")
+@former_positional("never_gated_macs", "budget", stacklevel=3)
 def mac_budget_loss(
   records: Records,
+  *,
   never_gated_macs: int,
   budget: float | Array,
-  *,
   axis_name: Hashable | None = None,
 ) -> Array:
   """Computes the squared difference between the MACs that the gates use and a budget.
@@ -277,14 +287,15 @@ def closed_share(
   return jnp.sum(closed * of) / jnp.maximum(jnp.sum(of), 1)
 
 
-def _checked_layers(name: str, layers: Sequence[Array]) -> tuple[Array, ...]:
-  """Returns the layers as a tuple of arrays `[N, C]`.
+def _checked_layers(name: str, layers: Layers, field: str) -> tuple[Array, ...]:
+  """Returns the layers as a tuple of arrays `[N, C]`, which are that field of records.
 
   They have floating types of at least 32 bits, for sums over layers.
   """
   layers = arguments.items(name, layers, "one [N, C] array per layer")
   if not layers:
     raise ValueError(f"{name} must hold at least one layer; got none: is the model ungated?")
+  layers = tuple(arguments.of_record(layer, field) for layer in layers)
   for i, layer in enumerate(layers):
     arguments.real_array(f"{name}[{i}]", layer)
     if np.ndim(layer) < 2 or np.shape(layer)[0] == 0:

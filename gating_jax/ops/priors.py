@@ -16,11 +16,13 @@ References: Bejnordi et al., 2020, section 3 (Beta prior); Maddison et al., 2017
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,8 @@ _SMALLEST, _LARGEST = 0.05, 10_000
 # Standard deviations beyond which Normal's CDF and slope are 0 or 1 in float64.
 _FAR = 40.0
 
-Function = Callable[[Array], Array]
+# Of an array or a number, elementwise.
+Function = Callable[[Any], Array]
 Parameter = float | Array
 
 
@@ -228,7 +231,9 @@ def from_cdf(
     )
   _check_functions(cdf, pdf, logit_cdf, logit_pdf)
   # Plain functions have no slope rule yet, neither on the natural nor on the logit axis.
-  logit_pair = None if logit_cdf is None else _Pair(logit_cdf, logit_pdf)
+  logit_pair = None
+  if logit_cdf is not None and logit_pdf is not None:
+    logit_pair = _Pair(logit_cdf, logit_pdf)
   return Prior(name, _Pair(cdf, pdf), pdf, logit_cdf=logit_pair, logit_pdf=logit_pdf, shape=shape)
 
 
@@ -251,11 +256,20 @@ def _log_beta(a: float, b: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _OnUnitInterval:
-  """A distribution on [0, 1].
+class _OnUnitInterval(abc.ABC):
+  """A distribution on [0, 1]."""
 
-  Subclasses have `logit_cdf`, `logit_pdf` and `_density`, that on (0, 1).
-  """
+  @abc.abstractmethod
+  def logit_cdf(self, z) -> Array:
+    """Returns the CDF at sigmoid(z), of z's shape."""
+
+  @abc.abstractmethod
+  def logit_pdf(self, z) -> Array:
+    """Returns the density of the logit at z, of z's shape."""
+
+  @abc.abstractmethod
+  def _density(self, inside) -> Array:
+    """Returns the density on (0, 1)."""
 
   def cdf(self, x):
     """Computes x -> F(x).
@@ -282,6 +296,10 @@ class _Beta(_OnUnitInterval):
   a: Parameter
   b: Parameter
 
+  @abc.abstractmethod
+  def _log_norm(self, a, b) -> Array | float:
+    """Computes log B(a, b)."""
+
   def _density(self, inside):
     inside, p, q = aligned(inside, self.a, self.b)
     log_norm = self._log_norm(p, q)
@@ -290,6 +308,9 @@ class _Beta(_OnUnitInterval):
 
 # For known numbers: a table.
 class _FixedBeta(_Beta):
+  a: float
+  b: float
+
   def logit_cdf(self, z):
     """Returns the CDF at sigmoid(z), of z's shape."""
     # The slope is the closed form and not the table's, which is less exact.

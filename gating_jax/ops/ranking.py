@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,18 @@ _BLOCK = 64
 # Steps that the compiler fuses into one pass over memory.
 _STEPS_AT_A_TIME = 2
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-def reverse_mode_only(function: Callable) -> Callable:
+
+def reverse_mode_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
   """Wraps a function that has a `custom_vjp` inside, with a clear error for forward mode.
 
   The error says what to use instead.
   """
 
   @functools.wraps(function)
-  def run(*args, **kwargs):
+  def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Calls the function and raises a clearer error for forward-mode derivatives."""
     try:
       return function(*args, **kwargs)

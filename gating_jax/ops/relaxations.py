@@ -18,7 +18,7 @@ import numpy as np
 from gating_jax.checks import shown
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float, float_dtype
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array
 
 # Temperature and stretch of Louizos et al., 2018.
 DEFAULT_TEMPERATURE = 2 / 3
@@ -27,7 +27,7 @@ HARD_CONCRETE_STRETCH = (-0.1, 1.1)
 
 def straight_through_gate(
   key: Array,
-  logits: Array,
+  logits: AnyArray,
   temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
   noise_scale: float | Array = 1.0,
@@ -58,7 +58,7 @@ def straight_through_gate(
 
 
 def straight_through(
-  noisy_logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE
+  noisy_logits: AnyArray, temperature: float | Array = DEFAULT_TEMPERATURE
 ) -> Array:
   """Steps at 0, with the gradient of `sigmoid(noisy_logits / temperature)`.
 
@@ -75,7 +75,7 @@ def straight_through(
 
 def binary_concrete(
   key: Array,
-  logits: Array,
+  logits: AnyArray,
   temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
   noise_scale: float | Array = 1.0,
@@ -94,7 +94,7 @@ def binary_concrete(
 
 def hard_concrete(
   key: Array,
-  logits: Array,
+  logits: AnyArray,
   temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
   noise_scale: float | Array = 1.0,
@@ -113,7 +113,7 @@ def hard_concrete(
 
 
 def hard_concrete_open_prob(
-  logits: Array,
+  logits: AnyArray,
   temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
   stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
@@ -129,7 +129,7 @@ def hard_concrete_open_prob(
 
 
 def hard_concrete_location(
-  open_logits: Array,
+  open_logits: AnyArray,
   temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
   stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
@@ -145,7 +145,7 @@ def hard_concrete_location(
 
 
 def hard_concrete_mean(
-  logits: Array, *, stretch: tuple[float, float] = HARD_CONCRETE_STRETCH
+  logits: AnyArray, *, stretch: tuple[float, float] = HARD_CONCRETE_STRETCH
 ) -> Array:
   """Computes the noise-free gate that is used in evaluation.
 
@@ -157,7 +157,7 @@ def hard_concrete_mean(
   return jnp.clip(low + (high - low) * jax.nn.sigmoid(_as_logits(logits)), 0, 1)
 
 
-def clipped_sigmoid(logits: Array, *, slope: float = 0.25) -> Array:
+def clipped_sigmoid(logits: AnyArray, *, slope: float = 0.25) -> Array:
   """Computes the piecewise linear gate `clip(1/2 + slope * logit, 0, 1)`.
 
   Slope 1/4 is the sigmoid's tangent at 0.
@@ -169,7 +169,7 @@ def clipped_sigmoid(logits: Array, *, slope: float = 0.25) -> Array:
   return jnp.clip(0.5 + float(slope) * _as_logits(logits), 0, 1)
 
 
-def threshold_gate(logits: Array) -> Array:
+def threshold_gate(logits: AnyArray) -> Array:
   """Computes the evaluation gate: 1 where the logit is above 0, else 0; no gradient, no key.
 
   >>> threshold_gate(jnp.array([-1.0, 0.0, 2.0]))
@@ -180,7 +180,7 @@ def threshold_gate(logits: Array) -> Array:
   return jax.lax.stop_gradient((logits > 0).astype(logits.dtype))
 
 
-def _add_logistic(key: Array, logits: Array, noise_scale: float | Array) -> Array:
+def _add_logistic(key: Array, logits: AnyArray, noise_scale: float | Array) -> Array:
   """Returns logits + noise_scale * (log u - log(1 - u)), with u kept off 0 and 1.
 
   One variable suffices: its law is that of two Gumbels' difference. It is drawn and added in
@@ -195,7 +195,7 @@ def _add_logistic(key: Array, logits: Array, noise_scale: float | Array) -> Arra
   return (wide + noise_scale * noise).astype(logits.dtype)
 
 
-def _as_logits(logits: Array) -> Array:
+def _as_logits(logits: AnyArray) -> Array:
   """Returns logits in their own floating-point type, or in float32."""
   arguments.real_array("logits", logits)
   logits = jnp.asarray(logits)
@@ -207,17 +207,17 @@ def _checked_temperature(temperature: float | Array) -> float | Array:
 
 
 def _moved(
-  logits: Array, temperature: float | Array, stretch: tuple[float, float], *, sign: int
+  logits: AnyArray, temperature: float | Array, stretch: tuple[float, float], *, sign: int
 ) -> Array:
   """Moves logits between the gate that is above 1/2 and the one that is above 0.
 
   The distance is temperature * log(-low / high); `sign` is the direction.
   """
   low, high = _check_stretch(stretch)
-  logits, temperature = arguments.aligned(_as_logits(logits), _checked_temperature(temperature))
+  z, t = arguments.aligned(_as_logits(logits), _checked_temperature(temperature))
   # A stretched gate is above 0 where sigmoid(u / temperature) > -low / (high - low), that is, where
   # u > temperature * log(-low / high).
-  return logits + sign * temperature * math.log(-low / high)
+  return z + sign * t * math.log(-low / high)
 
 
 def _check_stretch(stretch: tuple[float, float]) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from gating_jax.checks import shown
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float, float_dtype
 from gating_jax.ops.collectives import example_keys
-from gating_jax.types import Array
+from gating_jax.types import AnyArray, Array
 
 
 def ensure_one_open(gates: Array, logits: Array, valid: Array) -> Array:
@@ -49,7 +50,7 @@ def ensure_one_open(gates: Array, logits: Array, valid: Array) -> Array:
   return gates + jnp.where(nothing, top_k(logits, valid, 1), 0).astype(gates.dtype)
 
 
-def top_k(scores: Array, valid: Array, k: int | Array) -> Array:
+def top_k(scores: AnyArray, valid: AnyArray, k: int | AnyArray) -> Array:
   """Selects the k highest scores of each video; no gradient.
 
   Args:
@@ -109,7 +110,7 @@ def random_k(
   return top_k(scores, valid, k)
 
 
-def first_k(valid: Array, k: int | Array) -> Array:
+def first_k(valid: AnyArray, k: int | AnyArray) -> Array:
   """Selects the first k segments in the `frame_exit_order` of each video's valid length.
 
   >>> first_k(jnp.array([[True] * 5, [True] * 3 + [False] * 2]), 2)
@@ -128,7 +129,7 @@ def first_k(valid: Array, k: int | Array) -> Array:
   return top_k(-rank, valid, k)
 
 
-def budget_to_k(valid: Array, share: float) -> Array:
+def budget_to_k(valid: AnyArray, share: float) -> Array:
   """Computes the number of segments per video that a budget allows.
 
   It is `ceil(share * n)` of the n valid ones, at least 1.
@@ -200,7 +201,7 @@ def frame_exit_order(segments: int) -> np.ndarray:
   return np.array(order, np.int32)
 
 
-def _column(k: int | Array, videos: int) -> Array:
+def _column(k: int | AnyArray, videos: int) -> Array:
   """Returns k as `[B, 1]`, or as `[1, 1]` if it is one number for all videos."""
   if isinstance(k, numbers.Real):
     _checked(k)
@@ -215,7 +216,7 @@ def _column(k: int | Array, videos: int) -> Array:
   return jnp.reshape(k.astype(jnp.int32), (-1, 1))
 
 
-def _checked_valid(valid: Array) -> Array:
+def _checked_valid(valid: AnyArray) -> Array:
   arguments.real_array("valid", valid, "[B, T]")
   return jnp.asarray(valid).astype(bool)
 
@@ -231,6 +232,6 @@ def _known_segments(valid: Array) -> int:
   return segments
 
 
-def _checked(number: int, name: str = "k") -> int:
+def _checked(number: Any, name: str = "k") -> int:
   arguments.whole_number(name, number)
   return number

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 
 from gating_jax.checks import first_line, printable, quoted
+from gating_jax.config_files import Config
 from gating_jax.reports import frame, page, timings
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, warn
@@ -171,7 +171,7 @@ def conclude_times(
 
 @contextlib.contextmanager
 def report_failures(
-  run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[[str], None]
+  run_dir: RunDir, config: Config, report: Callable[[str], None]
 ) -> Iterator[None]:
   """Reports a training that fails in the block, and raises the error again.
 
@@ -232,7 +232,7 @@ def _record(run_dir: RunDir, failure: Mapping[str, str]) -> None:
 
 
 def _report_failure(
-  run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[[str], None], said: str
+  run_dir: RunDir, config: Config, report: Callable[[str], None], said: str
 ) -> None:
   """Writes the page of the newest checkpoint, or one without numbers if none can be tested."""
   say("the run failed; writing its report from what there is")

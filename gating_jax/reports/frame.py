@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_collections
-
 from gating_jax import config_files, programmes
 from gating_jax.checks import user_path
+from gating_jax.config_files import Config
 from gating_jax.programmes import ProgrammeRow
 from gating_jax.reports import page, timings
 from gating_jax.reports.text import capitalise, format_count, format_percent, plain
@@ -114,7 +113,7 @@ def tested_on(config: Mapping[str, Any]) -> dict[str, str]:
 
 def read_surroundings(
   run_dir: rundir.RunDir,
-  config: ml_collections.ConfigDict,
+  config: Config,
   *,
   step: int,
   not_compiled: str = "",
@@ -272,7 +271,7 @@ def score_number(
   # Without a baseline the page says so in its place, so that the score never stands alone.
   if baseline is None and around.ungated:
     compared = "this run is ungated: it is a baseline"
-  elif baseline is None:
+  elif baseline is None or around.baseline is None:
     compared = "ungated: no baseline found"
   else:
     compared = f"ungated: {format_percent(baseline, 2)}"

@@ -233,17 +233,17 @@ def fill_page(path: Path, parts: Sequence[Number | Section]) -> bool:
   """
   if not path.is_file():
     return False
-  html, macros = path.read_text("utf-8", "replace"), _template("parts.html").module
+  html, macros = path.read_text("utf-8", "replace"), vars(_template("parts.html").module)
   for part in parts:
     # A plain string: jinja's `Markup` would escape whatever is added to it.
-    mark = str(macros.mark(part))
+    mark = str(macros["mark"](part))
     # A part stands between two equal marks, which no other text of the page can contain.
     before, first, rest = html.partition(mark)
     _, second, after = rest.partition(mark)
     if not (first and second):
       return False
     # In memory: if a later part has no place, the file is left as it is.
-    html = before + str(macros.part_of(part)).strip() + after
+    html = before + str(macros["part_of"](part)).strip() + after
   write_atomically(path, html)
   return True
 

@@ -10,12 +10,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gating_jax.reports.page import WIDTH
 from gating_jax.reports.text import plain
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 TIME_AXIS = 11.0  # inches
 _LEFT, _RIGHT, _TOP, _LEGEND_LINE = 0.75, 0.25, 0.15, 0.24
@@ -136,7 +139,7 @@ class _Canvas:
     segments: of the video.
   """
 
-  figure: object
+  figure: Figure
   height: float
   width: float
   segments: int
@@ -161,7 +164,9 @@ def _draw_line(canvas: _Canvas, line: TimeLine, units: _Units, *, top: float) ->
   if line.thumbnails is not None:
     width, height = _thumbnail_size(line.thumbnails, canvas.width)
     in_segments = width / canvas.width * len(chosen)
-    _draw_thumbnails(canvas.axes(top, height), line, chosen, width=in_segments)
+    _draw_thumbnails(
+      canvas.axes(top, height), line.thumbnails, line.probs, chosen=chosen, width=in_segments
+    )
     top -= height + _GAP
   _draw_bars(canvas.axes(top, _BARS), line.probs, chosen)
   top -= _BARS + _GAP
@@ -187,15 +192,17 @@ def _draw_header(canvas: _Canvas, axes: Any, title: str, *, chosen: np.ndarray) 
   axes.text(1, 0.45, f"{chosen.sum()} of {len(chosen)} segments chosen", ha="right", **style)
 
 
-def _draw_thumbnails(axes: Any, line: TimeLine, chosen: np.ndarray, *, width: float) -> None:
+def _draw_thumbnails(
+  axes: Any, thumbnails: np.ndarray, probs: np.ndarray, *, chosen: np.ndarray, width: float
+) -> None:
   """Draws the thumbnails; `width` is that of one, in segments."""
-  segments = len(line.thumbnails)
+  segments = len(thumbnails)
   # Edges of the blocks of neighbouring segments that share a thumbnail.
   edges = np.linspace(0, segments, min(segments, _MOST_THUMBNAILS) + 1)
   for start, end in itertools.pairwise(edges):
     block = np.arange(int(start), int(end))
-    shown = _representative(block, line.probs, chosen)
-    image = line.thumbnails[shown]
+    shown = _representative(block, probs, chosen)
+    image = thumbnails[shown]
     centre = (start + end) / 2
     picture = axes.imshow(
       image[..., 0] if image.shape[-1] == 1 else image,
@@ -249,7 +256,7 @@ def _draw_bars(axes, probs: np.ndarray, chosen: np.ndarray) -> None:
   axes.set_ylabel("P(open)", fontsize=9, color=_INK)
 
 
-def _draw_strip(axes: Any, colours: Sequence[Any]) -> None:
+def _draw_strip(axes: Any, colours: Sequence[Any] | np.ndarray) -> None:
   """Draws a strip of colours, one for each segment."""
   axes.bar(np.arange(len(colours)) + 0.5, 1, width=1.0, color=colours, linewidth=0)
 
@@ -359,7 +366,7 @@ def _without_padding(line: TimeLine) -> TimeLine:
         f"({line.title!r})"
       )
     cut[name] = values[valid]
-  shape = np.shape(line.thumbnails)
+  shape = () if line.thumbnails is None else np.shape(line.thumbnails)
   if line.thumbnails is not None and (len(shape) != 4 or shape[-1] not in (1, 3)):
     raise ValueError(f"thumbnails must be [T, H, W, D], D 1 or 3; got {shape} ({line.title!r})")
   return dataclasses.replace(line, **cut)

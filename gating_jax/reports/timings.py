@@ -142,19 +142,20 @@ def write_times(
 @contextlib.contextmanager
 def _stage_times(path: Path, step: int) -> Iterator[Path]:
   """Stages files like `rundir.staged`; keeps those of another step under a name with that step."""
-  names, found = (TIMES_FILE, PICTURE_FILE), read_times(path)
-  is_other = found is not None and found.step != step
-  with rundir.staged(path, () if is_other else names) as folder:
+  names, other = (TIMES_FILE, PICTURE_FILE), read_times(path)
+  if other is not None and other.step == step:
+    other = None
+  with rundir.staged(path, names if other is None else ()) as folder:
     yield folder
     # Only now, when the new files are complete: an interruption leaves the old ones in place.
     for name in names:
       file = path / name
-      if is_other and file.exists():
-        file.rename(file.with_stem(f"{file.stem}_of_step_{found.step}"))
+      if other is not None and file.exists():
+        file.rename(file.with_stem(f"{file.stem}_of_step_{other.step}"))
 
 
 def calibration_images(
-  images: Any, normalise: Callable[[np.ndarray], jax.Array], count: int = _CALIBRATION
+  images: Any, normalise: Callable[[Any], jax.Array], count: int = _CALIBRATION
 ) -> np.ndarray:
   """Returns `[M, H, W, D]` network inputs of at most `count` images, evenly spaced in a set."""
   return np.asarray(normalise(images.read(spread_indices(len(images), count))[0]), np.float32)
@@ -215,7 +216,7 @@ def time_number(
   name = "Milliseconds of the backbone" if noun == "scene" else f"Milliseconds per {noun}"
   timed, place = _timed_input(noun, times), _place("time", step)
   pairs = _single_examples(times) if times is not None and times.belong_to(step) else []
-  if pairs:
+  if times is not None and pairs:
     compiled = statistics.fmean(pair.compiled for pair in pairs)
     ungated = statistics.fmean(pair.ungated for pair in pairs)
     over = f", mean over {len(pairs)} tasks" if len(pairs) > 1 else ""

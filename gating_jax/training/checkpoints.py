@@ -74,7 +74,7 @@ class Checkpoints:
   def __init__(self, directory: Path, keep: int = 3, *, read_only: bool = False):
     self._directory = user_path(directory).absolute()
     self._read_only = read_only
-    self._manager = self._handle = None
+    self._handle: int | None = None
     self._address = str(self._directory)
     logging.get_absl_logger().addFilter(_is_not_orbax)
     if not read_only:
@@ -82,7 +82,7 @@ class Checkpoints:
       hosts.on_writer(self._directory.mkdir, parents=True, exist_ok=True)
       hosts.on_writer(self._open, keep)
     # All processes but the writer, and every read-only one, open the directory for reading.
-    if not self._manager:
+    if read_only or not hosts.is_writer():
       self._open(None)
 
   def save(self, step: int, state: Any) -> None:
@@ -118,7 +118,8 @@ class Checkpoints:
     # The writer chooses the step, so that all processes read the same one.
     while (step := hosts.broadcast_from_writer(max(untried, default=-1))) >= 0:
       untried.discard(step)
-      restored, error = None, None
+      restored: Any = {}
+      error = None
       try:
         restored = self._manager.restore(
           step,

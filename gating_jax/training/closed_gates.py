@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import ml_collections
+from gating_jax.config_files import Config
 
 # Metrics of training: the fraction of closed gates, as `closed_share` computes it; and 1 where a
 # gate of segments opens no segment on its own, else 0.
@@ -85,13 +85,13 @@ def _warning(limit: Limit, closed: float) -> str:
   )
 
 
-def accepted_fraction(sparsity: ml_collections.ConfigDict) -> float:
+def accepted_fraction(sparsity: Config) -> float:
   """Returns the accepted fraction of closed gates: half, or more where the budget asks for it."""
   # A budget of 20 % of the MACs closes about 80 % of the gates.
   return max(MOST_CLOSED, 1 - sparsity.target) if sparsity.kind == "budget" else MOST_CLOSED
 
 
-def advise_on_loss(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> str:
+def advise_on_loss(section: str, loss: Config, *, shaped: bool) -> str:
   """Returns the settings of a loss's section to change so that fewer gates close.
 
   Args:
@@ -113,6 +113,6 @@ def advise_on_loss(section: str, loss: ml_collections.ConfigDict, *, shaped: boo
   )
 
 
-def advise_lower(section: str, sparsity: ml_collections.ConfigDict) -> str:
+def advise_lower(section: str, sparsity: Config) -> str:
   """Returns the setting of a section that makes its sparsity weaker."""
   return f"lower {section}.sparsity.coefficient (now {sparsity.coefficient:g})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gating_jax.checks import one_of
 from gating_jax.ops.collectives import mean_over_devices
+
+if TYPE_CHECKING:
+  # jaxlib has no types, so that checkers take `jax.Device` for a variable.
+  Device = Any
+else:
+  Device = jax.Device
 
 # The name of the device axis, for collectives.
 AXIS = "batch"
@@ -33,7 +39,7 @@ def map_over_devices(
   args: Sequence[str],
   results: Any,
   backend: str = "pmap",
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Device] | None = None,
   donate: Sequence[int] = (),
 ) -> Callable:
   """Runs `fn` on every device, with `AXIS` as the name of the device axis for its collectives.
@@ -183,7 +189,7 @@ def _own_copy(tree: Any, axis_name: Hashable) -> Any:
   return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)
 
 
-def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def device_mesh(devices: Sequence[Device] | None = None) -> Mesh:
   """Returns the mesh of all devices of the job on one axis."""
   return Mesh(
     np.array(jax.devices() if devices is None else list(devices)),
@@ -192,12 +198,12 @@ def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   )
 
 
-def replicated_sharding(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
+def replicated_sharding(devices: Sequence[Device] | None = None) -> NamedSharding:
   """Returns the sharding of `replicate`: a full copy on every device."""
   return NamedSharding(device_mesh(devices), PartitionSpec())
 
 
-def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+def replicate(tree: Any, devices: Sequence[Device] | None = None) -> Any:
   """Copies a tree of arrays, the same in every process, to every device, once.
 
   Args:

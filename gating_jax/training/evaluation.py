@@ -189,9 +189,10 @@ class _GateResults:
   """
 
   def __init__(self, classes: int | None, noise_scale: float):
-    self.tally = None
+    self.tally: gate_outcomes.Tally | None = None
     self._classes, self._noise_scale = classes, noise_scale
-    self._logits, self._largest = [], None
+    self._logits: list[np.ndarray] = []
+    self._largest: _Largest | None = None
 
   def add(
     self, results: Mapping[str, np.ndarray], labels: np.ndarray | None, *, first: int
@@ -212,6 +213,8 @@ class _GateResults:
 
   def behaviour(self) -> GateBehaviour:
     """Returns the results for each gate."""
+    if self.tally is None or self._largest is None:
+      raise ValueError("no image was added")
     class_rates = None
     if self._classes is not None:
       # A class without images gives 0 / 0 = NaN.

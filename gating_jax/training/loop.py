@@ -12,9 +12,9 @@ from types import FrameType
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
+from gating_jax.config_files import Config
 from gating_jax.training import hosts
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, describe_metrics
@@ -74,9 +74,7 @@ class LoopSettings:
   eval_every: int = 0
 
   @classmethod
-  def from_config(
-    cls, config: ml_collections.ConfigDict, *, epochs: int, steps_per_epoch: int
-  ) -> LoopSettings:
+  def from_config(cls, config: Config, *, epochs: int, steps_per_epoch: int) -> LoopSettings:
     """Converts the epochs of a config to steps, rounded up to whole dispatches.
 
     Args:

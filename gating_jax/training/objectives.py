@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import ml_collections
 import optax
 from jax import lax
 
 from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops import collectives, penalties
 from gating_jax.ops.ecdf import batch_shaping_loss, noise_floor
@@ -24,7 +24,7 @@ from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.priors import Prior, beta
 from gating_jax.training import optim
 from gating_jax.training.closed_gates import CLOSED
-from gating_jax.types import Array, Records
+from gating_jax.types import AnyArray, Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
@@ -129,11 +129,11 @@ class GatePenalties(NamedTuple):
 
   prior: Prior
   target: float
-  batch_shaping_coefficient: Callable[[Array], Array]
-  sparsity_coefficient: Callable[[Array], Array]
+  batch_shaping_coefficient: optax.Schedule
+  sparsity_coefficient: optax.Schedule
 
   @classmethod
-  def from_config(cls, loss: ml_collections.ConfigDict, total_steps: int) -> GatePenalties:
+  def from_config(cls, loss: Config, total_steps: int) -> GatePenalties:
     """Returns the settings in a section of a config with `batch_shaping` and `sparsity`.
 
     Args:
@@ -156,7 +156,7 @@ class GatePenalties(NamedTuple):
     )
 
 
-def check_budget(name: str, sparsity: ml_collections.ConfigDict, counts: ModelCounts) -> None:
+def check_budget(name: str, sparsity: Config, counts: ModelCounts) -> None:
   """Raises a ValueError where closing every gate would not meet the budget.
 
   Args:
@@ -216,7 +216,7 @@ class ImageObjective:
   @classmethod
   def from_config(
     cls,
-    loss: ml_collections.ConfigDict,
+    loss: Config,
     gate_penalties: GatePenalties,
     *,
     never_gated_macs: int,
@@ -323,13 +323,12 @@ class ImageObjective:
       step: the step of the schedules.
       axis_name: as in `batch_shaping_loss`.
     """
-    probs = [r.probs for r in records]
     if self.regulariser == "entropy":
-      yield "entropy", self.coefficient, penalties.entropy_loss(probs, axis_name=axis_name)
+      yield "entropy", self.coefficient, penalties.entropy_loss(records, axis_name=axis_name)
     if self.regulariser == "decision_entropy":
-      yield "decision_entropy", self.coefficient, penalties.decision_entropy_loss(probs)
+      yield "decision_entropy", self.coefficient, penalties.decision_entropy_loss(records)
     if self.regulariser == "away_from_half":
-      yield "away_from_half", self.coefficient, penalties.indecision_loss(probs)
+      yield "away_from_half", self.coefficient, penalties.indecision_loss(records)
     if self.regulariser == "balance":
       yield "balance", self.coefficient, penalties.balance_loss(records, axis_name=axis_name)
     if self.regulariser == "batch_shaping":
@@ -349,38 +348,18 @@ class ImageObjective:
 
   def _sparsity_term(self, records: Records, axis_name) -> Array:
     if self.sparsity == "l0":
-      return penalties.l0_loss([r.probs for r in records])
+      return penalties.l0_loss(records)
     if self.sparsity == "macs":
       return penalties.mac_loss(records)
     if self.sparsity == "budget":
       return penalties.mac_budget_loss(
-        records, self.never_gated_macs, self.target, axis_name=axis_name
+        records,
+        never_gated_macs=self.never_gated_macs,
+        budget=self.target,
+        axis_name=axis_name,
       )
     # The rate counts the gates as drawn, not their probabilities.
-    return penalties.target_rate_loss([r.gates for r in records], self.target, axis_name=axis_name)
-
-
-def batch_shaping_term(
-  records: Records,
-  prior: Prior,
-  reduction: str = "layer_mean",
-  *,
-  axis_name: Hashable | None = None,
-) -> Array:
-  """Computes the batch-shaping loss of every gate of a network, reduced to a scalar.
-
-  One sort serves all layers together. It is the term alone, for losses of one's own and for
-  `benchmarks/training_step.py`; objectives need its parts by gate as well.
-
-  Args:
-    records: records of one forward pass, each with `[N, C]` logits.
-    prior: the distribution of each gate's open probability over the batch.
-    reduction: as in `ImageObjective`.
-    axis_name: as in `batch_shaping_loss`.
-  Returns:
-    a scalar.
-  """
-  return _reduced(_shaping_per_gate(records, prior, axis_name), records, reduction)
+    return penalties.target_rate_loss(records, target=self.target, axis_name=axis_name)
 
 
 def _shaping_per_gate(records: Records, prior: Prior, axis_name: Hashable | None) -> Array:
@@ -401,7 +380,7 @@ def _reduced(per_gate: Array, records: Records, reduction: str) -> Array:
   return jnp.sum(per_gate * jnp.concatenate(weights))
 
 
-def weighted_mean(values: Array, weights: Array, axis_name: Hashable | None = None) -> Array:
+def weighted_mean(values: AnyArray, weights: Array, axis_name: Hashable | None = None) -> Array:
   """Computes the weighted mean over the whole batch, on one device or over those of `axis_name`.
 
   It is 0 where nothing has weight.

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from flax import traverse_util
 
 from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.layers.gate import is_gate_path
 
 LEARNING_RATES = ("step", "cosine")
@@ -210,7 +210,7 @@ def transition(
   return value
 
 
-def configured_rate(training: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
+def configured_rate(training: Config, total_steps: int) -> optax.Schedule:
   """Returns the `learning_rate` that the section `optim` of a config describes."""
   return learning_rate(
     training.schedule,

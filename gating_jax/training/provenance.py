@@ -70,7 +70,7 @@ def _command() -> str:
   """Returns the command that started this process, for a shell to run again."""
   typed = sys.orig_argv
   # Their path belongs to this installation, so the command's name stands for it.
-  if Path(sys.argv[0]).name in ("gating-jax", "cli.py"):
+  if Path(sys.argv[0]).name in ("gating-jax", "__main__.py", "cli.py"):
     typed = ["gating-jax", *sys.argv[1:]]
   return " ".join(map(quoted, typed))
 

@@ -18,6 +18,7 @@ import ml_collections
 
 from gating_jax import config_files
 from gating_jax.checks import check_storable, user_path
+from gating_jax.config_files import Config
 from gating_jax.training import hosts
 from gating_jax.training.journal import TEMPORARY, write_json
 
@@ -77,7 +78,7 @@ class RunDir:
     hosts.on_writer(write_json, self.path / RESULT_FILE, dict(result))
 
 
-def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
+def existing_run(path: Path, config: Config) -> RunDir:
   """Returns the run of `config` at `path`, to read while it may be training.
 
   Args:
@@ -92,7 +93,7 @@ def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
 
 
 @contextlib.contextmanager
-def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
+def open_run(path: Path, config: Config) -> Iterator[RunDir]:
   """Opens the run of `config` at `path` exclusively: no other job can until the block ends.
 
   Args:
@@ -203,9 +204,7 @@ def _check_free(path: Path, names: Sequence[str]) -> None:
       raise RunDirError(f"{path / name} exists; rename it or delete it to write it again")
 
 
-def flatten(
-  tree: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = ""
-) -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any] | Config, prefix: str = "") -> dict[str, Any]:
   """Flattens nested mappings or configs into one mapping, with names joined by dots.
 
   Args:

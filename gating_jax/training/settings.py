@@ -14,6 +14,7 @@ import ml_collections
 
 from gating_jax import config_files
 from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.layers.gate import GateSettings
 from gating_jax.training import rundir
 
@@ -22,7 +23,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 Rule = tuple[Callable[[Any], bool], str]
 
 
-def config_of(workdir: Path) -> ml_collections.ConfigDict:
+def config_of(workdir: Path) -> Config:
   """Reads the config that a run directory began with.
 
   Raises RunDirError where there is no run, or a damaged one.
@@ -37,9 +38,7 @@ def config_of(workdir: Path) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(rundir.with_tuples(fields)).lock()
 
 
-def _check_fields(
-  file: Path, base: ml_collections.ConfigDict, fields: Mapping[str, Any], prefix: str = ""
-) -> None:
+def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: str = "") -> None:
   """Raises a RunDirError unless a config has the fields of `base`, of their types.
 
   A field may be absent where its default is None: it is newer than the run. So may a section of
@@ -70,7 +69,7 @@ def _check_fields(
 
 
 def check(
-  config: ml_collections.ConfigDict,
+  config: Config,
   *,
   choices: Mapping[str, Collection[str]],
   positive: Collection[str] = (),
@@ -145,7 +144,7 @@ def all_numbers(values: Any) -> bool:
   return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
 
 
-def check_channels(data: ml_collections.ConfigDict, channels: int) -> None:
+def check_channels(data: Config, channels: int) -> None:
   """Raises a ValueError unless `data.mean` and `data.std` fit images of that many channels."""
   for name in ("mean", "std"):
     if len(data[name]) not in (1, channels):
@@ -155,7 +154,7 @@ def check_channels(data: ml_collections.ConfigDict, channels: int) -> None:
       )
 
 
-def feature_names(data: ml_collections.ConfigDict) -> tuple[str, str]:
+def feature_names(data: Config) -> tuple[str, str]:
   """Returns the names of the image and the label in a TFDS set."""
   # Older configs have no fields for them; None stands for the default.
   return data.get("image_feature") or "image", data.get("label_feature") or "label"

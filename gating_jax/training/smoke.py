@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import ml_collections
 
 from gating_jax import programmes
+from gating_jax.config_files import Config
 from gating_jax.data import features, image_sets, scenes, worlds
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.training import settings
@@ -31,7 +31,7 @@ _AT_MOST = {
 }
 
 
-def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def shrink(config: Config) -> Config:
   """Returns the config with less of everything that a run's time grows with.
 
   Its model and method are unchanged. TFDS sets are opened for their splits and classes; errors are
@@ -75,7 +75,7 @@ def _over_devices(size: int) -> int:
   return max(1, size // jax.device_count()) * jax.device_count()
 
 
-def _lower(config: ml_collections.ConfigDict, name: str, most: int) -> None:
+def _lower(config: Config, name: str, most: int) -> None:
   """Sets a field to at most `most`, where it is there.
 
   A count of 0 tasks stands for all of them, and is replaced too; any other 0 stays.
@@ -89,15 +89,13 @@ def _lower(config: ml_collections.ConfigDict, name: str, most: int) -> None:
     section[field] = most
 
 
-def _set(config: ml_collections.ConfigDict, name: str, value: float) -> None:
+def _set(config: Config, name: str, value: float) -> None:
   section, field = _place(config, name)
   if section is not None:
     section[field] = value
 
 
-def _place(
-  config: ml_collections.ConfigDict, name: str
-) -> tuple[ml_collections.ConfigDict | None, str]:
+def _place(config: Config, name: str) -> tuple[Config | None, str]:
   """Returns the section that has a field, or None, and the field's own name."""
   *sections, field = name.split(".")
   for each in sections:
@@ -105,7 +103,7 @@ def _place(
   return (config if field in config else None), field
 
 
-def _shrink_scenes(config: ml_collections.ConfigDict) -> None:
+def _shrink_scenes(config: Config) -> None:
   """Scales scenes and their crops by one factor, to at most `_SIDE` pixels."""
   data = config.get("data", {})
   whole = data.get("size")
@@ -117,7 +115,7 @@ def _shrink_scenes(config: ml_collections.ConfigDict) -> None:
       data[field] = tuple(round(factor * side) for side in data[field])
 
 
-def _cut_splits(config: ml_collections.ConfigDict) -> None:
+def _cut_splits(config: Config) -> None:
   """Cuts the splits of a TFDS set to their first examples, which TFDS has shuffled."""
   data, read = config.data, {}
   if "tasks" in config:

@@ -89,8 +89,9 @@ def make_train_step(
   *,
   seed: int,
   axis_name: Hashable | None = None,
-  noise_scale: Callable[[Array], Array] | None = None,
-  share: Callable[[Array], Array] | None = None,
+  noise_scale: optax.Schedule | None = None,
+  share: optax.Schedule | None = None,
+  method: str | None = None,
 ) -> Callable:
   """Returns a training step: `(state, inputs, targets) -> (state, metrics)`.
 
@@ -107,6 +108,7 @@ def make_train_step(
     axis_name: the axis over which the batch is spread; None for one device.
     noise_scale: from step to number, replaces the model's own scale for all its gates.
     share: likewise, the share of gates that quantiles open.
+    method: of the model, whose outputs are fitted; by default its `__call__`.
   Returns:
     the step.
   """
@@ -131,7 +133,7 @@ def make_train_step(
           share=None if share is None else share(state.step),
         )
       (outputs, records), updates = model.apply(
-        variables, prepared, train=True, mutable=["batch_stats"], rngs=rngs
+        variables, prepared, train=True, method=method, mutable=["batch_stats"], rngs=rngs
       )
       total, terms = objective(outputs, targets, records, state.step, axis_name)
       metrics = {"loss": total, **terms}
@@ -235,7 +237,8 @@ def make_eval_step(
   def step(state: TrainState, pixels: Array, labels: Array) -> dict[str, Array]:
     """Scores pixels `[B, H, W, D]` by their labels; returns results `[B, ...]`."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits, records = model.apply(variables, normalise(pixels))
+    outputs: Any = model.apply(variables, normalise(pixels))
+    logits, records = outputs
     results = scores(logits, labels)
     if records:
       results["macs"] = executed_macs(records)

@@ -12,11 +12,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import ml_collections
 import numpy as np
 import optax
 
-from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.segment_gate import (
@@ -99,7 +98,7 @@ class VideoExperiment:
       if `two_stage`.
   """
 
-  config: ml_collections.ConfigDict
+  config: Config
   train: VideoArrays | VideoSet
   test: VideoArrays | VideoSet
   model: SegmentNet
@@ -111,12 +110,15 @@ class VideoExperiment:
 
   def prepare(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Converts a batch's arrays to the inputs of the whole network."""
-    return sets.network_inputs(inputs, self.config, heavy_from=heavy_from(self.config))
+    return sets.network_inputs(inputs, self.config, heavy_from=self.heavy_from)
+
+  @property
+  def heavy_from(self) -> str:
+    """Returns which net, `light` or `heavy`, has the heavy one's place in the network."""
+    return heavy_from(self.config)
 
 
-def build(
-  config: ml_collections.ConfigDict, outlines: Sequence[Outline] | None = None
-) -> VideoExperiment:
+def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExperiment:
   """Checks every setting, then opens the data.
 
   Args:
@@ -127,7 +129,10 @@ def build(
   """
   # Settings first: sets may take minutes to open.
   _check(config)
+  train: Any
+  test: Any
   if outlines:
+    # An outline has what is asked of a set here.
     train, test = outlines[0], outlines[-1]
   else:
     train, test = sets.open_set(config, "train"), sets.open_set(config, "test")
@@ -163,12 +168,12 @@ def build(
   )
 
 
-def heavy_from(config: ml_collections.ConfigDict) -> str:
+def heavy_from(config: Config) -> str:
   """Returns which net, `light` or `heavy`, has the heavy one's place in the network."""
   return "light" if config.model.selection == LIGHT else "heavy"
 
 
-def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
+def nets(config: Config) -> tuple[nn.Module, nn.Module]:
   """Builds the light and the heavy net."""
   light, heavy, dtype = config.model.light, config.model.heavy, settings.DTYPES[config.model.dtype]
   gate = settings.gate_settings(heavy.gate) if heavy.gating != "none" else None
@@ -187,7 +192,7 @@ def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
   )
 
 
-def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
+def _segment_net(config: Config, classes: int) -> SegmentNet:
   model, gate = config.model, config.model.gate
   light, heavy = nets(config)
   select, light_head = model.selection, config.loss.light > 0
@@ -217,9 +222,7 @@ def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
   )
 
 
-def _pretraining(
-  config: ml_collections.ConfigDict, train: Any, counts: VideoCounts
-) -> Phase | None:
+def _pretraining(config: Config, train: Any, counts: VideoCounts) -> Phase | None:
   pretrain = config.pretrain
   if not pretrain.epochs:
     return None
@@ -257,7 +260,7 @@ def _pretraining(
 
 
 def _training(
-  config: ml_collections.ConfigDict,
+  config: Config,
   train: Any,
   *,
   model: SegmentNet,
@@ -302,7 +305,7 @@ def _training(
   )
 
 
-def _backward_capacity(config: ml_collections.ConfigDict, model: SegmentNet, segments: int) -> int:
+def _backward_capacity(config: Config, model: SegmentNet, segments: int) -> int:
   """Returns the largest number of segments on a device that have a backward pass."""
   videos = config.optim.batch_size // jax.device_count()
   if model.selection == "gate":
@@ -312,7 +315,7 @@ def _backward_capacity(config: ml_collections.ConfigDict, model: SegmentNet, seg
   return videos * int(selection.budget_to_k(full_length, model.share)[0])
 
 
-def _optimiser(config: ml_collections.ConfigDict, total: int) -> optax.GradientTransformation:
+def _optimiser(config: Config, total: int) -> optax.GradientTransformation:
   """Builds the optimiser of the training after the pretraining, of `total` steps."""
   training, rate = config.optim, optim.configured_rate(config.optim, total)
   if training.kind == "adam":
@@ -325,7 +328,7 @@ def _optimiser(config: ml_collections.ConfigDict, total: int) -> optax.GradientT
   return optim.frozen(optimiser, lambda path: CONCEPTS in path)
 
 
-def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int) -> ImageObjective:
+def _channels(config: Config, counts: VideoCounts, total: int) -> ImageObjective:
   """Builds the penalties of the heavy net's channel gates."""
   channels = config.loss.channels
   return ImageObjective.from_config(
@@ -335,7 +338,7 @@ def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int
   )
 
 
-def _loop(config: ml_collections.ConfigDict, train: Any, name: str) -> loop.LoopSettings:
+def _loop(config: Config, train: Any, name: str) -> loop.LoopSettings:
   """Returns the loop's settings of the phase that the section `name` of the config describes."""
   phase = config[name]
   if phase.batch_size > len(train):
@@ -348,15 +351,21 @@ def _loop(config: ml_collections.ConfigDict, train: Any, name: str) -> loop.Loop
   return loop.LoopSettings.from_config(config, epochs=phase.epochs, steps_per_epoch=per_epoch)
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
-  one_of("model.selection", config.model.selection, (*SELECTIONS, LIGHT))
+def _check(config: Config) -> None:
+  """Raises a ValueError where a setting breaks its rule; the message names the field."""
+  _check_model(config)
   _check_skipped_backward(config)
+  _check_sets(config)
+  _check_training(config)
+  _check_together(config)
+
+
+def _check_model(config: Config) -> None:
+  """Checks the settings of the networks."""
   settings.check(
     config,
     choices={
-      "data.name": sets.SETS,
-      "data.layout": sets.LAYOUTS,
-      "training": TRAININGS,
+      "model.selection": (*SELECTIONS, LIGHT),
       "model.light.name": LIGHT_NETS,
       "model.heavy.name": HEAVY_NETS,
       "model.heavy.gating": GATINGS,
@@ -364,6 +373,46 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "model.dtype": settings.DTYPES,
       "model.gate.context": SEGMENT_CONTEXTS,
       "model.gate.relaxation": SEGMENT_RELAXATIONS,
+    },
+    positive=("model.light.width", "model.heavy.width"),
+    at_least={},
+    fractions=("model.segment_fraction", "model.backward_share"),
+    rules={},
+  )
+
+
+def _check_sets(config: Config) -> None:
+  """Checks the settings of the data, before any are opened."""
+  settings.check(
+    config,
+    choices={"data.name": sets.SETS, "data.layout": sets.LAYOUTS},
+    at_least={
+      "data.segments": 1,
+      "data.frames": 1,
+      "data.size": 1,
+      "data.train_videos": 1,
+      "data.test_videos": 1,
+      "data.workers": 0,
+      "data.light_macs": 0,
+      "data.heavy_macs": 0,
+    },
+    numbers=("data.mean", "data.std"),
+    rules={"data.std": (lambda std: min(std) > 0, "a tuple of positive numbers")},
+  )
+
+
+def _check_training(config: Config) -> None:
+  """Checks the settings of both trainings, and of their losses."""
+  rules = {
+    "optim.lr_drop_at": (settings.all_numbers, "a tuple of fractions"),
+    "optim.batch_size": settings.divides_over_devices(),
+  }
+  if config.pretrain.epochs:
+    rules["pretrain.batch_size"] = settings.divides_over_devices()
+  settings.check(
+    config,
+    choices={
+      "training": TRAININGS,
       "pretrain.target": TARGETS,
       "loss.sparsity.kind": SEGMENT_SPARSITIES,
       "loss.channels.batch_shaping.reduction": REDUCTIONS,
@@ -373,8 +422,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "devices.backend": devices.BACKENDS,
     },
     positive=(
-      "model.light.width",
-      "model.heavy.width",
       "optim.learning_rate",
       "pretrain.learning_rate",
       "optim.drop_factor",
@@ -392,14 +439,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
     ),
     at_least={
       "seed": 0,
-      "data.segments": 1,
-      "data.frames": 1,
-      "data.size": 1,
-      "data.train_videos": 1,
-      "data.test_videos": 1,
-      "data.workers": 0,
-      "data.light_macs": 0,
-      "data.heavy_macs": 0,
       "pretrain.epochs": 0,
       "pretrain.segments_per_video": 1,
       "pretrain.batch_size": 1,
@@ -408,26 +447,12 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "devices.steps_per_dispatch": 1,
       "log_every": 1,
     },
-    fractions=(
-      "model.segment_fraction",
-      "model.backward_share",
-      "loss.sparsity.target",
-      "loss.channels.sparsity.target",
-    ),
-    numbers=("data.mean", "data.std"),
-    rules={
-      "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
-      "optim.lr_drop_at": (settings.all_numbers, "a tuple of fractions"),
-      "optim.batch_size": settings.divides_over_devices(),
-      **(
-        {"pretrain.batch_size": settings.divides_over_devices()} if config.pretrain.epochs else {}
-      ),
-    },
+    fractions=("loss.sparsity.target", "loss.channels.sparsity.target"),
+    rules=rules,
   )
-  _check_together(config)
 
 
-def _check_data(config: ml_collections.ConfigDict, train: Any) -> None:
+def _check_data(config: Config, train: Any) -> None:
   """Raises a ValueError where the training set lacks what a setting needs."""
   if config.model.selection == "oracle" and "relevant" not in train.shapes:
     raise ValueError(
@@ -437,7 +462,7 @@ def _check_data(config: ml_collections.ConfigDict, train: Any) -> None:
     raise ValueError("pretrain.target must be 'label': the data have no unit actions; got 'units'")
 
 
-def _check_together(config: ml_collections.ConfigDict) -> None:
+def _check_together(config: Config) -> None:
   """Raises a ValueError where one setting needs another."""
   if config.model.selection == "confidence" and not config.loss.light:
     raise ValueError(
@@ -460,7 +485,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
+def _check_skipped_backward(config: Config) -> None:
   """Checks that skipping the backward pass leaves every gradient as it is.
 
   A gradient is skipped only where it is exactly 0. The number of the other segments must be known,

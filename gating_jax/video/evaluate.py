@@ -115,7 +115,8 @@ def outcome(
     `logits` `[B, classes]`; `gates`, `probs` and `heavy_macs` `[B, T]`; and, if the heavy net has
     channel gates, `channels`, `[B, layers, BINS]` counts of open probabilities in chosen segments.
   """
-  outputs, (record, *channels) = experiment.model.apply(variables, experiment.prepare(batch))
+  results: Any = experiment.model.apply(variables, experiment.prepare(batch))
+  outputs, (record, *channels) = results
   found = {
     "logits": outputs["logits"],
     "gates": record.gates,

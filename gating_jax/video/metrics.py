@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,7 +71,7 @@ def mean_average_precision(
   if len(bad := np.flatnonzero(((labels != 0) & (labels != 1)).any(axis=1))):
     raise ValueError(f"labels must be 0 or 1; got {labels[bad[0]]} for video {bad[0]}")
   # Average precision is not defined for a class without a positive.
-  known = labels.any(axis=0)
+  known = np.asarray(labels.any(axis=0))
   per_class = np.full(len(known), np.nan)
   for c in np.flatnonzero(known):
     per_class[c] = average_precision_score(labels[:, c], scores[:, c])
@@ -167,14 +167,12 @@ def _share_per_class(
   videos = labels.sum(axis=0)
   names, means = _names(class_names, len(videos)), {}
   # A class without videos has no mean, and is left out.
-  for c in np.flatnonzero(videos):
+  for c in np.flatnonzero(videos).tolist():
     means[names[c]] = float(share @ labels[:, c] / videos[c])
   return means
 
 
-def _agreement(
-  chosen: np.ndarray, valid: np.ndarray, relevant: np.ndarray
-) -> dict[str, float | int | None]:
+def _agreement(chosen: np.ndarray, valid: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
   """Computes the precision and recall of the choice, all arguments `[M, T]` bool."""
   # Recall is not defined for a video without a relevant segment.
   known = relevant.any(axis=1)

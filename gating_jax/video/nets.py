@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from gating_jax.checks import user_path
+from gating_jax.config_files import Config
 from gating_jax.data.videos import VideoArrays
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segment_gate import CONCEPTS
@@ -19,7 +19,7 @@ from gating_jax.models.timegate import find_concepts
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoint, restore_newest
 from gating_jax.video import evaluate
-from gating_jax.video.build import Phase, VideoExperiment, heavy_from
+from gating_jax.video.build import Phase, VideoExperiment
 
 PRETRAIN_DIR = "pretrain"
 # Concepts are found from at most so many segments.
@@ -84,7 +84,7 @@ def begin_training(
   return state.replace(params=params, batch_stats=batch_stats)
 
 
-def _concepts_of(features: VideoArrays, config: ml_collections.ConfigDict) -> np.ndarray:
+def _concepts_of(features: VideoArrays, config: Config) -> np.ndarray:
   """Finds the concepts, clusters of the light net's features of the training segments."""
   arrays = features.arrays
   # Only real segments of videos that could be read.
@@ -114,7 +114,7 @@ def placed_nets(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
   if nets is None:
     return {}
   # Maps each slot of the whole network to the trained net that fills it.
-  places = {"heavy": heavy_from(experiment.config)}
+  places = {"heavy": experiment.heavy_from}
   if experiment.model.light is not None:
     places["light"] = "light"
   renamed = {}

@@ -11,16 +11,16 @@ import functools
 from collections.abc import Callable, Hashable, Mapping
 
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 from gating_jax.checks import one_of
+from gating_jax.config_files import Config
 from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.penalties import LEAST_RATE
 from gating_jax.ops.priors import Prior
 from gating_jax.training.closed_gates import SEGMENTS_CLOSED
 from gating_jax.training.objectives import GatePenalties, ImageObjective, weighted_mean
-from gating_jax.types import Array, Records
+from gating_jax.types import AnyArray, Array, Records
 
 SEGMENT_SPARSITIES = ("none", "mean", "target")
 Terms = Mapping[str, Array]
@@ -60,7 +60,7 @@ class VideoObjective:
   @classmethod
   def from_config(
     cls,
-    loss: ml_collections.ConfigDict,
+    loss: Config,
     total_steps: int,
     *,
     multi_label: bool,
@@ -138,7 +138,7 @@ class VideoObjective:
     channel_penalty, channel_terms = self.channels.gate_terms(tuple(channels), step, axis_name)
     return total + channel_penalty, terms | _of_channels(channel_terms)
 
-  def _shaping(self, logits: Array, seen: Array, axis_name: Hashable | None) -> Array:
+  def _shaping(self, logits: AnyArray, seen: Array, axis_name: Hashable | None) -> Array:
     """Computes the batch-shaping loss of all segments, padding left out.
 
     They share one gate network, so they are one column.
@@ -202,7 +202,7 @@ class SegmentObjective:
     return total, terms | accuracies | _of_channels(channel_terms)
 
 
-def _of_channels(terms: Terms) -> Terms:
+def _of_channels(terms: Terms) -> dict[str, Array]:
   """Names the terms of the heavy net's channel gates apart from those of segments."""
   return {f"channels_{name}": value for name, value in terms.items()}
 

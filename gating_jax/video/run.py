@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import ml_collections
 
 from gating_jax import runner
+from gating_jax.config_files import Config
 from gating_jax.data.image_sets import process_indices
 from gating_jax.data.videos import VideoArrays
 from gating_jax.reports import tables
@@ -44,7 +44,7 @@ from gating_jax.video import report, sets, speed
 from gating_jax.video.build import Phase, VideoExperiment, build
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+def run(config: Config, workdir: Path, mode: str) -> None:
   """Runs one mode on a run directory.
 
   Args:
@@ -145,6 +145,8 @@ class LongVideo(runner.Programme):
   def pretrain(self, run_dir: RunDir) -> dict[str, Any] | None:
     """Trains both nets on single segments; returns their variables, or None where it stopped."""
     phase = self.experiment.pretraining
+    if phase is None:
+      raise ValueError("the config has no pretraining")
     with self._open(phase, run_dir.path / video_nets.PRETRAIN_DIR) as training:
       # A phase that has ended is not entered again: no journal, no compilation.
       if training.step < training.total_steps:
@@ -268,7 +270,7 @@ class LongVideo(runner.Programme):
     training.journal.write_histograms(training.step, "test", histograms)
 
 
-def watch_videos(config: ml_collections.ConfigDict) -> ClosingWatch:
+def watch_videos(config: Config) -> ClosingWatch:
   """Returns the watch over the gate of segments and the channel gates of the heavy net."""
   limits, loss = [], config.loss
   if config.model.selection == "gate":

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from gating_jax.checks import user_path
+from gating_jax.config_files import Config
 from gating_jax.data import augment, composed, video_tables
 from gating_jax.data.video_features import FeatureFolder
 from gating_jax.data.video_files import VideoFolder
@@ -32,7 +33,7 @@ TARGETS = ("label", "weight", "valid", "units")
 Batch = Mapping[str, Any]
 
 
-def open_set(config: ml_collections.ConfigDict, split: str) -> VideoArrays | VideoSet:
+def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
   """Opens the `train` or `test` set.
 
   Raises:
@@ -65,7 +66,7 @@ def open_set(config: ml_collections.ConfigDict, split: str) -> VideoArrays | Vid
   return FeatureFolder(table, data.folder, data.heavy_folder, **how)
 
 
-def _expanded(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _expanded(data: Config) -> Config:
   """Returns the settings with `~` in paths expanded."""
   given = ["table", "folder", "heavy_folder"]
   if data.layout == "csv":
@@ -75,7 +76,7 @@ def _expanded(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict({**data, **paths})
 
 
-def _table(data: ml_collections.ConfigDict, split: str) -> video_tables.VideoTable:
+def _table(data: Config, split: str) -> video_tables.VideoTable:
   if data.layout == "csv":
     return video_tables.read_table(data.table, split)
   if data.layout == "breakfast":
@@ -85,9 +86,7 @@ def _table(data: ml_collections.ConfigDict, split: str) -> video_tables.VideoTab
   return video_tables.read_multithumos(data.table, split)
 
 
-def network_inputs(
-  batch: Batch, config: ml_collections.ConfigDict, *, heavy_from: str = "heavy"
-) -> dict[str, Array]:
+def network_inputs(batch: Batch, config: Config, *, heavy_from: str = "heavy") -> dict[str, Array]:
   """Computes the inputs of a `SegmentNet` from a batch.
 
   uint8 clips are normalised, and their centre frames are for the light net.
@@ -141,7 +140,7 @@ def pick_segments(
 
 
 def network_shapes(
-  videos: VideoArrays | VideoSet, config: ml_collections.ConfigDict, *, heavy_from: str = "heavy"
+  videos: VideoArrays | VideoSet, config: Config, *, heavy_from: str = "heavy"
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of one video's `network_inputs`, of which `heavy_from` is an argument."""
   batch = {}

@@ -15,13 +15,13 @@ import numpy as np
 
 from gating_jax.inference.compiled import AUTO, Timing, runs_over
 from gating_jax.inference.segments import CompiledSegments, compile_segments, dense_programs
-from gating_jax.models.timegate import Inputs, SegmentNet
+from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import compaction
 from gating_jax.reports import conclusion, timings
 from gating_jax.timing import SEGMENTS, race
 from gating_jax.training import rundir
 from gating_jax.video import sets
-from gating_jax.video.build import LIGHT, VideoExperiment
+from gating_jax.video.build import VideoExperiment
 
 # Numbers of videos that the tables are measured for, and timed calls of each program.
 _BATCHES, _REPEATS = (1, 8), 20
@@ -120,12 +120,12 @@ def _compile(experiment: VideoExperiment, variables: Any, **how: Any) -> Compile
 
 def skips(experiment: VideoExperiment) -> bool:
   """Tests whether segments of a heavy net are skipped in batches."""
-  return experiment.config.model.selection not in ("prefix", LIGHT) and bool(
-    experiment.counts.heavy.params
-  )
+  # In the heavy net's place, the light net sees every segment.
+  may_skip = experiment.config.model.selection != "prefix" and experiment.heavy_from == "heavy"
+  return may_skip and bool(experiment.counts.heavy.params)
 
 
-def _read(experiment: VideoExperiment, videos: int) -> Inputs:
+def _read(experiment: VideoExperiment, videos: int) -> dict[str, Any]:
   """Reads the first test videos."""
   batch = experiment.test.read(np.arange(min(videos, len(experiment.test))))
   return {name: batch[name] for name in batch if name in sets.INPUTS}

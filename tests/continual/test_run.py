@@ -17,7 +17,7 @@ from gating_jax.continual import build, compile, registry, run, training
 from gating_jax.continual.method import LearnerState, TaskTable
 from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
-from gating_jax.models import vgg
+from gating_jax.models import vggs
 from gating_jax.reports import tasks, timings
 from gating_jax.training import devices, rundir
 from gating_jax.training.checkpoints import Checkpoints
@@ -52,7 +52,7 @@ def config():
     return made
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(vgg.VGGS, "tiny", (8, vgg.POOL, 8))
+    patch.setitem(vggs.VGGS, "tiny", (8, vggs.POOL, 8))
     yield make
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.inference.analyse import NetCounter, observe
+from gating_jax.inference.analysing import NetCounter, observe
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
 
 SHAPE = (5, 4, 3)

@@ -7,8 +7,8 @@ import numpy as np
 
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import ResNet
-from gating_jax.models.vgg import VGG
+from gating_jax.models.resnets import ResNet
+from gating_jax.models.vggs import VGG
 
 SHAPE = (9, 8, 3)
 GATE = GateSettings(hidden=3)

@@ -6,7 +6,7 @@ It jumps every second.
 import time
 
 from gating_jax import cli
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from tests.helpers.tiny_cli import TINY
 
 _true = time.time
@@ -19,5 +19,5 @@ def jumping():
 
 if __name__ == "__main__":
   time.time = jumping
-  resnet.RESNETS["tiny"] = TINY
+  resnets.RESNETS["tiny"] = TINY
   cli.main()

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss
-from gating_jax.ops.empirical import empirical
+from gating_jax.ops.empirical_prior import empirical
 from gating_jax.ops.penalties import target_rate_loss
 from gating_jax.ops.priors import beta, relaxed_bernoulli
 
@@ -68,7 +68,7 @@ def reference_samples(params, batch, logits, axis_name=None, **options):
 
 
 def target_rate(params, batch, logits, axis_name=None, exchange=None):
-  return target_rate_loss([jax.nn.sigmoid(logits)], 0.9, axis_name=axis_name) / 10
+  return target_rate_loss([jax.nn.sigmoid(logits)], target=0.9, axis_name=axis_name) / 10
 
 
 def loss(params, batch, term, *, fit=1.0, shaping=10.0, **options):

@@ -9,7 +9,7 @@ import optax
 
 from gating_jax.data import augment
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.ops.priors import beta
 from gating_jax.training import steps
 from gating_jax.training.objectives import ImageObjective

@@ -4,8 +4,8 @@ import operator
 
 from gating_jax import cli
 from gating_jax.layers.blocks import BasicBlock
-from gating_jax.models import resnet, video_backbones
-from gating_jax.models.resnet import NamedResNet, ResNet
+from gating_jax.models import resnets, video_backbones
+from gating_jax.models.resnets import NamedResNet, ResNet
 
 TINY = NamedResNet("cifar", BasicBlock, (1,), 8, "A")
 TINY_LIGHT, TINY_HEAVY = (
@@ -15,7 +15,7 @@ TINY_LIGHT, TINY_HEAVY = (
 
 def register(setitem=operator.setitem):
   """Makes the tiny networks known under the name `tiny`; `setitem` may be that of a MonkeyPatch."""
-  setitem(resnet.RESNETS, "tiny", TINY)
+  setitem(resnets.RESNETS, "tiny", TINY)
   setitem(video_backbones.LIGHT_NETS, "tiny", TINY_LIGHT)
   setitem(video_backbones.HEAVY_NETS, "tiny", TINY_HEAVY)
 

@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from gating_jax.images import classification
 from gating_jax.layers.blocks import BasicBlock
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import tiny
@@ -20,8 +20,8 @@ from tests.helpers.runs import without_reports
 
 @pytest.fixture
 def config(monkeypatch):
-  net = resnet.NamedResNet("cifar", BasicBlock, (1, 1), 4, "A")
-  monkeypatch.setitem(resnet.RESNETS, "tiny", net)
+  net = resnets.NamedResNet("cifar", BasicBlock, (1, 1), 4, "A")
+  monkeypatch.setitem(resnets.RESNETS, "tiny", net)
 
   def make(variants, **changes):
     made = importlib.import_module("configs.digits_resnet20").get_config(

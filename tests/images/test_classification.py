@@ -15,7 +15,7 @@ from gating_jax.analysis import outcomes
 from gating_jax.data import augment, image_sets
 from gating_jax.data.tfds import DatasetNotPreparedError
 from gating_jax.images import classification
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
 from tests.helpers import jobs, pages, runs, tiny, tiny_cli
@@ -44,7 +44,7 @@ def config():
     return made
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+    patch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
     yield make
 
 
@@ -595,7 +595,7 @@ def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(
 def test_a_net_ends_at_its_budget_from_above_and_from_below(
   budget, initial_open, config, tmp_path, monkeypatch
 ):
-  """To 0.04 on 360 test images after 132 steps; to 0.02 on CIFAR-10, see docs/results.md."""
+  """To 0.04 on 360 test images after 132 steps; to 0.02 on CIFAR-10, see docs/results/images.md."""
   runs.without_reports(monkeypatch)
   classification.run(
     config(

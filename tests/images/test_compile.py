@@ -6,7 +6,7 @@ from PIL import Image
 from configs import digits_resnet20
 from gating_jax import runner
 from gating_jax.images import classification
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.reports import timings
 from gating_jax.training import rundir
 from gating_jax.training.evaluation import Evaluation
@@ -17,7 +17,7 @@ from tests.helpers import tiny_cli
   ("gates", "refused"), [("experts", "model must be ResNet or VGG; got ExpertNet"), ("none", "")]
 )
 def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates, refused):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   pages = []
   monkeypatch.setattr(classification.image_report, "write_report", lambda _, run: pages.append(run))
   built = classification.build(digits_resnet20.get_config(f"gates={gates},model=tiny"))
@@ -34,7 +34,7 @@ def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates,
 
 @pytest.mark.slow
 def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(timings, "_REPEATS", 1)
   monkeypatch.setattr(timings, "_BATCHES", (1, 3))
   config = digits_resnet20.get_config()

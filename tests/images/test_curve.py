@@ -4,7 +4,7 @@ import pytest
 
 from configs import digits_resnet20
 from gating_jax.images import classification, curve
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.training import rundir
 from tests.helpers import tiny_cli
 
@@ -12,7 +12,7 @@ from tests.helpers import tiny_cli
 @pytest.fixture
 def made(monkeypatch):
   """Returns `variants -> (experiment, variables)` of a tiny network that is not trained."""
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
 
   def make(variants, gate=()):
     config = digits_resnet20.get_config(f"model=tiny,{variants}")

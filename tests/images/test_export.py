@@ -11,7 +11,7 @@ import pytest
 from gating_jax.data import image_sets
 from gating_jax.images import classification, export
 from gating_jax.inference.export import load_exported
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.training import rundir, steps
 from tests.helpers import tiny_cli
 from tests.helpers.runs import announced, race_by, said, without_reports
@@ -20,7 +20,7 @@ from tests.helpers.runs import announced, race_by, said, without_reports
 @pytest.fixture(scope="module")
 def config():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+    patch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
     made = importlib.import_module("configs.digits_resnet20").get_config()
     made.update_from_flattened_dict(
       {

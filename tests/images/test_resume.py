@@ -8,7 +8,7 @@ import pytest
 
 from gating_jax.images import classification
 from gating_jax.images.build import LOADERS
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.training import devices, loop, steps
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import made_tfds, tiny, tiny_cli
@@ -43,7 +43,7 @@ def final_state(config, workdir):
 
 @pytest.mark.slow
 def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(classification.Classification, "write_report", lambda *_, **__: None)
   config = importlib.import_module("configs.tfds_resnet20").get_config("epochs=1,batch=16")
   config.update_from_flattened_dict(
@@ -67,7 +67,7 @@ def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch
 def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(
   loader, data_dir, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   config = importlib.import_module("configs.tfds_resnet20").get_config("epochs=3,batch=16")
   config.update_from_flattened_dict(
     {

@@ -18,7 +18,7 @@ from sklearn import metrics
 from gating_jax.data import scenes, tfds
 from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.images import segmentation
-from gating_jax.models import resnet
+from gating_jax.models import resnets
 from gating_jax.models.summary import ModelCounts, model_summary
 from gating_jax.reports import timings
 from gating_jax.training import devices, evaluation, steps
@@ -51,7 +51,7 @@ def config():
     return made
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+    patch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
     yield make
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gating_jax.inference import conditional, folded
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, FoldedNet, Group, Layer
-from gating_jax.inference.quantise import quantise
+from gating_jax.inference.quantising import quantise
 from gating_jax.inference.strategies import STRATEGIES, PartContext, for_open, why_not, worth_trying
 from tests.helpers.folded_nets import FEATURES, KINDS, SHAPE, basic, conv, images, net
 from tests.helpers.runs import race_by

@@ -8,12 +8,12 @@ import pytest
 import safetensors.numpy
 
 from gating_jax.inference import export, folded
-from gating_jax.inference.analyse import analyse, prune
+from gating_jax.inference.analysing import analyse, prune
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exits import compile_exits
 from gating_jax.inference.export import ExportError, export_model, load_exported
 from gating_jax.inference.folding import fold
-from gating_jax.inference.quantise import dequantise, quantise
+from gating_jax.inference.quantising import dequantise, quantise
 from gating_jax.inference.strategies import why_not
 from gating_jax.models.resnet_variants import EarlyExitNet
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables

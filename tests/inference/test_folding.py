@@ -7,10 +7,10 @@ import pytest
 from gating_jax.inference import folded
 from gating_jax.inference.folding import fold
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import ResNet
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.models.summary import model_summary
-from gating_jax.models.vgg import VGG
+from gating_jax.models.vggs import VGG
 from gating_jax.ops.macs import executed_macs
 from tests.helpers.gated_models import MODELS, SHAPE, STATIC, images, random_variables
 

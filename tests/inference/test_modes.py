@@ -13,9 +13,9 @@ from gating_jax.inference import (
   export,
   folded,
   folding,
-  quantise,
+  quantising,
 )
-from gating_jax.inference.analyse import analyse, prune
+from gating_jax.inference.analysing import analyse, prune
 from gating_jax.models.resnet_variants import EarlyExitNet
 from tests.helpers import folded_nets, gated_models
 from tests.helpers.modes import MODES, assert_same
@@ -40,8 +40,8 @@ def small_model(name):
 
 @jax.jit
 def both_ways(net):
-  small = quantise.quantise(net)
-  return small, quantise.dequantise(small)
+  small = quantising.quantise(net)
+  return small, quantising.dequantise(small)
 
 
 def quantised():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gating_jax.inference import folded, pruning
-from gating_jax.inference.analyse import analyse, prune
+from gating_jax.inference.analysing import analyse, prune
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold

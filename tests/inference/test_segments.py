@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gating_jax.inference.segments import compile_segments
 from gating_jax.layers.gate import GATE_NAME, GateSettings
 from gating_jax.layers.segment_gate import SegmentGateSettings
-from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.models.timegate import SegmentNet
 
 SEGMENTS, CLIP = 4, (2, 4, 4, 1)

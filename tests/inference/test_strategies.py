@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gating_jax.inference import conditional, folded
-from gating_jax.inference.analyse import gates_of
+from gating_jax.inference.analysing import gates_of
 from gating_jax.inference.folded import Group
 from gating_jax.inference.strategies import (
   EXPORTABLE,

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.layers.blocks import BasicBlock, Bottleneck
+from gating_jax.layers.blocks import GATINGS, BasicBlock, Bottleneck
 from gating_jax.layers.gate import GateSettings
 
 OPEN = 1e4
@@ -318,6 +318,13 @@ def test_near_matches_of_names_are_suggested(block):
     shape_of(block(2, gating="chanel"))
   with pytest.raises(ValueError, match=r"^shortcut must be one of A, B; got 'C'"):
     shape_of(block(8 // block.expansion, shortcut="C"))
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_a_gating_without_a_description_of_its_units_is_an_error(block, monkeypatch):
+  monkeypatch.setattr("gating_jax.layers.blocks.GATINGS", (*GATINGS, "pairs"))
+  with pytest.raises(ValueError, match="gating 'pairs' is in GATINGS, but _groups does not"):
+    jax.eval_shape(block(4, gating="pairs").init, jax.random.key(0), image(1, 4, 4, 4))
 
 
 def test_shortcut_a_cannot_drop_channels():

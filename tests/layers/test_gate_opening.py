@@ -132,7 +132,9 @@ def test_penalties_count_an_open_weighted_gate_once():
   gates = joined(records, "gates")
   np.testing.assert_array_equal(unweighted(gates), gates > 0)
   rates = np.mean(gates > 0, axis=0)
-  np.testing.assert_allclose(target_rate_loss([gates], 0.3), np.sum((rates - 0.3) ** 2), rtol=1e-5)
+  np.testing.assert_allclose(
+    target_rate_loss([gates], target=0.3), np.sum((rates - 0.3) ** 2), rtol=1e-5
+  )
   assert closed_share(records) <= 1 / 8
 
 

@@ -15,8 +15,8 @@ from gating_jax.layers.gate import NOISE, ChannelGate, GatedChannels, GateSettin
 from gating_jax.models import timegate
 from gating_jax.models.columns import Adapter
 from gating_jax.models.mobilenet import MobileNet
-from gating_jax.models.resnet import ResNet
-from gating_jax.models.vgg import VGG
+from gating_jax.models.resnets import ResNet
+from gating_jax.models.vggs import VGG
 from tests.helpers.modes import MODES, assert_same, computed, traced
 
 RANDOM = np.random.default_rng(0)

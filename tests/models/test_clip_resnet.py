@@ -1,4 +1,4 @@
-"""ResNets on clips of frames; `test_resnet.py` has the images."""
+"""ResNets on clips of frames; `test_resnets.py` has the images."""
 
 import flax
 import jax
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.blocks import Bottleneck
-from gating_jax.models.resnet import ResNet, resnet
+from gating_jax.models.resnets import ResNet, resnet
 from gating_jax.models.summary import model_summary
 from gating_jax.ops.macs import executed_macs
 

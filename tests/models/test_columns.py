@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gating_jax.models.columns import ChainColumn, ResNetColumn, column, column_macs, output_shapes
-from gating_jax.models.vgg import POOL, VGG
+from gating_jax.models.vggs import POOL, VGG
 
 CHAIN, SHAPE, CLASSES, BEFORE, N = (2, POOL, 3), (4, 4, 1), 2, 2, 5
 

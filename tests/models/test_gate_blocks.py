@@ -10,8 +10,8 @@ import pytest
 
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import ResNet
-from gating_jax.models.vgg import POOL, VGG
+from gating_jax.models.resnets import ResNet
+from gating_jax.models.vggs import POOL, VGG
 from gating_jax.ops.macs import executed_macs, gated_macs
 
 apply = jax.jit(lambda net, variables, x: net.apply(variables, x), static_argnums=0)

@@ -8,7 +8,7 @@ import pytest
 
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.models.columns import ResNetColumn, column, column_macs, output_shapes
-from gating_jax.models.resnet import ResNet, resnet
+from gating_jax.models.resnets import ResNet, resnet
 from gating_jax.models.summary import model_summary
 
 SHAPE, CLASSES, BEFORE, N = (6, 6, 1), 2, 2, 5

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.blocks import Bottleneck
-from gating_jax.models.resnet import resnet
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
+from gating_jax.models.resnets import resnet
 from gating_jax.models.summary import model_summary
 from gating_jax.ops import confidence
 from gating_jax.ops.macs import executed_macs, gated_macs
@@ -38,9 +38,8 @@ def trained():
 @functools.cache
 def run(threshold, train=False):
   variables, x = trained()
-  out = jax.jit(
-    lambda v: net(threshold).apply(v, x, train, mutable=["batch_stats"] if train else False)
-  )(variables)
+  options = dict(mutable=["batch_stats"], method="all_exits") if train else {}
+  out = jax.jit(lambda v: net(threshold).apply(v, x, train, **options))(variables)
   return out[0] if train else out
 
 
@@ -80,6 +79,9 @@ def test_an_image_has_the_answer_of_its_exit_and_later_gates_are_closed():
   np.testing.assert_array_equal(y[left.sum(axis=1) == 2], never[left.sum(axis=1) == 2])
   np.testing.assert_array_equal(y[left.sum(axis=1) == 0], always[left.sum(axis=1) == 0])
   assert not np.array_equal(never, always)
+  # The shape is the same in training.
+  trains = lambda v: net().apply(v, trained()[1], True, mutable=["batch_stats"])[0][0]
+  assert jax.eval_shape(trains, trained()[0]).shape == y.shape
   first, second = (r.macs_per_unit for r in records)
   np.testing.assert_array_equal(executed_macs(records), left @ np.array([first, second]))
   assert gated_macs(records) == first + second
@@ -100,7 +102,9 @@ def test_where_no_image_leaves_it_is_the_plain_network_of_the_same_parameters():
 
 def test_every_parameter_is_trained_and_none_by_the_records():
   variables, x = trained()
-  apply = lambda p: net().apply({**variables, "params": p}, x, True, mutable=["batch_stats"])[0]
+  apply = lambda p: net().apply(
+    {**variables, "params": p}, x, True, mutable=["batch_stats"], method="all_exits"
+  )[0]
   grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(apply(p)[0]))))(variables["params"])
   assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
   silent = jax.jit(jax.grad(lambda p: sum(jnp.sum(r.probs + r.logits) for r in apply(p)[1])))(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
-from gating_jax.models.resnet import ResNet, resnet
+from gating_jax.models.resnets import ResNet, resnet
 from gating_jax.models.segmenter import Segmenter, enlarge, grid_means
 from gating_jax.models.summary import model_summary
 from gating_jax.ops.macs import gated_macs

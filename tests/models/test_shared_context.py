@@ -13,11 +13,11 @@ from gating_jax.layers.experts import Experts
 from gating_jax.layers.gate import GATE_RNG, GateSettings, is_gate_path
 from gating_jax.layers.segment_gate import SegmentGateSettings
 from gating_jax.models.generator import Generator
-from gating_jax.models.resnet import ResNet
 from gating_jax.models.resnet_variants import ExpertNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.summary import model_summary
-from gating_jax.models.vgg import POOL, VGG
+from gating_jax.models.vggs import POOL, VGG
 
 RECIPE = GateSettings(
   hidden=4,

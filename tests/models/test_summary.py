@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from gating_jax.models.resnet import RESNETS, resnet
+from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, layer_names, model_summary, reduced_macs
-from gating_jax.models.vgg import VGGS, vgg
+from gating_jax.models.vggs import VGGS, vgg
 from gating_jax.types import GateRecord
 
 # Dense MACs, parameters, gates, gate MACs and gate parameters of the project's specification; it

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.models.summary import model_summary
 from gating_jax.models.video_backbones import (
   HEAVY_NETS,

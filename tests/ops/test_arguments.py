@@ -48,10 +48,10 @@ LOSSES = {
     TypeError,
     "logits must be an array of real numbers; got an object of class Prior",
   ),
-  "a record for logits": (
-    lambda: gj.batch_shaping_loss(RECORD, PRIOR),
+  "a list of records for logits": (
+    lambda: gj.batch_shaping_loss([RECORD], PRIOR),
     TypeError,
-    "logits must be an array of real numbers; got an object of class GateRecord",
+    "logits must be an array of real numbers; got ",
   ),
   "a list of arrays for logits": (
     lambda: gj.batch_shaping_loss([Z, Z], PRIOR),
@@ -189,14 +189,14 @@ LAYERS = {
     "probs must be a list of one [N, C] array per layer; got ",
   ),
   "an array for the list of gates": (
-    lambda: gj.target_rate_loss(Z, 0.5),
+    lambda: gj.target_rate_loss(Z, target=0.5),
     TypeError,
     "gates must be a list of one [N, C] array per layer; got ",
   ),
-  "records for probabilities": (
-    lambda: gj.l0_loss([RECORD]),
+  "a record without probabilities": (
+    lambda: gj.l0_loss([gj.GateRecord(Z, None, Z)]),
     TypeError,
-    "probs[0] must be an array of real numbers; got ",
+    "probs[0] must be an array of real numbers; got None",
   ),
   "rows for layers": (
     lambda: gj.l0_loss([[0.5, 0.2]]),
@@ -209,7 +209,7 @@ LAYERS = {
     "probs[0] must be [N, C] with N >= 1; got shape (0, 2)",
   ),
   "a rate in percent": (
-    lambda: gj.target_rate_loss([Z], 60),
+    lambda: gj.target_rate_loss([Z], target=60),
     ValueError,
     "target must be in [0, 1]; got 60",
   ),
@@ -234,7 +234,7 @@ LAYERS = {
     "records must be from one batch (one forward pass); got probs of shapes [(4, 2), (3, 2)]",
   ),
   "records of several batches, with a budget": (
-    lambda: gj.mac_budget_loss([RECORD, OTHER], 1, 0.5),
+    lambda: gj.mac_budget_loss([RECORD, OTHER], never_gated_macs=1, budget=0.5),
     ValueError,
     "records must be from one batch",
   ),
@@ -249,7 +249,7 @@ LAYERS = {
     "records must have at least one example; got gates of shape (0, 2)",
   ),
   "records without an example, with a budget": (
-    lambda: gj.mac_budget_loss([NOTHING], 1, 0.5),
+    lambda: gj.mac_budget_loss([NOTHING], never_gated_macs=1, budget=0.5),
     ValueError,
     "records must have at least one example; got gates of shape (0, 2)",
   ),
@@ -264,12 +264,12 @@ LAYERS = {
     "records[0].gates must be [N, C]; got shape (2,)",
   ),
   "a budget in MACs": (
-    lambda: gj.mac_budget_loss([RECORD], 1, 10_000),
+    lambda: gj.mac_budget_loss([RECORD], never_gated_macs=1, budget=10_000),
     ValueError,
     "budget must be in (0, 1]; got 10000",
   ),
   "text for the MACs": (
-    lambda: gj.mac_budget_loss([RECORD], "1", 0.5),
+    lambda: gj.mac_budget_loss([RECORD], never_gated_macs="1", budget=0.5),
     TypeError,
     "never_gated_macs must be a number >= 0; got '1'",
   ),

@@ -17,8 +17,9 @@ from gating_jax.ops.ecdf import (
   generalised_batch_shaping_loss,
   noise_floor,
 )
-from gating_jax.ops.empirical import empirical
+from gating_jax.ops.empirical_prior import empirical
 from gating_jax.ops.priors import Prior, beta, normal, relaxed_bernoulli, uniform
+from gating_jax.types import GateRecord
 
 # Sum form and d/dp of p = [0.7, 0.1, 0.95, 0.4] as one gate, by SciPy's `betainc` in float64.
 PROBS = np.array([0.7, 0.1, 0.95, 0.4])
@@ -242,6 +243,15 @@ def test_integer_features_are_ranked_as_reals():
   wide = Prior("linear", cdf=lambda x: x / 10, pdf=lambda x: jnp.full_like(x, 0.1))
   np.testing.assert_allclose(
     matching(np.array([8, 1, 5]), wide), (0.15**2 + 0 + 0.05**2) / 3, rtol=1e-5
+  )
+
+
+def test_of_a_record_the_logits_count():
+  logits = jax.random.normal(jax.random.key(0), (6, 2))
+  record = GateRecord(logits=logits, probs=None, gates=None)
+  prior = beta(0.6, 0.4)
+  np.testing.assert_array_equal(
+    batch_shaping_loss(record, prior), batch_shaping_loss(logits, prior)
   )
 
 

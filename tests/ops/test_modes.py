@@ -13,7 +13,7 @@ from gating_jax.ops import (
   confidence,
   cpu_convs,
   ecdf,
-  empirical,
+  empirical_prior,
   macs,
   native_kernels,
   pallas_kernels,
@@ -90,15 +90,15 @@ LOSSES = {
   "relaxed Bernoulli": shaped(priors.relaxed_bernoulli(SIX_TENTHS, HALF)),
   "relaxed Bernoulli, one for each": shaped(priors.relaxed_bernoulli(EACH, EACH)),
   "custom": matched(EXPONENTIAL, jnp.exp),
-  "samples": matched(empirical.empirical(LOGITS)),
-  "samples of one column": matched(empirical.empirical(LOGITS[:, 0])),
+  "samples": matched(empirical_prior.empirical(LOGITS)),
+  "samples of one column": matched(empirical_prior.empirical(LOGITS[:, 0])),
 }
 PARAMETERS = {
   "beta": learned(lambda each: priors.beta(each, SIX_TENTHS)),
   "symmetric beta": learned(priors.symmetric_beta),
   "relaxed Bernoulli": learned(lambda each: priors.relaxed_bernoulli(each, HALF)),
   "normal": learned(lambda each: priors.normal(each, HALF), lambda x: x),
-  "samples": gradient(lambda x: ecdf.cdf_matching_loss(x[:3], empirical.empirical(x[3:]))),
+  "samples": gradient(lambda x: ecdf.cdf_matching_loss(x[:3], empirical_prior.empirical(x[3:]))),
   "generalised": lambda x: gradient(
     lambda x, means: sum(
       map(
@@ -120,7 +120,7 @@ PRIORS = {
   "normal": densities(priors.normal(EACH)),
   "uniform": densities(priors.uniform()),
   "custom": densities(EXPONENTIAL),
-  "samples": densities(empirical.empirical(LOGITS)),
+  "samples": densities(empirical_prior.empirical(LOGITS)),
   "ranks": lambda x: (ecdf.empirical_cdf(x), ecdf.empirical_cdf(jnp.round(x), 1)),
   "sort": lambda x: gradient(lambda x: ranking.sort_with_vjp(x) ** 2)(x),
   "sort of ties": lambda x: gradient(lambda x: ranking.sort_with_vjp(jnp.round(x), 1) ** 2)(x),
@@ -182,13 +182,13 @@ def on_probs(loss):
 
 PENALTIES = {
   "L0": on_probs(penalties.l0_loss),
-  "target rate": on_probs(lambda probs: penalties.target_rate_loss(probs, SIX_TENTHS)),
+  "target rate": on_probs(lambda probs: penalties.target_rate_loss(probs, target=SIX_TENTHS)),
   "entropy": on_probs(penalties.entropy_loss),
   "decision entropy": on_probs(penalties.decision_entropy_loss),
   "indecision": on_probs(penalties.indecision_loss),
   "balance": on_records(penalties.balance_loss),
   "MACs": on_records(penalties.mac_loss),
-  "budget": on_records(lambda r: penalties.mac_budget_loss(r, 9, HALF)),
+  "budget": on_records(lambda r: penalties.mac_budget_loss(r, never_gated_macs=9, budget=HALF)),
   "counts": lambda x: (macs.executed_macs(records(x)), macs.expected_macs(records(x))),
 }
 QUANTILES = {

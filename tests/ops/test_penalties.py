@@ -50,9 +50,13 @@ def test_l0_loss_is_the_share_of_open_gates(value, share):
 
 def test_target_rate_loss_sums_over_gates_and_layers():
   layers = [jnp.array([[1.0, 0.0], [0.0, 0.0]]), jnp.array([[1.0], [1.0]])]
-  np.testing.assert_allclose(target_rate_loss(layers, 0.6), 0.1**2 + 0.6**2 + 0.4**2, rtol=1e-6)
-  np.testing.assert_allclose(target_rate_loss(layers[:1], jnp.array([0.5, 0.2])), 0.04, rtol=1e-6)
-  np.testing.assert_array_equal(target_rate_loss(layers[1:], 1.0), 0.0)
+  np.testing.assert_allclose(
+    target_rate_loss(layers, target=0.6), 0.1**2 + 0.6**2 + 0.4**2, rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    target_rate_loss(layers[:1], target=jnp.array([0.5, 0.2])), 0.04, rtol=1e-6
+  )
+  np.testing.assert_array_equal(target_rate_loss(layers[1:], target=1.0), 0.0)
 
 
 def test_entropy_loss_is_of_each_gates_mean_and_does_not_see_how_it_comes_about():
@@ -116,7 +120,11 @@ def test_mac_budget_loss_is_of_the_gates_and_its_gradient_of_their_probabilities
   per_unit = (
     np.array([[10 + 4 * 1], [10 + 4 * 0.5]]) / 2 / whole
   )  # with the expected units of the second
-  differentiate = jax.jit(jax.value_and_grad(lambda p, b: mac_budget_loss(drawn(p, SECOND), 32, b)))
+  differentiate = jax.jit(
+    jax.value_and_grad(
+      lambda p, b: mac_budget_loss(drawn(p, SECOND), never_gated_macs=32, budget=b)
+    )
+  )
   for budget in (0.5, 1.0):  # the cost is too high, and too low
     loss, gradient = differentiate(FIRST, budget)
     np.testing.assert_allclose(loss, (share - budget) ** 2, rtol=1e-5)
@@ -130,7 +138,7 @@ def test_mac_budget_loss_is_of_the_gates_and_its_gradient_of_their_probabilities
   "loss",
   [
     lambda p: l0_loss([p[:, :3], p[:, 3:]]),
-    lambda p: target_rate_loss([p[:, :3], p[:, 3:]], 0.9),
+    lambda p: target_rate_loss([p[:, :3], p[:, 3:]], target=0.9),
     lambda p: entropy_loss([p[:, :3] ** 2, p[:, 3:] ** 2]),
     lambda p: indecision_loss([p[:, :3], p[:, 3:]]),
     lambda p: mac_loss(records_of(p[:, :3], p[:, 3:])),
@@ -150,8 +158,10 @@ def test_the_budget_and_the_target_are_over_all_devices():
   p = np.random.default_rng(1).uniform(0, 1, (16, 5)).astype(np.float32)
   losses = {
     "entropy": lambda p, axis: entropy_loss([p**2], axis_name=axis),
-    "target": lambda p, axis: target_rate_loss([p], 0.7, axis_name=axis),
-    "budget": lambda p, axis: mac_budget_loss(drawn(p[:, :3], p[:, 3:]), 10, 0.3, axis_name=axis),
+    "target": lambda p, axis: target_rate_loss([p], target=0.7, axis_name=axis),
+    "budget": lambda p, axis: mac_budget_loss(
+      drawn(p[:, :3], p[:, 3:]), never_gated_macs=10, budget=0.3, axis_name=axis
+    ),
   }
   for loss in losses.values():
     spread = jax.pmap(lambda p, loss=loss: loss(p, "d"), axis_name="d")(p.reshape(8, 2, 5))
@@ -164,11 +174,11 @@ def test_the_budget_and_the_target_are_over_all_devices():
   "loss",
   [
     l0_loss,
-    lambda r: target_rate_loss(r, 0.5),
+    lambda r: target_rate_loss(r, target=0.5),
     entropy_loss,
     indecision_loss,
     mac_loss,
-    lambda r: mac_budget_loss(r, 1, 0.5),
+    lambda r: mac_budget_loss(r, never_gated_macs=1, budget=0.5),
   ],
 )
 def test_an_ungated_model_is_an_error(loss):
@@ -200,7 +210,7 @@ def test_experts_are_balanced_at_one_and_worst_where_one_has_all():
     decision_entropy_loss,
     entropy_loss,
     indecision_loss,
-    lambda gates: target_rate_loss(gates, 0.5),
+    lambda gates: target_rate_loss(gates, target=0.5),
   ],
 )
 def test_layers_may_be_of_different_types(loss):
@@ -263,3 +273,41 @@ def test_the_gates_that_count_may_be_a_list_and_must_be_all_gates():
     ValueError, match=r"of must be \[G\], a truth value for each of the 2 gates; got shape \(3,\)"
   ):
     closed_share(records, of=[True, False, True])
+
+
+@pytest.mark.parametrize(
+  ("loss", "field"),
+  [
+    (l0_loss, "probs"),
+    (entropy_loss, "probs"),
+    (decision_entropy_loss, "probs"),
+    (indecision_loss, "probs"),
+    (lambda layers: target_rate_loss(layers, target=0.6), "gates"),
+  ],
+)
+def test_records_count_as_the_arrays_of_theirs(loss, field):
+  random = np.random.default_rng(0)
+  records = [
+    GateRecord(*(jnp.asarray(random.random((4, c)), jnp.float32) for _ in range(3))) for c in (3, 2)
+  ]
+  arrays = [getattr(record, field) for record in records]
+  assert loss(records) == loss(arrays) == loss([records[0], arrays[1]])
+  others = [dataclasses.replace(record, **{field: record.logits / 2}) for record in records]
+  assert loss(others) != loss(records)
+
+
+def test_settings_of_losses_by_position_warn_and_work():
+  records, layers = records_of(FIRST, SECOND), [np.array([[1.0], [0.0]], np.float32)]
+  with pytest.warns(DeprecationWarning, match="^target_rate_loss takes target=... by keyword$"):
+    assert target_rate_loss(layers, 0.6) == target_rate_loss(layers, target=0.6)
+  new = mac_budget_loss(records, never_gated_macs=9, budget=0.5)
+  message = "^mac_budget_loss takes never_gated_macs=..., budget=... by keyword$"
+  with pytest.warns(DeprecationWarning, match=message) as warned:
+    assert mac_budget_loss(records, 9, 0.5) == new
+  assert warned[0].filename == __file__
+  with pytest.warns(DeprecationWarning, match="takes never_gated_macs=... by keyword"):
+    assert mac_budget_loss(records, 9, budget=0.5) == new
+  with pytest.raises(TypeError, match="1 positional argument"):
+    target_rate_loss(layers, 0.6, target=0.6)
+  with pytest.raises(TypeError, match="1 positional argument"):
+    target_rate_loss(layers, 0.6, None)

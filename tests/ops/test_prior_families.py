@@ -13,7 +13,7 @@ from scipy import special, stats
 
 from gating_jax.ops import beta_cdf
 from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss
-from gating_jax.ops.empirical import empirical
+from gating_jax.ops.empirical_prior import empirical
 from gating_jax.ops.priors import (
   Prior,
   beta,

@@ -39,13 +39,13 @@ def every_penalty(x):
   probs, records = [jax.nn.sigmoid(x)], [record(x)]
   return [
     gj.l0_loss(probs),
-    gj.target_rate_loss(probs, 0.5),
+    gj.target_rate_loss(probs, target=0.5),
     penalties.entropy_loss(probs),
     penalties.decision_entropy_loss(probs),
     penalties.indecision_loss(probs),
     penalties.balance_loss(records),
     gj.mac_loss(records),
-    gj.mac_budget_loss(records, x.size, 0.5),
+    gj.mac_budget_loss(records, never_gated_macs=x.size, budget=0.5),
     gj.closed_share(records),
   ]
 

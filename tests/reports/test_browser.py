@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from gating_jax.continual import build as continual_build
 from gating_jax.continual import report as continual_report
 from gating_jax.images import report as image_report
-from gating_jax.models import vgg, video_backbones
-from gating_jax.models.resnet import ResNet
+from gating_jax.models import vggs, video_backbones
+from gating_jax.models.resnets import ResNet
 from gating_jax.reports import comparison, page
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports.compared_runs import Run
@@ -156,7 +156,7 @@ PAGES = {
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
-  monkeypatch.setitem(vgg.VGGS, "tiny", (8, vgg.POOL, 8))
+  monkeypatch.setitem(vggs.VGGS, "tiny", (8, vggs.POOL, 8))
   monkeypatch.setitem(
     video_backbones.LIGHT_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4))
   )

@@ -5,7 +5,7 @@ import pytest
 
 from gating_jax.continual import run as continual_run
 from gating_jax.images import classification, segmentation
-from gating_jax.models import resnet, vgg, video_backbones
+from gating_jax.models import resnets, vggs, video_backbones
 from gating_jax.training.closed_gates import CLOSED, SEGMENTS_CLOSED, ClosingWatch, Limit
 from gating_jax.video import run as video_run
 from tests.helpers import tiny_cli
@@ -189,8 +189,8 @@ def small(monkeypatch):
 
   Nets have one block or two layers, and a line is printed every ten steps.
   """
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
-  monkeypatch.setitem(vgg.VGGS, "tiny_chain", (8, vgg.POOL, 8))
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(vggs.VGGS, "tiny_chain", (8, vggs.POOL, 8))
   monkeypatch.setitem(video_backbones.LIGHT_NETS, "tiny", tiny_cli.TINY_LIGHT)
   monkeypatch.setitem(video_backbones.HEAVY_NETS, "tiny", tiny_cli.TINY_HEAVY)
   sizes = {

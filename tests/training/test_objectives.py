@@ -10,7 +10,7 @@ from scipy import special, stats
 
 from gating_jax.ops.priors import beta
 from gating_jax.training import objectives
-from gating_jax.training.objectives import ImageObjective, batch_shaping_term, fit_exits
+from gating_jax.training.objectives import ImageObjective, fit_exits
 from gating_jax.types import GateRecord
 
 N, CLASSES, UNITS = 6, 3, (2, 4)
@@ -256,12 +256,6 @@ def test_an_ungated_net_has_the_cross_entropy_alone():
     float(total)
     == float(terms["cross_entropy"])
     == pytest.approx(cross_entropy_by_hand(), rel=1e-5)
-  )
-
-
-def test_batch_shaping_takes_each_layers_mean_by_default():
-  assert float(batch_shaping_term(records(), beta(0.6, 0.4))) == pytest.approx(
-    shaping_by_hand("layer_mean"), rel=2e-5
   )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.training import steps
 from gating_jax.training.steps import or_in_full
 from tests.helpers import tiny

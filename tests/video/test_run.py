@@ -13,7 +13,7 @@ import pytest
 from gating_jax.analysis import statistics
 from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
-from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.training import loop, rundir
 from gating_jax.video import build, evaluate, report, run, sets, speed
 from gating_jax.video import nets as video_nets

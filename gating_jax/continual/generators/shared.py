@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,23 @@ from gating_jax.continual.rehearsal import (
 )
 from gating_jax.continual.units import gated_layers
 from gating_jax.models.generator import Critic, Generator
-from gating_jax.types import Array, Records, Tree
+from gating_jax.types import Array, Path, Records, Tree
+
+
+class BeginTask(Protocol):
+  """Makes the initial parameters of a task."""
+
+  def __call__(
+    self, state: Tree, shared: Tree, fresh: shared_net.Parts, key: Array
+  ) -> shared_net.Parts: ...
+
+
+class FinishTask(Protocol):
+  """Protects a task whose generator is trained; returns the state and the own parameters."""
+
+  def __call__(
+    self, state: Tree, task: int, params: shared_net.Parts, batch_stats: Tree, key: Array
+  ) -> tuple[Tree, Tree]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +77,9 @@ class Protection:
   """
 
   init: Callable[[Tree], Tree]
-  begin: Callable[[Tree, Tree, shared_net.Parts, Array], shared_net.Parts]
+  begin: BeginTask
   training: Callable[[Tree, Array], wgan.GeneratorHooks]
-  finish: Callable[[Tree, int, shared_net.Parts, Tree, Array], tuple[Tree, Tree]]
+  finish: FinishTask
   view: Callable[[Tree], Tree] = wgan.unchanged
 
 
@@ -137,9 +153,10 @@ def slow_updates(updates: Tree, free: Tree) -> Tree:
     updates: any tree.
     free: factors by the same paths; updates without one stay.
   """
-  flat = traverse_util.flatten_dict(updates)
+  flat: dict[Path, Any] = traverse_util.flatten_dict(updates)
+  factors: dict[Path, Any] = traverse_util.flatten_dict(free)
   # `free` may lack paths, so the trees cannot be mapped at once.
-  for path, factor in traverse_util.flatten_dict(free).items():
+  for path, factor in factors.items():
     flat[path] = flat[path] * factor
   return traverse_util.unflatten_dict(flat)
 

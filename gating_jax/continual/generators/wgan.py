@@ -279,7 +279,7 @@ class _Training:
     def loss(params):
       """Returns the critic's loss, a scalar, and its metrics."""
 
-      def score(images):
+      def score(images: Array) -> Any:
         """Returns the `[N]` scores of images."""
         return self.critic.apply({"params": params}, images, labels)
 
@@ -302,7 +302,7 @@ class _Training:
       """Returns the generator's loss, a scalar, with its metrics and new statistics."""
       generated = self._generate(params, state, labels=labels, count=count, key=key)
       # The generator's loss: - mean critic(fake), plus that of the gates.
-      scores = self.critic.apply({"params": state.critic}, generated.images, labels)
+      scores: Any = self.critic.apply({"params": state.critic}, generated.images, labels)
       total = -jnp.mean(scores)
       if self.hooks.records_loss is not None:
         total = total + self.hooks.records_loss(generated.records)

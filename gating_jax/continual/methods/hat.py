@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -48,7 +49,7 @@ from gating_jax.continual.shared_net import NET, OWN, SHARED
 from gating_jax.continual.units import count_units, layer_name, record_places
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.types import Array, Records, Tree
+from gating_jax.types import Array, Path, Records, Tree
 
 EMBEDDING_LIMIT = 6.0
 # Limit of the compensation's cosh, as in the authors' code.
@@ -171,11 +172,11 @@ def change_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -
     change: of an embedding and of the arrays at the same path in `others`.
     tree, others: trees with the same paths.
   """
-  flat = traverse_util.flatten_dict(tree)
-  others = [traverse_util.flatten_dict(other) for other in others]
+  flat: dict[Path, Any] = traverse_util.flatten_dict(tree)
+  flat_others: list[dict[Path, Any]] = [traverse_util.flatten_dict(other) for other in others]
   for path, leaf in flat.items():
     if is_gate_path(path):
-      flat[path] = change(leaf, *[other[path] for other in others])
+      flat[path] = change(leaf, *[other[path] for other in flat_others])
   return traverse_util.unflatten_dict(flat)
 
 
@@ -219,7 +220,7 @@ def join_embeddings(params: Tree, records: Records) -> Array:
     params: of the network, with the task's gates.
     records: of the network.
   """
-  flat = traverse_util.flatten_dict(params)
+  flat: dict[Path, Any] = traverse_util.flatten_dict(params)
   # One gate module may decide for several records; its embeddings count once.
   gates = dict.fromkeys(record.gate for record in records)
   return jnp.concatenate([flat[*gate, "logits"] for gate in gates])
@@ -281,7 +282,7 @@ class _Hat:
 
   def loss(self, params: Tree, learner: LearnerState, batch: Batch) -> StepLoss:
     """Computes the cross-entropy plus the regulariser, at this step's slope."""
-    s = slope(batch.place, self.steepness)
+    s = slope(jnp.asarray(batch.place), self.steepness)
     # The gates are sigmoids of their embeddings: s e in place of e makes the masks of this step.
     forward = self.net.apply(at_slope(params, s), learner.batch_stats, batch.x, train=True)
     terms = shared_net.head_terms(
@@ -293,7 +294,7 @@ class _Hat:
 
   def gradient(self, grads: Tree, learner: LearnerState, batch: Batch) -> Tree:
     """Compensates the gradients of embeddings for the slope."""
-    s = slope(batch.place, self.steepness)
+    s = slope(jnp.asarray(batch.place), self.steepness)
     return compensate_gradients(grads, learner.params, s=s, steepness=self.steepness)
 
   def update(self, updates: Tree, grads: Tree, learner: LearnerState) -> tuple[Tree, HatMemory]:
@@ -379,7 +380,7 @@ class _Hat:
     # Batches of one size: one program.
     size = min(len(pixels), net.problem.batch_size)
     chosen = jax.random.choice(key, len(pixels), (_SETTLING_BATCHES, size))
-    batch_stats, pixels = learner.batch_stats, np.asarray(pixels)
+    batch_stats, on_host = learner.batch_stats, np.asarray(pixels)
     for of_batch in np.asarray(chosen):
-      batch_stats = step(batch_stats, pixels[of_batch])
+      batch_stats = step(batch_stats, on_host[of_batch])
     return batch_stats

@@ -42,7 +42,7 @@ from gating_jax.continual.method import (
   TaskData,
   Variables,
 )
-from gating_jax.types import Array, Records
+from gating_jax.types import AnyArray, Array, Records
 
 
 class Headed(nn.Module):
@@ -184,7 +184,8 @@ class _Icarl:
   def _features(self, learner: LearnerState, x: Array) -> Array:
     """Computes `[N, F]` features of norm 1, in evaluation."""
     variables = {"params": learner.params, "batch_stats": learner.batch_stats}
-    return self.network.model.apply(variables, x, method="unit_features")
+    unit: Any = self.network.model.apply(variables, x, method="unit_features")
+    return unit
 
   def _herded(self, learner: LearnerState, data: TaskData) -> np.ndarray:
     """Returns the positions of the exemplars of each class, the first chosen first."""
@@ -253,7 +254,7 @@ def herd(features: np.ndarray, count: int) -> np.ndarray:
   return np.array(chosen)
 
 
-def class_means(features: Array, labels: Array, classes: int) -> tuple[Array, Array]:
+def class_means(features: AnyArray, labels: AnyArray, classes: int) -> tuple[Array, Array]:
   """Computes the means of each class's features.
 
   Args:

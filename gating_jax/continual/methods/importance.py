@@ -324,7 +324,7 @@ def weighted_distance(params: Any, anchor: Any, weight: Any) -> Array:
     """Sums over one array; a leading axis of anchors broadcasts against the parameters."""
     return jnp.sum(w * (p - a) ** 2)
 
-  return optax.tree.sum(jax.tree.map(distance, params, anchor, weight))
+  return jnp.asarray(optax.tree.sum(jax.tree.map(distance, params, anchor, weight)))
 
 
 def anchored_loss(

@@ -12,6 +12,7 @@ Reference: Rusu et al., "Progressive neural networks", 2016.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,8 @@ class _Progressive:
     Every column has adapters for all other columns; of column j only the j that are used count.
     """
     adapters = 0
-    for path, leaf in traverse_util.flatten_dict(learner.params).items():
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(learner.params)
+    for path, leaf in flat.items():
       if any("adapter" in name for name in path):
         adapters += leaf.size
     learnt = int(learner.task)
@@ -172,7 +174,8 @@ class _Progressive:
     `before` has zeros for columns from this one on.
     """
     variables = {"params": column.params, "batch_stats": column.batch_stats}
-    return self.column.apply(variables, x, before)
+    outputs: Any = self.column.apply(variables, x, before)
+    return outputs
 
   def _put(
     self, before: tuple[Array, ...], j: Array, outputs: tuple[Array, ...]

@@ -220,8 +220,8 @@ def project(gradient: Any, reference: Any) -> Any:
   [1.0, 0.0]
   """
   # g <- g - (g.r / r.r) r where g.r < 0; a reference of 0 changes nothing.
-  along = optax.tree.vdot(gradient, reference)
-  square = optax.tree.vdot(reference, reference)
+  along = jnp.asarray(optax.tree.vdot(gradient, reference))
+  square = jnp.asarray(optax.tree.vdot(reference, reference))
   share = jnp.where(along < 0, along / jnp.where(square > 0, square, 1.0), 0.0)
   return jax.tree.map(lambda g, r: g - share * r, gradient, reference)
 

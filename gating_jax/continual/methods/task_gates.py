@@ -61,7 +61,7 @@ from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops.penalties import closed_share
 from gating_jax.training.closed_gates import CLOSED
-from gating_jax.types import Array, Tree
+from gating_jax.types import AnyArray, Array, Tree
 
 WHEN_FULL = ("error", "reuse", "grow")
 
@@ -155,10 +155,12 @@ def task_gates(
   if not distillation >= 0:
     raise ValueError(f"distillation must be >= 0; got {distillation}")
   net = shared_net.SharedNet(model, problem, settings.own_norms)
-  if network is not None and rehearsal is None:
-    raise ValueError("a network for task inference needs images of earlier tasks; got no rehearsal")
   classifier = None
   if network is not None:
+    if rehearsal is None:
+      raise ValueError(
+        "a network for task inference needs images of earlier tasks; got no rehearsal"
+      )
     classifier = NetworkClassifier(rehearsal, network, distillation)
   elif rehearsal is not None:
     if classifier_settings is None:
@@ -240,7 +242,8 @@ class _TaskGates:
     if self.classifier is None:
       return total, (terms, batch_stats)
     of_classifier = self.classifier.loss(params, learner, rehearsed, forward=forward, key=noise)
-    terms, batch_stats = terms | of_classifier.terms, batch_stats | of_classifier.batch_stats
+    terms |= of_classifier.terms
+    batch_stats = batch_stats | of_classifier.batch_stats
     return total + of_classifier.total, (terms, batch_stats)
 
   def update(self, updates: Tree, grads: Tree, learner: LearnerState) -> tuple[Tree, TaskMemory]:
@@ -284,7 +287,9 @@ class _TaskGates:
         available=jnp.asarray(available),
       ),
     )
-    return learner if self.classifier is None else self._rehearse(learner, data, classifier_key)
+    if self.classifier is None:
+      return learner
+    return self._rehearse(self.classifier, learner, data, key=classifier_key)
 
   def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the classes of `[N, H, W, D]` images, with the task known and unknown."""
@@ -333,23 +338,23 @@ class _TaskGates:
     """Returns the gated network of a learnt task."""
     return self.net.task_net(learner, learner.memory.own, task)
 
-  def _rehearse(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
+  def _rehearse(
+    self, classifier: TaskClassifier, learner: LearnerState, data: TaskData, *, key: Array
+  ) -> LearnerState:
     """Ends the training of the task classifier and keeps what is rehearsed later."""
     training, keeping = jax.random.split(key)
-    trained = self.classifier.end_task(learner, data, training)
-    kept = self.classifier.rehearsal.keep(
-      learner.memory.rehearsal, data, int(learner.task), key=keeping
-    )
+    trained = classifier.end_task(learner, data, training)
+    kept = classifier.rehearsal.keep(learner.memory.rehearsal, data, int(learner.task), key=keeping)
     return learner.replace(
       params={**learner.params, ROUTER: trained}, memory=learner.memory.replace(rehearsal=kept)
     )
 
-  def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:
+  def _fresh(self, key: Array, available: AnyArray) -> tuple[Tree, Tree]:
     """Returns the initial state of the next task, which can use the available units."""
     params, batch_stats = self.net.fresh(key)
     return {**params, OWN: self._with_gates_shut(params[OWN], available)}, batch_stats
 
-  def _with_gates_shut(self, own: Tree, kept: Array) -> Tree:
+  def _with_gates_shut(self, own: Tree, kept: AnyArray) -> Tree:
     """Returns a task's own parameters, with the gates of all but the kept units closed."""
     return {**own, NET: units.close_gates(own[NET], self.net.shapes[0], kept)}
 

@@ -14,9 +14,9 @@ from gating_jax.continual import shared_net
 from gating_jax.continual.method import Batch
 from gating_jax.continual.methods import hat
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.models.summary import model_summary
-from gating_jax.models.vgg import VGG
+from gating_jax.models.vggs import VGG
 from tests.helpers import tiny_tasks as toys
 
 S_MAX, PRICE = 400.0, 0.75

@@ -13,7 +13,7 @@ from gating_jax.continual.methods.task_gates import TaskGatesSettings
 from gating_jax.data import image_sets
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.summary import model_summary
-from gating_jax.models.vgg import POOL, VGG
+from gating_jax.models.vggs import POOL, VGG
 from gating_jax.training import devices
 from tests.helpers import tiny, tiny_tasks
 from tests.helpers.tiny_tasks import CLASSES, SHAPE, TASKS

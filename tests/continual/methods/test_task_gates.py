@@ -20,9 +20,9 @@ from gating_jax.continual.shared_net import SharedNet
 from gating_jax.continual.task_inference import TaskClassifierSettings
 from gating_jax.continual.units import freeze
 from gating_jax.layers.gate import GATE_RNG, GateSettings
-from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnets import ResNet
 from gating_jax.models.summary import model_summary
-from gating_jax.models.vgg import POOL, VGG
+from gating_jax.models.vggs import POOL, VGG
 from gating_jax.training import devices, optim
 from gating_jax.types import GateRecord
 from tests.helpers import tiny

@@ -6,7 +6,7 @@ import pytest
 from gating_jax.inference import folded
 from gating_jax.inference.folded import Conv, FoldedNet, Layer
 from gating_jax.inference.folding import fold
-from gating_jax.inference.quantise import Int8, dequantise, quantise
+from gating_jax.inference.quantising import Int8, dequantise, quantise
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
 run = jax.jit(folded.run)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gating_jax.inference import folded
-from gating_jax.inference.analyse import _in_blocks, _union, analyse, observe, pruning_error
+from gating_jax.inference.analysing import _in_blocks, _union, analyse, observe, pruning_error
 from gating_jax.inference.folded import Group
 from gating_jax.inference.folding import fold
 from gating_jax.inference.pruning import PruneMask, apply_pruning

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import resnet
+from gating_jax.models.resnets import resnet
 from gating_jax.models.summary import model_summary, reduced_macs
-from gating_jax.models.vgg import POOL, VGG, vgg
+from gating_jax.models.vggs import POOL, VGG, vgg
 from gating_jax.ops.macs import executed_macs
 
 

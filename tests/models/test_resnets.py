@@ -8,7 +8,7 @@ import pytest
 
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet import RESNETS, ResNet, resnet
+from gating_jax.models.resnets import RESNETS, ResNet, resnet
 
 OPEN = 1e4
 apply = jax.jit(lambda net, variables, x: net.apply(variables, x), static_argnums=0)

@@ -7,7 +7,7 @@ Reference: Simonyan and Zisserman, 2015 (VGG); Ioffe and Szegedy, 2015; Abati et
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -27,18 +27,19 @@ from gating_jax.layers.gate import (
 )
 from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import max_pool
-from gating_jax.types import Array, Path, Records
+from gating_jax.types import Apply, Array, Path, Records
 
-POOL = "pool"
+POOL: Final = "pool"
 # Channels of each convolution, and `POOL` after those that a max pool follows.
-_VGG16 = (
+Chain = tuple[int | Literal["pool"], ...]
+_VGG16: Chain = (
   *(64, 64, POOL),
   *(128, 128, POOL),
   *(256, 256, 256, POOL),
   *(512, 512, 512, POOL),
   *(512, 512, 512, POOL),
 )
-VGGS = {
+VGGS: dict[str, Chain] = {
   "simple_cnn": (100, POOL, 100, POOL, 100),
   "vgg8": (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL),
   "vgg16": _VGG16,
@@ -64,14 +65,17 @@ class VGG(nn.Module):
     dtype, axis_name: as in `ResNet`.
   """
 
+  if TYPE_CHECKING:
+    apply: ClassVar[Apply[Array]]
+
   classes: int | None
-  chain: tuple[int | str, ...]
+  chain: Chain
   width: float = 1.0
   norm: bool = True
   gating: str = "none"
   gate: GateSettings = GateSettings()
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -84,10 +88,10 @@ class VGG(nn.Module):
     shared = shared_context(parts, x, train, axis_name=self.axis_name)
     x, records = x.astype(self.dtype), ()
     # `chain` mixes convolutions with pools; layers are numbered by their convolutions alone.
-    convs = [i for i, channels in enumerate(self.chain) if channels != POOL]
-    for number, i in enumerate(convs, start=1):
+    convs = [(i, channels) for i, channels in enumerate(self.chain) if channels != POOL]
+    for number, (i, channels) in enumerate(convs, start=1):
       x, new = VGGLayer(
-        features=scaled(self.chain[i], self.width),
+        features=scaled(channels, self.width),
         pool=POOL in self.chain[i + 1 : i + 2],
         norm=self.norm,
         gating=self.gating,
@@ -127,7 +131,7 @@ class VGGLayer(nn.Module):
   readers: tuple[Path, ...]
   gate: GateSettings
   dtype: jnp.dtype
-  axis_name: Hashable | None
+  axis_name: str | None
 
   @nn.compact
   def __call__(

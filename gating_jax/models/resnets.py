@@ -9,11 +9,12 @@ networks", 2017 (output stride).
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, overload
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gating_jax.checks import one_of
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
@@ -21,7 +22,7 @@ from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_context
 from gating_jax.layers.conv import CONVOLUTIONS, scaled
 from gating_jax.layers.gate import GateSettings, check_gate_settings
 from gating_jax.ops import arguments
-from gating_jax.types import Array, Records
+from gating_jax.types import Apply, Array, Records
 
 
 class NamedResNet(NamedTuple):
@@ -139,6 +140,9 @@ class ResNet(nn.Module):
       `told` in their context read it, and biases. 0: all channels are the image's.
   """
 
+  if TYPE_CHECKING:
+    apply: ClassVar[Apply[Array]]
+
   classes: int | None
   blocks: tuple[int, ...]
   block: type[nn.Module] = BasicBlock
@@ -150,7 +154,7 @@ class ResNet(nn.Module):
   shortcut: str = "A"
   gate: GateSettings = GateSettings()
   dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
   pool: bool = True
   output_stride: int | None = None
   group_norm: bool = False
@@ -244,7 +248,7 @@ class ResNet(nn.Module):
     one_of("stem", self.stem, _STEMS)
     return _STEMS[self.stem]
 
-  def plan(self, x: Array) -> tuple[StagePlan, ...]:
+  def plan(self, x: Array | jax.ShapeDtypeStruct) -> tuple[StagePlan, ...]:
     """Returns the stages and their blocks, for inputs of x's rank.
 
     Raises:
@@ -269,7 +273,7 @@ class ResNet(nn.Module):
       stages.append(StagePlan(stage + 1, tuple(blocks)))
     return tuple(stages)
 
-  def _resolution(self, x: Array) -> tuple[list[int], list[int]]:
+  def _resolution(self, x: Array | jax.ShapeDtypeStruct) -> tuple[list[int], list[int]]:
     """Returns the stride and the dilation of each stage; a dilation acts after a removed stride."""
     strides = [1 if stage == 0 else 2 for stage in range(len(self.blocks))]
     if self.output_stride is None:
@@ -315,10 +319,24 @@ class ResNet(nn.Module):
     if stem.pool is None:
       return x
     window, stride, pad = stem.pool
-    return nn.max_pool(x, (window,) * axes, (stride,) * axes, ((pad, pad),) * axes)
+    # As `nn.max_pool`, whose padding checkers take for a text.
+    return nn.pool(x, -jnp.inf, lax.max, (window,) * axes, (stride,) * axes, ((pad, pad),) * axes)
 
 
-def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **settings) -> ResNet:
+Net = TypeVar("Net", bound=ResNet)
+
+
+@overload
+def resnet(name: str, classes: int | None, *, kind: type[Net], **settings: Any) -> Net: ...
+
+
+@overload
+def resnet(name: str, classes: int | None, **settings: Any) -> ResNet: ...
+
+
+def resnet(
+  name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **settings: Any
+) -> ResNet:
   """Builds a named network: resnet8, 14, 20, 32, 44, 56, 110 (CIFAR), 18, 34, 50, 101 (ImageNet).
 
   Args:

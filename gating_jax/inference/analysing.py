@@ -32,7 +32,7 @@ from gating_jax.inference.pruning import (
   apply_pruning,
   find_static_units,
 )
-from gating_jax.inference.quantise import check_float
+from gating_jax.inference.quantising import check_float
 from gating_jax.inference.strategies import account, contexts_of, switch
 from gating_jax.ops import arguments
 from gating_jax.ops.relaxations import threshold_gate
@@ -122,7 +122,7 @@ def analyse(
   switched, ways = f"switch of {buckets}", _ways(net)
   # Sums of integers over images; divided once, below.
   counter, images = NetCounter(net), 0
-  totals = dict.fromkeys((EXECUTED, switched, *ways), 0)
+  totals: dict[str, float] = dict.fromkeys((EXECUTED, switched, *ways), 0)
   for x, _, logits in observe(net, calibration):
     shape, images = x.shape[1:], images + len(x)
     counter.add(logits, len(x))
@@ -299,10 +299,8 @@ def gates_of(net: FoldedNet, images: Any) -> tuple[np.ndarray, ...]:
   """Computes the gates of every group on images, `[M, U]` of 0 and 1; arguments as `observe`."""
   # Logits only: outputs of all images could fill the memory.
   pieces = [observation.logits for observation in observe(net, images)]
-  gates = []
-  for of_group in zip(*pieces, strict=True):
-    gates.append(np.asarray(threshold_gate(np.concatenate(of_group))))
-  return tuple(gates)
+  logits = folded.join_batches(pieces)
+  return tuple(np.asarray(threshold_gate(of_group)) for of_group in logits)
 
 
 def _batches(images: Any) -> Iterator[np.ndarray]:
@@ -337,14 +335,13 @@ class NetCounter:
   """Sums over batches for the `GroupStatistics` of all groups of a network."""
 
   def __init__(self, net: FoldedNet):
-    self._places = group_places(net)
-    self._counters = [GateCounter(place.group.gates) for place in self._places]
+    self._counters = {place: GateCounter(place.group.gates) for place in group_places(net)}
     self._images = 0
 
   def add(self, logits: tuple[np.ndarray, ...], images: int) -> None:
     """Adds the logits of a batch of N images, `[N, U]` for each group."""
     self._images += images
-    for counter, of_group in zip(self._counters, logits, strict=True):
+    for counter, of_group in zip(self._counters.values(), logits, strict=True):
       counter.add(of_group)
 
   def result(self) -> tuple[GroupStatistics, ...]:
@@ -357,7 +354,7 @@ class NetCounter:
     if not self._images:
       raise ValueError("calibration must have at least one image; got none")
     found = []
-    for place, counter in zip(self._places, self._counters, strict=True):
+    for place, counter in self._counters.items():
       found.append(GroupStatistics(**vars(counter.result()), **place._asdict()))
     return tuple(found)
 

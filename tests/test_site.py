@@ -1,0 +1,84 @@
+"""The documentation site builds strictly, names every public name, and fetches nothing."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+
+import gating_jax
+from gating_jax.training import rundir
+from tests.helpers import ROOT
+
+REFERENCE = ROOT / "docs" / "reference"
+NAMED = re.compile(r"^::: (gating_jax[\w.]*)$", re.MULTILINE)
+# What a browser would fetch from elsewhere when it opens a page.
+FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
+
+
+def reference_names():
+  pages = (page.read_text() for page in sorted(REFERENCE.glob("*.md")))
+  return [name for page in pages for name in NAMED.findall(page)]
+
+
+def test_the_reference_has_every_public_name_once():
+  names = reference_names()
+  assert len(names) == len(set(names))
+  assert {f"gating_jax.{name}" for name in gating_jax.__all__} <= set(names)
+
+
+@pytest.mark.parametrize("package", ["ops", "layers", "models", "analysis", "inference", "testing"])
+def test_the_reference_has_every_public_name_of_a_package(package):
+  public = importlib.import_module(f"gating_jax.{package}").__all__
+  # A name that the top level has too is described under that.
+  described = {name.rpartition(".")[2] for name in reference_names()}
+  assert set(public) <= described
+
+
+def test_every_page_answers_a_question_and_says_what_to_read_next():
+  for page in sorted((ROOT / "docs").rglob("*.md")):
+    first, *_, last = page.read_text().rstrip().split("\n\n")
+    assert first.startswith("# "), page
+    assert first.endswith("?"), page
+    assert last.startswith("Next: "), page
+
+
+@pytest.mark.parametrize(
+  ("name", "function"),
+  [
+    ("common", "image_config"),
+    ("continual_common", "continual_config"),
+    ("video_common", "video_config"),
+  ],
+)
+def test_the_table_of_a_config_has_every_field_once(name, function):
+  spec = importlib.util.spec_from_file_location("site_fields", ROOT / "docs" / "site_fields.py")
+  site_fields = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(site_fields)
+  fields = site_fields.ConfigFile(ROOT / "configs" / f"{name}.py").fields()
+  # A row without a default describes a whole section.
+  paths = [field.path for field in fields if field.default]
+  config = getattr(importlib.import_module(f"configs.{name}"), function)()
+  assert sorted(paths) == sorted(rundir.flatten(config))
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_opens_without_a_network(tmp_path):
+  built = subprocess.run(
+    [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path}"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert built.returncode == 0, built.stderr
+  pages = {page: page.read_text() for page in tmp_path.rglob("*.html")}
+  for page, text in pages.items():
+    # The canonical address of a page is a link that nothing follows.
+    assert [tag for tag in FETCHED.findall(text) if "canonical" not in tag] == [], page
+  for sheet in tmp_path.rglob("*.css"):
+    assert not re.search(r"url\([\"']?(?:https?:)?//", sheet.read_text()), sheet
+  texts = "".join(pages.values())
+  for name in reference_names():
+    assert f'id="{name}"' in texts, name
