@@ -34,14 +34,15 @@ def open_threshold(
 
   The k largest logits are above it. Where z_(k) and z_(k + 1) tie, or all logits are to be open,
   theta is just below z_(k), so that all that tie with it are open: a gate that is closed learns
-  less than one that is open.
+  less than one that is open. Two logits tie where they differ by less than the rounding of the
+  larger one, or of 1. theta is finite where logits are infinite: inf is open, -inf closed.
 
   The k-th largest value is found by bisection over the bits of floating-point numbers, counting
   values at each step: no sorting, and devices exchange counts in place of logits.
 
   Args:
     logits: `[N, C]` log-odds, or any shape, in float32; or in float64 if they are.
-    share: fraction in (0, 1], which may be traced.
+    share: fraction in (0, 1], which may be traced; a traced one above 1 counts as 1.
     axis_name: as in `batch_shaping_loss`; the threshold is that of the whole batch, the same on
       all devices.
     weights: `[N]`, or of the logits' shape, non-negative. A logit of weight w counts as w of them;
@@ -64,18 +65,20 @@ def open_threshold(
   share = lax.stop_gradient(jnp.asarray(share, z.dtype))
   counts = weights != 0
   total = _sum(weights, axis_name)
-  # Half a unit less than the share of the whole rounds to the nearest number of whole units; above
-  # 0, so that the largest logit is open.
-  tiny = jnp.finfo(z.dtype).tiny
-  needed = jnp.maximum(share * total - jnp.asarray(0.5, z.dtype), jnp.asarray(tiny, z.dtype))
-  # z_(k) and z_(k + 1) of the equation.
-  kth = _largest_with(z, weights, needed, axis_name)
+  # Half a unit less than the share of the whole rounds to the nearest number of whole units.
+  half, limits = jnp.asarray(0.5, z.dtype), jnp.finfo(z.dtype)
+  # A schedule that starts at 1 may exceed it in rounding, and no more than the whole can be open.
+  needed = jnp.minimum(share * total - half, total)
+  # Above 0, so that the largest logit is open.
+  needed = jnp.maximum(needed, jnp.asarray(limits.tiny, z.dtype))
+  # z_(k) and z_(k + 1) of the equation. With an infinite one, theta would be infinite or NaN.
+  kth = jnp.clip(_largest_with(z, weights, needed, axis_name), limits.min, limits.max)
   below = _maximum(jnp.where(counts & (z < kth), z, -jnp.inf), axis_name)
   below = jnp.where(jnp.isneginf(below), kth, below)
-  half = jnp.asarray(0.5, z.dtype)
-  # A relative step of the smallest size, which is not lost in rounding.
-  step = jnp.finfo(z.dtype).eps * jnp.maximum(jnp.abs(kth), jnp.ones_like(kth))
+  # Large enough to be lost in rounding neither here nor in the difference of logits and theta.
+  step = limits.eps * jnp.maximum(jnp.abs(kth), jnp.ones_like(kth))
   theta = jnp.minimum(half * kth + half * below, kth - step)
+  theta = jnp.maximum(theta, jnp.asarray(limits.min, z.dtype))
   wrong = (counts & jnp.isnan(z)) | jnp.isnan(weights)
   # The largest is 1 if any device has a wrong value.
   is_wrong = _maximum(wrong.astype(z.dtype), axis_name) > 0
@@ -88,7 +91,7 @@ def _weights_of(weights: Array | None, z: Array) -> Array:
     return jnp.ones_like(z)
   arguments.real_array("weights", weights)
   weights = collectives.whole_batch(lax.stop_gradient(jnp.asarray(weights, z.dtype)))
-  if weights.shape == z.shape[:1]:
+  if z.ndim and weights.shape == z.shape[:1]:
     weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (z.ndim - 1)), z.shape)
   if weights.shape != z.shape:
     raise ValueError(
@@ -134,10 +137,12 @@ def _flip_negative(bits: Array) -> Array:
 
 
 def _sum(x: Array, axis_name: Hashable | None) -> Array:
+  """Computes the sum over all values of all devices."""
   total = jnp.sum(x)
   return total if axis_name is None else lax.psum(total, axis_name)
 
 
 def _maximum(x: Array, axis_name: Hashable | None) -> Array:
+  """Computes the largest value of all devices."""
   largest = jnp.max(x)
   return largest if axis_name is None else lax.pmax(largest, axis_name)

@@ -52,8 +52,26 @@ def test_gates_that_tie_with_an_open_one_are_open(value):
   assert opened(some, 0.5).tolist() == [[True, True, True, False]]
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 3)])
+def test_an_infinite_logit_is_open_or_closed_and_the_threshold_finite(share, count):
+  logits = np.array([[np.inf, -np.inf], [1.0, 0.0]], np.float32)
+  assert np.isfinite(open_threshold(logits, share))
+  is_open = opened(logits, share)
+  assert is_open[0].tolist() == [True, False]
+  assert is_open.sum() == count
+
+
+def test_a_traced_share_above_one_by_rounding_opens_every_gate():
+  share = np.nextafter(np.float32(1), np.float32(2))
+  # Of a whole so large that the share's excess is a unit of it; sums of them are exact.
+  weights = np.full(16, 2.0**27, np.float32)
+  theta = jax.jit(functools.partial(open_threshold, weights=weights))(LOGITS, share)
+  assert (np.asarray(theta) < LOGITS).all()
+
+
 def test_one_example_of_one_gate_is_open():
   assert opened(np.array([[-2.0]], np.float32), 0.1).all()
+  assert open_threshold(np.float32(-2), 0.1, weights=np.float32(3)) < -2
 
 
 def test_a_nan_makes_the_threshold_nan_unless_it_has_no_weight():
