@@ -131,7 +131,8 @@ def image_config() -> Config:
         "drop_factor": 0.1,
         "warmup": 0.0,
         "momentum": 0.9,
-        "weight_decay": 5e-4,  # always 0 for gate parameters
+        "weight_decay": 5e-4,  # of all but gate parameters
+        "gate_weight_decay": config_dict.placeholder(float),  # of gate parameters; None: 0
         "gate_lr_multiplier": 1.0,  # factor of the learning rate of gate parameters
       },
       "devices": {

@@ -127,6 +127,7 @@ _CLASSIFICATION = ProgrammeRow(
     "model.backward_share",
     "model.init_from",
     "loss.",
+    "optim.gate_weight_decay",
     "optim.gate_lr_multiplier",
     "data.workers",
     "data.loader",

@@ -183,12 +183,15 @@ def assemble(
   loops = loop.LoopSettings.from_config(config, epochs=training.epochs, steps_per_epoch=per_epoch)
   total = loops.total_steps
   penalties = GatePenalties.from_config(config.loss, total)
-  optimiser = optim.sgd(
-    optim.configured_rate(training, total),
-    momentum=training.momentum,
-    weight_decay=training.weight_decay,
-    gate_lr_multiplier=training.gate_lr_multiplier,
-  )
+  with settings.named("optim"):
+    optimiser = optim.sgd(
+      optim.configured_rate(training, total),
+      momentum=training.momentum,
+      weight_decay=training.weight_decay,
+      # Older configs have no such field.
+      gate_weight_decay=training.get("gate_weight_decay") or 0.0,
+      gate_lr_multiplier=training.gate_lr_multiplier,
+    )
   noise_scale = _noise_schedule(config.model, total)
   share = _share_schedule(config.model, total)
   # The outlines are those of the training set, then of the test set.

@@ -29,18 +29,23 @@ def sgd(
   *,
   momentum: float,
   weight_decay: float,
+  gate_weight_decay: float = 0.0,
   gate_lr_multiplier: float = 1.0,
 ) -> optax.GradientTransformation:
   """Returns SGD with Nesterov momentum.
 
-  `weight_decay` is added to the gradient, and is 0 for gate parameters. Gate parameters learn
-  `gate_lr_multiplier` times as fast. Means over gates give each gate a small gradient; a larger
-  penalty on open gates moves them sooner as well, but then it outweighs the task's loss.
+  `weight_decay` is added to the gradient, for gate parameters `gate_weight_decay`. Decay draws
+  logits towards 0, where gates decide nothing. Where logits are normalised it changes no decision,
+  and keeps the kernels of gate networks from growing and so from learning ever more slowly.
+
+  Gate parameters learn `gate_lr_multiplier` times as fast. Means over gates give each gate a small
+  gradient; a larger penalty on open gates moves them sooner as well, but then it outweighs the
+  task's loss.
 
   Args:
     learning_rate: from step to number.
     momentum: in [0, 1); without Nesterov's correction where it is 0.
-    weight_decay: >= 0.
+    weight_decay, gate_weight_decay: >= 0.
     gate_lr_multiplier: > 0, factor of the gate parameters' updates.
   Raises:
     ValueError: an argument is out of its range.
@@ -52,10 +57,16 @@ def sgd(
     raise ValueError(f"momentum must be in [0, 1); got {momentum}")
   if not weight_decay >= 0:
     raise ValueError(f"weight_decay must be >= 0; got {weight_decay}")
+  if not gate_weight_decay >= 0:
+    raise ValueError(f"gate_weight_decay must be >= 0; got {gate_weight_decay}")
   if not gate_lr_multiplier > 0:
     raise ValueError(f"gate_lr_multiplier must be > 0; got {gate_lr_multiplier}")
+  decays = [optax.add_decayed_weights(weight_decay, mask=decayed)]
+  # Without one, the optimiser's state has the same tree as in checkpoints of earlier versions.
+  if gate_weight_decay:
+    decays.append(optax.add_decayed_weights(gate_weight_decay, mask=mark_gates))
   return optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=decayed),
+    *decays,
     optax.sgd(learning_rate, momentum=momentum, nesterov=momentum > 0),
     # After the learning rate: the factor scales the update, not the momentum.
     optax.masked(optax.scale(gate_lr_multiplier), mark_gates),
@@ -69,7 +80,7 @@ def mark_gates(params: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-  """Returns a tree with True for each parameter that decays: all but those of gate networks."""
+  """Returns a tree with True for each parameter that is not of a gate network."""
   return jax.tree.map(operator.not_, mark_gates(params))
 
 
