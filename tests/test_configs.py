@@ -7,6 +7,7 @@ import pytest
 from configs import common, worlds
 from gating_jax.checks import one_of
 from gating_jax.continual import registry
+from gating_jax.data import worlds as worlds_sets
 from gating_jax.images import build as image_build
 from gating_jax.training import objectives, optim, settings
 from gating_jax.training.outlines import Outline
@@ -76,6 +77,13 @@ def test_rows_of_worlds_have_the_macs_of_the_ungated_one(row):
   if row == "iclr2020":
     macs = sparsity.target * counts.macs + counts.gate_macs
   assert macs == pytest.approx(ungated.macs, rel=1e-3)
+
+
+def test_a_run_on_worlds_has_3000_steps_of_256_images_and_all_of_it_decays():
+  config = importlib.import_module("configs.worlds").get_config()
+  images = worlds_sets.count_worlds(config.data.train_split)
+  assert images * config.optim.epochs == 3000 * config.optim.batch_size == 768_000
+  assert config.optim.gate_weight_decay == config.optim.weight_decay == 5e-4
 
 
 def test_scales_cost_little_and_all_rows_are_refused_by_no_check():
