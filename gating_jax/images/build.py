@@ -20,7 +20,7 @@ import optax
 
 from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
-from gating_jax.layers.blocks import GATINGS, SHORTCUTS
+from gating_jax.layers.blocks import BIAS, GATINGS, SHORTCUTS
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary
@@ -43,8 +43,8 @@ from gating_jax.training.outlines import Outline
 LOADERS = ("resident", "streaming")
 # Gatings of whole classifiers, which exclude gates of units and their settings.
 EXITS, EXPERTS = CLASSIFIER_GATINGS = ("exits", "experts")
-# Of ungated networks, whose channels may have scales, or biases of their source.
-SCALE, BIAS = "scale", "bias"
+# Of an ungated network whose channels have scales: squeeze-and-excitation.
+SCALE = "scale"
 _UNGATED = ("none", SCALE, BIAS)
 # End of the schedule of the gates' share, where the config has none.
 _SHARE_END = 0.5

@@ -38,7 +38,9 @@ from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_backward
 from gating_jax.types import Array, Records
 
-GATINGS = ("none", "channel", "all_channels", "layer", "bias")
+# Of an ungated network that is told the source of each image.
+BIAS = "bias"
+GATINGS = ("none", "channel", "all_channels", "layer", BIAS)
 SHORTCUTS = ("A", "B")
 # Of a source's initial biases, as far as those of other sources.
 _BIAS_DEVIATION = 0.5
@@ -148,7 +150,7 @@ class _ResidualBlock(nn.Module):
 
   def _told(self, name: str, h: Array, shared: Shared) -> Array:
     """Adds the bias of each example's source to features between the convolutions."""
-    if self.gating != "bias":
+    if self.gating != BIAS:
       return h
     return SourceBias(name=name)(h, shared)
 
@@ -156,7 +158,7 @@ class _ResidualBlock(nn.Module):
     self, x_shape: Sequence[int], convs: Sequence[Conv], project: Conv | None
   ) -> tuple[GatedChannels, ...]:
     """Describes the groups of channels that the block's gate decides on."""
-    if self.gating in ("none", "bias"):
+    if self.gating in ("none", BIAS):
       return ()
     calls = _calls(convs, x_shape)
     if self.gating == "layer":

@@ -136,8 +136,9 @@ class ResNet(nn.Module):
     axis_name: mapped device axis over which BatchNorm takes its statistics and examples are
       numbered.
     sources: S, where the images come from several sources and the last of their channels holds the
-      number of theirs, 0 to S - 1, at every pixel. The network takes it off: only gates with
-      `told` in their context read it, and biases. 0: all channels are the image's.
+      number of theirs, 0 to S - 1, at every pixel (or 0 at some, as crops leave it). The network
+      takes it off: only gates with `told` or `assigned` for a context read it, and biases. 0: all
+      channels are the image's.
   """
 
   if TYPE_CHECKING:
@@ -189,8 +190,10 @@ class ResNet(nn.Module):
     """Returns the images without their sources, and what gates read of the whole image."""
     source = None
     if self.sources:
-      # The same number at every pixel; it has been through the normalisation of images.
-      source = jnp.round(x[(slice(None), *[0] * (x.ndim - 2), -1)]).astype(jnp.int32)
+      # The same number at every pixel, but where crops and cutting out have put zeros.
+      number = jnp.max(x[..., -1], axis=tuple(range(1, x.ndim - 1)))
+      # It has been through the normalisation of images, hence the rounding.
+      source = jnp.round(number).astype(jnp.int32)
       x = x[..., :-1]
     parts = {"none": (), "bias": ("told",)}.get(self.gating, self.gate.shared_parts)
     shared = shared_context(

@@ -17,7 +17,7 @@ import optax
 
 from gating_jax.config_files import Config
 from gating_jax.data.videos import VideoArrays, VideoSet
-from gating_jax.layers.blocks import GATINGS
+from gating_jax.layers.blocks import BIAS, GATINGS
 from gating_jax.layers.segment_gate import (
   CONCEPTS,
   SEGMENT_CONTEXTS,
@@ -368,7 +368,8 @@ def _check_model(config: Config) -> None:
       "model.selection": (*SELECTIONS, LIGHT),
       "model.light.name": LIGHT_NETS,
       "model.heavy.name": HEAVY_NETS,
-      "model.heavy.gating": GATINGS,
+      # Videos have no sources.
+      "model.heavy.gating": [gating for gating in GATINGS if gating != BIAS],
       "model.pooling": POOLINGS,
       "model.dtype": settings.DTYPES,
       "model.gate.context": SEGMENT_CONTEXTS,

@@ -132,6 +132,18 @@ def test_a_network_that_is_told_its_sources_may_differ_between_them_alone(net):
   assert variables["params"]["stem"]["conv"]["kernel"].shape[2] == 3
 
 
+def test_the_source_survives_zeros_that_crops_and_cutting_out_put_in_its_place():
+  net = dataclasses.replace(BASIC, gating="bias", sources=3)
+  _, variables = told(net)
+  whole = np.broadcast_to(np.arange(3, dtype=np.float32)[:, None, None, None], (3, 8, 8, 1))
+  cropped = np.where(np.arange(8)[:, None, None] < 4, np.float32(0), whole)
+  pixels, run = images((8, 8, 3), 3), jax.jit(net.apply)
+  outputs = [
+    run(variables, jnp.concatenate([pixels, number], -1))[0] for number in (whole, cropped)
+  ]
+  np.testing.assert_array_equal(*outputs)
+
+
 def test_a_network_takes_off_a_source_that_nothing_reads():
   (y, _), _ = told(dataclasses.replace(BASIC, gating="none", sources=3))
   np.testing.assert_array_equal(y, np.broadcast_to(y[:1], y.shape))
