@@ -84,8 +84,8 @@ class Glance(nn.Module):
       t = thumbnail of 8 x 8 pixels, (t - mean) / (deviation + 0.1)
       glance = mean over pixels of ReLU(BN(conv t)),   3 x 3, stride 2, D to 8 channels
 
-  Means are per channel, the deviation is over all of them. Images may have any size; a clip is the
-  mean of its frames. Computed in float32.
+  Means are per channel, and the deviation from them is over all pixels and channels. Images may
+  have any size; a clip is the mean of its frames. Computed in float32.
   """
 
   axis_name: Hashable | None = None

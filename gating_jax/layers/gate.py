@@ -188,7 +188,8 @@ class GateSettings:
     normalise: s, 0 or more. 0: logits as they are; otherwise s BatchNorm(z) of each gate, over the
       batch and all devices.
     threshold: `zero`; or `quantile`: theta is the (1 - share) quantile of the layer's logits over
-      batch and gates, see `ops.quantiles.open_threshold`, and in evaluation its running mean.
+      batch and gates, see `ops.quantiles.open_threshold`, and in evaluation its running mean. The
+      gates of a layer are all those of one gate network.
     share: fraction in (0, 1] of a layer's gates that the quantile opens; see `gate_controls` for
       one that changes in training.
     weighted: whether an open unit counts w = 2 sigmoid(z), and a closed one exactly 0. w is 1 or
@@ -413,7 +414,7 @@ class ChannelGate(nn.Module):
     probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
     if self.settings.weighted:
       # g = a w: closed gates are exactly 0, whatever w is. A shift changes a alone.
-      gates = gates * (2 * (probs if logits is trained else jax.nn.sigmoid(trained)))
+      gates = gates * (2 * jax.nn.sigmoid(trained))
     ends = np.cumsum(units)[:-1]
     logits_of = jnp.split(logits, ends, axis=-1)
     probs_of = jnp.split(probs, ends, axis=-1)
