@@ -173,6 +173,25 @@ def test_a_setting_of_openings_that_would_be_ignored_is_refused(fields, message)
     build(config, outlines=[data, data])
 
 
+def test_the_share_of_gates_falls_in_the_part_of_training_that_the_config_says():
+  data = Outline(examples=256, class_names=tuple("abcdefghij"), shape=(8, 8, 1))
+
+  def shares(variant, **fields):
+    """Returns the share at every second of eight steps; None without a schedule."""
+    config = common.apply_variants(common.image_config(), variant)
+    config.update_from_flattened_dict({"optim.epochs": 4, "optim.batch_size": 128, **fields})
+    schedule = build(config, outlines=[data, data]).share
+    return schedule and [float(schedule(step)) for step in range(0, 9, 2)]
+
+  linear = {"form": "linear", "start": 0.25, "end": 0.75}
+  fields = {f"model.dense_first.{name}": value for name, value in linear.items()}
+  assert shares("share=0.25", **fields) == pytest.approx([1, 1, 0.625, 0.25, 0.25])
+  # By a cosine over the first half.
+  assert shares("share=0.25") == pytest.approx([1, 0.625, 0.25, 0.25, 0.25])
+  assert shares("share=0.25", **{"model.dense_first.form": None}) is None
+  assert shares("") is None
+
+
 def with_budget(target):
   """Builds resnet20 for 32 x 32 images with this budget, and returns its objective."""
   config = common.apply_variants(common.image_config(), f"budget={target}")

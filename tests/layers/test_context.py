@@ -60,11 +60,33 @@ def test_a_glance_sees_images_and_clips_of_any_size(shape):
   assert variables["params"]["conv"]["kernel"].shape == (3, 3, shape[-1], 8)
 
 
+def test_a_glance_is_the_equation_computed_by_hand():
+  # Eight pixels a side are their own thumbnail.
+  x = RANDOM.normal(size=(2, 8, 8, 3)).astype(np.float32)
+  variables = Glance().init(jax.random.key(0), jnp.asarray(x))
+  kernel = np.asarray(variables["params"]["conv"]["kernel"])
+  centred = x - x.mean((1, 2), keepdims=True)
+  deviation = np.sqrt(np.mean(centred**2, (1, 2, 3), keepdims=True) + 1e-4)
+  padded = np.pad(centred / (deviation + 0.1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  places = []
+  for i in range(0, 8, 2):
+    for j in range(0, 8, 2):
+      places.append(np.einsum("nabd,abdc->nc", padded[:, i : i + 3, j : j + 3], kernel))
+  # Fresh statistics of BatchNorm are a mean of 0 and a variance of 1.
+  expected = np.maximum(np.stack(places), 0).mean(0) / np.sqrt(1 + 1e-5)
+  np.testing.assert_allclose(
+    Glance().apply(variables, jnp.asarray(x)), expected, rtol=1e-4, atol=1e-6
+  )
+
+
 def test_a_glance_does_not_see_brightness_or_contrast():
   x = jnp.asarray(RANDOM.normal(size=(4, 8, 8, 3)), jnp.float32)
   variables = Glance().init(jax.random.key(0), x)
   seen = Glance().apply(variables, x)
   np.testing.assert_allclose(Glance().apply(variables, 5 + x), seen, rtol=1e-3, atol=1e-5)
+  # Up to the number that is added to the deviation.
+  strong, stronger = (Glance().apply(variables, factor * x) for factor in (50.0, 500.0))
+  np.testing.assert_allclose(stronger, strong, rtol=1e-2)
   flat = Glance().apply(variables, jnp.ones((2, 8, 8, 3)))
   np.testing.assert_allclose(flat, np.broadcast_to(flat[:1], flat.shape))
   slope = jax.grad(lambda x: jnp.sum(Glance().apply(variables, x)))(jnp.ones((2, 8, 8, 3)))
