@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import former_keyword, one_of
-from gating_jax.layers.context import NOTHING_SHARED, Shared, context_of
+from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_part
 from gating_jax.layers.conv import (
   CONVOLUTIONS,
   ConvMacs,
@@ -335,7 +335,7 @@ class SourceBias(nn.Module):
 
   @nn.compact
   def __call__(self, h: Array, shared: Shared) -> Array:
-    told = context_of(h, ("told",), shared)
+    told = shared_part(shared, "told")
     shape = (told.shape[-1], h.shape[-1])
     table = self.param("table", nn.initializers.normal(_BIAS_DEVIATION), shape, jnp.float32)
     bias = table[jnp.argmax(told, axis=-1)]

@@ -61,12 +61,7 @@ def context_of(x: Array, parts: Sequence[str], shared: Shared = NOTHING_SHARED) 
     if x.ndim < 4 and part in ("moments", "grid"):
       raise ValueError(f"gate context {part!r} needs maps [N, ..., H, W, D]; got shape {x.shape}")
     if part in SHARED_PARTS:
-      if part not in shared:
-        raise ValueError(
-          f"gate context {part!r} must be computed by the network that has the gates; this one "
-          "does not"
-        )
-      found.append(shared[part])
+      found.append(shared_part(shared, part))
     elif part == "grid":
       found.append(grid_means(image_of(x), _GRID).reshape(x.shape[0], -1))
     else:
@@ -76,6 +71,19 @@ def context_of(x: Array, parts: Sequence[str], shared: Shared = NOTHING_SHARED) 
         variance = jnp.mean(jnp.square(x - jnp.expand_dims(mean, pixels)), axis=pixels)
         found.append(jnp.sqrt(variance + np.float32(_LEAST_VARIANCE)))
   return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)
+
+
+def shared_part(shared: Shared, part: str) -> Array:
+  """Returns a part of the context that the network computes once for all gates, `[N, ...]`.
+
+  Raises:
+    ValueError: the network has not computed it.
+  """
+  if part not in shared:
+    raise ValueError(
+      f"gate context {part!r} must be computed by the network that has the gates; this one does not"
+    )
+  return shared[part]
 
 
 class Glance(nn.Module):

@@ -35,6 +35,7 @@ from gating_jax.layers.context import (
   SHARED_PARTS,
   Shared,
   context_of,
+  shared_part,
 )
 from gating_jax.ops import arguments, collectives, quantiles, relaxations
 from gating_jax.ops.arguments import float_dtype
@@ -524,8 +525,7 @@ class ChannelGate(nn.Module):
 
   def _assigned(self, units: int, shared: Shared) -> Array:
     """Returns log-odds `[N, units]` that open the same gates for all examples of a source."""
-    told = context_of(jnp.zeros((0, 1)), ("told",), shared)
-    rows = []
+    told, rows = shared_part(shared, "told"), []
     for source in range(told.shape[-1]):
       # Sets of layers and of sources differ, and are the same in every process.
       seed = (zlib.crc32("/".join(self.path).encode()), source)
