@@ -184,6 +184,20 @@ GATES = [
     "ops/test_quantiles.py::test_eight_devices_have_the_threshold_of_one",
   ),
   Mutant(
+    "thresholds_of_infinite_logits",
+    "ops/quantiles.py",
+    "kth = jnp.clip(_largest_with(z, weights, needed, axis_name), limits.min, limits.max)",
+    "kth = _largest_with(z, weights, needed, axis_name)",
+    "ops/test_quantiles.py",
+  ),
+  Mutant(
+    "sources_of_one_pixel",
+    "models/resnets.py",
+    "number = jnp.max(x[..., -1], axis=tuple(range(1, x.ndim - 1)))",
+    "number = jnp.min(x[..., -1], axis=tuple(range(1, x.ndim - 1)))",
+    "models/test_shared_context.py",
+  ),
+  Mutant(
     "weights_counted_as_open",
     "ops/penalties.py",
     "return gates / lax.stop_gradient(jnp.maximum(gates, jnp.ones_like(gates)))",
@@ -234,6 +248,13 @@ TRAINING = [
     "training/optim.py",
     "jax.tree.map(operator.not_, mark_gates(params))",
     "jax.tree.map(lambda _: True, params)",
+    "training/test_optim.py",
+  ),
+  Mutant(
+    "decay_of_gates_on_the_others",
+    "training/optim.py",
+    "optax.add_decayed_weights(gate_weight_decay, mask=mark_gates)",
+    "optax.add_decayed_weights(gate_weight_decay, mask=decayed)",
     "training/test_optim.py",
   ),
   Mutant(
