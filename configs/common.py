@@ -235,7 +235,8 @@ def _set_share(share: str) -> Mapping[str, Any]:
   """Returns the fields of gates of which this fraction is open in every batch.
 
   Logits are normalised, the most open of a batch are open, without noise, and open ones are
-  weighted. The share falls from 1 in the first half of training; no penalty acts.
+  weighted. The share falls from 1 in the first half of training; no penalty acts. Networks of
+  normalised gates decay, since their kernels would only grow.
   """
   return {
     "model.gate.threshold": "quantile",
@@ -244,6 +245,7 @@ def _set_share(share: str) -> Mapping[str, Any]:
     "model.gate.weighted": True,
     "model.gate.noise_scale": 0.0,
     "model.dense_first.form": "cosine",
+    "optim.gate_weight_decay": 5e-4,
     "loss.regulariser": "none",
   }
 
