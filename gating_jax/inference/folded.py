@@ -29,6 +29,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.layers.context import (
+  FLAT_DEVIATION,
   NOTHING_SHARED,
   NUMBERS_PER_CHANNEL,
   THUMBNAIL,
@@ -192,13 +193,14 @@ class Head:
     return found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
 
   def select_inputs(self, index: np.ndarray, channels: int) -> Head:
-    """Returns the gate network of a map with some of its channels.
+    """Returns the gate network of a map with some of its channels; the others are 0 everywhere.
 
     Args:
       index: of the channels that are left, in the order that they get.
       channels: the number that the map has now.
     """
-    rows, start = [], 0
+    rows, start, bias = [], 0, self.hidden_bias
+    gone = np.setdiff1d(np.arange(channels), index)
     for part in self.context:
       numbers = NUMBERS_PER_CHANNEL.get(part)
       if numbers is None:
@@ -207,10 +209,13 @@ class Head:
         rows.append(np.arange(start, start + size))
         start += size
         continue
+      if part == "moments":
+        # The deviations follow the means, and are above 0 even for a map of zeros.
+        bias = bias + FLAT_DEVIATION * jnp.sum(self.hidden[start + channels + gone], axis=0)
       for _ in range(numbers):
         rows.append(start + np.asarray(index))
         start += channels
-    return dataclasses.replace(self, hidden=self.hidden[np.concatenate(rows)])
+    return dataclasses.replace(self, hidden=self.hidden[np.concatenate(rows)], hidden_bias=bias)
 
   def _shared_size(self, channels: int) -> int:
     """Returns the size of the one part of the context that is not of the map's channels."""

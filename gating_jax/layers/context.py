@@ -36,6 +36,8 @@ _GRID, THUMBNAIL, _FEATURES = 2, 8, 8
 NUMBERS_PER_CHANNEL = {"pooled": 1, "moments": 2, "grid": _GRID**2}
 # Keep deviations of flat maps away from 0, where a square root has no slope.
 _LEAST_VARIANCE, _LEAST_DEVIATION = 1e-4, 0.1
+# What `moments` has for the deviation of a map of equal values.
+FLAT_DEVIATION = _LEAST_VARIANCE**0.5
 
 # The parts that a network has computed, `[N, ...]` each, by name.
 Shared = Mapping[str, Array]

@@ -62,7 +62,12 @@ MODELS = {
   "thresholds": ResNet(
     3, (1, 2), Bottleneck, features=4, gating="channel", gate=HARD, shortcut="B"
   ),
-  "weighted vgg": VGG(3, (4, "pool", 6, 6, "pool"), gating="channel", gate=RECIPE),
+  "weighted vgg": VGG(
+    3,
+    (4, "pool", 6, 6, "pool"),
+    gating="channel",
+    gate=dataclasses.replace(RECIPE, context="moments+glance+grid"),
+  ),
   "scales": ResNet(3, (2, 1), features=4, gating="channel", gate=SCALES),
   "scaled outputs": ResNet(
     3, (1, 1), Bottleneck, features=2, gating="all_channels", gate=SCALES, shortcut="B"

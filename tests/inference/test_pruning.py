@@ -163,6 +163,11 @@ def test_rows_of_each_part_of_the_context_are_selected():
   head = Head(rows, jnp.zeros(1), jnp.zeros((1, 2)), jnp.zeros(2), (Group(2),), context)
   small = head.select_inputs(np.array([1]), channels=2)
   assert small.hidden[:, 0].tolist() == [1, 2, 3, 4, 6, 8, 10, 12, 14, 16]
+  # Row 7, the deviation of the channel that is gone, sees 0.01, as of any map of zeros.
+  np.testing.assert_allclose(small.hidden_bias, [0.07], rtol=1e-6)
+  same = head.select_inputs(np.array([0, 1]), channels=2)
+  np.testing.assert_array_equal(same.hidden, head.hidden)
+  np.testing.assert_array_equal(same.hidden_bias, [0])
 
 
 def test_gates_of_a_blocks_output_cannot_be_taken():
