@@ -491,6 +491,27 @@ INFERENCE = [
     "inference/test_folding.py::test_the_same_outputs_gates_and_macs[basic]",
   ),
   Mutant(
+    "shut_gates_normalised",
+    "inference/folding.py",
+    "moved_bias = np.where(shut, bias, moved_bias) - _shift(flat, name)",
+    "moved_bias = moved_bias - _shift(flat, name)",
+    "inference/test_folding.py::test_gates_that_are_shut_for_good_stay_shut",
+  ),
+  Mutant(
+    "weight_of_the_moved_threshold",
+    "inference/folded.py",
+    "2 * jax.nn.sigmoid(logits + self.shift)",
+    "2 * jax.nn.sigmoid(logits)",
+    "inference/test_folding.py::test_folded_thresholds_by_hand",
+  ),
+  Mutant(
+    "weighted_unit_loses_its_gate",
+    "inference/pruning.py",
+    "  if part.weighted:\n",
+    "  if False:\n",
+    "inference/test_pruning.py::test_weighted_units_that_are_always_open_keep_their_gates",
+  ),
+  Mutant(
     "bias_of_closed_channels",
     "ops/native_kernels.py",
     "x = _closed(x + step.bias[None, None, None], step.gate)",

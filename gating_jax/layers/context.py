@@ -30,9 +30,14 @@ PARTS = (*MAP_PARTS, *SHARED_PARTS)
 # Name of the module `Glance` in a network: its parameters belong to the gates.
 GLANCE_NAME = "glance"
 # Sides of the grid of means and of a glance's thumbnail, and channels of a glance.
-_GRID, _THUMBNAIL, _FEATURES = 2, 8, 8
+_GRID, THUMBNAIL, _FEATURES = 2, 8, 8
+# How many numbers each part of the map has for one of its channels; those of all channels lie next
+# to each other.
+NUMBERS_PER_CHANNEL = {"pooled": 1, "moments": 2, "grid": _GRID**2}
 # Keep deviations of flat maps away from 0, where a square root has no slope.
 _LEAST_VARIANCE, _LEAST_DEVIATION = 1e-4, 0.1
+# What `moments` has for the deviation of a map of equal values.
+FLAT_DEVIATION = _LEAST_VARIANCE**0.5
 
 # The parts that a network has computed, `[N, ...]` each, by name.
 Shared = Mapping[str, Array]
@@ -103,19 +108,24 @@ class Glance(nn.Module):
     arguments.real_array("x", x)
     if x.ndim not in (4, 5):
       raise ValueError(f"a glance needs images or clips; got shape {x.shape}")
-    # A decision must not depend on the rounding of bfloat16.
-    thumbnail = grid_means(image_of(x.astype(jnp.float32)), _THUMBNAIL)
-    centred = thumbnail - jnp.mean(thumbnail, axis=(1, 2), keepdims=True)
-    # A flat thumbnail has no deviation; the square root's slope there is infinite.
-    variance = jnp.mean(jnp.square(centred), axis=(1, 2, 3), keepdims=True)
-    deviation = jnp.sqrt(variance + np.float32(_LEAST_VARIANCE))
     h = nn.Conv(_FEATURES, (3, 3), (2, 2), padding=1, use_bias=False, name="conv")(
-      centred / (deviation + np.float32(_LEAST_DEVIATION))
+      standardised_thumbnail(x)
     )
     h = nn.BatchNorm(
       use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm"
     )(h)
     return jnp.mean(nn.relu(h), axis=(1, 2))
+
+
+def standardised_thumbnail(x: Array) -> Array:
+  """Computes t of `Glance`, `[N, 8, 8, D]` in float32, of images or clips."""
+  # A decision must not depend on the rounding of bfloat16.
+  thumbnail = grid_means(image_of(x.astype(jnp.float32)), THUMBNAIL)
+  centred = thumbnail - jnp.mean(thumbnail, axis=(1, 2), keepdims=True)
+  # A flat thumbnail has no deviation; the square root's slope there is infinite.
+  variance = jnp.mean(jnp.square(centred), axis=(1, 2, 3), keepdims=True)
+  deviation = jnp.sqrt(variance + np.float32(_LEAST_VARIANCE))
+  return centred / (deviation + np.float32(_LEAST_DEVIATION))
 
 
 def shared_context(

@@ -264,16 +264,21 @@ BRANCHES = {
 }
 
 
-def chain(x, run):
+def chain(x, run, weighted=None):
   kernels_ = [native_kernels.packed(kernel(x, *shape)) for shape in ((3, 3, 4, 4), (1, 1, 4, 2))]
   biases = (x[0], x[0, :2])
   gates = (x[:2], x[2:4] > 0, None)
-  return run(images(x), kernels_, biases, gates)
+  return run(images(x), kernels_, biases, gates, weighted=weighted)
 
 
-CHAINS = {"twin": lambda x: chain(x, native_kernels.masked_chain)}
+WEIGHTED = (True, False)
+CHAINS = {
+  "twin": lambda x: chain(x, native_kernels.masked_chain),
+  "weighted twin": lambda x: chain(x, native_kernels.masked_chain, WEIGHTED),
+}
 if native_kernels.available():
   CHAINS["native"] = lambda x: chain(x, native_kernels.gated_chain)
+  CHAINS["weighted native"] = lambda x: chain(x, native_kernels.gated_chain, WEIGHTED)
 
 HALVES = (jnp.bfloat16, jnp.float16)
 ALL = (jnp.float32, *HALVES)
