@@ -207,7 +207,7 @@ GATES = [
   Mutant(
     "shut_gates_ranked",
     "layers/gate.py",
-    "counts, z = ~(logits <= SHUT), logits",
+    "counts, z = logits != SHUT, logits",
     "counts, z = logits == logits, logits",
     "layers/test_gate_opening.py",
   ),

@@ -423,7 +423,7 @@ def _moved_logits(
   path = ("params", name, GATE_NAME, *LOGITS)
   kernel, bias = flat[*path, "kernel"], flat[*path, "bias"]
   # Gates that are shut for good have this bias for all images, and are not normalised.
-  shut = (bias <= SHUT) & ~kernel.any(axis=0)
+  shut = (bias == SHUT) & ~kernel.any(axis=0)
   # In float64, so that each number is rounded once.
   moved, moved_bias = kernel.astype(np.float64), bias.astype(np.float64)
   if gate.normalise:
@@ -451,7 +451,7 @@ def _static_gates(
   """Returns the values of gates that look at no image, `[C]` for the channels of each group."""
   raw = flat["params", name, GATE_NAME, "logits"]
   shift = _shift(flat, name)
-  trained = jnp.asarray(np.where(raw <= SHUT, raw, raw - _threshold(flat, name)))
+  trained = jnp.asarray(np.where(raw == SHUT, raw, raw - _threshold(flat, name)))
   logits = trained - shift
   if model.gate.relaxation == "hard_concrete":
     location = relaxations.hard_concrete_location(logits, model.gate.temperature)

@@ -49,7 +49,8 @@ LOGITS = ("head", "logits")
 GATE_RNG = "gate"
 # Collection that sets the noise and the share of gates for one pass; see `gate_controls`.
 NOISE = "noise"
-# Log-odds of a gate that never opens. Such a gate is neither normalised nor ranked.
+# Log-odds of a gate that never opens, set as its bias, without a kernel. Such a gate is neither
+# normalised nor ranked.
 SHUT = -1e3
 # Gatings of networks whose only gates are those of channels.
 CHANNEL_GATINGS = ("none", "channel")
@@ -467,7 +468,8 @@ class ChannelGate(nn.Module):
     if not s.normalise and s.threshold == "zero":
       return logits
     # Gates that are shut for good stay so: they have no deviation, and no place among the others.
-    counts, z = ~(logits <= SHUT), logits
+    # Exactly this value, which no kernel arrives at: other low logits have a place.
+    counts, z = logits != SHUT, logits
     if s.normalise:
       norm = nn.BatchNorm(
         use_running_average=not train,
