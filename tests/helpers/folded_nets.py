@@ -128,7 +128,7 @@ def net(kind, seed=0):
       weighted(basic(rng, Group(3, 8))),
       weighted(basic(rng, Group(4, 2), stride=2)),
     ],
-    "weighted always": lambda: [stem, weighted(basic(rng, Group(3, 5, always=2)))],
+    "weighted always": lambda: [stem, weighted(basic(rng, Group(4, 5, always=2)))],
     "weighted layers": lambda: [
       stem,
       *(
