@@ -468,10 +468,7 @@ def run(
   found, before = (), ()
   for part, runner in zip(net.parts, runners, strict=True):
     # Gates come first: a runner may skip what they close.
-    logits, gates = (), ()
-    if part.head is not None:
-      logits = part.head(x, shared)
-      gates = part.head.gates(logits)
+    logits, gates = _decide(part, x, shared)
     x = runner(part, x, gates, before)
     # Scales decide on nothing.
     found += logits if part.groups else ()
@@ -486,6 +483,14 @@ def run(
     kernel, bias = net.classifier
     x = x @ kernel + bias[None]
   return x, found
+
+
+def _decide(part: Part, x: Array, shared: Shared) -> tuple[Gates, Gates]:
+  """Returns the logits and the gates, or scales, of each group of a part; none without any."""
+  if part.head is None:
+    return (), ()
+  logits = part.head(x, shared)
+  return logits, part.head.gates(logits)
 
 
 def pooled(x: Array) -> Array:

@@ -12,7 +12,7 @@ Reference: Verelst and Tuytelaars, 2020, and Hussein et al., 2020 (a light view 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import flax.linen as nn
@@ -101,7 +101,7 @@ class Glance(nn.Module):
   have any size; a clip is the mean of its frames. Computed in float32.
   """
 
-  axis_name: Hashable | None = None
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -135,7 +135,7 @@ def shared_context(
   *,
   source: Array | None = None,
   sources: int = 0,
-  axis_name: Hashable | None = None,
+  axis_name: str | None = None,
 ) -> Shared:
   """Computes the parts of its gates' context that a network computes once, inside its `__call__`.
 

@@ -94,8 +94,8 @@ def noise_scales(params: Mapping[str, Any], scale: ArrayLike) -> dict[str, Any]:
 def gate_controls(
   params: Mapping[str, Any],
   *,
-  noise_scale: float | Array | None = None,
-  share: float | Array | None = None,
+  noise_scale: ArrayLike | None = None,
+  share: ArrayLike | None = None,
 ) -> dict[str, Any]:
   """Returns the collection `noise`, which replaces settings of every gate for one pass.
 
@@ -143,7 +143,7 @@ def shift_thresholds(variables: Mapping[str, Any], shift: float | Array) -> dict
   1.0
   """
   arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
-  flat = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
+  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
   moved = {}
   for path, leaf in flat.items():
     if path[-1] == THRESHOLD and GATE_NAME in path:

@@ -88,7 +88,7 @@ def target_rate_loss(
   return functools.reduce(operator.add, gaps)
 
 
-def unweighted(gates: Array) -> Array:
+def unweighted(gates: AnyArray) -> Array:
   """Returns gates as fractions of open units: at most 1, with a gradient.
 
       g / max(g, 1),   the divisor without a gradient

@@ -211,7 +211,7 @@ def transition(
 
   def value(step):
     """Returns the value at a step."""
-    f = over(step)
+    f = jnp.asarray(over(step))
     if form == "held":
       # At the end exactly: a fraction before it is rounded below 1.
       return jnp.where(f >= 1, last, first)
