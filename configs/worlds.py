@@ -17,7 +17,7 @@ Variants, joined by commas after a colon: those of configs/cifar10_resnet20.py, 
 | `iclr2020` | gates of a pooled context with noise, under a squared gap to the budget |
 | `random` | gates drawn by chance |
 | `ungated`, `all_open` | no gates, as wide as the MACs, and with all of the gated rows' channels |
-| `scale` | ungated, channels scaled by squeeze-and-excitation of the same glance; 3 % more MACs |
+| `scale` | ungated, channels scaled by squeeze-and-excitation of the same glance; 4 % more MACs |
 | `bias` | ungated, told the world by a bias for each world and channel |
 | `oracle` | told the world; a fixed random set of open channels for each |
 | `told` | the recipe, whose gates are told the world |
