@@ -12,6 +12,16 @@ from ml_collections import config_dict
 from gating_jax.config_files import Config
 
 
+def opening() -> dict[str, Any]:
+  """Returns the fields of channel gates that say how they open; None for thresholds of 0."""
+  return {
+    "normalise": config_dict.placeholder(float),  # scale of normalised logits; None: as they are
+    "threshold": config_dict.placeholder(str),  # None: zero; or quantile
+    "share": config_dict.placeholder(float),  # of a layer's gates that a quantile opens
+    "weighted": config_dict.placeholder(bool),  # open units count 2 sigmoid(logit); None: False
+  }
+
+
 def image_config() -> Config:
   """Returns a config with every field; fractions of a schedule are of the whole training."""
   return ml_collections.ConfigDict(
@@ -19,7 +29,7 @@ def image_config() -> Config:
       "experiment": "classification",
       "seed": 0,
       "data": {
-        "name": "digits",  # or any TFDS image-classification set
+        "name": "digits",  # or worlds, worlds_told, or any TFDS image-classification set
         "data_dir": config_dict.placeholder(str),  # None: ~/tensorflow_datasets
         "train_split": "train",
         "test_split": "test",
@@ -43,8 +53,13 @@ def image_config() -> Config:
         # factor of the channels between a residual block's convolutions, which gates choose from
         "inner_width": 1.0,
         "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
+        "stem": config_dict.placeholder(str),  # likewise; cifar, small (stride 2) or imagenet
         "dtype": "float32",  # or bfloat16
-        "gating": "channel",  # or none, all_channels, layer; of classifiers also exits, experts
+        # or none, all_channels, layer; ungated: scale (squeeze-and-excitation), bias (of sources);
+        # of classifiers also exits, experts
+        "gating": "channel",
+        # number of sources, whose number is the last channel of images; None: 0
+        "sources": config_dict.placeholder(int),
         "group_norm": False,  # GroupNorm in place of BatchNorm; not of vgg8, vgg16, simple_cnn
         # of layer gating: fraction of images kept in the backward pass; all if more are open
         "backward_share": 1.0,
@@ -53,10 +68,18 @@ def image_config() -> Config:
           "initial_open": 0.85,
           "temperature": 2 / 3,
           "noise_scale": 1.0,
-          # pooled; none: the same for all images; random: drawn at the rate initial_open
+          # sums of pooled, moments, grid, glance, told, such as glance+pooled; none: the same for
+          # all images; random: drawn at the rate initial_open; assigned: fixed for each source
           "context": "pooled",
           "relaxation": "straight_through",  # or hard_concrete, sigmoid
           "block": 1,  # adjacent channels that share a gate, for hardware: 8, 16, 64 or 128
+          **opening(),
+        },
+        "dense_first": {  # schedule of model.gate.share, for thresholds that are quantiles
+          # cosine, linear, or held at 1 until the end; None: the same throughout
+          "form": config_dict.placeholder(str),
+          "start": config_dict.placeholder(float),  # every gate is open up to here; None: 0
+          "end": config_dict.placeholder(float),  # model.gate.share from here on; None: 0.5
         },
         "noise": {  # schedule of the gates' noise, which starts at model.gate.noise_scale
           "final": config_dict.placeholder(float),  # scale at the end; None: constant
@@ -108,7 +131,8 @@ def image_config() -> Config:
         "drop_factor": 0.1,
         "warmup": 0.0,
         "momentum": 0.9,
-        "weight_decay": 5e-4,  # always 0 for gate parameters
+        "weight_decay": 5e-4,  # of all but gate parameters
+        "gate_weight_decay": config_dict.placeholder(float),  # of gate parameters; None: 0
         "gate_lr_multiplier": 1.0,  # factor of the learning rate of gate parameters
       },
       "devices": {
@@ -151,6 +175,8 @@ _GATES = {
     "loss.regulariser": "sparsity",
     "loss.sparsity.kind": "l0",
   },
+  # Squeeze-and-excitation, Hu et al., 2018: an ungated network that scales its channels.
+  "scale": {"model.gating": "scale", "loss.regulariser": "none"},
   "random": {
     "model.gating": "channel",
     "model.gate.context": "random",
@@ -205,6 +231,25 @@ def _choose_gates(value: str) -> Mapping[str, Any]:
   return _GATES[value]
 
 
+def _set_share(share: str) -> Mapping[str, Any]:
+  """Returns the fields of gates of which this fraction is open in every batch.
+
+  Logits are normalised, the most open of a batch are open, without noise, and open ones are
+  weighted. The share falls from 1 in the first half of training; no penalty acts. Networks of
+  normalised gates decay, since their kernels would only grow.
+  """
+  return {
+    "model.gate.threshold": "quantile",
+    "model.gate.share": float(share),
+    "model.gate.normalise": 2.0,
+    "model.gate.weighted": True,
+    "model.gate.noise_scale": 0.0,
+    "model.dense_first.form": "cosine",
+    "optim.gate_weight_decay": 5e-4,
+    "loss.regulariser": "none",
+  }
+
+
 def _set_budget(share: str) -> Mapping[str, Any]:
   """Returns the fields of a training to this fraction of the ungated network's MACs."""
   return {
@@ -229,6 +274,8 @@ _VARIANTS = {
   "sparsity": setting("loss.sparsity.coefficient", float),
   "bas": setting("loss.batch_shaping.coefficient", float),
   "budget": _set_budget,
+  "share": _set_share,
+  "context": setting("model.gate.context"),
 }
 # Earlier variants, which old commands still use.
 _EARLIER = {

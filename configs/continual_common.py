@@ -44,7 +44,15 @@ def continual_config() -> Config:
         # BatchNorm after each convolution of a chain; the paper's SimpleCNN may have none
         "norm": True,
         "dtype": "float32",  # or bfloat16
-        "gate": {"hidden": 16, "initial_open": 0.85, "temperature": 2 / 3, "noise_scale": 1.0},
+        "gate": {
+          "hidden": 16,
+          "initial_open": 0.85,
+          "temperature": 2 / 3,
+          "noise_scale": 1.0,
+          # sums of pooled, moments, grid, glance; None: pooled
+          "context": config_dict.placeholder(str),
+          **common.opening(),
+        },
       },
       "method": "gates",
       "gates": {  # multitask_gates uses the first three

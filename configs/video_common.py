@@ -80,7 +80,15 @@ def video_config() -> Config:
           "stem": config_dict.placeholder(str),  # None: the named network's own
           "gating": "none",  # or channel
           "group_norm": False,  # GroupNorm in place of BatchNorm
-          "gate": {"hidden": 16, "initial_open": 0.85, "temperature": 2 / 3, "noise_scale": 1.0},
+          "gate": {
+            "hidden": 16,
+            "initial_open": 0.85,
+            "temperature": 2 / 3,
+            "noise_scale": 1.0,
+            # sums of pooled, moments, grid, glance; None: pooled
+            "context": config_dict.placeholder(str),
+            **common.opening(),
+          },
         },
         # or all, uniform, random, oracle; confidence (SCSampler), prefix (FrameExit); light
         "selection": "gate",

@@ -1,7 +1,8 @@
 """Tables of config fields for the documentation site, read from the files in `configs`.
 
 A line `<!-- fields of configs/common.py -->` of a page becomes a table of the fields that the
-first function of the file sets, with their defaults and comments, and a list of its variants.
+first function of the file whose name ends in `_config` sets, with their defaults and comments, and
+a list of its variants. Fields of a function that the dicts unpack are listed in its place.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ConfigFile:
     self.lines = self.text.splitlines()
     self.tree = ast.parse(self.text)
     functions = [node for node in self.tree.body if isinstance(node, ast.FunctionDef)]
-    self.function = functions[0]
+    self.functions = {node.name: node for node in functions}
+    self.function = next(node for node in functions if node.name.endswith("_config"))
     # Dicts with a name of their own, that fields refer to.
     self.named = {}
     for node in self.function.body:
@@ -64,6 +66,9 @@ class ConfigFile:
   def _of_dict(self, prefix: str, node: ast.Dict) -> Iterator[Field]:
     """Lists the fields of one dict, and of those in it."""
     for key, value in zip(node.keys, node.values, strict=True):
+      if key is None:
+        yield from self._of_unpacked(prefix, value)
+        continue
       path = prefix + key.value
       if isinstance(value, ast.Name):
         value = self.named[value.id]
@@ -73,6 +78,15 @@ class ConfigFile:
       if about := self._comment(key.lineno, key.lineno):
         yield Field(path, "", about)
       yield from self._of_dict(f"{path}.", value)
+
+  def _of_unpacked(self, prefix: str, call: ast.Call) -> Iterator[Field]:
+    """Lists the fields of the dict that a function without arguments returns.
+
+    The function is one of this file, or of another file of configs, such as `common.opening`.
+    """
+    module, _, name = ast.unparse(call.func).rpartition(".")
+    file = ConfigFile(ROOT / "configs" / f"{module}.py") if module else self
+    yield from file._of_dict(prefix, file.functions[name].body[-1].value)
 
   def _field(self, path: str, key: ast.expr, value: ast.expr) -> Field:
     """Describes the field that one line sets."""

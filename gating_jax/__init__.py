@@ -79,12 +79,14 @@ __all__ = [
   "noise_floor",
   "normal",
   "open_indices",
+  "open_threshold",
   "prune",
   "pruning_error",
   "quantise",
   "relaxed_bernoulli",
   "resnet",
   "scatter_back",
+  "shift_thresholds",
   "sort_with_vjp",
   "straight_through_gate",
   "symmetric_beta",
@@ -107,7 +109,14 @@ if TYPE_CHECKING:
   from gating_jax.inference.quantising import quantise
   from gating_jax.inference.segments import compile_segments
   from gating_jax.layers.blocks import BasicBlock, Bottleneck
-  from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
+  from gating_jax.layers.gate import (
+    ChannelGate,
+    GatedChannels,
+    GateHead,
+    GateSettings,
+    apply_gates,
+    shift_thresholds,
+  )
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
   from gating_jax.loading import load_run
   from gating_jax.models.resnets import ResNet, resnet
@@ -141,6 +150,7 @@ if TYPE_CHECKING:
     symmetric_beta,
     uniform,
   )
+  from gating_jax.ops.quantiles import open_threshold
   from gating_jax.ops.ranking import sort_with_vjp
   from gating_jax.ops.relaxations import (
     binary_concrete,
@@ -172,6 +182,7 @@ else:
         "GateSettings",
         "GatedChannels",
         "apply_gates",
+        "shift_thresholds",
       ),
       "gating_jax.layers.segment_gate": ("SegmentGate", "SegmentGateSettings"),
       "gating_jax.loading": ("load_run",),
@@ -206,6 +217,7 @@ else:
         "symmetric_beta",
         "uniform",
       ),
+      "gating_jax.ops.quantiles": ("open_threshold",),
       "gating_jax.ops.ranking": ("sort_with_vjp",),
       "gating_jax.ops.relaxations": (
         "binary_concrete",

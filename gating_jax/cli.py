@@ -25,6 +25,7 @@ MODES = {
   "report": "writes report.html of the newest checkpoint",
   "compile": "times programs that skip closed units",
   "export": "writes files that run without this package; image classifiers only",
+  "curve": "traces accuracy against MACs of one net, by its gates' thresholds; image classifiers",
   COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
 }
 _HELP_FLAGS = {"-h", "-help", "--help", "-?", "--helpshort"}

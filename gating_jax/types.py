@@ -42,8 +42,8 @@ class GateRecord:
   Attributes:
     logits: `[N, C]` log-odds that a unit is open, without noise.
     probs: `[N, C]` probability that a unit is open.
-    gates: `[N, C]` values that multiply the tensor: 0/1, or relaxed. A unit runs where its gate is
-      above 0.
+    gates: `[N, C]` values >= 0 that multiply the tensor: 0/1, weighted or relaxed. A unit runs
+      where its gate is above 0.
     macs_per_unit: multiply-accumulates that one open unit costs per example.
     macs_per_pair: multiply-accumulates of one open unit of this record together with one open unit
       of the record **before** it, for a convolution gated on both sides. 0 elsewhere.

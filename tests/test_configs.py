@@ -4,10 +4,13 @@ import importlib
 
 import pytest
 
-from configs import common
+from configs import common, worlds
 from gating_jax.checks import one_of
 from gating_jax.continual import registry
+from gating_jax.data import worlds as worlds_sets
+from gating_jax.images import build as image_build
 from gating_jax.training import objectives, optim, settings
+from gating_jax.training.outlines import Outline
 from gating_jax.training.rundir import flatten
 from gating_jax.video import objectives as segment_objectives
 from tests.helpers.config_files import FILES
@@ -52,6 +55,46 @@ def test_full_recipe_has_the_numbers_of_the_paper():
   shaping = config.loss.batch_shaping
   assert (shaping.coefficient, shaping.fade_end, shaping.a, shaping.b) == (0.75, 0.2, 0.6, 0.4)
   assert (config.loss.sparsity.ramp_start, config.loss.sparsity.ramp_end) == (0.2, 0.6)
+
+
+def worlds_counts(row):
+  config = importlib.import_module("configs.worlds").get_config(f"row={row}")
+  depth = 4 if config.data.name == "worlds_told" else 3
+  data = Outline(examples=512, class_names=tuple("0123456789"), shape=(16, 16, depth))
+  return config, image_build.build(config.lock(), outlines=[data, data]).counts
+
+
+@pytest.mark.parametrize("row", sorted(set(worlds._ROWS) - {"ungated", "all_open", "scale"}))
+def test_rows_of_worlds_have_the_macs_of_the_ungated_one(row):
+  _, ungated = worlds_counts("ungated")
+  config, counts = worlds_counts(row)
+  gate, sparsity = config.model.gate, config.loss.sparsity
+  if row == "bias":
+    assert counts.macs + counts.gate_macs == ungated.macs
+    return
+  share = gate.initial_open if row == "random" else gate.share
+  macs = counts.always_macs + (share or 0) * counts.gated
+  if row == "iclr2020":
+    macs = sparsity.target * counts.macs + counts.gate_macs
+  assert macs == pytest.approx(ungated.macs, rel=1e-3)
+
+
+def test_a_run_on_worlds_has_3000_steps_of_256_images_and_all_of_it_decays():
+  config = importlib.import_module("configs.worlds").get_config()
+  images = worlds_sets.count_worlds(config.data.train_split)
+  assert images * config.optim.epochs == 3000 * config.optim.batch_size == 768_000
+  assert config.optim.gate_weight_decay == config.optim.weight_decay == 5e-4
+
+
+def test_scales_cost_little_and_all_rows_are_refused_by_no_check():
+  _, ungated = worlds_counts("ungated")
+  _, scaled = worlds_counts("scale")
+  assert scaled.macs == ungated.macs
+  assert scaled.gate_macs < 0.04 * ungated.macs
+  _, all_open = worlds_counts("all_open")
+  assert all_open.macs == worlds_counts("recipe")[1].macs
+  with pytest.raises(ValueError, match="the variant row must be one of .*; got 'best'"):
+    importlib.import_module("configs.worlds").get_config("row=best")
 
 
 def test_variants_change_their_field():

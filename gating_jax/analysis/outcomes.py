@@ -64,7 +64,7 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int
   """Computes the sums of one batch.
 
   Args:
-    gates: `[N, G]` whether each gate is open in evaluation.
+    gates: `[N, G]` above 0 where a gate is open in evaluation.
     probs: `[N, G]` probability that it is open under the noise of training; see `open_probs`.
     labels: `[N]` integers below `classes`.
     classes: K.
@@ -79,7 +79,7 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int
   probs = probs.astype(np.float64)
   return Tally(
     examples=member.sum(axis=1),
-    opened=member.astype(np.int64) @ gates.astype(np.int64),
+    opened=member.astype(np.int64) @ (gates > 0).astype(np.int64),
     probs=probs.sum(axis=0),
     entropies=_entropy(probs).sum(axis=0),
     disagreements=np.sum(2 * probs * (1 - probs), axis=0),

@@ -104,12 +104,12 @@ def _generative(config, problem):
 
 def _gated_generative(config, problem):
   """Builds a rehearsal by one generator, whose filters are frozen task by task."""
-  fields, gate = dict(config.generator.gates), dict(config.model.gate)
+  fields, gate = dict(config.generator.gates), {}
   # The section holds settings of the gates and of their protection.
   for name in ("initial_open", "noise_scale"):
     gate[name] = fields.pop(name)
   with settings.named("generator.gates"):
-    generator = _generator(config, problem, GateSettings(**gate))
+    generator = _generator(config, problem, settings.gate_settings(config.model.gate, **gate))
     protection = protections.gated(generator, problem.tasks, ProtectionSettings(**fields))
   return _shared_generative(config, problem, generator=generator, protection=protection)
 
@@ -293,7 +293,7 @@ def build_network(
     width=model.width * wider,
     dtype=settings.DTYPES[model.dtype],
     axis_name=problem.axis_name,
-    gate=GateSettings(**model.gate, **gate),
+    gate=settings.gate_settings(model.gate, **gate),
   )
   if model.name in VGGS:
     gating = "channel" if gated else "none"

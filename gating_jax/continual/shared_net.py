@@ -165,13 +165,16 @@ class SharedNet:
 
     def is_shared(path):
       """Returns whether all tasks share the leaf at a path."""
+      # Each task has its own gates: their networks, thresholds and glance.
+      if is_gate_path(path):
+        return False
       kernel = flat.get((*path[:-1], "kernel"))
       if kernel is not None:
         # Kernels of dense layers have two axes, those of convolutions more. A bias goes with its
         # kernel.
         return kernel.ndim > 2
-      # Without a kernel it is a norm, or a gate that is a plain parameter.
-      return not self.own_norms and not is_gate_path(path)
+      # Without a kernel it is a norm.
+      return not self.own_norms
 
     parts = split(tree, is_shared)
     return {SHARED: parts.shared, OWN: parts.own}

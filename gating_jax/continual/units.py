@@ -15,11 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from gating_jax.layers.gate import LOGITS
+from gating_jax.layers.gate import LOGITS, SHUT
+from gating_jax.ops.penalties import unweighted
 from gating_jax.types import AnyArray, Array, GateRecord, Path, Records, Tree
-
-# Log-odds of a gate that never opens.
-SHUT = -1e3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +86,10 @@ def by_record(units: AnyArray, records: Records) -> list[Any]:
 
 
 def join_gates(records: Records) -> Array:
-  """Concatenates the gates of all records to `[..., U]`."""
-  return jnp.concatenate([record.gates for record in records], axis=-1)
+  """Concatenates the gates of all records to `[..., U]`, 1 where a unit is open and 0 elsewhere."""
+  gates = jnp.concatenate([record.gates for record in records], axis=-1)
+  # A weighted gate is above 1.
+  return (gates > 0).astype(gates.dtype)
 
 
 def count_units(records: Records) -> int:
@@ -109,7 +109,7 @@ def open_share(records: Records, available: AnyArray) -> Array:
   shares = []
   for record, place in record_places(records):
     # Gates of unavailable units are shut, so the sum over all units counts the available ones.
-    open_units = jnp.mean(jnp.sum(record.gates, axis=-1))
+    open_units = jnp.mean(jnp.sum(unweighted(record.gates), axis=-1))
     shares.append(open_units / jnp.sum(available[place]))
   return jnp.mean(jnp.stack(shares))
 

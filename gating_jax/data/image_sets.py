@@ -1,7 +1,7 @@
 """Sets of labelled images in memory, tasks made from them, and batches of any set.
 
-A split is scikit-learn's handwritten digits, or that of any TFDS classification set. Pixels are
-uint8 until the training step.
+A split is scikit-learn's handwritten digits, made images of worlds, or that of any TFDS
+classification set. Pixels are uint8 until the training step.
 
 Labels of a task are indices into the order of classes: with C classes a task, those of task t are
 t C, ..., t C + C - 1.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from gating_jax.data import tfds
 from gating_jax.terminal import progress_bar
 
 DIGITS = "digits"
+# Sets that need no files.
+MADE = (DIGITS, "worlds", "worlds_told")
 
 _DIGITS_TEST_FRACTION = 0.2
 
@@ -80,9 +83,10 @@ def load(
   Pictures of other types become uint8 by the rule of `data/features.py: to_uint8`.
 
   Args:
-    name: `digits` (1,797 images of 8 x 8, needs no files) or a TFDS name such as `cifar10`.
+    name: `digits` (1,797 images of 8 x 8, needs no files), `worlds` or `worlds_told` (made, of 16 x
+      16, see `data.worlds`) or a TFDS name such as `cifar10`.
     split: `train` or `test` for digits, where the test split is a fixed, class-balanced fifth; for
-      TFDS any split expression.
+      worlds also a part such as `train[:50000]`; for TFDS any split expression.
     data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`.
     image_size: side in pixels that images are resized to; 0 leaves them.
     image, label: names of the features that hold them in a TFDS set.
@@ -98,9 +102,11 @@ def load(
     """Resizes `[H, W, D]` if a size is asked for."""
     return resize(pixels, (image_size, image_size)) if image_size else pixels
 
-  if name == DIGITS:
-    digits = _digits(split)
-    return dataclasses.replace(digits, pixels=np.stack([fit(pixels) for pixels in digits.pixels]))
+  if name in MADE:
+    made = _digits(split) if name == DIGITS else _worlds().open_worlds(name, split)
+    if not image_size:
+      return made
+    return dataclasses.replace(made, pixels=np.stack([fit(pixels) for pixels in made.pixels]))
   source = tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
   # The first image has the shape that all must have; the array is then filled in place.
   first = fit(source[0][image])
@@ -159,6 +165,8 @@ def count_images(
   """Counts the images of a split without reading them; arguments and errors are as in `load`."""
   if name == DIGITS:
     return len(_digits(split))
+  if name in MADE:
+    return _worlds().count_worlds(split)
   return len(tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label)))
 
 
@@ -418,6 +426,14 @@ def _reordered(images: Images, order: np.ndarray) -> Images:
   place[order[taken]] = taken
   names = tuple(images.class_names[c] if c >= 0 else "" for c in order)
   return Images(images.pixels, place[images.labels], names)
+
+
+def _worlds() -> types.ModuleType:
+  """Returns the module of worlds, whose digits are this module's."""
+  # Imported at its first use, since it imports this one.
+  from gating_jax.data import worlds
+
+  return worlds
 
 
 def _digits(split: str) -> Images:

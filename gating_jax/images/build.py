@@ -20,8 +20,7 @@ import optax
 
 from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
-from gating_jax.layers.blocks import GATINGS, SHORTCUTS
-from gating_jax.layers.gate import GateSettings
+from gating_jax.layers.blocks import BIAS, GATINGS, SHORTCUTS
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary
@@ -44,6 +43,11 @@ from gating_jax.training.outlines import Outline
 LOADERS = ("resident", "streaming")
 # Gatings of whole classifiers, which exclude gates of units and their settings.
 EXITS, EXPERTS = CLASSIFIER_GATINGS = ("exits", "experts")
+# Of an ungated network whose channels have scales: squeeze-and-excitation.
+SCALE = "scale"
+_UNGATED = ("none", SCALE, BIAS)
+# End of the schedule of the gates' share, where the config has none.
+_SHARE_END = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Experiment:
     objective: its objective.
     settings: settings of the training loop.
     noise_scale: noise scale of the gates, from step to number; None for the model's own.
+    share: share of gates that quantiles open, likewise.
     full: the model with the whole backward pass, where its own leaves something out; else None.
   """
 
@@ -72,6 +77,7 @@ class Experiment:
   objective: ImageObjective
   settings: loop.LoopSettings
   noise_scale: optax.Schedule | None = None
+  share: optax.Schedule | None = None
   full: nn.Module | None = None
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
@@ -85,7 +91,7 @@ class Experiment:
     model = self.config.model
     if model.gating in CLASSIFIER_GATINGS:
       return 0.0
-    return GateSettings(**model.gate).drawn_noise_scale
+    return settings.gate_settings(model.gate).drawn_noise_scale
 
 
 def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experiment:
@@ -106,7 +112,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     choices={
       "data.loader": LOADERS,
       "model.name": (*RESNETS, *VGGS),
-      "model.gating": (*GATINGS, *CLASSIFIER_GATINGS),
+      "model.gating": (*GATINGS, SCALE, *CLASSIFIER_GATINGS),
     },
     at_least={
       "data.crop_padding": 0,
@@ -177,13 +183,17 @@ def assemble(
   loops = loop.LoopSettings.from_config(config, epochs=training.epochs, steps_per_epoch=per_epoch)
   total = loops.total_steps
   penalties = GatePenalties.from_config(config.loss, total)
-  optimiser = optim.sgd(
-    optim.configured_rate(training, total),
-    momentum=training.momentum,
-    weight_decay=training.weight_decay,
-    gate_lr_multiplier=training.gate_lr_multiplier,
-  )
+  with settings.named("optim"):
+    optimiser = optim.sgd(
+      optim.configured_rate(training, total),
+      momentum=training.momentum,
+      weight_decay=training.weight_decay,
+      # Older configs have no such field.
+      gate_weight_decay=training.get("gate_weight_decay") or 0.0,
+      gate_lr_multiplier=training.gate_lr_multiplier,
+    )
   noise_scale = _noise_schedule(config.model, total)
+  share = _share_schedule(config.model, total)
   # The outlines are those of the training set, then of the test set.
   test: Any = outlines[-1] if outlines else open_test()
   settings.check_channels(data, test.shape[-1])
@@ -205,6 +215,7 @@ def assemble(
     model=model,
     full=full,
     noise_scale=noise_scale,
+    share=share,
     counts=counts,
     optimiser=optimiser,
     objective=ImageObjective.from_config(
@@ -228,6 +239,25 @@ def _noise_schedule(model: Config, total: int) -> optax.Schedule | None:
   )
 
 
+def _share_schedule(model: Config, total: int) -> optax.Schedule | None:
+  """Returns the share of gates that quantiles open, from step to number; None for a fixed one."""
+  # Older configs have no such section.
+  schedule = model.get("dense_first") or {}
+  form = schedule.get("form")
+  if form is None:
+    return None
+  start, end = schedule.get("start"), schedule.get("end")
+  with settings.named("model.dense_first"):
+    return optim.transition(
+      1.0,
+      settings.gate_settings(model.gate).share,
+      ramp_start=0.0 if start is None else start,
+      ramp_end=_SHARE_END if end is None else end,
+      total_steps=total,
+      form=form,
+    )
+
+
 def network(model: Config, classes: int | None) -> nn.Module:
   """Builds the residual network, or the chain of convolutions, that `config.model` describes.
 
@@ -237,10 +267,14 @@ def network(model: Config, classes: int | None) -> nn.Module:
   Raises:
     ValueError: a field does not go with the network.
   """
+  gating, gate = model.gating, settings.gate_settings(model.gate)
+  if gating == SCALE:
+    # Scales have the place and the networks of gates.
+    gating, gate = "channel", settings.gate_settings(model.gate, relaxation="scale")
   fields = dict(
     width=model.width,
-    gating=model.gating,
-    gate=GateSettings(**model.gate),
+    gating=gating,
+    gate=gate,
     dtype=settings.DTYPES[model.dtype],
     axis_name=devices.AXIS,
   )
@@ -251,10 +285,20 @@ def network(model: Config, classes: int | None) -> nn.Module:
         f"{model.shortcut!r}"
       )
     fields["shortcut"] = model.shortcut
+  # Older configs have no such field.
+  if model.get("stem") is not None:
+    if model.name in VGGS:
+      raise ValueError(
+        f"model.stem must be None for {model.name}, which has none; got {model.stem!r}"
+      )
+    fields["stem"] = model.stem
   if model.name in VGGS:
     return vgg(model.name, classes, **fields)
   fields |= dict(
-    group_norm=model.group_norm, backward_share=model.backward_share, inner_width=model.inner_width
+    group_norm=model.group_norm,
+    backward_share=model.backward_share,
+    inner_width=model.inner_width,
+    sources=model.get("sources") or 0,
   )
   # Exits and experts take the place of gates: the network itself is ungated.
   if model.gating == EXITS:
@@ -316,7 +360,7 @@ def check_config(
   """
   choices = {
     "model.dtype": settings.DTYPES,
-    "model.gating": GATINGS,
+    "model.gating": (*GATINGS, SCALE),
     "loss.regulariser": REGULARISERS,
     "loss.batch_shaping.reduction": REDUCTIONS,
     "loss.sparsity.kind": SPARSITIES,
@@ -404,7 +448,7 @@ def _check_together(config: Config) -> None:
     demand("model.gating", EXPERTS, "loss.regulariser is 'balance'")
   # Without gates that draw noise, the schedule would be silently ignored.
   if model.noise.final is not None and (
-    model.gating in ("none", *CLASSIFIER_GATINGS)
+    model.gating in (*_UNGATED, *CLASSIFIER_GATINGS)
     or model.gate.context == "random"
     or model.gate.relaxation == "sigmoid"
   ):
@@ -412,6 +456,7 @@ def _check_together(config: Config) -> None:
       "model.noise.final must be None where no gates draw noise of that scale; got "
       f"{model.noise.final}"
     )
+  _check_opening(config)
   if loss.sparsity.kind == "budget":
     _check_budget_acts(config)
   if chain and model.gating in CLASSIFIER_GATINGS:
@@ -429,6 +474,33 @@ def _check_together(config: Config) -> None:
       )
 
 
+def _check_opening(config: Config) -> None:
+  """Raises a ValueError where a setting of how gates open, or of sources, would be ignored."""
+  model = config.model
+  gate, sources = model.gate, model.get("sources")
+  if gate.relaxation == "scale":
+    raise ValueError(
+      "model.gate.relaxation must be that of gates, for a network with scales set "
+      f"model.gating='scale'; got {gate.relaxation!r}"
+    )
+  scheduled = (model.get("dense_first") or {}).get("form") is not None
+  gated = model.gating not in (*_UNGATED, *CLASSIFIER_GATINGS)
+  if scheduled and not (gated and gate.get("threshold") == "quantile"):
+    raise ValueError(
+      "model.dense_first.form must be None where no gates have quantiles for thresholds; got "
+      f"{model.dense_first.form!r}"
+    )
+  if sources is not None and sources < 0:
+    raise ValueError(f"model.sources must be None or >= 0; got {sources}")
+  if sources and (model.name in VGGS or model.gating in CLASSIFIER_GATINGS):
+    raise ValueError(
+      "model.sources must be None where model.name is a chain or model.gating that of a "
+      f"classifier; got {sources}"
+    )
+  if model.gating == BIAS and not sources:
+    raise ValueError(f"model.sources must be > 0 where model.gating is 'bias'; got {sources}")
+
+
 def _check_budget_acts(config: Config) -> None:
   """Raises a ValueError where no gate, or no term of the loss, is left for a budget to act on."""
   fields = rundir.flatten(config)
@@ -442,5 +514,5 @@ def _check_budget_acts(config: Config) -> None:
       )
 
   refuse("model.gate.relaxation", ("sigmoid",))
-  refuse("model.gating", ("none", *CLASSIFIER_GATINGS))
+  refuse("model.gating", (*_UNGATED, *CLASSIFIER_GATINGS))
   refuse("loss.regulariser", set(REGULARISERS) - set(WITH_SPARSITY))

@@ -24,7 +24,7 @@ from gating_jax.analysis import scores as class_scores
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
-from gating_jax.images import compile, export
+from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import EXITS, Experiment, build
 from gating_jax.layers.gate import is_gate_path
@@ -52,7 +52,13 @@ from gating_jax.training.steps import Advance, MappedSteps, TrainState
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
 _CUT_OUT = 1
 # How titles describe a network, by `model.gating`, where they do not name a kind of gates.
-_GATING_TITLES = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
+_GATING_TITLES = {
+  "none": "without gates",
+  "scale": "with scales of channels",
+  "bias": "with biases of sources",
+  "exits": "with early exits",
+  "experts": "with experts",
+}
 # Regularisers with one strength, and its setting.
 _REGULARISERS = {
   "entropy": "loss.entropy.coefficient",
@@ -91,6 +97,7 @@ class Classification(runner.Programme):
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.export_run,
     "compile": functools.partial(compile.compile_run, then=("export",)),
+    "curve": curve.curve_run,
   }
 
   @property
@@ -252,6 +259,7 @@ class Classification(runner.Programme):
         seed=config.seed,
         axis_name=devices.AXIS,
         noise_scale=experiment.noise_scale,
+        share=experiment.share,
         # Training fits all exits.
         method="all_exits" if config.model.gating == EXITS else None,
       )
@@ -469,6 +477,7 @@ def check_start(config: Config) -> Config:
     ("model.name", config.model.name),
     ("model.width", config.model.width),
     ("model.inner_width", config.model.inner_width),
+    ("model.stem", config.model.get("stem")),
     ("model.group_norm", config.model.group_norm),
   ):
     found = rundir.flatten(theirs)[name]
@@ -531,7 +540,8 @@ def watch_images(config: Config) -> ClosingWatch:
   """Returns the watch over classifiers and segmentation."""
   gating, gate, loss = config.model.gating, config.model.gate, config.loss
   # An exit that no image passes is not a closed gate; random gates learn nothing.
-  if gating in ("none", "exits") or gate.context == "random":
+  # Scales and biases close nothing.
+  if gating in ("none", "scale", "bias", "exits") or gate.context in ("random", "assigned"):
     return ClosingWatch(())
   if gating == "experts":
     advice = "raise loss.balance.coefficient, with loss.regulariser=balance"

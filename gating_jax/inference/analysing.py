@@ -141,7 +141,7 @@ def analyse(
   gate_statistics = counter.result()
   per_image = {name: float(total) / images for name, total in totals.items()}
   # Gate networks cost the same for every image.
-  heads = sum(map(folded.head_macs, net.parts))
+  heads = sum(map(folded.head_macs, net.parts)) + folded.glance_macs(net)
   whole = folded.macs(net, shape)
   # Pruned by these very statistics, with the default settings of `prune`.
   small = apply_pruning(net, find_static_units(net, gate_statistics))

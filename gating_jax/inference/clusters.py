@@ -87,14 +87,14 @@ def select_channels(masks: Sequence[Any], kept: Sequence[np.ndarray]) -> list[An
 
 
 def are_covered(masks: Sequence[Any], kept_masks: Sequence[Any]) -> Any:
-  """Tests which examples, `[N]` bool, open only channels that are kept, from 0/1 masks."""
+  """Tests which examples, `[N]` bool, open only channels that are kept, from masks >= 0."""
   # A set holds all open channels if as many are open in it as in all.
   return _count_open(kept_masks) == _count_open(masks)
 
 
 def _count_open(masks: Sequence[Any]) -> Any:
   """Counts the open channels of each example, `[N]`, over all groups."""
-  return sum(jnp.sum(mask, axis=1) for mask in masks)
+  return sum(jnp.sum(mask > 0, axis=1) for mask in masks)
 
 
 def _clusters(joint: np.ndarray, count: int) -> list[np.ndarray]:

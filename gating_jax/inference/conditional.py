@@ -270,13 +270,13 @@ def make_program(
 
 
 def ungated(net: FoldedNet) -> FoldedNet:
-  """Returns the network without its gate networks: every unit is open."""
+  """Returns the network without its gate networks: every unit is open, and counts once."""
   parts = []
   for part in net.parts:
     # Only blocks have gates of their branch or their output.
     gates = {} if isinstance(part, Layer) else {"layer_gate": False, "output_gate": False}
     parts.append(dataclasses.replace(part, head=None, **gates))
-  return dataclasses.replace(net, parts=tuple(parts))
+  return dataclasses.replace(net, parts=tuple(parts), glance=None)
 
 
 def opened(net: FoldedNet) -> FoldedNet:

@@ -4,6 +4,9 @@
          | Block   y = ReLU(conv_k(.. gates * ReLU(conv_1 x)) + shortcut(x))
                                                                    residual, or gates * that
 
+A gate is 0 where its unit is closed; where it is open, 1 or the unit's weight, above 0. Scales, as
+of squeeze-and-excitation, multiply units too, but close none: a part that has them has no gates.
+
 Every faster program starts from it. `run` calls one function for each part, so that a strategy is a
 function of a part and nothing else. `macs` counts the multiply-accumulates of all units, or of open
 ones; `exit_macs` those of a network with early exits.
@@ -25,6 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gating_jax.layers.context import (
+  FLAT_DEVIATION,
+  NOTHING_SHARED,
+  NUMBERS_PER_CHANNEL,
+  THUMBNAIL,
+  Shared,
+  context_of,
+  standardised_thumbnail,
+)
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import AnyArray, Array
 
@@ -122,7 +134,14 @@ def expand_groups(groups: Sequence[Group], gates: Sequence[AnyArray]) -> list[Ar
 class Head:
   """A gate network; it returns the logits of all groups.
 
-  Mean over pixels, Dense with its BatchNorm folded, ReLU, Dense.
+  Context, Dense with its BatchNorm folded, ReLU, Dense with thresholds of its logits folded.
+
+  Attributes:
+    groups: of the channels that the gates switch, or that scales multiply.
+    context: parts of the context, some of `pooled`, `moments`, `grid` and `glance`.
+    shift: of weighted gates, a number: an open unit of logit z has the weight
+      2 sigmoid(z + shift). None: the gate of an open unit is 1.
+    scales: whether the channels are multiplied by 2 sigmoid(z), and none is ever closed.
   """
 
   hidden: Array
@@ -130,13 +149,17 @@ class Head:
   logits: Array
   logits_bias: Array
   groups: tuple[Group, ...] = _static(())
+  context: tuple[str, ...] = _static(("pooled",))
+  shift: Array | None = None
+  scales: bool = _static(False)
 
-  def __call__(self, x: Array) -> Gates:
+  def __call__(self, x: Array, shared: Shared = NOTHING_SHARED) -> Gates:
     """Maps `[N, H, W, D]` to the logits of each group, `[N, U]`.
 
-    They are NaN for an example that is not finite.
+    They are NaN for an example that is not finite. `shared` holds the parts of the context that are
+    computed once for all gate networks.
     """
-    context = pooled(x.astype(jnp.float32))
+    context = self._context(x.astype(jnp.float32), shared)
     hidden = jax.nn.relu(context @ self.hidden + self.hidden_bias[None])
     logits = hidden @ self.logits + self.logits_bias[None]
     # Adds 0, or NaN where the ReLU has hidden that the input is not finite.
@@ -144,6 +167,77 @@ class Head:
     # One Dense layer gives the logits of all groups in their order.
     ends = np.cumsum([group.gates for group in self.groups])
     return tuple(jnp.split(logits, ends[:-1], axis=1))
+
+  def gates(self, logits: Gates) -> Gates:
+    """Maps the logits of each group to its gates or scales, `[N, U]` both.
+
+    Gates of a logit that is NaN are closed.
+    """
+    return tuple(self._gates(z) for z in logits)
+
+  def _gates(self, logits: Array) -> Array:
+    """Maps the logits of a group to its gates or scales."""
+    if self.scales:
+      return 2 * jax.nn.sigmoid(logits)
+    if self.shift is None:
+      return threshold_gate(logits)
+    # A choice and not a product: NaN must not reach a closed gate.
+    return jnp.where(logits > 0, 2 * jax.nn.sigmoid(logits + self.shift), 0)
+
+  def _context(self, x: Array, shared: Shared) -> Array:
+    """Maps `[N, H, W, D]` to the context, `[N, numbers]`."""
+    found = []
+    for part in self.context:
+      # The same mean as `context_of`, but faster for one image.
+      found.append(pooled(x) if part == "pooled" else context_of(x, (part,), shared))
+    return found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
+
+  def select_inputs(self, index: np.ndarray, channels: int) -> Head:
+    """Returns the gate network of a map with some of its channels; the others are 0 everywhere.
+
+    Args:
+      index: of the channels that are left, in the order that they get.
+      channels: the number that the map has now.
+    """
+    rows, start, bias = [], 0, self.hidden_bias
+    gone = np.setdiff1d(np.arange(channels), index)
+    for part in self.context:
+      numbers = NUMBERS_PER_CHANNEL.get(part)
+      if numbers is None:
+        # A part of the whole image stays as it is.
+        size = self._shared_size(channels)
+        rows.append(np.arange(start, start + size))
+        start += size
+        continue
+      if part == "moments":
+        # The deviations follow the means, and are above 0 even for a map of zeros.
+        bias = bias + FLAT_DEVIATION * jnp.sum(self.hidden[start + channels + gone], axis=0)
+      for _ in range(numbers):
+        rows.append(start + np.asarray(index))
+        start += channels
+    return dataclasses.replace(self, hidden=self.hidden[np.concatenate(rows)], hidden_bias=bias)
+
+  def _shared_size(self, channels: int) -> int:
+    """Returns the size of the one part of the context that is not of the map's channels."""
+    of_map = sum(NUMBERS_PER_CHANNEL.get(part, 0) for part in self.context)
+    return self.hidden.shape[0] - channels * of_map
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Glance:
+  """A light look at the whole image, which gate networks may read.
+
+      glance = mean over pixels of ReLU(conv t)
+
+  t is the thumbnail of `layers.context.Glance`, and conv has the BatchNorm that follows it.
+  """
+
+  conv: Conv
+
+  def __call__(self, x: Array) -> Array:
+    """Maps `[N, H, W, D]` images to `[N, 8]`."""
+    return jnp.mean(jax.nn.relu(self.conv(standardised_thumbnail(x))), axis=(1, 2))
 
 
 class _Gated:
@@ -160,8 +254,13 @@ class _Gated:
 
   @property
   def groups(self) -> tuple[Group, ...]:
-    """Returns all groups of the gate network, or none."""
-    return self.head.groups if self.head is not None else ()
+    """Returns all groups of gates, or none; scales are no gates."""
+    return () if self.head is None or self.head.scales else self.head.groups
+
+  @property
+  def weighted(self) -> bool:
+    """Returns whether open units have weights."""
+    return bool(self.groups) and self.head is not None and self.head.shift is not None
 
   @property
   def inner_groups(self) -> tuple[Group, ...]:
@@ -171,11 +270,13 @@ class _Gated:
   @property
   def outer_group(self) -> Group | None:
     """Returns the group that gates a block's output, if any."""
-    return self.groups[-1] if self.output_gate else None
+    return self.groups[-1] if self.output_gate and self.groups else None
 
   def masks(self, gates: Sequence[AnyArray]) -> list[Array]:
-    """Expands the gates of the inner groups to `[N, C]`, a factor for each channel."""
-    return expand_groups(self.inner_groups, gates[: len(self.inner_groups)])
+    """Expands the gates, or scales, inside the part to `[N, C]`, a factor for each channel."""
+    groups = () if self.head is None else self.head.groups
+    inner = groups[:-1] if self.output_gate else groups
+    return expand_groups(inner, gates[: len(inner)])
 
 
 @jax.tree_util.register_dataclass
@@ -245,7 +346,7 @@ class FoldedNet:
   """A network for images in evaluation.
 
   Its parts run in order; then follow the mean over pixels and the classifier, if any. Without
-  `pooled` it ends with the last feature map.
+  `pooled` it ends with the last feature map. A `glance` is computed once for all gate networks.
 
   Attributes:
     parts: layers and blocks.
@@ -261,6 +362,7 @@ class FoldedNet:
   parts: tuple[Part, ...]
   classifier: tuple[Array, Array] | None = None
   pooled: bool = _static(True)
+  glance: Glance | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -362,26 +464,28 @@ def run(
     net: the network.
     x: `[N, H, W, D]` images.
     runners: `(part, x, gates, gates of x) -> y`, one for all parts or one for each; `masked` if
-      None. The gates of a part are a tuple, one `[N, U]` a group, empty where it has none. The
-      gates of a block's output multiply the result afterwards, so a runner may ignore them.
+      None. The gates of a part are a tuple, one `[N, U]` a group, empty where it has none; or its
+      scales. x has been multiplied by its gates. The gates of a block's output multiply the result
+      afterwards, so a runner may ignore them.
   Returns:
     `(outputs, tuple of [N, U] logits)`, the latter in the order of the model's records; outputs are
     `[N, classes]`, without a classifier `[N, D']`, and without pooling `[N, H', W', D']`.
   """
   runners = runners or masked
   runners = [runners] * len(net.parts) if callable(runners) else runners
+  shared = NOTHING_SHARED if net.glance is None else {"glance": net.glance(x)}
   # `before`: the gates of this part's input channels, if they have any.
   found, before = (), ()
   for part, runner in zip(net.parts, runners, strict=True):
     # Gates come first: a runner may skip what they close.
-    logits = part.head(x) if part.head is not None else ()
-    gates = tuple(threshold_gate(z) for z in logits)
+    logits, gates = _decide(part, x, shared)
     x = runner(part, x, gates, before)
-    found += logits
-    before = output_groups(part, gates)
-    if (group := part.outer_group) is not None:
+    # Scales decide on nothing.
+    found += logits if part.groups else ()
+    before = output_groups(part, gates) if part.groups else ()
+    if part.output_gate and part.head is not None:
       # y = gates * ReLU(branch + shortcut): here, so that no strategy needs to know of it.
-      x = x * group.expand(gates[-1])[:, None, None]
+      x = x * part.head.groups[-1].expand(gates[-1])[:, None, None]
   if not net.pooled:
     return x, found
   x = pooled(x)
@@ -389,6 +493,14 @@ def run(
     kernel, bias = net.classifier
     x = x @ kernel + bias[None]
   return x, found
+
+
+def _decide(part: Part, x: Array, shared: Shared) -> tuple[Gates, Gates]:
+  """Returns the logits and the gates, or scales, of each group of a part; none without any."""
+  if part.head is None:
+    return (), ()
+  logits = part.head(x, shared)
+  return logits, part.head.gates(logits)
 
 
 def pooled(x: Array) -> Array:
@@ -404,7 +516,7 @@ def pooled(x: Array) -> Array:
 
 
 def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
-  """Computes the whole part and multiplies closed units by 0; every strategy must equal this."""
+  """Computes the whole part and multiplies by the gates; every strategy must equal this."""
   del before
   masks = part.masks(gates)
   if isinstance(part, Layer):
@@ -494,15 +606,16 @@ def macs(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) -> Any:
   Args:
     net: the network.
     input_shape: `(H, W, D)` of an image.
-    gates: `[N, U]` of every group in order, 0 or 1; empty if every gate is open.
+    gates: `[N, U]` of every group in order, above 0 where open; empty if every gate is open.
   Returns:
     `[N]` numbers, or one number without `gates`.
   """
-  return sum(macs_by_part(net, input_shape, gates)) + classifier_macs(net)
+  always = glance_macs(net) + classifier_macs(net)
+  return sum(macs_by_part(net, input_shape, gates)) + always
 
 
 def macs_by_part(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) -> list[Any]:
-  """Computes `macs` of each part, the classifier left out."""
+  """Computes `macs` of each part, the glance and the classifier left out."""
   opened = []
   for part, own, _ in walk(net, gates):
     opened += opened_of(part, own) if gates else []
@@ -545,6 +658,14 @@ def stage_macs(net: ExitNet, input_shape: Shape) -> list[int]:
 def classifier_macs(net: FoldedNet) -> int:
   """Returns the multiply-accumulates of the classifier for one example; 0 without one."""
   return net.classifier[0].size if net.classifier is not None else 0
+
+
+def glance_macs(net: FoldedNet) -> int:
+  """Returns the multiply-accumulates of the glance for one example; 0 without one."""
+  if net.glance is None:
+    return 0
+  conv = net.glance.conv
+  return int(_conv_macs(conv, (THUMBNAIL, THUMBNAIL, conv.kernel.shape[2])).macs)
 
 
 def head_macs(part: Part) -> int:

@@ -3,7 +3,14 @@
 Gates that look at no image are folded away: the channels they close are removed, and those they
 leave are scaled by them. Closed features that a VGG net without a classifier ends with stay.
 
-Axes: D input channels, O output channels.
+What the logits z = W h + b of a gate network are moved by is folded into its last layer:
+
+    z' = s (z - mean) / sqrt(var + eps) - theta - shift
+    W' = W s / sqrt(var + eps),   b' = s (b - mean) / sqrt(var + eps) - theta - shift
+
+An open unit's weight, 2 sigmoid(z' + shift), is computed when the network runs.
+
+Axes: D input channels, O output channels, U gates of a gate network.
 Reference: Jacob et al., 2018, section 3.2; Louizos et al., 2018 (hard concrete gates).
 """
 
@@ -20,9 +27,10 @@ import numpy as np
 from flax import traverse_util
 
 from gating_jax.checks import one_of, shown
-from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer, Part
+from gating_jax.inference.folded import Block, Conv, FoldedNet, Glance, Group, Head, Layer, Part
 from gating_jax.layers.blocks import GATINGS
-from gating_jax.layers.gate import GATE_NAME
+from gating_jax.layers.context import GLANCE_NAME
+from gating_jax.layers.gate import GATE_NAME, LOGITS, SHIFT, SHUT, THRESHOLD, GateSettings
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.vggs import POOL, VGG
 from gating_jax.ops import relaxations
@@ -37,9 +45,11 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None) -> FoldedNet:
   """Converts a network in evaluation, with the same outputs up to rounding, in float32.
 
   Args:
-    model: a `ResNet` of images or a `VGG`. Its gates are straight-through and of the pooled
-      features; or the same for all images, unless the outputs of blocks are gated.
-    variables: its trained values, `params` and `batch_stats`.
+    model: a `ResNet` of images or a `VGG`. Its gates are straight-through, and read the features,
+      a glance or both; or they are the same for all images, unless the outputs of blocks are gated.
+      They may be normalised and weighted, and have thresholds. Scales are taken as well.
+    variables: its trained values, `params` and `batch_stats`; thresholds may have been moved by
+      `shift_thresholds`.
   Returns:
     A `FoldedNet`.
   Raises:
@@ -55,16 +65,17 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None) -> FoldedNet:
   assert isinstance(model, (ResNet, VGG))  # which has been checked
   flat = _flat(model, variables)
   parts = _vgg_parts(model, flat) if isinstance(model, VGG) else _resnet_parts(model, flat)
+  glance = _glance(flat)
   if isinstance(model, ResNet) and not model.pool:
-    return FoldedNet(parts, pooled=False)
+    return FoldedNet(parts, pooled=False, glance=glance)
   if model.classes is None:
-    return FoldedNet(parts)
+    return FoldedNet(parts, glance=glance)
   kernel = jnp.asarray(flat["params", "classifier", "kernel"])
   bias = jnp.asarray(flat["params", "classifier", "bias"])
   # Only here are the last features read by a kernel that can do without closed ones.
   if isinstance(model, VGG) and model.gating == "channel" and parts[-1].head is None:
     parts, kernel = _without_closed_features(parts, kernel)
-  return FoldedNet(parts, (kernel, bias))
+  return FoldedNet(parts, (kernel, bias), glance=glance)
 
 
 def _flat(model: nn.Module, variables: Mapping[str, Any] | None) -> dict[Path, np.ndarray]:
@@ -84,6 +95,10 @@ def _flat(model: nn.Module, variables: Mapping[str, Any] | None) -> dict[Path, n
   first_path = ("layer1", "conv") if isinstance(model, VGG) else ("stem",)
   first = flat.get(("params", *first_path, "conv", "kernel"))
   wanted = _shapes(model, 3 if first is None else first.shape[2])
+  for path in flat:
+    # The model does not make it: `shift_thresholds` adds it next to a threshold.
+    if path[-1] == SHIFT and (*path[:-1], THRESHOLD) in wanted:
+      wanted[path] = ()
   for path in sorted(wanted.keys() | flat.keys()):
     got = flat[path].shape if path in flat else "none"
     if got != wanted.get(path, "none"):
@@ -133,27 +148,35 @@ def check_foldable(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
 def _rules_of(model: ResNet | VGG) -> list[_Rule]:
   """Returns the conditions under which a model can be folded."""
   gate, gated = model.gate, model.gating != "none"
+  reads_images = bool(gate.parts) and "told" not in gate.parts
   rules = [
+    _Rule("gating", model.gating, holds=model.gating != "bias", wanted="none or that of gates"),
     _Rule(
       "gate context",
       gate.context,
-      holds=not gated or gate.context in ("pooled", "none"),
-      wanted="pooled or none, since other contexts are random",
+      holds=not gated or gate.context == "none" or reads_images,
+      wanted="pooled or another that reads images alone, or none",
     ),
     _Rule(
       "gate relaxation",
       gate.relaxation,
-      holds=not gated or gate.context == "none" or gate.relaxation == "straight_through",
-      wanted="straight_through for conditional gates, since only it gives exactly 0 or 1",
+      holds=not gated or gate.context == "none" or gate.relaxation in ("straight_through", "scale"),
+      wanted="straight_through for conditional gates, since only it gives exactly 0, or scale",
     ),
   ]
   if isinstance(model, ResNet):
     rules += [
       _Rule(
+        "sources",
+        model.sources,
+        holds=not model.sources,
+        wanted="0, since images with a number of their source cannot be folded yet",
+      ),
+      _Rule(
         "gate context",
         gate.context,
-        holds=model.gating != "all_channels" or gate.context == "pooled",
-        wanted="pooled if block outputs are gated",
+        holds=model.gating != "all_channels" or gate.context != "none",
+        wanted="pooled or another that reads images if block outputs are gated",
       ),
       _Rule(
         "group_norm",
@@ -227,7 +250,7 @@ def _block(
     return _with_static_gates(model, block, _static_gates(model, flat, name, groups))
   return dataclasses.replace(
     block,
-    head=_head(flat, name, groups),
+    head=_head(model.gate, flat, name, groups),
     layer_gate=model.gating == "layer",
     output_gate=model.gating == "all_channels",
   )
@@ -297,7 +320,7 @@ def _gate_layer(model: VGG, flat: Mapping[Path, np.ndarray], layers: list[Layer]
   name, layer = f"layer{i + 1}", layers[i]
   groups = (_group(model, layer.conv.bias.size),)
   if model.gate.context != "none":
-    layers[i] = dataclasses.replace(layer, head=_head(flat, name, groups))
+    layers[i] = dataclasses.replace(layer, head=_head(model.gate, flat, name, groups))
     return
   (scale,) = _static_gates(model, flat, name, groups)
   if i + 1 < len(layers):
@@ -370,25 +393,71 @@ def _norm(flat: Mapping[Path, np.ndarray], path: Path) -> tuple[np.ndarray, np.n
   return factor.astype(np.float32), bias.astype(np.float32)
 
 
-def _head(flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]) -> Head:
-  """Returns the gate network of a part."""
+def _glance(flat: Mapping[Path, np.ndarray]) -> Glance | None:
+  """Returns the look at the whole image that gates read; None where they read none."""
+  if ("params", GLANCE_NAME, "conv", "kernel") not in flat:
+    return None
+  return Glance(fold_conv(flat, (GLANCE_NAME,), stride=2))
+
+
+def _head(
+  gate: GateSettings, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]
+) -> Head:
+  """Returns the gate network of a part, with thresholds of its logits folded."""
   path = (name, GATE_NAME, "head")
   # BatchNorm follows the first Dense layer, which has no bias of its own.
   factor, bias = _norm(flat, (*path, "norm"))
+  kernel, logits_bias = _moved_logits(gate, flat, name)
   return Head(
     hidden=jnp.asarray(flat["params", *path, "hidden", "kernel"] * factor),
     hidden_bias=jnp.asarray(bias),
-    logits=jnp.asarray(flat["params", *path, "logits", "kernel"]),
-    logits_bias=jnp.asarray(flat["params", *path, "logits", "bias"]),
+    logits=jnp.asarray(kernel),
+    logits_bias=jnp.asarray(logits_bias),
     groups=groups,
+    context=gate.parts,
+    # Always there, so that networks of other shifts are of one shape, and share a program.
+    shift=jnp.asarray(_shift(flat, name)) if gate.weighted else None,
+    scales=not gate.decides,
   )
+
+
+def _moved_logits(
+  gate: GateSettings, flat: Mapping[Path, np.ndarray], name: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns W' `[hidden, U]` and b' `[U]` of the equation, in float32."""
+  path = ("params", name, GATE_NAME, *LOGITS)
+  kernel, bias = flat[*path, "kernel"], flat[*path, "bias"]
+  # Gates that are shut for good have this bias for all images, and are not normalised.
+  shut = (bias == SHUT) & ~kernel.any(axis=0)
+  # In float64, so that each number is rounded once.
+  moved, moved_bias = kernel.astype(np.float64), bias.astype(np.float64)
+  if gate.normalise:
+    stats = ("batch_stats", name, GATE_NAME, "normalised")
+    factor = gate.normalise / np.sqrt(flat[*stats, "var"].astype(np.float64) + _EPSILON)
+    moved, moved_bias = moved * factor, (moved_bias - flat[*stats, "mean"]) * factor
+  moved_bias = moved_bias - _threshold(flat, name)
+  moved_bias = np.where(shut, bias, moved_bias) - _shift(flat, name)
+  return moved.astype(np.float32), moved_bias.astype(np.float32)
+
+
+def _threshold(flat: Mapping[Path, np.ndarray], name: str) -> np.ndarray:
+  """Returns the threshold of the logits of a part's gates, a number; 0 without one."""
+  return flat.get(("batch_stats", name, GATE_NAME, THRESHOLD), np.zeros((), np.float32))
+
+
+def _shift(flat: Mapping[Path, np.ndarray], name: str) -> np.ndarray:
+  """Returns what `shift_thresholds` has added to the threshold, a number; 0 if nothing."""
+  return flat.get(("batch_stats", name, GATE_NAME, SHIFT), np.zeros((), np.float32))
 
 
 def _static_gates(
   model: ResNet | VGG, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]
 ) -> list[np.ndarray]:
   """Returns the values of gates that look at no image, `[C]` for the channels of each group."""
-  logits = jnp.asarray(flat["params", name, GATE_NAME, "logits"])
+  raw = flat["params", name, GATE_NAME, "logits"]
+  shift = _shift(flat, name)
+  trained = jnp.asarray(np.where(raw == SHUT, raw, raw - _threshold(flat, name)))
+  logits = trained - shift
   if model.gate.relaxation == "hard_concrete":
     location = relaxations.hard_concrete_location(logits, model.gate.temperature)
     gates = relaxations.hard_concrete_mean(location)
@@ -396,6 +465,8 @@ def _static_gates(
     gates = jax.nn.sigmoid(logits)
   else:
     gates = relaxations.threshold_gate(logits)
+    if model.gate.weighted:
+      gates = gates * (2 * jax.nn.sigmoid(trained))
   # One array holds the gates of all groups in their order.
   found, start = [], 0
   for group in groups:

@@ -1,6 +1,7 @@
 """Pruning of the static units of a gated network.
 
-Units that never open are pruned, and units that always open lose their gate.
+Units that never open are pruned, and units that always open lose their gate. Weighted gates stay,
+since the weight of a unit that is always open differs from image to image.
 
     pruned(x) = net(x)    where no pruned unit would have opened
                           and no ungated one closed
@@ -80,9 +81,9 @@ def find_static_units(
 ) -> tuple[PruneMask, ...]:
   """Finds the static units, one `PruneMask` a group.
 
-  Units open on no image of the calibration are pruned; those open on every image lose their gate.
-  Of the pruned units, those with logits nearest to 0 are kept until the number of channels left is
-  a multiple of `multiple`.
+  Units open on no image of the calibration are pruned; those open on every image lose their gate,
+  unless it is weighted. Of the pruned units, those with logits nearest to 0 are kept until the
+  number of channels left is a multiple of `multiple`.
 
   Args:
     net: the network.
@@ -170,6 +171,8 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
   # `kept`: the channels left of a layer, which the next one, or the classifier, reads.
   parts, kept = [], None
   for part, own, _ in walk(net, choices):
+    if part.weighted and any(choice.ungated.any() for choice in own):
+      raise ValueError("choices must leave weighted units their gate; got one that is ungated")
     if isinstance(part, Layer):
       part, kept = _prune_layer(part, own, kept)
     else:
@@ -179,7 +182,10 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
   if classifier is not None and kept is not None:
     kernel, bias = classifier
     classifier = (kernel[kept], bias)
-  return dataclasses.replace(net, parts=tuple(parts), classifier=classifier)
+  # Without a gate network that reads it, the glance is not computed.
+  heads = [part.head for part in parts if part.head is not None]
+  glance = net.glance if any("glance" in head.context for head in heads) else None
+  return dataclasses.replace(net, parts=tuple(parts), classifier=classifier, glance=glance)
 
 
 def _check_arguments(
@@ -209,6 +215,9 @@ def _mask_of(net: FoldedNet, counted: GroupStatistics, multiple: int) -> PruneMa
   """Returns the static units of a group, as far as they can be pruned."""
   part, units = net.parts[counted.part], counted.group.gates
   never, always = counted.opened == 0, counted.opened == counted.images
+  if part.weighted:
+    # Its weight is not the same for all images.
+    always = np.zeros(units, bool)
   # Shortcuts need all channels of a block's output, in their order.
   if part.output_gate and counted.index == len(part.groups) - 1:
     return PruneMask.nothing(units)
@@ -297,7 +306,8 @@ def _prune_layer(
   if before is not None:
     conv = conv.select(inputs=before)
     # The gate network looks at the same channels as the convolution.
-    head = head if head is None else dataclasses.replace(head, hidden=head.hidden[before])
+    if head is not None:
+      head = head.select_inputs(before, channels=layer.conv.kernel.shape[2])
   if own:
     kept, group = _left(layer.groups[0], own[0])
     conv, head = conv.select(outputs=kept), _prune_head(head, own, (group,))

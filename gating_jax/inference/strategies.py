@@ -16,6 +16,7 @@
 A `Strategy` says how to make a part's program and how many multiply-accumulates that computes;
 `account` sums these over the parts of a network.
 Every count has a program, the largest for all: no capacity overflows.
+A unit is open where its gate is above 0; the gate of an open unit is 1, or its weight.
 
 Axes: N examples, U gates of a group, C channels, K channels or examples that a program takes.
 Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter; what of the MACs saved is saved
@@ -209,11 +210,12 @@ def switch(part: Part, context: PartContext) -> CompiledPart | None:
     for axis, g in zip(axes, chosen, strict=True):
       mask = axis.group.expand(g)[0]
       masks.append(mask)
-      needed.append(_smallest_program(jnp.sum(mask), axis.widths))
+      needed.append(_smallest_program(jnp.sum(mask > 0), axis.widths))
 
     def run_some(program: int) -> Array:
       """Computes the part with its open channels, filled up with closed ones."""
-      # Open channels first, each kind in order. In the program, as sorting fewer is quicker.
+      # Open channels first, those of one gate in order. In the program, as sorting fewer is
+      # quicker.
       kept = []
       for axis, mask in zip(axes, masks, strict=True):
         kept.append(_Kept(*lax.top_k(mask, min(axis.widths[program], mask.size))))
@@ -293,7 +295,7 @@ def _one_by_one(run_one: Runner) -> Runner:
 
 
 class _Kept(NamedTuple):
-  """The channels of a group that a program computes: `[K]` gates, 0 or 1, and `[K]` indices."""
+  """The channels of a group that a program computes: `[K]` gates and `[K]` indices."""
 
   gates: Array
   index: Array
@@ -352,10 +354,18 @@ def layer_dispatch(part: Part, context: PartContext) -> CompiledPart | None:
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the block for x `[N, H, W, D]`, its branch on the open examples only."""
     del before
+
+    def run_branch(x: Array, *weights: Array) -> Array:
+      """Computes the branch of some examples, times their `[K, 1]` weights, if they have any."""
+      branch = chain(part.convs, x)
+      for weight in weights:
+        branch = branch * weight[:, None, None]
+      return branch
+
     return for_open(
       gates[0][:, 0] > 0,
-      inputs=(x,),
-      function=lambda x: chain(part.convs, x),
+      inputs=(x, *_weights_of(part, gates)),
+      function=run_branch,
       y=part.shortcut(x),
       buckets=context.buckets,
       after=jax.nn.relu,
@@ -363,6 +373,11 @@ def layer_dispatch(part: Part, context: PartContext) -> CompiledPart | None:
     )
 
   return CompiledPart(part, run)
+
+
+def _weights_of(part: Part, gates: Gates) -> Gates:
+  """Returns the gates of the part's first group where they are weights; nothing where 0 or 1."""
+  return gates[:1] if part.weighted else ()
 
 
 def layer_dispatch_macs(batch: PartBatch) -> float:
@@ -390,11 +405,14 @@ def block_dispatch(part: Part, context: PartContext) -> CompiledPart | None:
     return None
   (group,) = part.inner_groups
 
-  def run_span(convs: Sequence[Conv], span: slice, x: Array) -> Array:
-    """Computes the branch with some of the hidden channels; the last bias is left out."""
+  def run_span(convs: Sequence[Conv], span: slice, x: Array, *weights: Array) -> Array:
+    """Computes the branch with some of the hidden channels; the last bias is left out.
+
+    The hidden channels are multiplied by their `[K, 1]` weights, if they have any.
+    """
     first, last = convs
     last = dataclasses.replace(last.select(inputs=span), bias=jnp.zeros_like(last.bias))
-    return chain((first.select(outputs=span), last), x)
+    return chain((first.select(outputs=span), last), x, weights)
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the block for x `[N, H, W, D]`, each gate's channels on their open examples only."""
@@ -407,9 +425,10 @@ def block_dispatch(part: Part, context: PartContext) -> CompiledPart | None:
     for unit in range(group.gates):
       start = group.always + unit * group.channels
       span = slice(start, start + group.channels)
+      weights = [weight[:, unit : unit + 1] for weight in _weights_of(part, gates)]
       y = for_open(
         gates[0][:, unit] > 0,
-        inputs=(x,),
+        inputs=(x, *weights),
         function=functools.partial(run_span, part.convs, span),
         y=y,
         buckets=context.buckets,
@@ -602,9 +621,12 @@ def cluster_macs(batch: PartBatch) -> float:
 
 
 def native(part: Part, context: PartContext) -> CompiledPart | None:
-  """Fits any part that computes something, without dilation; XLA computes the projection."""
+  """Fits any part that computes something, without dilation; XLA computes the projection.
+
+  It does not fit parts with scales, of which it has nothing to skip.
+  """
   convs = (part.conv,) if isinstance(part, Layer) else part.convs
-  if not convs:
+  if not convs or (part.head is not None and part.head.scales):
     return None
   packed = []
   for conv in convs:
@@ -623,7 +645,9 @@ def native(part: Part, context: PartContext) -> CompiledPart | None:
   def run_layer(layer: Layer, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the layer for x `[N, H, W, D]` by the native kernel."""
     (own,) = layer.masks(gates) or [None]
-    return layer.after(_native_chain((layer.conv,), x, [gates_before(before), own]))
+    # The input has been multiplied by its gates: here they only choose.
+    masks = [gates_before(before), own]
+    return layer.after(_native_chain((layer.conv,), x, masks, weighted=[layer.weighted]))
 
   def run_block(block: Block, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the block for x `[N, H, W, D]` by the native kernel."""
@@ -631,12 +655,16 @@ def native(part: Part, context: PartContext) -> CompiledPart | None:
       # The same gate for each channel of each convolution; the input stays whole.
       wide = [jnp.broadcast_to(gates[0], (len(x), conv.bias.size)) for conv in block.convs]
       masks = [None, *wide]
+      # The weight multiplies the branch, once.
+      weighted = [False] * (len(wide) - 1) + [block.weighted]
     else:
       between = block.masks(gates) or [None] * (len(block.convs) - 1)
       group = block.outer_group
       outer = None if group is None else group.expand(gates[-1])
       masks = [gates_before(before), *between, outer]
-    return _native_chain(block.convs, x, masks, block.shortcut(x))
+      # Gates of the output multiply it afterwards.
+      weighted = [block.weighted] * len(between) + [False]
+    return _native_chain(block.convs, x, masks, block.shortcut(x), weighted=weighted)
 
   if isinstance(part, Layer):
     return CompiledPart(dataclasses.replace(part, conv=packed[0]), run_layer)
@@ -644,11 +672,17 @@ def native(part: Part, context: PartContext) -> CompiledPart | None:
 
 
 def _native_chain(
-  convs: Sequence[Conv], x: Array, masks: Sequence[Array | None], shortcut: Array | None = None
+  convs: Sequence[Conv],
+  x: Array,
+  masks: Sequence[Array | None],
+  shortcut: Array | None = None,
+  *,
+  weighted: Sequence[bool],
 ) -> Array:
   """Computes the convolutions, ReLU and the sum with the shortcut in one call.
 
   `masks` are of the input, and of the outputs of each convolution; None where all are open.
+  `weighted` says of which outputs they also multiply.
   """
   return native_kernels.gated_chain(
     x,
@@ -657,6 +691,7 @@ def _native_chain(
     masks,
     shortcut,
     strides=[conv.stride for conv in convs],
+    weighted=[flag and mask is not None for flag, mask in zip(weighted, masks[1:], strict=True)],
   )
 
 
@@ -739,6 +774,7 @@ class Account:
     computed: of each part, those that each strategy computes, by name.
     heads: of each part's gate network.
     classifier: of the classifier.
+    glance: of the look at the whole image that gate networks read.
   """
 
   dense: Sequence[float]
@@ -746,6 +782,7 @@ class Account:
   computed: Sequence[Mapping[str, float]]
   heads: Sequence[int]
   classifier: int
+  glance: int = 0
 
   def part_ratios(self, part: int) -> MacRatios:
     """Returns the ratios of a part, without its gate network; 1 for a part without any MACs."""
@@ -761,14 +798,14 @@ class Account:
     `programs` maps a name to the strategies of its parts.
     """
     dense = sum(self.dense) + self.classifier
-    opened = sum(self.opened) + sum(self.heads) + self.classifier
+    opened = sum(self.opened) + sum(self.heads) + self.glance + self.classifier
     computed = {name: self.program_macs(names) / dense for name, names in programs.items()}
     return MacRatios(opened / dense, computed)
 
   def program_macs(self, names: Sequence[str]) -> float:
     """Returns the MACs that a whole program computes, from the strategies of its parts."""
     of_parts = sum(self.computed[part][name] for part, name in enumerate(names))
-    return of_parts + sum(self.heads) + self.classifier
+    return of_parts + sum(self.heads) + self.glance + self.classifier
 
 
 def account(
@@ -811,4 +848,11 @@ def account(
     opened.append(float(np.mean(of_parts[i])) - heads[i])
     shape, macs = folded.part_macs(part, shape)
     dense.append(macs)
-  return Account(dense, opened, computed, heads, folded.classifier_macs(net))
+  return Account(
+    dense,
+    opened,
+    computed,
+    heads=heads,
+    classifier=folded.classifier_macs(net),
+    glance=folded.glance_macs(net),
+  )

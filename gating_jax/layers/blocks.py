@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import former_keyword, one_of
+from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_part
 from gating_jax.layers.conv import (
   CONVOLUTIONS,
   ConvMacs,
@@ -25,13 +26,24 @@ from gating_jax.layers.conv import (
   check_maps,
   scaled,
 )
-from gating_jax.layers.gate import GATE_NAME, ChannelGate, GatedChannels, GateSettings, apply_gates
+from gating_jax.layers.gate import (
+  GATE_NAME,
+  ChannelGate,
+  GatedChannels,
+  GateSettings,
+  apply_gates,
+  decisions,
+)
 from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_backward
 from gating_jax.types import Array, Records
 
-GATINGS = ("none", "channel", "all_channels", "layer")
+# Of an ungated network that is told the source of each image.
+BIAS = "bias"
+GATINGS = ("none", "channel", "all_channels", "layer", BIAS)
 SHORTCUTS = ("A", "B")
+# Of a source's initial biases, as far as those of other sources.
+_BIAS_DEVIATION = 0.5
 
 Conv = ConvNorm | FactorisedConvNorm
 
@@ -44,7 +56,10 @@ class _ResidualBlock(nn.Module):
 
       y = ReLU(g * branch(x) + x),   g = gate(x) in {0, 1}
 
-  of a block that keeps the shape of x; blocks that change the shape always run.
+  of a block that keeps the shape of x; blocks that change the shape always run. With `"bias"` there
+  are no gates: each source of images, of which the network is told, has a bias of its own for every
+  channel between the convolutions, before the ReLU. Gates may read parts of a context that the
+  network computes once; it passes them as `shared`.
 
   Attributes:
     features: output channels; a quarter of them for `Bottleneck`.
@@ -119,19 +134,31 @@ class _ResidualBlock(nn.Module):
     return jnp.concatenate([x, extra], axis=-1)
 
   def _records(
-    self, x: Array, train: bool, *, convs: Sequence[Conv], project: Conv | None
+    self,
+    x: Array,
+    train: bool,
+    shared: Shared,
+    *,
+    convs: Sequence[Conv],
+    project: Conv | None,
   ) -> Records:
-    """Returns the records of the block's gate; none if it has no gate."""
+    """Returns the records of the block's gate, or scales; none if it has no gate."""
     groups = self._groups(x.shape, convs, project)
     if not groups:
       return ()
-    return ChannelGate(groups, self.gate, self.axis_name, name=GATE_NAME)(x, train)
+    return ChannelGate(groups, self.gate, self.axis_name, name=GATE_NAME)(x, train, shared)
+
+  def _told(self, name: str, h: Array, shared: Shared) -> Array:
+    """Adds the bias of each example's source to features between the convolutions."""
+    if self.gating != BIAS:
+      return h
+    return SourceBias(name=name)(h, shared)
 
   def _groups(
     self, x_shape: Sequence[int], convs: Sequence[Conv], project: Conv | None
   ) -> tuple[GatedChannels, ...]:
     """Describes the groups of channels that the block's gate decides on."""
-    if self.gating == "none":
+    if self.gating in ("none", BIAS):
       return ()
     calls = _calls(convs, x_shape)
     if self.gating == "layer":
@@ -192,7 +219,7 @@ class _ResidualBlock(nn.Module):
     y = nn.relu(branch + shortcut)
     if self.gating == "all_channels":
       y = apply_gates(y, records[-1].gates)
-    return y, records
+    return y, decisions(records, self.gate)
 
   def _project(self, x: Array, features: int) -> Conv | None:
     """Returns the convolution of the shortcut, where it needs one."""
@@ -244,7 +271,11 @@ class BasicBlock(_ResidualBlock):
   @former_keyword("beside", "extra")
   @nn.compact
   def __call__(
-    self, x: Array, train: bool = False, extra: Array | None = None
+    self,
+    x: Array,
+    train: bool = False,
+    extra: Array | None = None,
+    shared: Shared = NOTHING_SHARED,
   ) -> tuple[Array, Records]:
     self._check(x)
     width = scaled(self.features, self.inner_width)
@@ -252,9 +283,9 @@ class BasicBlock(_ResidualBlock):
     conv1 = self._conv("conv1", features=width, window=3, stride=self.stride, dilation=first)
     conv2 = self._conv("conv2", features=self.features, window=3, dilation=second)
     project = self._project(x, self.features)
-    h = nn.relu(conv1(self._joined(x, extra), train))
+    h = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train), shared))
     convs = (conv1, conv2)
-    records = self._records(x, train, convs=convs, project=project)
+    records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)
     else:
@@ -286,7 +317,11 @@ class Bottleneck(_ResidualBlock):
   @former_keyword("beside", "extra")
   @nn.compact
   def __call__(
-    self, x: Array, train: bool = False, extra: Array | None = None
+    self,
+    x: Array,
+    train: bool = False,
+    extra: Array | None = None,
+    shared: Shared = NOTHING_SHARED,
   ) -> tuple[Array, Records]:
     self._check(x)
     out = self.expansion * self.features
@@ -298,15 +333,31 @@ class Bottleneck(_ResidualBlock):
     conv3 = self._conv("conv3", features=out, window=1)
     convs = (conv1, conv2, conv3)
     project = self._project(x, out)
-    h1 = nn.relu(conv1(self._joined(x, extra), train))
-    records = self._records(x, train, convs=convs, project=project)
+    h1 = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train), shared))
+    records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)
     else:
-      h2 = nn.relu(conv2(self._gated(h1, records, 0), train))
+      h2 = nn.relu(self._told("bias2", conv2(self._gated(h1, records, 0), train), shared))
       branch = conv3(self._gated(h2, records, 1), train)
     shortcut = self._shortcut(x, train, features=out, project=project)
     return self._join(branch, shortcut, records)
+
+
+class SourceBias(nn.Module):
+  """Adds a bias for each source of images and channel, `[N, ..., C]` to the same.
+
+  It is what an ungated network can do with the number of an image's source, and costs nothing: a
+  baseline for gates, which know more than the image where they are told.
+  """
+
+  @nn.compact
+  def __call__(self, h: Array, shared: Shared) -> Array:
+    told = shared_part(shared, "told")
+    shape = (told.shape[-1], h.shape[-1])
+    table = self.param("table", nn.initializers.normal(_BIAS_DEVIATION), shape, jnp.float32)
+    bias = table[jnp.argmax(told, axis=-1)]
+    return h + bias.reshape(h.shape[0], *[1] * (h.ndim - 2), h.shape[-1]).astype(h.dtype)
 
 
 # What a block costs, from the description of its branch.

@@ -57,6 +57,10 @@ class Experts(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     count = len(self.experts)
+    if self.gate.parts not in ((), ("pooled",)):
+      raise ValueError(
+        f"gate context must be pooled in a mixture of experts; got {self.gate.context!r}"
+      )
     scores = GateHead(count, self.gate, self.axis_name, name=GATE_NAME)(x, train)
     logits, gates = mixture(scores, self.top_k)
     parts, macs = [], []

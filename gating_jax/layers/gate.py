@@ -3,9 +3,13 @@
 A gate without an input is one parameter per unit: a mask for all examples. With hard concrete gates
 this is L0 regularisation, which closes units permanently.
 
+Thresholds are 0, or quantiles of a layer's logits, which open a given share of its gates in every
+batch. `shift_thresholds` moves them after training: one net then serves several budgets.
+
 Axes: N examples, H and W pixels, D input channels, C gated units.
 Reference: Veit and Belongie, 2018; Bejnordi et al., 2020, section 3; Serra et al., 2018 (masks);
-  Louizos et al., 2018, "Learning sparse neural networks through L0 regularization".
+  Louizos et al., 2018, "Learning sparse neural networks through L0 regularization"; Hu et al.,
+  "Squeeze-and-excitation networks", 2018 (scales).
 """
 
 from __future__ import annotations
@@ -24,7 +28,16 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 
 from gating_jax.checks import one_of, shown
-from gating_jax.ops import arguments, collectives, relaxations
+from gating_jax.layers.context import (
+  GLANCE_NAME,
+  NOTHING_SHARED,
+  PARTS,
+  SHARED_PARTS,
+  Shared,
+  context_of,
+  shared_part,
+)
+from gating_jax.ops import arguments, collectives, quantiles, relaxations
 from gating_jax.ops.arguments import float_dtype
 from gating_jax.types import AnyArray, Array, GateRecord, Path, Records
 
@@ -34,18 +47,31 @@ GATE_NAME = "gate"
 LOGITS = ("head", "logits")
 # Name of the PRNG stream for the gates' noise.
 GATE_RNG = "gate"
-# Collection that sets the noise of gates for one pass; see `noise_scales`.
+# Collection that sets the noise and the share of gates for one pass; see `gate_controls`.
 NOISE = "noise"
+# Log-odds of a gate that never opens, set as its bias, without a kernel. Such a gate is neither
+# normalised nor ranked.
+SHUT = -1e3
 # Gatings of networks whose only gates are those of channels.
 CHANNEL_GATINGS = ("none", "channel")
-CONTEXTS = ("pooled", "none", "random")
-_SCALE = "scale"
-RELAXATIONS = ("straight_through", "hard_concrete", "sigmoid")
+# Contexts that are no sum of parts: nothing is read.
+_ALONE = ("none", "random", "assigned")
+CONTEXTS = (*PARTS, *_ALONE)
+RELAXATIONS = ("straight_through", "hard_concrete", "sigmoid", "scale")
+THRESHOLDS = ("zero", "quantile")
+# Names in the collection `noise`.
+_SCALE, _SHARE = "scale", "share"
+# Names in `batch_stats`: of the running mean of thresholds, and of what `shift_thresholds` adds.
+THRESHOLD, SHIFT = "threshold", "shift"
+# Decay of the running mean of thresholds, as of BatchNorm's statistics.
+_MOMENTUM = 0.9
+# Log-odds, up to the sign, of gates that are assigned.
+_DECIDED = 20.0
 
 
 def is_gate_path(path: Sequence[str]) -> bool:
-  """Returns True for the path of a gate network's module or parameter."""
-  return GATE_NAME in path
+  """Returns True for the path of a gate network's module or parameter, or of a glance's."""
+  return GATE_NAME in path or GLANCE_NAME in path
 
 
 def noise_scales(params: Mapping[str, Any], scale: ArrayLike) -> dict[str, Any]:
@@ -62,36 +88,117 @@ def noise_scales(params: Mapping[str, Any], scale: ArrayLike) -> dict[str, Any]:
   >>> noise_scales({"block1": {"conv": 0, "gate": {"logits": 0}}}, 0.25)
   {'block1': {'gate': {'scale': 0.25}}}
   """
+  return gate_controls(params, noise_scale=scale)
+
+
+def gate_controls(
+  params: Mapping[str, Any],
+  *,
+  noise_scale: ArrayLike | None = None,
+  share: ArrayLike | None = None,
+) -> dict[str, Any]:
+  """Returns the collection `noise`, which replaces settings of every gate for one pass.
+
+  Args:
+    params: the model's parameters, from which the paths of the gates are taken.
+    noise_scale: replaces the setting of that name; a number or a traced scalar; None leaves it.
+    share: likewise, the share of gates that a quantile opens.
+
+  >>> gate_controls({"block1": {"conv": 0, "gate": {"logits": 0}}}, share=0.5)
+  {'block1': {'gate': {'share': 0.5}}}
+  """
   arguments.instance("params", params, Mapping, "a tree of parameters")
-  scales = {}
+  values = {}
+  for name, value in ((_SCALE, noise_scale), (_SHARE, share)):
+    if value is not None:
+      values[name] = value
+  controls = {}
   for path in traverse_util.flatten_dict(params):
-    if is_gate_path(path):
+    if GATE_NAME in path:
       # Many parameters lie under one gate; the same key for all of them leaves one entry.
       gate = path[: path.index(GATE_NAME) + 1]
-      scales[(*gate, _SCALE)] = scale
-  return traverse_util.unflatten_dict(scales)
+      controls |= {(*gate, name): value for name, value in values.items()}
+  return traverse_util.unflatten_dict(controls)
+
+
+def shift_thresholds(variables: Mapping[str, Any], shift: float | Array) -> dict[str, Any]:
+  """Returns variables of a model in which all thresholds of its gates are moved.
+
+      open where z > theta + shift,   for every layer of gates with `threshold="quantile"`
+
+  A shift above 0 closes gates, one below 0 opens them: one trained net has a curve of accuracy
+  against MACs. It acts in evaluation alone, and shifts add up. The weight of an open unit stays
+  that of training, 2 sigmoid(z - theta), so that units which training has left closed count less
+  than 1. The argument is not changed.
+
+  Args:
+    variables: `params` and `batch_stats` of any model, or of several, stacked.
+    shift: in units of the logits; may be traced.
+  Raises:
+    ValueError: no gate has a threshold.
+    TypeError: variables that are no mapping.
+
+  >>> stats = {"block1": {"gate": {"threshold": jnp.float32(0.5)}}}
+  >>> print(shift_thresholds({"batch_stats": stats}, 1.0)["batch_stats"]["block1"]["gate"]["shift"])
+  1.0
+  """
+  arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
+  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
+  moved = {}
+  for path, leaf in flat.items():
+    if path[-1] == THRESHOLD and GATE_NAME in path:
+      own = (*path[:-1], SHIFT)
+      before = jnp.asarray(flat.get(own, jnp.zeros(jnp.shape(leaf), jnp.float32)))
+      moved[own] = before + jnp.asarray(shift, before.dtype)
+  if not moved:
+    raise ValueError(
+      "variables must have thresholds of gates, those of threshold='quantile'; got none"
+    )
+  return {**variables, "batch_stats": traverse_util.unflatten_dict({**flat, **moved})}
 
 
 @dataclasses.dataclass(frozen=True)
 class GateSettings:
-  """Settings of how gates are built and sampled.
+  """Settings of how gates are built, normalised, opened and sampled.
+
+  From the logits z of a gate network to the gates g of one layer:
+
+      z <- s BatchNorm(z)                     normalise s > 0, without scale and offset
+      z <- z - theta                          threshold; what records have as logits
+      a  = 1[z + noise > 0]                   relaxation
+      g  = a w,   w = 2 sigmoid(z)            weighted; otherwise w = 1
 
   Attributes:
     hidden: width of the gate network's hidden layer.
-    initial_open: P(open) from which the last bias starts, in (0, 1).
+    initial_open: P(open) from which the last bias starts, in (0, 1). Gates that are normalised, or
+      whose threshold is a quantile, do not depend on it.
     temperature: of the relaxation, > 0; with `straight_through` it affects only the backward pass.
     noise_scale: multiplies the logistic noise of training; 1 makes P(open) = sigmoid(logit).
-    context: input of a channel gate. `pooled`: the mean over pixels; `none`: nothing, its logits
-      are parameters; `random`: nothing is learnt, and gates are drawn at the rate `initial_open` in
-      training and evaluation.
+    context: input of a channel gate. One or several, joined by `+`, of `pooled`, the mean over
+      pixels; `moments`, mean and deviation; `grid`, means of 2 x 2 quarters; `glance`, a light look
+      at the whole image, the same for all gates; `told`, the number of the image's source, where
+      the network has `sources`. Or `none`: nothing, its logits are parameters; `random`: nothing is
+      learnt, and gates are drawn at the rate `initial_open` in training and evaluation; `assigned`:
+      nothing is learnt, and each source has a fixed, random set of open gates, `share` of all.
     relaxation: of channel gates. `straight_through`: sampled in training, and 0/1; `hard_concrete`:
       sampled in training and in [0, 1], with exact zeros also in evaluation; `sigmoid`: the
-      probability itself, never sampled.
+      probability itself, never sampled; `scale`: 2 sigmoid(z), which multiplies channels and never
+      closes one, as in squeeze-and-excitation. A network with scales is an ungated one: it has no
+      records.
     block: adjacent channels that share one gate. A layer of fewer channels has one gate; otherwise
       its channels must be a multiple of the block, for equal costs of all its gates.
+    normalise: s, 0 or more. 0: logits as they are; otherwise s BatchNorm(z) of each gate, over the
+      batch and all devices.
+    threshold: `zero`; or `quantile`: theta is the (1 - share) quantile of the layer's logits over
+      batch and gates, see `ops.quantiles.open_threshold`, and in evaluation its running mean. The
+      gates of a layer are all those of one gate network.
+    share: fraction in (0, 1] of a layer's gates that the quantile opens; see `gate_controls` for
+      one that changes in training.
+    weighted: whether an open unit counts w = 2 sigmoid(z), and a closed one exactly 0. w is 1 or
+      more unless noise, or a shift of the threshold, has opened the unit. The gradient through w is
+      exact for open units; the straight-through gradient only decides.
   Raises:
-    ValueError: a field out of range, or `context="random"` with another relaxation than
-      `straight_through`.
+    ValueError: a field out of range, or one that is incompatible with another.
     TypeError: a field of another kind.
 
   >>> settings = GateSettings(initial_open=0.5, block=8)
@@ -106,20 +213,77 @@ class GateSettings:
   context: str = "pooled"
   relaxation: str = "straight_through"
   block: int = 1
+  normalise: float = 0.0
+  threshold: str = "zero"
+  share: float = 1.0
+  weighted: bool = False
 
   def __post_init__(self):
     check_sampling(self)
     arguments.whole_number("gate block", self.block)
-    one_of("gate context", self.context, CONTEXTS)
+    arguments.number("gate normalise", self.normalise, ">= 0", lambda v: 0 <= v < math.inf)
+    arguments.number("gate share", self.share, "in (0, 1]", lambda v: 0 < v <= 1)
+    arguments.instance("gate weighted", self.weighted, bool, "True or False")
+    _check_context(self.context)
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
+    one_of("gate threshold", self.threshold, THRESHOLDS)
     if self.context == "random" and self.relaxation != "straight_through":
       raise ValueError(
         f"gate relaxation must be straight_through if context is random; got {self.relaxation!r}"
       )
+    self._check_together()
+
+  def _check_together(self) -> None:
+    """Raises a ValueError where a setting would be ignored, or makes no sense with another."""
+
+    def refuse(name: str, is_set: bool, rule: str, why: str) -> None:
+      """Raises a ValueError if the setting has another value than the rule's."""
+      if is_set:
+        raise ValueError(f"gate {name} must be {rule} {why}; got {getattr(self, name)!r}")
+
+    learnt = self.context not in ("random", "assigned")
+    hard = self.relaxation == "straight_through"
+    quantile = self.threshold == "quantile"
+    if self.context == "none":
+      # The same logits for all examples have no deviation.
+      refuse("normalise", self.normalise > 0, "0", "if context is none")
+    for name, is_set, rule in (
+      ("normalise", self.normalise > 0, "0"),
+      ("threshold", quantile, "zero"),
+      ("weighted", self.weighted, "False"),
+    ):
+      if not learnt:
+        refuse(name, is_set, rule, f"if context is {self.context}")
+      if not hard:
+        refuse(name, is_set, rule, f"if relaxation is {self.relaxation}")
+    if not quantile and self.context != "assigned":
+      refuse("share", self.share < 1, "1", "unless threshold is quantile or context is assigned")
+    if self.relaxation == "scale" and self.context in _ALONE:
+      refuse("context", True, "a sum of parts such as pooled", "if relaxation is scale")
+    if self.context == "assigned":
+      refuse("relaxation", not hard, "straight_through", "if context is assigned")
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """Returns the parts of the context, some of `PARTS`; none where a gate reads nothing."""
+    return () if self.context in _ALONE else tuple(self.context.split("+"))
+
+  @property
+  def shared_parts(self) -> tuple[str, ...]:
+    """Returns the parts of the context that the network computes once for all gates."""
+    parts = ("told",) if self.context == "assigned" else self.parts
+    return tuple(part for part in parts if part in SHARED_PARTS)
+
+  @property
+  def decides(self) -> bool:
+    """Returns whether gates close units; False for scales, which only multiply them."""
+    return self.relaxation != "scale"
 
   @property
   def initial_logit(self) -> float:
-    """Returns the log-odds of `initial_open`."""
+    """Returns the log-odds of `initial_open`; 0 for scales, which begin at 1."""
+    if not self.decides:
+      return 0.0
     return math.log(self.initial_open / (1 - self.initial_open))
 
   @property
@@ -128,7 +292,7 @@ class GateSettings:
 
     It is 0 where gates are not sampled.
     """
-    if self.relaxation == "sigmoid":
+    if self.relaxation in ("sigmoid", "scale"):
       return 0.0
     return 1.0 if self.context == "random" else self.noise_scale
 
@@ -147,6 +311,15 @@ class GateSettings:
     return size
 
 
+def _check_context(context: object) -> None:
+  """Raises an error unless a context is one of those that stand alone, or a sum of parts."""
+  parts = context.split("+") if isinstance(context, str) else [context]
+  for part in parts:
+    one_of("gate context", part, PARTS if len(parts) > 1 else CONTEXTS)
+  if len(set(parts)) < len(parts):
+    raise ValueError(f"gate context must name each part once; got {context!r}")
+
+
 def check_sampling(gate: Any) -> None:
   """Raises an error unless the fields that settings of all gates have are in their range."""
   arguments.whole_number("gate hidden", gate.hidden)
@@ -161,10 +334,11 @@ def check_gate_settings(name: str, settings: object) -> None:
 
 
 class GateHead(nn.Module):
-  """Pooled features to one logit per unit: mean over pixels, Dense, BatchNorm, ReLU, Dense.
+  """Context to one logit per unit: Dense, BatchNorm, ReLU, Dense.
 
-  `[N, H, W, D]` or `[N, D]` to `[N, units]`, computed in float32. In training a batch without
-  examples is a ValueError: its mean is NaN, which BatchNorm would keep.
+  `[N, H, W, D]` or `[N, D]` to `[N, units]`, computed in float32. The context is the mean over
+  pixels, or what the settings say. In training a batch without examples is a ValueError: its mean
+  is NaN, which BatchNorm would keep. `shared` holds what the network computes for all its gates.
 
   Raises:
     TypeError, ValueError: when called, a field or an input of another kind or out of range.
@@ -179,14 +353,15 @@ class GateHead(nn.Module):
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: Array, train: bool = False) -> Array:
+  def __call__(self, x: Array, train: bool = False, shared: Shared = NOTHING_SHARED) -> Array:
     s = self.settings
     check_gate_settings("settings", s)
     arguments.whole_number("units", self.units)
     check_examples(x, train)
     # A decision near 0 must not depend on the rounding of bfloat16.
     x = x.astype(jnp.float32)
-    context = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
+    # Settings without a context to read are those of other gates, as in a mixture of experts.
+    context = context_of(x, s.parts or ("pooled",), shared)
     # BatchNorm has a bias.
     h = nn.Dense(s.hidden, use_bias=False, name="hidden")(context)
     h = nn.BatchNorm(
@@ -233,9 +408,10 @@ class GatedChannels(NamedTuple):
 class ChannelGate(nn.Module):
   """Gates of one or more groups of channels: from one `GateHead`, from parameters, or by chance.
 
-  Called with `[N, H, W, D]`, it returns one `GateRecord` per group. With `train=True` gates are
-  sampled and need a PRNG stream named `gate`. The noise of an example depends on its place in the
-  whole batch, not on its device.
+  Called with `[N, H, W, D]`, it returns one `GateRecord` per group, in which gates are >= 0 and a
+  unit is open where its gate is above 0. With `train=True` gates are sampled and need a PRNG stream
+  named `gate`. The noise of an example depends on its place in the whole batch, not on its device.
+  `shared` holds the parts of the context that the network computes once, such as a `Glance`.
 
   Raises:
     TypeError, ValueError: when called, a field or an input of another kind or out of range.
@@ -252,14 +428,18 @@ class ChannelGate(nn.Module):
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: Array, train: bool = False) -> Records:
+  def __call__(self, x: Array, train: bool = False, shared: Shared = NOTHING_SHARED) -> Records:
     self._check()
     check_examples(x, train)
     units = [self._units(group.channels) for group in self.groups]
     # One head decides on the units of all groups, which are then split.
-    logits = self._logits(x, sum(units), train)
+    trained = self._relative(self._logits(x, sum(units), train, shared), train)
+    logits = self._shifted(trained, train)
     # Before the splits: the order in which the logits' gradients add up is that of these lines.
     probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
+    if self.settings.weighted:
+      # g = a w: closed gates are exactly 0, whatever w is. A shift changes a alone.
+      gates = gates * (2 * jax.nn.sigmoid(trained))
     ends = np.cumsum(units)[:-1]
     logits_of = jnp.split(logits, ends, axis=-1)
     probs_of = jnp.split(probs, ends, axis=-1)
@@ -305,17 +485,79 @@ class ChannelGate(nn.Module):
         arguments.number(f"groups[{i}].{cost}", value, ">= 0", lambda v: v >= 0)
     check_gate_settings("settings", self.settings)
 
-  def _logits(self, x: Array, units: int, train: bool) -> Array:
+  def _relative(self, logits: Array, train: bool) -> Array:
+    """Returns the logits `[N, units]`, normalised and relative to the layer's threshold."""
+    s = self.settings
+    if not s.normalise and s.threshold == "zero":
+      return logits
+    # Gates that are shut for good stay so: they have no deviation, and no place among the others.
+    # Exactly this value, which no kernel arrives at: other low logits have a place.
+    counts, z = logits != SHUT, logits
+    if s.normalise:
+      norm = nn.BatchNorm(
+        use_running_average=not train,
+        momentum=_MOMENTUM,
+        use_bias=False,
+        use_scale=False,
+        axis_name=self.axis_name,
+        name="normalised",
+      )
+      z = float(s.normalise) * norm(z)
+    if s.threshold == "quantile":
+      z = z - self._quantile(z, counts, train)
+    return jnp.where(counts, z, logits)
+
+  def _shifted(self, logits: Array, train: bool) -> Array:
+    """Returns the logits of evaluation relative to a threshold that has been moved, if it has."""
+    shift = self.get_variable("batch_stats", SHIFT)
+    if train or shift is None:
+      return logits
+    return logits - shift
+
+  def _quantile(self, z: Array, counts: Array, train: bool) -> Array:
+    """Returns the threshold of a batch in training, and the running mean of such in evaluation.
+
+    Args:
+      z: `[N, units]` logits.
+      counts: `[N, units]`, whether a logit is ranked.
+      train: whether the batch is one of training.
+    """
+    kept = self.variable("batch_stats", THRESHOLD, lambda: jnp.zeros((), jnp.float32))
+    if not train:
+      return kept.value
+    # The collection, where it is given, has priority over the settings.
+    share = self.get_variable(NOISE, _SHARE, self.settings.share)
+    found = quantiles.open_threshold(
+      z, share, axis_name=self.axis_name, weights=counts.astype(z.dtype)
+    )
+    if not self.is_initializing():
+      kept.value = _MOMENTUM * kept.value + (1 - _MOMENTUM) * found
+    return found
+
+  def _logits(self, x: Array, units: int, train: bool, shared: Shared) -> Array:
     """Returns the `[N, units]` log-odds of being open."""
     s = self.settings
-    if s.context == "pooled":
-      return GateHead(units, s, self.axis_name, name="head")(x, train)
+    if s.parts:
+      return GateHead(units, s, self.axis_name, name="head")(x, train, shared)
+    if s.context == "assigned":
+      return self._assigned(units, shared)
     start = nn.initializers.constant(s.initial_logit)
     if s.context == "none":
       logits = self.param("logits", start, (units,), jnp.float32)
     else:
       logits = jnp.full(units, s.initial_logit, jnp.float32)
     return jnp.broadcast_to(logits, (x.shape[0], units))
+
+  def _assigned(self, units: int, shared: Shared) -> Array:
+    """Returns log-odds `[N, units]` that open the same gates for all examples of a source."""
+    told, rows = shared_part(shared, "told"), []
+    for source in range(told.shape[-1]):
+      # Sets of layers and of sources differ, and are the same in every process.
+      seed = (zlib.crc32("/".join(self.path).encode()), source)
+      order = np.random.default_rng(seed).permutation(units)
+      rows.append(order < max(1, round(self.settings.share * units)))
+    table = np.where(np.stack(rows), _DECIDED, -_DECIDED).astype(np.float32)
+    return jnp.asarray(table)[jnp.argmax(told, axis=-1)]
 
   def _gates(self, logits: Array, train: bool) -> Array:
     s = self.settings
@@ -330,6 +572,8 @@ class ChannelGate(nn.Module):
       return self._drawn(draw_at_rate, logits, train)
     if s.relaxation == "sigmoid":
       return jax.nn.sigmoid(logits)
+    if not s.decides:
+      return 2 * jax.nn.sigmoid(logits)
     sample, at_rest = relaxations.straight_through_gate, relaxations.threshold_gate
     if s.relaxation == "hard_concrete":
       # So that sigmoid(logit) is P(gate > 0) for this relaxation too.
@@ -359,6 +603,11 @@ class ChannelGate(nn.Module):
       key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(self.path).encode()))
       keys = collectives.example_keys(key, logits.shape[0], None)
     return jax.vmap(sample)(keys, logits)
+
+
+def decisions(records: Records, settings: GateSettings) -> Records:
+  """Returns the records of gates that decide; none of scales, with which a network is ungated."""
+  return records if settings.decides else ()
 
 
 def apply_gates(x: Array, gates: AnyArray) -> Array:

@@ -83,6 +83,11 @@ class SegmentGateSettings:
         DeprecationWarning,
         stacklevel=3,
       )
+      # Segments have contexts and relaxations of their own, and nothing else of channels' gates.
+      for name in ("normalise", "threshold", "share", "weighted"):
+        unset, value = getattr(GateSettings, name), getattr(gate, name)
+        if value != unset:
+          raise ValueError(f"gate {name} of segments must be {unset!r}; got {value!r}")
       for name in ("hidden", "initial_open", "temperature", "noise_scale"):
         # The dataclass is frozen.
         object.__setattr__(self, name, getattr(gate, name))

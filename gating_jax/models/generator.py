@@ -22,6 +22,7 @@ from gating_jax.layers.gate import (
   GatedChannels,
   GateSettings,
   apply_gates,
+  decisions,
 )
 from gating_jax.ops.cpu_convs import convolve_doubled, convolve_images
 from gating_jax.types import Array, Path, Records
@@ -173,7 +174,7 @@ class _Hidden(nn.Module):
       readers=(self.reader,),
     )
     records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train)
-    return apply_gates(y, records[0].gates), records
+    return apply_gates(y, records[0].gates), decisions(records, self.gate)
 
 
 def _maps(shape: Sequence[int], width: int) -> list[tuple[int, int, int]]:

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gating_jax.layers.context import NOTHING_SHARED, Shared
 from gating_jax.layers.conv import ConvNorm
 from gating_jax.layers.experts import Experts
 from gating_jax.layers.mac_trace import kernel_calls
@@ -152,13 +153,15 @@ class ExpertNet(ResNet):
   experts: int = 4
   top_k: int | None = None
 
-  def _stage(self, x: Array, train: bool, stage: StagePlan) -> tuple[Array, Records]:
+  def _stage(
+    self, x: Array, train: bool, stage: StagePlan, shared: Shared = NOTHING_SHARED
+  ) -> tuple[Array, Records]:
     """Runs a stage; the last one is a mixture of experts."""
     if self.gating != "none":
       raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
     # Only the last stage has experts; the others are those of `ResNet`.
     if stage.number < len(self.blocks):
-      return super()._stage(x, train, stage)
+      return super()._stage(x, train, stage, shared)
     experts = []
     for _ in range(self.experts):
       # Without a parent, since the blocks belong to the experts and not to this network.

@@ -18,6 +18,7 @@ from jax import lax
 
 from gating_jax.checks import one_of
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
+from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_context
 from gating_jax.layers.conv import CONVOLUTIONS, scaled
 from gating_jax.layers.gate import GateSettings, check_gate_settings
 from gating_jax.ops import arguments
@@ -121,7 +122,8 @@ class ResNet(nn.Module):
     convolution: `full`, or for clips `factorised`: every window over space, then over time,
       (2+1)-D.
     gating: `none`; `channel`, the channels between the convolutions of a block; `all_channels`,
-      those of its output too; `layer`, a whole block at a time, where its shortcut is the identity.
+      those of its output too; `layer`, a whole block at a time, where its shortcut is the identity;
+      `bias`, no gates, but a bias for each source and channel.
     shortcut: `A` (zero padding, no parameters) or `B` (1x1 convolution).
     gate: settings of the gates.
     dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics, gates and
@@ -133,6 +135,10 @@ class ResNet(nn.Module):
       open examples gradients are NaN, see `open_backward`.
     axis_name: mapped device axis over which BatchNorm takes its statistics and examples are
       numbered.
+    sources: S, where the images come from several sources and the last of their channels holds the
+      number of theirs, 0 to S - 1, at every pixel (or 0 at some, as crops leave it). The network
+      takes it off: only gates with `told` or `assigned` for a context read it, and biases. 0: all
+      channels are the image's.
   Raises:
     TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
@@ -164,13 +170,15 @@ class ResNet(nn.Module):
   group_norm: bool = False
   backward_share: float = 1.0
   inner_width: float = 1.0
+  sources: int = 0
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     self._check(x)
+    x, shared = self._shared(x, train)
     x, records = self._stem(x, train), ()
     for stage in self.plan(x):
-      x, new = self._stage(x, train, stage)
+      x, new = self._stage(x, train, stage, shared)
       records += new
     return (self._head(x) if self.pool else x), records
 
@@ -185,12 +193,30 @@ class ResNet(nn.Module):
     arguments.whole_number("features", self.features)
     arguments.number("width", self.width, "> 0", lambda v: v > 0)
     arguments.number("inner_width", self.inner_width, "> 0", lambda v: v > 0)
+    arguments.whole_number("sources", self.sources, 0)
 
-  def _stage(self, x: Array, train: bool, stage: StagePlan) -> tuple[Array, Records]:
+  def _shared(self, x: Array, train: bool) -> tuple[Array, Shared]:
+    """Returns the images without their sources, and what gates read of the whole image."""
+    source = None
+    if self.sources:
+      # The same number at every pixel, but where crops and cutting out have put zeros.
+      number = jnp.max(x[..., -1], axis=tuple(range(1, x.ndim - 1)))
+      # It has been through the normalisation of images, hence the rounding.
+      source = jnp.round(number).astype(jnp.int32)
+      x = x[..., :-1]
+    parts = {"none": (), "bias": ("told",)}.get(self.gating, self.gate.shared_parts)
+    shared = shared_context(
+      parts, x, train, source=source, sources=self.sources, axis_name=self.axis_name
+    )
+    return x, shared
+
+  def _stage(
+    self, x: Array, train: bool, stage: StagePlan, shared: Shared = NOTHING_SHARED
+  ) -> tuple[Array, Records]:
     """Runs the blocks of a stage."""
     records: Records = ()
     for block in stage.blocks:
-      x, new = self._block(block)(x, train)
+      x, new = self._block(block)(x, train, shared=shared)
       records += new
     return x, records
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from gating_jax.layers.context import grid_means
 from gating_jax.layers.conv import ConvNorm
 from gating_jax.types import Array, Records
 
@@ -97,28 +97,6 @@ class PyramidHead(nn.Module):
     return nn.Conv(self.classes, (1, 1), name="classifier")(x.astype(jnp.float32))
 
 
-def grid_means(x: Array, side: int) -> Array:
-  """Computes the means of `[N, h, w, D]` over the cells of a grid, `[N, side, side, D]`.
-
-  Cell i of h rows covers rows `floor(i h / side)` to `ceil((i + 1) h / side) - 1`; no cell is
-  empty.
-
-  >>> grid_means(jnp.arange(3.0).reshape(1, 1, 3, 1), 2)[0, 0, :, 0]
-  Array([0.5, 1.5], dtype=float32)
-  """
-  rows = jnp.asarray(_cells(x.shape[1], side), x.dtype)
-  columns = jnp.asarray(_cells(x.shape[2], side), x.dtype)
-  return jnp.einsum("nhwd,ih,jw->nijd", x, rows, columns)
-
-
 def enlarge(x: Array, size: Sequence[int]) -> Array:
   """Enlarges `[N, h, w, D]` to `[N, *size, D]`, bilinearly between the centres of pixels."""
   return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear")
-
-
-def _cells(size: int, side: int) -> np.ndarray:
-  """Returns `[side, size]`: the weight of each pixel in each cell's mean."""
-  i, at = np.arange(side)[:, None], np.arange(size)
-  # -(-a // b) is the ceiling of a / b.
-  inside = (at >= i * size // side) & (at < -(-(i + 1) * size // side))
-  return inside / inside.sum(axis=1, keepdims=True)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
+from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_context
 from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import (
   CHANNEL_GATINGS,
@@ -22,6 +23,7 @@ from gating_jax.layers.gate import (
   GateSettings,
   apply_gates,
   check_gate_settings,
+  decisions,
 )
 from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import max_pool
@@ -92,6 +94,8 @@ class VGG(nn.Module):
       raise ValueError(f"images must be [N, H, W, D]; got shape {x.shape}")
     check_gate_settings("gate", self.gate)
     one_of("gating", self.gating, CHANNEL_GATINGS)
+    parts = self.gate.shared_parts if self.gating != "none" else ()
+    shared = shared_context(parts, x, train, axis_name=self.axis_name)
     x, records = x.astype(self.dtype), ()
     # `chain` mixes convolutions with pools; layers are numbered by their convolutions alone.
     convs = [(i, channels) for i, channels in enumerate(self.chain) if channels != POOL]
@@ -107,7 +111,7 @@ class VGG(nn.Module):
         dtype=self.dtype,
         axis_name=self.axis_name,
         name=f"layer{number}",
-      )(x, train)
+      )(x, train, shared)
       records += new
     # The mean and the logits are float32, whatever the layers compute in.
     x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
@@ -140,7 +144,9 @@ class VGGLayer(nn.Module):
   axis_name: str | None
 
   @nn.compact
-  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+  def __call__(
+    self, x: Array, train: bool = False, shared: Shared = NOTHING_SHARED
+  ) -> tuple[Array, Records]:
     conv = ConvNorm(
       features=self.features,
       window=3,
@@ -173,8 +179,8 @@ class VGGLayer(nn.Module):
       writers=(conv.writer,),
       readers=self.readers,
     )
-    records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train)
-    return apply_gates(y, records[0].gates), records
+    records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train, shared)
+    return apply_gates(y, records[0].gates), decisions(records, self.gate)
 
 
 def vgg(name: str, classes: int | None, **settings) -> VGG:

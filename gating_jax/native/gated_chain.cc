@@ -73,8 +73,10 @@ struct Group {
   const ptrdiff_t* scatters;
   // Floats from one row to the next, in the input's planes and in the output's.
   ptrdiff_t src_row, dst_row;
-  // pairs: whether a vector holds two rows.
-  bool relu, pairs;
+  // pairs: whether a vector holds two rows; weighted: whether each output channel is multiplied by
+  // its factor, above 0.
+  bool relu, pairs, weighted;
+  float factors[kMostRows];
 };
 
 // The inner loops for one instruction set.
@@ -195,6 +197,8 @@ struct Plan {
   float* y;
   bool relu;
   std::vector<const float*> gates;  // [convolutions + 1] of [N, channels], or null
+  // Of each convolution: whether the gates of its output multiply it.
+  std::vector<bool> weighted;
 };
 
 // Lays out an image for a convolution; a row has at least `least_row` floats.
@@ -345,13 +349,15 @@ class Example {
     const Vec* vecs = bands.vecs.data() + bands.first[band];
     Group g{scratch_ + plan_.offsets[layer], conv.grid.plane, in.open.data(), int(in.open.size()), conv.taps(),
             conv.offsets.data(), {}, {}, {}, bands.masks.data(), bands.scatters.data(),
-            conv.grid.row, conv.written.row, conv.relu, conv.pairs};
+            conv.grid.row, conv.written.row, conv.relu, conv.pairs, plan_.weighted[layer], {}};
+    const float* weights = g.weighted ? plan_.gates[layer + 1] + ptrdiff_t(n_) * conv.out : nullptr;
     for (int i = 0; i < groups; ++i) {
       const int begin = first + count * i / groups, end = first + count * (i + 1) / groups;
       for (int j = begin; j < end; ++j) {
         const ptrdiff_t o = out.open[j];
         g.weights[j - begin] = conv.weights + o * conv.in * conv.taps();
         g.bias[j - begin] = conv.bias[o];
+        if (weights) g.factors[j - begin] = weights[o];
         g.to[j - begin] = written + j * conv.written.plane;
       }
       plan_.isa->convolve(g, end - begin, vecs, bands.first[band + 1] - bands.first[band]);
@@ -507,10 +513,11 @@ bool run(Plan& plan, ffi::ThreadPool& pool, int threads) {
 }
 
 // The call from XLA. Arguments: x, kernels [O, I, h, w], biases, the gates that `gated` announces,
-// and the shortcut if `shortcut`.
+// and the shortcut if `shortcut`. Gates choose channels where they are above 0; those of the outputs
+// of convolutions that `weighted` announces also multiply them.
 ffi::Error gated_chain(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs rest, ffi::ResultBuffer<ffi::F32> y,
-                       ffi::Span<const int64_t> strides, ffi::Span<const int64_t> gated, int64_t relu,
-                       int64_t shortcut, int64_t isa) try {
+                       ffi::Span<const int64_t> strides, ffi::Span<const int64_t> gated,
+                       ffi::Span<const int64_t> weighted, int64_t relu, int64_t shortcut, int64_t isa) try {
   const size_t count = strides.size();
   size_t next = 0;
   bool complete = true;
@@ -534,6 +541,7 @@ ffi::Error gated_chain(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs rest, 
   }
   for (size_t i = 0; i < count; ++i) plan.convs[i].bias = take().typed_data();
   for (size_t i = 0; i <= count; ++i) plan.gates.push_back(gated[i] ? take().typed_data() : nullptr);
+  for (size_t i = 0; i < count; ++i) plan.weighted.push_back(weighted[i] != 0 && plan.gates[i + 1]);
   plan.shortcut = shortcut ? take().typed_data() : nullptr;
   if (!complete || next != rest.size()) return ffi::Error::InvalidArgument("gated_chain: wrong number of arguments");
   if (plan.examples == 0) return ffi::Error::Success();
@@ -557,6 +565,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gating_jax_gated_chain, gated_chain,
                                   .Ret<Floats>()
                                   .Attr<ffi::Span<const int64_t>>("strides")
                                   .Attr<ffi::Span<const int64_t>>("gated")
+                                  .Attr<ffi::Span<const int64_t>>("weighted")
                                   .Attr<int64_t>("relu")
                                   .Attr<int64_t>("shortcut")
                                   .Attr<int64_t>("isa"));

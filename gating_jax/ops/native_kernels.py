@@ -6,8 +6,8 @@ weights in place, and keeps the hidden channels of a residual branch compact bet
 convolutions. It is an optional extra for CPUs: where it is missing, `why_not()` gives the reason.
 `masked_chain` computes the same anywhere, in plain JAX: all channels, masked afterwards.
 
-Gates only choose here, as [gate > 0]; `gated_branch` of `ops.pallas_kernels` also multiplies by
-them.
+Gates choose what is computed, as [gate > 0]. Those that are said to be weighted also multiply it,
+as all do in `gated_branch` of `ops.pallas_kernels`.
 
 Axes: N examples, H and W pixels, I and O channels. Inference only: nothing here can be
 differentiated.
@@ -58,6 +58,7 @@ def gated_chain(
   shortcut: Array | None = None,
   *,
   strides: Sequence[int] | None = None,
+  weighted: Sequence[bool] | None = None,
   relu: bool = True,
 ) -> Array:
   """Computes convolutions with ReLU between, each on the open channels of each example only.
@@ -65,10 +66,10 @@ def gated_chain(
       h_0 = g_0 x,   h_l = g_l ReLU(conv_l(h_(l-1)) + b_l),
       y = act(g_L (conv_L(h_(L-1)) + b_L) + shortcut)
 
-  with g_l = 1 where `gates[l]` > 0, else 0. Closed channels are not computed: neither NaN nor
-  infinity in a closed channel reaches y. Convolutions are padded with window // 2 zeros on either
-  side. Inside `shard_map` or `pmap` every device computes its own examples; `vmap` is not
-  supported: make N larger instead.
+  with g_l = 0 where `gates[l]` is not above 0; elsewhere 1, or `gates[l]` itself where weighted.
+  Closed channels are not computed: neither NaN nor infinity in a closed channel reaches y.
+  Convolutions are padded with window // 2 zeros on either side. Inside `shard_map` or `pmap` every
+  device computes its own examples; `vmap` is not supported: make N larger instead.
 
   Args:
     x: `[N, H, W, I]` float32.
@@ -79,6 +80,8 @@ def gated_chain(
     shortcut: `[N, H', W', O]` of the last convolution, added before the last activation; None for
       none.
     strides: L numbers; None for 1 everywhere.
+    weighted: L flags, whether the gates of each convolution's output multiply it; None for none of
+      them. Those of x only choose.
     relu: whether the last activation is ReLU, or none.
   Returns:
     `[N, H', W', O]` float32.
@@ -87,10 +90,10 @@ def gated_chain(
     RuntimeError: the native kernel is not available; with the reason.
     TypeError: an argument is no array of real numbers; also on differentiation.
   """
-  chain, strides = _checked_chain(x, kernels, biases, gates, shortcut, strides)
+  chain, layers = _checked_chain(x, kernels, biases, gates, shortcut, strides, weighted)
   if not available():
     raise RuntimeError(f"the native kernel is not available: {why_not()}")
-  return _not_differentiable(_native, strides, relu, chain)
+  return _not_differentiable(_native, layers, relu, chain)
 
 
 def masked_chain(
@@ -101,14 +104,22 @@ def masked_chain(
   shortcut: Array | None = None,
   *,
   strides: Sequence[int] | None = None,
+  weighted: Sequence[bool] | None = None,
   relu: bool = True,
 ) -> Array:
   """Computes `gated_chain` in JAX: all channels, with closed ones replaced by zeros.
 
   It runs anywhere. Arguments are as there.
   """
-  chain, strides = _checked_chain(x, kernels, biases, gates, shortcut, strides)
-  return _not_differentiable(_masked, strides, relu, chain)
+  chain, layers = _checked_chain(x, kernels, biases, gates, shortcut, strides, weighted)
+  return _not_differentiable(_masked, layers, relu, chain)
+
+
+class _Layers(NamedTuple):
+  """Settings of each convolution of a chain: its stride, and whether its gates are weights."""
+
+  strides: tuple[int, ...]
+  weighted: tuple[bool, ...]
 
 
 class _Step(NamedTuple):
@@ -118,6 +129,7 @@ class _Step(NamedTuple):
   bias: Array
   gate: Array | None
   stride: int
+  weighted: bool
 
 
 class _Chain(NamedTuple):
@@ -129,10 +141,10 @@ class _Chain(NamedTuple):
   gates: tuple[Array | None, ...]
   shortcut: Array | None
 
-  def steps(self, strides: Sequence[int]) -> Iterator[_Step]:
+  def steps(self, layers: _Layers) -> Iterator[_Step]:
     """Yields the convolutions in their order."""
     # The first gate is that of x.
-    for fields in zip(self.kernels, self.biases, self.gates[1:], strides, strict=True):
+    for fields in zip(self.kernels, self.biases, self.gates[1:], *layers, strict=True):
       yield _Step(*fields)
 
 
@@ -143,8 +155,9 @@ def _checked_chain(
   gates: Sequence[Array | None],
   shortcut: Array | None,
   strides: Sequence[int] | None,
-) -> tuple[_Chain, tuple[int, ...]]:
-  """Returns the arguments of `gated_chain` as arrays, and the strides; raises as it does."""
+  weighted: Sequence[bool] | None,
+) -> tuple[_Chain, _Layers]:
+  """Returns the arguments of `gated_chain` as arrays and as settings; raises as it does."""
   strides = _strides((1,) * len(kernels) if strides is None else strides)
   chain = _Chain(
     x=_array("x", x),
@@ -155,7 +168,7 @@ def _checked_chain(
   )
   _check_rank(chain.kernels)
   _check(chain, strides)
-  return chain, strides
+  return chain, _Layers(strides, _checked_flags(weighted, chain.gates[1:]))
 
 
 def _arrays(name: str, values: Sequence[Array]) -> tuple[Array, ...]:
@@ -189,22 +202,22 @@ def packed(kernel: Array) -> Array:
 
 # Both refuse in the same words, although `masked_chain` could be differentiated.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _not_differentiable(compute, strides, relu, chain):
-  return compute(strides, relu, chain)
+def _not_differentiable(compute, layers, relu, chain):
+  return compute(layers, relu, chain)
 
 
 @_not_differentiable.defjvp
-def _refuse(compute, strides, relu, primals, tangents):
+def _refuse(compute, layers, relu, primals, tangents):
   raise TypeError(
     "gated_chain and masked_chain are for inference and have no derivatives; train with "
     "gating_jax.layers, which multiply by the gates"
   )
 
 
-def _masked(strides, relu, chain):
+def _masked(layers, relu, chain):
   """Computes all channels in JAX, with closed ones replaced by zeros."""
   x, last = _closed(chain.x, chain.gates[0]), len(chain.kernels) - 1
-  for i, step in enumerate(chain.steps(strides)):
+  for i, step in enumerate(chain.steps(layers)):
     pads = [(size // 2,) * 2 for size in step.kernel.shape[2:]]
     x = lax.conv_general_dilated(
       x,
@@ -215,6 +228,9 @@ def _masked(strides, relu, chain):
     )
     # The gate comes before the shortcut and ReLU after it, as in the equation of y.
     x = _closed(x + step.bias[None, None, None], step.gate)
+    if step.weighted:
+      # Closed channels are 0 already; their gates, of any value, do not count.
+      x = x * jnp.where(step.gate > 0, step.gate, 0)[:, None, None, :]
     if i == last and chain.shortcut is not None:
       x += chain.shortcut
     x = jax.nn.relu(x) if i < last or relu else x
@@ -226,16 +242,17 @@ def _closed(x: Array, gates: Array | None) -> Array:
   return x if gates is None else jnp.where(gates[:, None, None, :] > 0, x, 0)
 
 
-def _native(strides, relu, chain):
+def _native(layers, relu, chain):
   """Calls the native kernel."""
-  shape = _shape(chain.x, chain.kernels, strides)
+  shape = _shape(chain.x, chain.kernels, layers.strides)
   call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))
   return call(
     # Without the gates and shortcuts that are None: the call takes arrays only.
     *jax.tree.leaves(chain),
-    strides=np.array(strides, np.int64),
+    strides=np.array(layers.strides, np.int64),
     # Flags say which of them are there.
     gated=np.array([gate is not None for gate in chain.gates], np.int64),
+    weighted=np.array(layers.weighted, np.int64),
     relu=np.int64(relu),
     shortcut=np.int64(chain.shortcut is not None),
     isa=np.int64(_LANES),
@@ -265,6 +282,24 @@ def _strides(strides) -> tuple[int, ...]:
   if min(found, default=1) < 1:
     raise ValueError(f"strides must be integers >= 1; got {strides}")
   return found
+
+
+def _checked_flags(weighted, gates) -> tuple[bool, ...]:
+  """Returns a flag for the gates of each convolution's output."""
+  if weighted is None:
+    return (False,) * len(gates)
+  try:
+    flags = tuple(weighted)
+  except TypeError:
+    # A value that fails the check below, with its message.
+    flags = ()
+  are_flags = all(isinstance(flag, (bool, np.bool_)) for flag in flags)
+  if len(flags) != len(gates) or not are_flags:
+    raise ValueError(f"weighted must be {len(gates)} flags, True or False; got {shown(weighted)}")
+  for i, (flag, gate) in enumerate(zip(flags, gates, strict=True)):
+    if flag and gate is None:
+      raise ValueError(f"weighted[{i}] must be False without gates[{i + 1}]; got True")
+  return tuple(map(bool, flags))
 
 
 def _check_rank(kernels) -> None:

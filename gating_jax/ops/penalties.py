@@ -85,10 +85,26 @@ def target_rate_loss(
   target = arguments.parameter("target", target, "in [0, 1]", lambda v: (v >= 0) & (v <= 1))
   gaps = []
   for layer in _checked_layers("gates", gates, "gates"):
-    rate = collectives.batch_mean(layer, axis_name)
+    rate = collectives.batch_mean(unweighted(layer), axis_name)
     # Layers may differ in type, and the target takes that of each.
     gaps.append(jnp.sum(jnp.square(rate - jnp.asarray(target, rate.dtype))))
   return functools.reduce(operator.add, gaps)
+
+
+def unweighted(gates: AnyArray) -> Array:
+  """Returns gates as fractions of open units: at most 1, with a gradient.
+
+      g / max(g, 1),   the divisor without a gradient
+
+  A weighted gate counts its open unit more than once, a penalty on open units once. Gates up to 1
+  stay as they are, to the bit.
+
+  >>> unweighted(jnp.array([0.0, 0.25, 1.0, 1.5]))
+  Array([0.  , 0.25, 1.  , 1.  ], dtype=float32)
+  """
+  arguments.real_array("gates", gates)
+  gates = as_float(gates)
+  return gates / lax.stop_gradient(jnp.maximum(gates, jnp.ones_like(gates)))
 
 
 def entropy_loss(probs: Layers, *, axis_name: Hashable | None = None) -> Array:
@@ -288,7 +304,7 @@ def closed_share(
   closed = []
   for record in records:
     # Means over the whole batch: a gate may be closed on one device and open on another.
-    rates = collectives.batch_mean(record.gates.astype(jnp.float32), axis_name)
+    rates = collectives.batch_mean(unweighted(record.gates.astype(jnp.float32)), axis_name)
     probs = collectives.batch_mean(record.probs.astype(jnp.float32), axis_name)
     closed.append((rates < LEAST_RATE) & (probs < _LEAST_PROB))
   closed = jnp.concatenate(closed).astype(jnp.float32)

@@ -124,8 +124,9 @@ def evaluate(
     "params": counts.params,
     "gate_params": counts.gate_params,
     "ungated_macs": counts.macs,
-    "macs": counts.macs,
-    "mac_ratio": 1.0,
+    # Scales of channels have networks of their own; without any, these are the network's MACs.
+    "macs": counts.macs + counts.gate_macs,
+    "mac_ratio": (counts.macs + counts.gate_macs) / counts.macs,
   }
   if gates.tally is None:
     return Evaluation(result, behaviour, None)
@@ -171,7 +172,7 @@ class _ImageResults:
   def behaviour(self, counts: ModelCounts) -> ImageBehaviour:
     """Returns the results for each image of a model of these sizes."""
     each = {name: np.concatenate(parts) for name, parts in self._each.items()}
-    macs = np.full(self.count, float(counts.macs))
+    macs = np.full(self.count, float(counts.macs + counts.gate_macs))
     if "macs" in each:
       macs = counts.always_macs + each["macs"].astype(np.float64)
     return ImageBehaviour(

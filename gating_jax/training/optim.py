@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
@@ -20,6 +21,7 @@ from gating_jax.config_files import Config
 from gating_jax.layers.gate import is_gate_path
 
 LEARNING_RATES = ("step", "cosine")
+TRANSITIONS = ("cosine", "linear", "held")
 
 
 def sgd(
@@ -27,18 +29,23 @@ def sgd(
   *,
   momentum: float,
   weight_decay: float,
+  gate_weight_decay: float = 0.0,
   gate_lr_multiplier: float = 1.0,
 ) -> optax.GradientTransformation:
   """Returns SGD with Nesterov momentum.
 
-  `weight_decay` is added to the gradient, and is 0 for gate parameters. Gate parameters learn
-  `gate_lr_multiplier` times as fast. Means over gates give each gate a small gradient; a larger
-  penalty on open gates moves them sooner as well, but then it outweighs the task's loss.
+  `weight_decay` is added to the gradient, for gate parameters `gate_weight_decay`. Decay draws
+  logits towards 0, where gates decide nothing. Where logits are normalised it changes no decision,
+  and keeps the kernels of gate networks from growing and so from learning ever more slowly.
+
+  Gate parameters learn `gate_lr_multiplier` times as fast. Means over gates give each gate a small
+  gradient; a larger penalty on open gates moves them sooner as well, but then it outweighs the
+  task's loss.
 
   Args:
     learning_rate: from step to number.
     momentum: in [0, 1); without Nesterov's correction where it is 0.
-    weight_decay: >= 0.
+    weight_decay, gate_weight_decay: >= 0.
     gate_lr_multiplier: > 0, factor of the gate parameters' updates.
   Raises:
     ValueError: an argument is out of its range.
@@ -50,10 +57,16 @@ def sgd(
     raise ValueError(f"momentum must be in [0, 1); got {momentum}")
   if not weight_decay >= 0:
     raise ValueError(f"weight_decay must be >= 0; got {weight_decay}")
+  if not gate_weight_decay >= 0:
+    raise ValueError(f"gate_weight_decay must be >= 0; got {gate_weight_decay}")
   if not gate_lr_multiplier > 0:
     raise ValueError(f"gate_lr_multiplier must be > 0; got {gate_lr_multiplier}")
+  decays = [optax.add_decayed_weights(weight_decay, mask=decayed)]
+  # Without one, the optimiser's state has the same tree as in checkpoints of earlier versions.
+  if gate_weight_decay:
+    decays.append(optax.add_decayed_weights(gate_weight_decay, mask=mark_gates))
   return optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=decayed),
+    *decays,
     optax.sgd(learning_rate, momentum=momentum, nesterov=momentum > 0),
     # After the learning rate: the factor scales the update, not the momentum.
     optax.masked(optax.scale(gate_lr_multiplier), mark_gates),
@@ -67,7 +80,7 @@ def mark_gates(params: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-  """Returns a tree with True for each parameter that decays: all but those of gate networks."""
+  """Returns a tree with True for each parameter that is not of a gate network."""
   return jax.tree.map(operator.not_, mark_gates(params))
 
 
@@ -166,6 +179,46 @@ def ramp(
   return optax.linear_schedule(
     first, last, max(1, round(ramp_end * total_steps) - begin), transition_begin=begin
   )
+
+
+def transition(
+  first: float,
+  last: float,
+  ramp_start: float,
+  ramp_end: float,
+  total_steps: int,
+  *,
+  form: str = "linear",
+) -> optax.Schedule:
+  """Returns a schedule of `first`, then a transition of one of `TRANSITIONS`, then `last`.
+
+      linear    first + (last - first) f
+      cosine    last + (first - last) (1 + cos(pi f)) / 2
+      held      first until f = 1
+
+  Here f is the fraction of the transition that is over.
+
+  Args:
+    first, last: the values before and after.
+    ramp_start, ramp_end, total_steps: as in `ramp`.
+    form: of the transition.
+  Raises:
+    ValueError: as for `ramp`, or an unknown form.
+  """
+  one_of("form", form, TRANSITIONS)
+  # The fraction f, which is 1 from the start where the end is 0.
+  over = ramp(0.0, 1.0, ramp_start=ramp_start, ramp_end=ramp_end, total_steps=total_steps)
+
+  def value(step):
+    """Returns the value at a step."""
+    f = jnp.asarray(over(step))
+    if form == "held":
+      # At the end exactly: a fraction before it is rounded below 1.
+      return jnp.where(f >= 1, last, first)
+    left = (1 + jnp.cos(jnp.pi * f)) / 2 if form == "cosine" else 1 - f
+    return last + (first - last) * left
+
+  return value
 
 
 def configured_rate(training: Config, total_steps: int) -> optax.Schedule:

@@ -15,6 +15,7 @@ import ml_collections
 from gating_jax import config_files
 from gating_jax.checks import one_of
 from gating_jax.config_files import Config
+from gating_jax.layers.gate import GateSettings
 from gating_jax.training import rundir
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -49,6 +50,9 @@ def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: s
     if kind is tuple:
       kind = list
     section = isinstance(default, ml_collections.ConfigDict)
+    # A section that the config lacks is newer than the run, as a field of its own may be.
+    if section and name not in fields and all(unset is None for unset in default.values()):
+      continue
     if section and isinstance(value, Mapping):
       _check_fields(file, default, value, f"{prefix}{name}.")
       continue
@@ -111,6 +115,20 @@ def check(
   # Special rules come last: they may take for granted that a number is in its range.
   for name, (holds, rule) in rules.items():
     demand(holds(fields[name]), name, rule)
+
+
+def gate_settings(section: Mapping[str, Any], **fixed: Any) -> GateSettings:
+  """Returns the settings of channel gates that a section of a config describes.
+
+  Args:
+    section: fields of `GateSettings`; one that is None, or that an older config lacks, has the
+      default of the class.
+    **fixed: fields that replace those of the section.
+  Raises:
+    ValueError, TypeError: as in `GateSettings`.
+  """
+  given = {name: value for name, value in section.items() if value is not None}
+  return GateSettings(**{**given, **fixed})
 
 
 @contextlib.contextmanager

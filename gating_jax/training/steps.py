@@ -20,7 +20,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from gating_jax.layers.gate import GATE_RNG, NOISE, noise_scales
+from gating_jax.layers.gate import GATE_RNG, NOISE, gate_controls
 from gating_jax.models.summary import layer_names
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.ops.macs import executed_macs
@@ -90,6 +90,7 @@ def make_train_step(
   seed: int,
   axis_name: Hashable | None = None,
   noise_scale: optax.Schedule | None = None,
+  share: optax.Schedule | None = None,
   method: str | None = None,
 ) -> Callable:
   """Returns a training step: `(state, inputs, targets) -> (state, metrics)`.
@@ -106,6 +107,7 @@ def make_train_step(
     seed: the seed of the run.
     axis_name: the axis over which the batch is spread; None for one device.
     noise_scale: from step to number, replaces the model's own scale for all its gates.
+    share: likewise, the share of gates that quantiles open.
     method: of the model, whose outputs are fitted; by default its `__call__`.
   Returns:
     the step.
@@ -124,8 +126,12 @@ def make_train_step(
     def loss(params):
       """Returns the loss of a step; next to it, its metrics and the new BatchNorm statistics."""
       variables = {"params": params, "batch_stats": state.batch_stats}
-      if noise_scale is not None:
-        variables[NOISE] = noise_scales(params, noise_scale(state.step))
+      if noise_scale is not None or share is not None:
+        variables[NOISE] = gate_controls(
+          params,
+          noise_scale=None if noise_scale is None else noise_scale(state.step),
+          share=None if share is None else share(state.step),
+        )
       (outputs, records), updates = model.apply(
         variables, prepared, train=True, method=method, mutable=["batch_stats"], rngs=rngs
       )
@@ -136,6 +142,8 @@ def make_train_step(
         metrics[f"gate_rate/{name}"] = jnp.mean(record.gates > 0)
       if noise_scale is not None:
         metrics["gates/noise_scale"] = jnp.asarray(noise_scale(state.step), jnp.float32)
+      if share is not None:
+        metrics["gates/share"] = jnp.asarray(share(state.step), jnp.float32)
       return total, (metrics, updates.get("batch_stats", {}))
 
     differentiate = value_and_grad_over_devices(loss, axis_name, has_aux=True)
@@ -234,7 +242,7 @@ def make_eval_step(
     results = scores(logits, labels)
     if records:
       results["macs"] = executed_macs(records)
-      results["gates"] = jnp.concatenate([r.gates for r in records], axis=-1).astype(bool)
+      results["gates"] = jnp.concatenate([r.gates for r in records], axis=-1) > 0
       results["gate_logits"] = jnp.concatenate([r.logits for r in records], axis=-1)
     return results
 

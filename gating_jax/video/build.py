@@ -20,8 +20,7 @@ from gating_jax.checks import one_of
 from gating_jax.config_files import Config
 from gating_jax.data import composed
 from gating_jax.data.videos import VideoArrays, VideoSet
-from gating_jax.layers.blocks import GATINGS
-from gating_jax.layers.gate import GateSettings
+from gating_jax.layers.blocks import BIAS, GATINGS
 from gating_jax.layers.segment_gate import (
   CONCEPTS,
   SEGMENT_CONTEXTS,
@@ -203,7 +202,7 @@ def scope_of(config: Config) -> str | None:
 def nets(config: Config) -> tuple[nn.Module, nn.Module]:
   """Builds the light and the heavy net."""
   light, heavy, dtype = config.model.light, config.model.heavy, settings.DTYPES[config.model.dtype]
-  gate = GateSettings(**heavy.gate) if heavy.gating != "none" else None
+  gate = settings.gate_settings(heavy.gate) if heavy.gating != "none" else None
   return (
     light_net(light.name, width=light.width, dtype=dtype, axis_name=devices.AXIS),
     heavy_net(
@@ -400,7 +399,8 @@ def _check_model(config: Config) -> None:
       "model.selection": (*SELECTIONS, LIGHT),
       "model.light.name": LIGHT_NETS,
       "model.heavy.name": HEAVY_NETS,
-      "model.heavy.gating": GATINGS,
+      # Videos have no sources.
+      "model.heavy.gating": [gating for gating in GATINGS if gating != BIAS],
       "model.pooling": POOLINGS,
       "model.dtype": settings.DTYPES,
       "model.gate.context": SEGMENT_CONTEXTS,

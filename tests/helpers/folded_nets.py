@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.inference.analysing import NetCounter, observe
-from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
+from gating_jax.inference.folded import Block, Conv, FoldedNet, Glance, Group, Head, Layer
 
 SHAPE = (5, 4, 3)
 FEATURES = 6
@@ -51,6 +51,18 @@ def gated_output(rng, group, stride=1):
     output_gate=True,
     project=conv(rng, FEATURES, FEATURES, 1, stride),
   )
+
+
+def weighted(part, shift=0.5):
+  """Gives the open units of a part weights, as after a shift of the threshold."""
+  return dataclasses.replace(part, head=dataclasses.replace(part.head, shift=jnp.float32(shift)))
+
+
+def glancing(rng, part):
+  """Lets the gates of a part read a glance at the image, before the features."""
+  hidden = jnp.concatenate([normal(rng, 8, part.head.hidden.shape[1]), part.head.hidden])
+  head = dataclasses.replace(part.head, hidden=hidden, context=("glance", "pooled"))
+  return dataclasses.replace(part, head=head)
 
 
 def net(kind, seed=0):
@@ -106,11 +118,56 @@ def net(kind, seed=0):
       Layer(conv(rng, 34, 20), head(rng, 34, Group(10, 2))),
       Layer(conv(rng, 20, FEATURES)),
     ],
+    "weighted channels": lambda: [
+      stem,
+      weighted(glancing(rng, basic(rng, Group(34)))),
+      weighted(glancing(rng, basic(rng, Group(20), stride=2)), -0.5),
+    ],
+    "weighted blocks": lambda: [
+      stem,
+      weighted(basic(rng, Group(3, 8))),
+      weighted(basic(rng, Group(4, 2), stride=2)),
+    ],
+    "weighted always": lambda: [stem, weighted(basic(rng, Group(4, 5, always=2)))],
+    "weighted layers": lambda: [
+      stem,
+      *(
+        weighted(
+          dataclasses.replace(
+            basic(rng, Group(5)), head=head(rng, FEATURES, Group(1)), layer_gate=True
+          )
+        )
+        for _ in range(3)
+      ),
+    ],
+    "weighted bottleneck": lambda: [
+      stem,
+      weighted(
+        Block(
+          (conv(rng, FEATURES, 34, 1), conv(rng, 34, 18, stride=2), conv(rng, 18, 9, 1)),
+          head(rng, FEATURES, Group(34), Group(9, 2)),
+          conv(rng, FEATURES, 9, 1, 2),
+        )
+      ),
+    ],
+    "weighted outputs": lambda: [
+      stem,
+      weighted(gated_output(rng, Group(34))),
+      weighted(gated_output(rng, Group(3, 8))),
+    ],
+    "weighted chain": lambda: [
+      weighted(Layer(conv(rng, 3, 34), head(rng, 3, Group(34)), (2, 2, 0))),
+      weighted(Layer(conv(rng, 34, 20), head(rng, 34, Group(10, 2)))),
+      Layer(conv(rng, 20, FEATURES)),
+    ],
   }[kind]()
   outputs = (
     parts[-1].conv.bias.size if isinstance(parts[-1], Layer) else parts[-1].convs[-1].bias.size
   )
-  return FoldedNet(tuple(parts), (normal(rng, outputs, 4), normal(rng, 4)))
+  classifier = (normal(rng, outputs, 4), normal(rng, 4))
+  reads = any(part.head is not None and "glance" in part.head.context for part in parts)
+  glance = Glance(conv(rng, 3, 8, stride=2)) if reads else None
+  return FoldedNet(tuple(parts), classifier, glance=glance)
 
 
 KINDS = {
@@ -123,6 +180,13 @@ KINDS = {
   "bottleneck": ("switch", "cluster", "native"),
   "outputs": ("switch", "block_dispatch", "cluster", "native", "pallas"),
   "chain": ("switch", "native"),
+  "weighted channels": ("switch", "cluster", "native"),
+  "weighted always": ("switch", "block_dispatch", "cluster", "native"),
+  "weighted blocks": ("switch", "block_dispatch", "cluster", "native", "pallas"),
+  "weighted layers": ("layer_dispatch", "native"),
+  "weighted bottleneck": ("switch", "cluster", "native"),
+  "weighted outputs": ("switch", "block_dispatch", "cluster", "native", "pallas"),
+  "weighted chain": ("switch", "native"),
 }
 
 
@@ -149,7 +213,7 @@ def forced(net, biases):
       )
       part = dataclasses.replace(part, head=head)
     parts.append(part)
-  return FoldedNet(tuple(parts), net.classifier)
+  return dataclasses.replace(net, parts=tuple(parts))
 
 
 def heads_of(net):

@@ -1,5 +1,7 @@
 """Small gated models of every kind that `fold` accepts, with every unit alive."""
 
+import dataclasses
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,23 @@ from gating_jax.models.vggs import VGG
 SHAPE = (9, 8, 3)
 GATE = GateSettings(hidden=3)
 STATIC = GateSettings(context="none", relaxation="hard_concrete")
+WEIGHTED = dataclasses.replace(GATE, weighted=True)
+# Normalised to small logits, of which the weights differ.
+RECIPE = GateSettings(
+  hidden=3,
+  noise_scale=0.0,
+  context="glance+pooled",
+  normalise=0.25,
+  threshold="quantile",
+  share=0.5,
+  weighted=True,
+)
+MAPS = dataclasses.replace(RECIPE, context="moments+grid")
+HARD = dataclasses.replace(RECIPE, context="grid+glance+moments", weighted=False)
+SCALES = GateSettings(hidden=3, context="glance+pooled", relaxation="scale")
+STATIC_WEIGHTS = GateSettings(
+  context="none", noise_scale=0.0, threshold="quantile", share=0.5, weighted=True
+)
 MODELS = {
   "basic": ResNet(3, (2, 1), features=4, gating="channel", gate=GATE),
   "ungated": ResNet(3, (1, 1), features=4),
@@ -35,6 +54,28 @@ MODELS = {
   "vgg": VGG(3, (4, "pool", 6, 6, "pool"), gating="channel", gate=GATE),
   "vgg without norm": VGG(3, (4, "pool", 6), norm=False, gating="channel", gate=GATE),
   "static vgg": VGG(3, (4, "pool", 6), gating="channel", gate=STATIC),
+  "recipe": ResNet(3, (2, 1), features=4, gating="channel", gate=RECIPE),
+  "weighted layers": ResNet(3, (2, 2), features=4, gating="layer", gate=WEIGHTED),
+  "weighted outputs": ResNet(
+    None, (2, 1), features=4, gating="all_channels", gate=MAPS, shortcut="B"
+  ),
+  "thresholds": ResNet(
+    3, (1, 2), Bottleneck, features=4, gating="channel", gate=HARD, shortcut="B"
+  ),
+  "weighted vgg": VGG(
+    3,
+    (4, "pool", 6, 6, "pool"),
+    gating="channel",
+    gate=dataclasses.replace(RECIPE, context="moments+glance+grid"),
+  ),
+  "scales": ResNet(3, (2, 1), features=4, gating="channel", gate=SCALES),
+  "scaled outputs": ResNet(
+    3, (1, 1), Bottleneck, features=2, gating="all_channels", gate=SCALES, shortcut="B"
+  ),
+  "scaled layers": ResNet(3, (2, 1), features=4, gating="layer", gate=SCALES),
+  "scaled vgg": VGG(3, (4, "pool", 6), gating="channel", gate=SCALES),
+  "static weights": ResNet(3, (2, 1), features=4, gating="channel", gate=STATIC_WEIGHTS),
+  "static weighted layers": ResNet(3, (3,), features=4, gating="layer", gate=STATIC_WEIGHTS),
 }
 
 

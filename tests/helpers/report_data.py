@@ -18,6 +18,8 @@ LAYERS = (("stage1/conv1", 3), ("stage2/conv1", 2))
 COUNTS = ModelCounts(
   params=100, gate_params=10, gates=5, macs=1000, gate_macs=50, gated=600, gate_layers=LAYERS
 )
+# Without gates there are no gate networks.
+UNGATED = ModelCounts(params=100, gate_params=0, gates=0, macs=1000, gate_macs=0, gated=0)
 LABELS = np.arange(M) % 3
 # Open always; never; for class 0; for images 7 and 11, more surely for 11; for class 2 and image 0.
 LOGITS = np.stack(
@@ -56,7 +58,7 @@ def run(kind="gated", **changes):
   result, images, gates = evaluation.evaluate(
     lambda at, labels: results(at, kind),
     [((np.arange(M), LABELS), M)],
-    COUNTS,
+    UNGATED if kind == "ungated" else COUNTS,
     summarise,
     classes=None if kind == "scenes" else 3,
     noise_scale=1.0,

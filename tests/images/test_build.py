@@ -117,6 +117,8 @@ def test_a_chain_is_built_by_the_same_settings_as_a_residual_network():
     ("gates=static", 336, 336),
     ("gates=static,model=vgg8", 1_728, 1_728),
     ("gates=random", 336, 0),
+    ("share=0.5", 336, 10_608),
+    ("gates=scale", 0, 10_608),
     ("gates=layer", 7, 16 * (3 * 16 + 2 * 32 + 2 * 64) + 7 * 49),
     ("gates=experts", 4, 16 * 32 + 32 + 4 * 17),
     ("gates=exits", 2, 0),
@@ -136,6 +138,58 @@ def test_what_a_backbone_does_not_have_is_refused():
   ):
     model(name="vgg8", shortcut="A")
   assert model(name="resnet20", shortcut="B").shortcut == "B"
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (
+      {"model.gate.relaxation": "scale"},
+      "model.gate.relaxation must be that of gates, for a network with scales set model.gating",
+    ),
+    (
+      {"model.dense_first.form": "cosine"},
+      "model.dense_first.form must be None where no gates have quantiles for thresholds; got 'cos",
+    ),
+    (
+      {"model.dense_first.form": "sine", "model.gate.threshold": "quantile"},
+      "model.dense_first: form must be one of cosine, held, linear; got 'sine'",
+    ),
+    ({"model.sources": -1}, "model.sources must be None or >= 0; got -1"),
+    ({"model.sources": 2, "model.name": "vgg8"}, "model.sources must be None where model.name is"),
+    (
+      {"model.gating": "bias", "loss.regulariser": "none"},
+      "model.sources must be > 0 where model.gating is 'bias'; got None",
+    ),
+    ({"model.stem": "small", "model.name": "vgg8"}, "model.stem must be None for vgg8, which has"),
+    ({"model.gate.share": 0.5}, "gate share must be 1 unless threshold is quantile or context is"),
+  ],
+)
+def test_a_setting_of_openings_that_would_be_ignored_is_refused(fields, message):
+  config = common.image_config()
+  config.update_from_flattened_dict(fields)
+  data = Outline(examples=256, class_names=tuple("abcdefghij"), shape=(8, 8, 1))
+  with pytest.raises(ValueError, match=f"^{message}"):
+    build(config, outlines=[data, data])
+
+
+def test_the_share_of_gates_falls_in_the_part_of_training_that_the_config_says():
+  data = Outline(examples=256, class_names=tuple("abcdefghij"), shape=(8, 8, 1))
+
+  def shares(variant, **fields):
+    """Returns the share at every second of eight steps; None without a schedule."""
+    config = common.apply_variants(common.image_config(), variant)
+    config.update_from_flattened_dict({"optim.epochs": 4, "optim.batch_size": 128, **fields})
+    schedule = build(config, outlines=[data, data]).share
+    return schedule and [float(schedule(step)) for step in range(0, 9, 2)]
+
+  linear = {"form": "linear", "start": 0.25, "end": 0.75}
+  fields = {f"model.dense_first.{name}": value for name, value in linear.items()}
+  assert shares("share=0.25", **fields) == pytest.approx([1, 1, 0.625, 0.25, 0.25])
+  # By a cosine over the first half.
+  assert shares("share=0.25") == pytest.approx([1, 0.625, 0.25, 0.25, 0.25])
+  assert shares("share=0.25", **{"model.dense_first.form": None}) is None
+  assert shares("") is None
 
 
 def with_budget(target):

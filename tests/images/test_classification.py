@@ -170,6 +170,7 @@ def test_the_settings_as_they_stand_are_right(config):
       "optim.batch_size must be at most 1437, the number of training images; got 1440",
     ),
     ("optim.momentum", 1.0, r"momentum must be in \[0, 1\); got 1.0"),
+    ("optim.gate_weight_decay", -0.1, "^optim: gate_weight_decay must be >= 0; got -0.1"),
     ("devices.backend", "pamp", "devices.backend .* Did you mean 'pmap'"),
     ("devices.steps_per_dispatch", 0, "devices.steps_per_dispatch must be >= 1; got 0"),
     ("log_every", 0, "log_every must be >= 1; got 0"),

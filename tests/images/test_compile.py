@@ -5,7 +5,8 @@ from PIL import Image
 
 from configs import digits_resnet20
 from gating_jax import runner
-from gating_jax.images import classification
+from gating_jax.images import classification, compile
+from gating_jax.layers.gate import GateSettings
 from gating_jax.models import resnets
 from gating_jax.reports import timings
 from gating_jax.training import rundir
@@ -30,6 +31,13 @@ def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates,
   programme.write_report(run_dir, 3, Evaluation({}, None, None), drawn={})
   assert (pages[0].around.step, pages[0].around.not_compiled) == (3, refused)
   assert "mode=compile" not in runner.closing_lines(programme, run_dir, {}, done="Tested")
+
+
+def test_scales_skip_nothing():
+  of = lambda **settings: resnets.resnet("resnet8", 10, gating="channel", **settings)
+  assert compile.skips(of())
+  assert not compile.skips(of(gate=GateSettings(relaxation="scale")))
+  compile.check_compilable(of(gate=GateSettings(relaxation="scale")))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pytest
 
 from gating_jax.inference import folded
 from gating_jax.inference.analysing import _in_blocks, _union, analyse, observe, pruning_error
+from gating_jax.inference.conditional import ungated
 from gating_jax.inference.folded import Group
 from gating_jax.inference.folding import fold
 from gating_jax.inference.pruning import PruneMask, apply_pruning
@@ -82,6 +83,17 @@ def test_macs_of_each_way(analysis, gates):
   assert macs["union of 8"] == pytest.approx(folded.macs(net, SHAPE, union).mean())
   assert macs["executed"] < macs["union of 8"] < macs["masked"]
   assert analysis.mac_rows()[0] == {"strategy": "ungated", "macs": macs["ungated"], "ratio": 1.0}
+
+
+def test_a_weighted_unit_counts_as_one_and_the_glance_with_the_gate_networks():
+  model = MODELS["recipe"]
+  net = fold(model, random_variables(model))
+  found = analyse(net, None, np.asarray(images(20))).macs
+  gates = [np.asarray(z) > 0 for z in folded.run(net, images(20))[1]]
+  assert found["executed"] == pytest.approx(folded.macs(net, SHAPE, gates).mean())
+  heads = sum(map(folded.head_macs, net.parts)) + folded.glance_macs(net)
+  assert found["masked"] - found["ungated"] == heads
+  assert found["ungated"] == folded.macs(ungated(net), SHAPE)
 
 
 def test_units_of_blocks_and_unions():

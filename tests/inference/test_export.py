@@ -94,6 +94,16 @@ def test_a_program_that_skips_is_exported_with_its_weights_beside_it(name, strat
     export_model(made, tmp_path / "other", input_shape=SHAPE, batch_size=3)
 
 
+@pytest.mark.parametrize("name", ["recipe", "weighted outputs", "scales"])
+def test_a_net_with_weights_is_exported_for_any_number_of_images(name, tmp_path):
+  of = fold(MODELS[name], random_variables(MODELS[name]))
+  loaded = load_exported(export_model(of, tmp_path / "net", input_shape=SHAPE, platforms=("cpu",)))
+  assert ("glance.conv.kernel" in loaded.weights) == (of.glance is not None)
+  for count in (1, 5):
+    assert_same(loaded(np.asarray(images(count))), run(of, images(count)))
+  assert loaded.card["dense_macs"] == folded.macs(of, SHAPE)
+
+
 def test_a_program_with_exits_is_exported(tmp_path):
   model = EarlyExitNet(3, (1, 1), features=4, threshold=0.9)
   made = compile_exits(

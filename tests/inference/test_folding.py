@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from gating_jax.inference import folded
+from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folding import fold
-from gating_jax.layers.gate import GateSettings
+from gating_jax.layers.gate import SHUT, GateSettings, shift_thresholds
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.summary import model_summary
@@ -31,13 +32,147 @@ def test_the_same_outputs_gates_and_macs(model):
   gates = [r.gates for r in records]
   for of_record, of_net in zip(records, logits, strict=True):
     np.testing.assert_allclose(of_net, of_record.logits, rtol=1e-3, atol=1e-3)
-  assert not gates or 0 < np.mean(np.concatenate(gates, axis=1)) < 1
+  assert not gates or 0 < np.mean(np.concatenate(gates, axis=1) > 0) < 1
   counts = model_summary(model, SHAPE)
   assert folded.macs(net, SHAPE) == counts.macs + counts.gate_macs
   if records:
     np.testing.assert_array_equal(
       folded.macs(net, SHAPE, gates), counts.always_macs + executed_macs(records)
     )
+
+
+def gates_of(net, logits):
+  """Returns the gates of every group, from its logits."""
+  found, left = [], list(logits)
+  for part in net.parts:
+    found += part.head.gates([left.pop(0) for _ in part.groups]) if part.groups else []
+  return found
+
+
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("shift", [0.0, 0.4, -0.4])
+@pytest.mark.parametrize("name", ["recipe", "weighted outputs", "weighted vgg", "thresholds"])
+def test_moved_thresholds_move_the_logits_and_keep_the_weights(name, shift):
+  model = MODELS[name]
+  variables, x = shift_thresholds(random_variables(model), shift), images(40)
+  y, records = jax.jit(model.apply)(variables, x)
+  net = fold(model, variables)
+  z, logits = jax.jit(folded.run)(net, x)
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+  seen = []
+  for record, of_net, gates in zip(records, logits, gates_of(net, logits), strict=True):
+    np.testing.assert_allclose(of_net, record.logits, rtol=1e-3, atol=1e-3)
+    # Rounding may open a gate whose logit is 0.
+    clear = np.abs(np.asarray(record.logits)) > 1e-4
+    gates, expected = np.asarray(gates)[clear], np.asarray(record.gates)[clear]
+    np.testing.assert_allclose(gates, expected, rtol=1e-4, atol=1e-4)
+    seen.append(gates)
+  opened = np.concatenate(seen)
+  opened = opened[opened > 0]
+  if not model.gate.weighted:
+    assert set(opened) == {1.0}
+  else:
+    # A threshold that was moved down opens units that training would close: they count less than 1.
+    assert (opened.min() < 1) == (shift < 0)
+    assert len(np.unique(opened)) > 20
+
+
+def test_folded_thresholds_by_hand():
+  """One block of two gates: z' = s (z - mean) / sqrt(var + eps) - theta - shift."""
+  gate = GateSettings(
+    hidden=1, noise_scale=0.0, normalise=2.0, threshold="quantile", share=0.5, weighted=True
+  )
+  model = ResNet(3, (1,), features=2, gating="channel", gate=gate)
+  variables = random_variables(model)
+  own = variables["params"]["stage1_block1"]["gate"]["head"]["logits"]
+  own["kernel"], own["bias"] = jnp.array([[3.0, -1.0]]), jnp.array([0.5, 2.0])
+  stats = variables["batch_stats"]["stage1_block1"]["gate"]
+  stats["normalised"] = {"mean": jnp.array([1.0, 0.0]), "var": jnp.array([4.0, 0.25])}
+  stats["threshold"], stats["shift"] = jnp.float32(0.25), jnp.float32(0.5)
+  head = fold(model, variables).parts[1].head
+  # The factors are 2 / 2 and 2 / 0.5.
+  np.testing.assert_allclose(head.logits, [[3.0, -4.0]], rtol=1e-4)
+  np.testing.assert_allclose(head.logits_bias, [-0.5 - 0.75, 8.0 - 0.75], rtol=1e-4)
+  (gates,) = head.gates((jnp.array([[0.0, 1.0, -1.0, jnp.nan]]),))
+  np.testing.assert_allclose(gates, [[0, 2 / (1 + np.exp(-1.5)), 0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["recipe", "thresholds"])
+def test_gates_that_are_shut_for_good_stay_shut(name):
+  """Without a deviation, normalised logits would be near 0, and could be above the threshold."""
+  model = MODELS[name]
+  variables = random_variables(model)
+  gate = variables["params"]["stage1_block1"]["gate"]["head"]["logits"]
+  gate["kernel"] = gate["kernel"].at[:, 1].set(0)
+  gate["bias"] = gate["bias"].at[1].set(SHUT)
+  stats = variables["batch_stats"]["stage1_block1"]["gate"]
+  stats["normalised"]["mean"] = stats["normalised"]["mean"].at[1].set(SHUT)
+  stats["normalised"]["var"] = stats["normalised"]["var"].at[1].set(0)
+  stats["threshold"] = jnp.float32(-1)
+  net = fold(model, variables)
+  y, records = jax.jit(model.apply)(variables, images())
+  z, logits = jax.jit(folded.run)(net, images())
+  assert (np.asarray(logits[0])[:, 1] == SHUT).all()
+  np.testing.assert_allclose(logits[0], records[0].logits, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+
+
+def test_one_program_takes_the_net_with_other_thresholds():
+  model = MODELS["recipe"]
+  variables = random_variables(model)
+  run = compile_conditional(
+    model, variables, input_shape=SHAPE, batch_size=5, strategy="switch", calibration=images()
+  )
+  opened = []
+  for shift in (-0.5, 0.0, 0.5):
+    moved = shift_thresholds(variables, shift)
+    run.load(fold(model, moved))
+    y, logits = run(images())
+    expected, _ = jax.jit(model.apply)(moved, images())
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    opened.append(np.mean(np.concatenate(logits, axis=1) > 0))
+  assert opened[0] > opened[1] > opened[2]
+
+
+def test_a_shift_without_a_threshold_is_another_models():
+  model = MODELS["basic"]
+  variables = random_variables(model)
+  variables["batch_stats"]["stage1_block1"]["gate"]["shift"] = jnp.float32(1)
+  with pytest.raises(ValueError, match=r"stage1_block1/gate/shift of shape none; got \(\)"):
+    fold(model, variables)
+
+
+@pytest.mark.parametrize("name", ["scales", "scaled outputs", "scaled layers", "scaled vgg"])
+def test_scales_are_no_gates(name):
+  net = fold(MODELS[name], random_variables(MODELS[name]))
+  heads = [part.head for part in net.parts if part.head is not None]
+  assert heads
+  assert all(head.scales for head in heads)
+  assert folded.group_places(net) == []
+  assert jax.jit(folded.run)(net, images())[1] == ()
+  run = compile_conditional(net, input_shape=SHAPE, batch_size=2, strategy="masked")
+  expected, _ = jax.jit(MODELS[name].apply)(random_variables(MODELS[name]), images())
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(run(images())[0], expected, rtol=1e-4, atol=1e-4 * scale)
+  spoilt = np.asarray(images()).copy()
+  spoilt[1, 0, 0, 0] = np.nan
+  assert np.isnan(run(spoilt)[0][1]).all()
+
+
+def test_the_glance_is_computed_once(monkeypatch):
+  net = fold(MODELS["recipe"], random_variables(MODELS["recipe"]))
+  calls, look = [], folded.Glance.__call__
+
+  def counting(glance, x):
+    calls.append(x.shape)
+    return look(glance, x)
+
+  monkeypatch.setattr(folded.Glance, "__call__", counting)
+  # A function of its own: a trace of `run` that another test has left would call nothing.
+  jax.eval_shape(lambda net, x: folded.run(net, x), net, images())
+  assert calls == [images().shape]
+  # 3 x 3 windows at 4 x 4 places, from 3 channels to 8.
+  assert folded.glance_macs(net) == 9 * 16 * 3 * 8
 
 
 @pytest.mark.parametrize("name", ["static", "static layers"])
@@ -109,16 +244,25 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
     ),
     (
       ResNet(3, (1,), features=4, gating="all_channels", gate=STATIC),
-      "context must be pooled if block outputs",
+      "context must be pooled or another that reads images if block outputs",
     ),
     (
       ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(context="random")),
-      "context must be pooled or none",
+      "context must be pooled or another that reads images alone, or none",
     ),
     (
       ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(relaxation="sigmoid")),
       "relaxation must be",
     ),
+    *[
+      (
+        ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(context=context)),
+        f"gate context must be pooled or another that reads images alone, or none; got '{context}",
+      )
+      for context in ("assigned", "told")
+    ],
+    (ResNet(3, (1,), features=4, gating="bias", sources=2), "gating must be none or that of gates"),
+    (ResNet(3, (1,), features=4, sources=2), "sources must be 0, since images with"),
     (flax.linen.Dense(3), "model must be ResNet or VGG; got Dense"),
     (EarlyExitNet(3, (1, 1), features=4), "model must be ResNet or VGG; got EarlyExitNet"),
     (ExpertNet(3, (1, 1), features=4), "model must be ResNet or VGG; got ExpertNet"),

@@ -85,7 +85,16 @@ CALLS = {
   "analysed": analysed,
   **{
     name: small_model(name)
-    for name in ("static layers", "static vgg", "vgg without norm", "bottleneck outputs")
+    for name in (
+      "static layers",
+      "static vgg",
+      "vgg without norm",
+      "bottleneck outputs",
+      "recipe",
+      "weighted outputs",
+      "scaled outputs",
+      "static weights",
+    )
   },
   "exits": with_exits,
   **{f"{kind}, {name}": functools.partial(compiled, kind, name) for kind, name in STRATEGIES},

@@ -117,6 +117,59 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
     assert macs["executed"] <= macs["switch of 4"] <= macs["masked"]
 
 
+@pytest.mark.thin(2)
+@pytest.mark.parametrize(
+  ("name", "bias"), [("recipe", 3.0), ("weighted layers", OPEN), ("weighted vgg", 3.0)]
+)
+def test_weighted_units_that_are_always_open_keep_their_gates(name, bias):
+  opened = everywhere(folded_net(name), bias)
+  found = folded_nets.count_gates(opened, images(6))
+  assert any((counted.opened == counted.images).any() for counted in found)
+  choices = pruning.find_static_units(opened, found, multiple=1)
+  assert not any(choice.ungated.any() for choice in choices)
+  assert not equal_where_it_must(opened, choices, images(6)).any()
+  wrong = [choice._replace(ungated=~choice.removed) for choice in choices]
+  with pytest.raises(ValueError, match="choices must leave weighted units their gate"):
+    pruning.apply_pruning(opened, wrong)
+
+
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("name", ["recipe", "thresholds", "weighted vgg"])
+def test_pruned_units_of_weighted_nets_change_nothing(name):
+  """The gate network of a chain's layer loses the rows of the channels that are gone."""
+  net = folded_net(name)
+  mixed = [np.where(np.arange(h.logits_bias.size) % 2, CLOSED, 0) for h in heads_of(net)]
+  net = forced(net, mixed)
+  choices = pruning.find_static_units(net, folded_nets.count_gates(net, images(12)), multiple=1)
+  assert any(choice.removed.any() for choice in choices)
+  assert not equal_where_it_must(net, choices, images(12)).any()
+
+
+def test_a_glance_that_no_gate_reads_any_more_is_gone():
+  closed = everywhere(folded_net("recipe"), CLOSED)
+  found = folded_nets.count_gates(closed, images(4))
+  small = pruning.apply_pruning(closed, pruning.find_static_units(closed, found))
+  assert closed.glance is not None
+  assert small.glance is None
+  assert heads_of(small) == []
+  y, z = folded.run(closed, images(4))[0], folded.run(small, images(4))[0]
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_each_part_of_the_context_are_selected():
+  """Two channels: pooled 0 1, glance 2 3 4, moments 5 6 and 7 8, grid four times two."""
+  rows = jnp.arange(17.0)[:, None]
+  context = ("pooled", "glance", "moments", "grid")
+  head = Head(rows, jnp.zeros(1), jnp.zeros((1, 2)), jnp.zeros(2), (Group(2),), context)
+  small = head.select_inputs(np.array([1]), channels=2)
+  assert small.hidden[:, 0].tolist() == [1, 2, 3, 4, 6, 8, 10, 12, 14, 16]
+  # Row 7, the deviation of the channel that is gone, sees 0.01, as of any map of zeros.
+  np.testing.assert_allclose(small.hidden_bias, [0.07], rtol=1e-6)
+  same = head.select_inputs(np.array([0, 1]), channels=2)
+  np.testing.assert_array_equal(same.hidden, head.hidden)
+  np.testing.assert_array_equal(same.hidden_bias, [0])
+
+
 def test_gates_of_a_blocks_output_cannot_be_taken():
   net = folded_net("outputs")
   choices = [pruning.PruneMask.nothing(place.group.gates) for place in folded.group_places(net)]

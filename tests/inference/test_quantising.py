@@ -50,6 +50,16 @@ def test_no_weight_moves_by_more_than_half_a_step_and_gate_networks_not_at_all(n
   assert 0 < np.abs(y - z).max() < 0.2 * np.abs(y).max()
 
 
+def test_a_glance_and_shifts_keep_their_bits():
+  net = fold(MODELS["recipe"], random_variables(MODELS["recipe"]))
+  small = quantise(net)
+  np.testing.assert_array_equal(small.glance.conv.kernel, net.glance.conv.kernel)
+  assert small.parts[1].head.shift == 0
+  y, z = run(net, images(3))[0], run(dequantise(small), images(3))[0]
+  assert y.shape == z.shape
+  assert np.isfinite(z).all()
+
+
 def test_an_empty_kernel_and_a_net_without_classifier():
   net = quantise(FoldedNet((Layer(Conv(jnp.zeros((1, 1, 0, 2)), jnp.ones(2))),)))
   assert net.classifier is None

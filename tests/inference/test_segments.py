@@ -17,17 +17,29 @@ SEGMENTS, CLIP = 4, (2, 4, 4, 1)
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
-def resnet(**settings):
-  return ResNet(
-    classes=None, blocks=(1,), features=4, gate=GateSettings(hidden=4, initial_open=0.6), **settings
-  )
+RECIPE = GateSettings(
+  hidden=4,
+  noise_scale=0.0,
+  context="glance+pooled",
+  normalise=1.0,
+  threshold="quantile",
+  share=0.5,
+  weighted=True,
+)
 
 
-def net(selection="gate", channels="none", light=True, **settings):
+GATE = GateSettings(hidden=4, initial_open=0.6)
+
+
+def resnet(gate=GATE, **settings):
+  return ResNet(classes=None, blocks=(1,), features=4, gate=gate, **settings)
+
+
+def net(selection="gate", channels="none", light=True, heavy=None, **settings):
   return SegmentNet(
     3,
     resnet() if light else None,
-    resnet(gating=channels),
+    resnet(gating=channels, **(heavy or {})),
     selection,
     share=0.5,
     macs_per_segment=7,
@@ -113,6 +125,7 @@ def assert_same(model, result, inputs, values=None):
 MODELS = {
   "gate": net(),
   "gate, channels gated": net(channels="channel"),
+  "gate, channels weighted": net(channels="channel", heavy={"gate": RECIPE}),
   "gate, mean": net(pooling="mean", light_head=True),
   "gate, attention": net(pooling="attention"),
   "confidence": net("confidence"),

@@ -346,8 +346,9 @@ def test_bad_settings_are_named(setting, rule):
 @pytest.mark.parametrize(
   ("field", "choices"),
   [
-    ("context", "none, pooled, random"),
-    ("relaxation", "hard_concrete, sigmoid, straight_through"),
+    ("context", "assigned, glance, grid, moments, none, pooled, random, told"),
+    ("relaxation", "hard_concrete, scale, sigmoid, straight_through"),
+    ("threshold", "quantile, zero"),
   ],
 )
 def test_unknown_choices_are_named(field, choices):

@@ -84,6 +84,15 @@ CHANNELS = {
   "blocks": gate(block=2),
   "hard concrete": gate(relaxation="hard_concrete"),
   "sigmoid": gate(relaxation="sigmoid"),
+  "scale": gate(relaxation="scale"),
+  "quantile": gate(
+    context="grid+moments",
+    normalise=np.float64(2),
+    threshold="quantile",
+    share=np.float64(0.3),
+    weighted=True,
+    noise_scale=0.0,
+  ),
   "noise": passes(
     ChannelGate(GROUPS, GATE, name="gate"), IMAGES, state={NOISE: {"scale": np.float32(0.5)}}
   ),
@@ -134,6 +143,17 @@ NETS = {
   "ungated": resnet(),
   "channels": resnet(gating="channel"),
   "layers": resnet(gating="layer"),
+  "glance": passes(
+    ResNet(
+      3,
+      (1,),
+      features=4,
+      gating="channel",
+      gate=GateSettings(context="glance", threshold="quantile", share=0.5),
+    ),
+    IMAGES,
+  ),
+  "biases": passes(ResNet(3, (1,), features=4, gating="bias", sources=2), np.abs(IMAGES) % 1),
   "VGG": passes(VGG(3, (4, "pool", 4), gating="channel"), IMAGES),
   "MobileNet": passes(MobileNet(((2, 4, 1, 1),), stem=4, head=4), IMAGES),
 }

@@ -22,6 +22,8 @@ KEY, IMAGES, VIDEOS, VALID = (
   jnp.ones((2, 3, 4)),
   jnp.ones((2, 3), bool),
 )
+
+CONTEXTS = "assigned, glance, grid, moments, none, pooled, random, told"
 GROUPS = (gj.GatedChannels(4, 10),)
 
 
@@ -74,7 +76,7 @@ SETTINGS = {
   "context of another gate": (
     lambda: gj.GateSettings(context=3),
     ValueError,
-    "gate context must be one of none, pooled, random; got 3",
+    f"gate context must be one of {CONTEXTS}; got 3",
   ),
   "concepts of text": (
     lambda: gj.SegmentGateSettings("8"),
@@ -282,7 +284,7 @@ COUNTS = {
   "settings for a context": (
     lambda: gj.GateSettings(context=np.ones((9, 9))),
     ValueError,
-    "gate context must be one of none, pooled, random; got float64[9,9]",
+    f"gate context must be one of {CONTEXTS}; got float64[9,9]",
   ),
   "a network without records": (
     lambda: gj.model_summary(OnlyOutputs(), (3,)),

@@ -19,6 +19,7 @@ from gating_jax.ops import (
   pallas_kernels,
   penalties,
   priors,
+  quantiles,
   ranking,
   relaxations,
   selection,
@@ -190,6 +191,13 @@ PENALTIES = {
   "budget": on_records(lambda r: penalties.mac_budget_loss(r, never_gated_macs=9, budget=HALF)),
   "counts": lambda x: (macs.executed_macs(records(x)), macs.expected_macs(records(x))),
 }
+QUANTILES = {
+  "share": lambda x: quantiles.open_threshold(x, SIX_TENTHS),
+  "traced share": lambda x: jax.vmap(lambda s: quantiles.open_threshold(x, s))(x[0] ** 2 / 99),
+  "weights": lambda x: quantiles.open_threshold(x, 0.3, weights=np.linspace(0, 2, N)),
+  "truth values for weights": lambda x: quantiles.open_threshold(x, 0.3, weights=VALID),
+  "unweighted": gradient(lambda x: penalties.unweighted(jnp.abs(x))),
+}
 SELECTION = {
   "repair": lambda x: gradient(
     lambda x: selection.ensure_one_open(x * (x > 2).astype(x.dtype), x, VALID)
@@ -256,16 +264,21 @@ BRANCHES = {
 }
 
 
-def chain(x, run):
+def chain(x, run, weighted=None):
   kernels_ = [native_kernels.packed(kernel(x, *shape)) for shape in ((3, 3, 4, 4), (1, 1, 4, 2))]
   biases = (x[0], x[0, :2])
   gates = (x[:2], x[2:4] > 0, None)
-  return run(images(x), kernels_, biases, gates)
+  return run(images(x), kernels_, biases, gates, weighted=weighted)
 
 
-CHAINS = {"twin": lambda x: chain(x, native_kernels.masked_chain)}
+WEIGHTED = (True, False)
+CHAINS = {
+  "twin": lambda x: chain(x, native_kernels.masked_chain),
+  "weighted twin": lambda x: chain(x, native_kernels.masked_chain, WEIGHTED),
+}
 if native_kernels.available():
   CHAINS["native"] = lambda x: chain(x, native_kernels.gated_chain)
+  CHAINS["weighted native"] = lambda x: chain(x, native_kernels.gated_chain, WEIGHTED)
 
 HALVES = (jnp.bfloat16, jnp.float16)
 ALL = (jnp.float32, *HALVES)
@@ -281,6 +294,7 @@ SMALL = {  # calls, and the types that they take
   "few": (FEW, ALL),
   "gates": (GATES, ALL),
   "penalties": (PENALTIES, ALL),
+  "quantiles": (QUANTILES, ALL),
   "selection": (SELECTION, ALL),
   "windows": (WINDOWS, ALL),
   "branches": (BRANCHES, (jnp.float32, jnp.bfloat16)),

@@ -119,6 +119,37 @@ def test_a_branch_by_hand(implementation):
 
 
 @both
+def test_weights_by_hand(implementation):
+  """A weight multiplies what its convolution makes, before the shortcut and the last ReLU."""
+  x = array([[[[1.0]]], [[[-1.0]]]])
+  kernel1, kernel2 = (
+    zeros((3, 3, 1, 2)).at[1, 1, 0].set(array([2, -3])),
+    zeros((3, 3, 2, 1)).at[1, 1, :, 0].set(1.0),
+  )
+  run = lambda gates, weighted, shortcut=None: gated_chain(
+    x,
+    (kernel1, kernel2),
+    (array([0.0, 1]), array([10.0])),
+    (None, *gates),
+    shortcut,
+    weighted=weighted,
+    implementation=implementation,
+  )
+  # Hidden (2, -2) and (-2, 4) before ReLU.
+  hidden, out = array([[0.5, 3], [2, 1.25]]), array([[1.5], [0.25]])
+  assert run((hidden, None), (True, False)).ravel().tolist() == [11, 15]
+  assert run((hidden, None), (False, False)).ravel().tolist() == [12, 14]
+  assert run((hidden, out), (True, True)).ravel().tolist() == [16.5, 3.75]
+  assert run((None, out), (False, True)).ravel().tolist() == [18, 3.5]
+  assert run((None, out), None).ravel().tolist() == [12, 14]
+  shortcut = full((2, 1, 1, 1), -4.0)
+  assert run((hidden, out), (True, True), shortcut).ravel().tolist() == [12.5, 0]
+  # Neither 0 nor what is below, nor NaN, is open.
+  closed = array([[0, -2], [jnp.nan, -jnp.inf]])
+  assert run((closed, None), (True, False)).ravel().tolist() == [10, 10]
+
+
+@both
 def test_nothing_of_closed_channels_is_seen(implementation):
   x = IMAGE.at[..., 1].set(jnp.nan)
   y = open_branch(
@@ -170,16 +201,43 @@ def made(seed, sizes, channels, windows, examples, shares, shortcut, stride):
   )
 
 
-def compare(arguments, lanes, relu=True, run=gated_chain):
+def compare(arguments, lanes, relu=True, run=gated_chain, of_twin=gated_chain):
   """Asserts that both implementations agree."""
   *arrays, strides = arguments
-  twin = functools.partial(gated_chain, strides=strides, relu=relu, implementation="jax")
+  twin = functools.partial(of_twin, strides=strides, relu=relu, implementation="jax")
   expected = jax.jit(twin)(*arrays)  # one program; without jit there is one for each operation
   for most in lanes:
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(native_kernels, "_LANES", most)
       y = run(*arrays, strides=strides, relu=relu, implementation="native")
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-5)
+
+
+def with_weights(arguments, weighted, seed=0):
+  """The chain with weights from 0.25 to 2 for gates; `weighted` flags, where there are gates."""
+  x, kernels, biases, gates, shortcut, strides = arguments
+  rng = np.random.default_rng(seed)
+  weights = [
+    None if gate is None else gate * jnp.asarray(rng.uniform(0.25, 2, gate.shape), jnp.float32)
+    for gate in gates
+  ]
+  flags = tuple(flag and gate is not None for flag, gate in zip(weighted, weights[1:], strict=True))
+  run = lambda *arrays, **settings: gated_chain(*arrays, weighted=flags, **settings)
+  return (x, kernels, biases, weights, shortcut, strides), run
+
+
+@needs_native
+@pytest.mark.parametrize("examples", [1, 9])
+@pytest.mark.parametrize(
+  ("sizes", "channels", "stride"),
+  [((16, 16), (16, 32, 32), 2), ((7, 7), (13, 21, 13), 1), ((8, 8), (16, 24, 16), 1)],
+)
+def test_weights_agree_with_their_twin(sizes, channels, stride, examples):
+  shares = (0.5, 0.5, 0.7)
+  arguments = made(7, sizes, channels, (3, 3), examples, shares, True, stride)
+  for flags in ((True, False), (False, True), (True, True)):
+    arrays, run = with_weights(arguments, flags)
+    compare(arrays, LANES, run=run, of_twin=run)
 
 
 SHARES = st.sampled_from([None, 0.0, 0.25, 0.5, 1.0])
@@ -200,7 +258,11 @@ def test_any_chain_agrees_with_its_twin(data, length, examples, stride, sizes, s
   channels = data.draw(st.lists(st.integers(1, 37), min_size=length + 1, max_size=length + 1))
   windows = data.draw(st.lists(st.sampled_from([1, 3, 2, 5]), min_size=length, max_size=length))
   shares = data.draw(st.lists(SHARES, min_size=length + 1, max_size=length + 1))
-  compare(made(0, sizes, channels, windows, examples, shares, shortcut, stride), LANES, relu)
+  arguments = made(0, sizes, channels, windows, examples, shares, shortcut, stride)
+  compare(arguments, LANES, relu)
+  flags = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
+  weighted, run = with_weights(arguments, flags)
+  compare(weighted, LANES, relu, run=run, of_twin=run)
 
 
 @needs_native
@@ -292,6 +354,15 @@ def test_arguments_that_do_not_fit_are_refused():
     "shortcut must have": lambda: open_conv(x, kernel, bias, x, stride=2),
     "strides must be": lambda: open_conv(x, kernel, bias, stride=0),
     "strides must be .*; got 2$": lambda: gated_chain(x, [kernel], [bias], [None, None], strides=2),
+    "weighted must be 1 flags, True or False; got 1$": lambda: gated_chain(
+      x, [kernel], [bias], [None, None], weighted=1
+    ),
+    "weighted must be 1 flags": lambda: gated_chain(
+      x, [kernel], [bias], [None, None], weighted=(True, True)
+    ),
+    r"weighted\[0\] must be False without gates\[1\]": lambda: gated_chain(
+      x, [kernel], [bias], [None, None], weighted=(True,)
+    ),
     "need a bias and a stride each": lambda: gated_chain(x, [kernel], [bias], [None]),
     "must be float32": lambda: open_conv(x.astype(jnp.bfloat16), kernel, bias),
     "not be empty": lambda: open_conv(x[:, :0], kernel, bias),

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -9,6 +11,7 @@ from gating_jax.models.summary import ModelCounts
 from gating_jax.training import evaluation
 
 COUNTS = ModelCounts(params=100, gate_params=10, gates=3, macs=1000, gate_macs=50, gated=600)
+UNGATED = dataclasses.replace(COUNTS, gate_macs=0)
 GATES = dict(classes=2, noise_scale=0.5)
 M = 37
 RANDOM = np.random.default_rng(0)
@@ -92,13 +95,25 @@ def test_an_ungated_net_spends_all_its_macs():
   result, _, behaviour = evaluation.evaluate(
     lambda pixels, labels: run(pixels, labels, gated=False),
     padded_batches(images(), 8),
-    COUNTS,
+    UNGATED,
     **GATES,
   )
   assert behaviour is None
   assert (result["macs"], result["mac_ratio"]) == (1000, 1.0)
   assert not any(name.startswith(("gates", "macs_")) for name in result)
   assert result["accuracy"] == pytest.approx(CORRECT.mean())
+
+
+def test_the_networks_of_scales_are_part_of_the_macs_of_an_ungated_net():
+  result, kept, behaviour = evaluation.evaluate(
+    lambda pixels, labels: run(pixels, labels, gated=False),
+    padded_batches(images(), 8),
+    COUNTS,
+    **GATES,
+  )
+  assert behaviour is None
+  assert (result["macs"], result["mac_ratio"]) == (1050, 1.05)
+  np.testing.assert_array_equal(kept.macs, np.full(M, 1050))
 
 
 def test_results_are_plain_numbers():
@@ -134,7 +149,7 @@ def test_macs_of_an_ungated_net_are_those_of_the_net():
   _, kept, _ = evaluation.evaluate(
     lambda pixels, labels: run(pixels, labels, gated=False),
     padded_batches(images(), 8),
-    COUNTS,
+    UNGATED,
     **GATES,
   )
   np.testing.assert_array_equal(kept.macs, np.full(M, 1000))

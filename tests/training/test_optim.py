@@ -46,6 +46,30 @@ def test_weight_decay_shrinks_everything_but_gates(params):
   assert {path[-1] for path in shrunk} == {"kernel", "scale"}  # biases start at 0
 
 
+def test_gates_may_decay_at_a_rate_of_their_own(params):
+  zero = jax.tree.map(np.zeros_like, params)
+  settings = dict(momentum=0.0, weight_decay=0.5)
+  gates, _ = split(params)
+  _, others_without = split(stepped(params, zero, **settings))
+  gates_after, others_after = split(stepped(params, zero, gate_weight_decay=0.25, **settings))
+  for path, value in gates.items():
+    np.testing.assert_allclose(gates_after[path], value * (1 - 0.1 * 0.25), rtol=1e-6)
+  for path, value in others_without.items():
+    np.testing.assert_array_equal(others_after[path], value)
+
+
+def test_without_decay_of_gates_the_state_has_the_tree_of_earlier_checkpoints(params):
+  schedule = optax.constant_schedule(0.1)
+  optimiser = optim.sgd(schedule, momentum=0.9, weight_decay=0.5)
+  earlier = optax.chain(
+    optax.add_decayed_weights(0.5, mask=optim.decayed),
+    optax.sgd(schedule, momentum=0.9, nesterov=True),
+    optax.masked(optax.scale(1.0), optim.mark_gates),
+  )
+  trees = [jax.tree.structure(o.init(params)) for o in (optimiser, earlier)]
+  assert trees[0] == trees[1]
+
+
 def test_gates_follow_their_gradient(params):
   one = jax.tree.map(np.ones_like, params)
   gates, _ = split(params)
@@ -106,6 +130,10 @@ def test_the_learning_rate_is_read_at_each_step():
     (dict(momentum=1.0, weight_decay=0), r"momentum must be in \[0, 1\); got 1.0"),
     (dict(momentum=-0.1, weight_decay=0), "momentum must be .*; got -0.1"),
     (dict(momentum=0, weight_decay=-1e-4), "weight_decay must be >= 0; got -0.0001"),
+    (
+      dict(momentum=0, weight_decay=0, gate_weight_decay=-1.0),
+      "gate_weight_decay must be >= 0; got -1.0",
+    ),
     (
       dict(momentum=0, weight_decay=0, gate_lr_multiplier=0),
       "gate_lr_multiplier must be > 0; got 0",

@@ -110,6 +110,25 @@ def test_bad_fractions_and_names_are_refused(make, message):
     make()
 
 
+@pytest.mark.parametrize(
+  ("form", "expected"),
+  [
+    ("linear", [1, 1, 0.8125, 0.625, 0.4375, 0.25, 0.25]),
+    ("cosine", [1, 1, 0.890165, 0.625, 0.359835, 0.25, 0.25]),
+    ("held", [1, 1, 1, 1, 1, 0.25, 0.25]),
+  ],
+)
+def test_a_transition_has_its_form(form, expected):
+  schedule = optim.transition(1.0, 0.25, 0.2, 0.6, 10, form=form)
+  assert values(schedule, 0, 2, 3, 4, 5, 6, 10) == pytest.approx(expected)
+  assert values(optim.transition(1.0, 0.25, 0.0, 0.0, 10, form=form), 0, 9) == [0.25, 0.25]
+
+
+def test_an_unknown_transition_is_named():
+  with pytest.raises(ValueError, match="^form must be one of cosine, held, linear; got 'step'"):
+    optim.transition(1.0, 0.5, 0.0, 0.5, 10, form="step")
+
+
 def test_a_ramp_falls_or_rises_between_two_values():
   assert values(optim.ramp(1.0, 0.25, 0.2, 0.6, 10), 0, 2, 3, 4, 6, 10) == pytest.approx(
     [1, 1, 0.8125, 0.625, 0.25, 0.25]

@@ -35,6 +35,8 @@ def test_the_config_of_a_run_is_read_as_it_was(tmp_path, name):
 def test_a_field_that_is_newer_than_the_run_may_be_absent_where_it_is_none(tmp_path):
   write(tmp_path, data__label_feature=..., data__image_feature=...)
   assert "label_feature" not in config_of(tmp_path).data
+  write(tmp_path, model__dense_first=...)
+  assert "dense_first" not in config_of(tmp_path).model
 
 
 def test_a_run_from_before_hats_own_limit_on_the_gradient_keeps_that_of_all_methods(tmp_path):

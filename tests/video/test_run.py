@@ -140,6 +140,11 @@ def test_whatever_takes_long_says_what_it_does(finished):
     ),
     ("pretrain.target", "unit", "pretrain.target must be one of label, units; got 'unit'"),
     (
+      "model.heavy.gating",
+      "bias",
+      "model.heavy.gating must be one of all_channels, channel, layer, none; got 'bias'",
+    ),
+    (
       "loss.channels.sparsity.kind",
       "budget",
       "model.heavy.gating='none' is incompatible with loss.channels.sparsity.kind='budget'",

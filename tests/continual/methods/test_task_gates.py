@@ -29,11 +29,23 @@ from tests.helpers import tiny
 
 SHAPE, TASKS, STEPS = (6, 6, 1), 3, 12
 GATE = GateSettings(hidden=4, initial_open=0.6)
+RECIPE = GateSettings(
+  hidden=4,
+  context="glance+pooled",
+  normalise=2.0,
+  threshold="quantile",
+  share=0.5,
+  weighted=True,
+  noise_scale=0.0,
+)
 MODELS = {
+  "quantile": VGG(None, (8, POOL, 8), gating="channel", gate=RECIPE),
   "simple_cnn": VGG(None, (8, POOL, 8), gating="channel", gate=GATE),
   "vgg": VGG(None, (8, 8, POOL), gating="channel", gate=GATE),
   "resnet": ResNet(None, (1, 1), features=8, shortcut="B", gating="all_channels", gate=GATE),
 }
+# Models of the fast tier: today's rule, and that of quantiles.
+FAST = {"vgg": (), "quantile": ()}
 PLAIN = VGG(6, (4, POOL))
 PROBLEM = Problem(
   tasks=TASKS,
@@ -149,7 +161,7 @@ def learnt_run(name):
 @pytest.mark.parametrize("batch_size", [1, 256])
 @pytest.mark.parametrize(
   "name",
-  [pytest.param(name, marks=() if name == "vgg" else pytest.mark.slow) for name in MODELS],
+  [pytest.param(name, marks=FAST.get(name, pytest.mark.slow)) for name in MODELS],
 )
 def test_nothing_is_forgotten_to_the_last_bit(learnt_run, batch_size):
   before, after, run, middle = learnt_run
