@@ -53,7 +53,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
     ("--config=split", "'split' could be split_cifar10 or"),
     ("--config=imagenet", "'imagenet' could be imagenet50 or imagenet_resnet18"),
     ("--config=elsewhere:1/mine.py:epochs=3", "got 'elsewhere:1/mine.py'"),
-    ("--config=unheard_of", "one of cifar10_resnet20, .*, videos_timegate; got 'unheard_of'\n"),
+    ("--config=unheard_of", "one of cifar10_resnet20, .*, worlds; got 'unheard_of'\n"),
     ("--config=gating_jax/data", "must be a file; gating_jax/data is a folder"),
     ("--config", "Missing value for flag --config"),
     (
