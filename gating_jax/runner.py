@@ -172,9 +172,12 @@ def run(programme: Programme, workdir: Path, mode: str) -> None:
     _make(programme, run_dir, programme.modes[mode])
 
 
-def newest(programme: Programme, run_dir: RunDir) -> Checkpoint:
-  """Returns the newest checkpoint of a run. Raises RunDirError where there is none to test."""
-  with working("loading the newest checkpoint"):
+def newest(programme: Programme, run_dir: RunDir, tell: Callable[[str], None] = say) -> Checkpoint:
+  """Returns the newest checkpoint of a run; `tell` takes a line about it.
+
+  Raises RunDirError where there is none to test.
+  """
+  with working("loading the newest checkpoint", tell=tell):
     found = programme.restore(run_dir)
   if found is None:
     raise RunDirError(_untrained(programme, run_dir))
@@ -326,7 +329,11 @@ def _train(programme: Programme, run_dir: RunDir) -> None:
     # The result marks the run as finished, so it is written after all other files.
     run_dir.finish(result)
     say(programme.render(result))
-    say(closing_lines(programme, run_dir, result, done=f"Trained for {lasting(seconds)}:"))
+    done = f"Trained for {lasting(seconds)}"
+    # A resumed run has trained for longer.
+    if len(provenance.read_starts(run_dir.path)) > 1:
+      done += " since the last start"
+    say(closing_lines(programme, run_dir, result, done=f"{done}:"))
 
 
 def _evaluate(programme: Programme, run_dir: RunDir) -> None:

@@ -183,7 +183,11 @@ def test_a_mode_that_looks_at_a_run_reads_its_config(mode, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
   ("content", "message"),
-  [("{", "is damaged: it must hold JSON"), ("{}", "is damaged: it must name the experiment")],
+  [
+    ("{", "is damaged: it must hold JSON"),
+    ("[" * 200_000, "is damaged: it must hold JSON"),
+    ("{}", "is damaged: it must name the experiment"),
+  ],
 )
 def test_a_run_whose_config_is_damaged_is_named(content, message, tmp_path):
   (tmp_path / "config.json").write_text(content)

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 
 from gating_jax.config_files import Config
-from gating_jax.terminal import say
+from gating_jax.terminal import say, ticking
 from gating_jax.training import hosts
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, describe_metrics
@@ -29,8 +28,9 @@ from gating_jax.training.journal import Journal, describe_metrics
 _PATIENCE = 8.0
 # The same after a second Ctrl-C, from someone who waits.
 _PATIENCE_AGAIN = 1.0
-# Seconds without a line, after which the step reached is printed.
-_SILENCE = 30.0
+# Seconds without a line, after which the step reached is printed, and between looks at the clock.
+# A little more than `terminal.working` leaves between its lines.
+_SILENCE, _LOOK = 10.5, 1.0
 # Metrics over all terms of the loss, or over all parameters.
 _TOTALS = ("loss", "gradient_norm", "state_norm")
 
@@ -262,7 +262,7 @@ def train(
     NonFiniteError: a metric is not finite; nothing that followed the last finite step was saved.
   """
   k, step = settings.steps_per_dispatch, first_step
-  pending, since_log, said = None, [], time.monotonic()
+  pending, since_log, doing = None, [], "training"
   for earlier, means in journal.past:
     watch(earlier, means)
 
@@ -275,7 +275,12 @@ def train(
       since_log.append(values)
       pending = None
 
-  with stop or StopRequest() as stop:
+  def break_silence():
+    """Tells the step reached: the wait for slow steps must not be a long silence."""
+    if journal.silence() > _SILENCE:
+      journal.say(step, doing)
+
+  with stop or StopRequest() as stop, ticking(break_silence, _LOOK):
     while step < settings.total_steps:
       # Several processes must stop at the same step.
       if (jax.process_count() == 1 or _due(step, k, settings.log_every)) and hosts.any_of(
@@ -289,17 +294,12 @@ def train(
       pending = (step, metrics)
       step += k
       journal.progress(step)
-      # Slow steps must not make a long silence between two lines.
-      if time.monotonic() - said > _SILENCE and not _due(step, k, settings.log_every):
-        said = time.monotonic()
-        journal.say(step, "training")
       if _due(step, k, settings.log_every) or step == settings.total_steps:
         settle()
         means = _means(since_log)
         since_log.clear()
         journal.write(step, "train", means)
         journal.say(step, describe_metrics(means))
-        said = time.monotonic()
         for warning in watch(step, means):
           journal.say(step, warning)
       if (
@@ -309,7 +309,9 @@ def train(
         and step < settings.total_steps
       ):
         # Before the checkpoint: a restart from there would skip this evaluation.
+        doing = "testing"
         evaluate(state, step)
+        doing = "training"
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:
         # No state is saved before its metrics are known to be finite.
         settle()
