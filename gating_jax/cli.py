@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -26,6 +27,12 @@ MODES = {
   "compile": "times programs that skip closed units",
   "export": "writes files that run without this package; image classifiers only",
   COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
+}
+# How Python and absl refuse the text of a value, and how the command does.
+_VALUE_ERRORS = {
+  r"invalid literal for int\(\) with base 10: (.+)": r"must be a whole number; got \1",
+  r"could not convert string to float: (.+)": r"must be a number; got \1",
+  r"\('Non-boolean argument to boolean flag', (.+)\)": r"must be true or false; got \1",
 }
 _HELP_FLAGS = {"-h", "-help", "--help", "-?", "--helpshort"}
 _VERSION_FLAGS = {"-version", "--version"}
@@ -192,6 +199,8 @@ def _parse(argv: list[str]) -> list[str]:
     message = _unknown_flag(error.flagname)
   except flags.Error as error:
     message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    for pattern, rule in _VALUE_ERRORS.items():
+      message = re.sub(pattern, rule, message)
   # ml_collections raises these for a field that the config does not have.
   except (AttributeError, KeyError, TypeError) as error:
     message = _unknown_field(argv) or str(error)

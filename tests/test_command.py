@@ -36,7 +36,9 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
       "model.gating must be one of .*; got 'chanel'. Did you mean 'channel'",
     ),
     ("--config.loss.sparsity.kind=l2", "must be one of budget, l0, macs, target_rate; got 'l2'"),
-    ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
+    ("--config.optim.epochs=ten", "config.optim.epochs=ten: must be a whole number; got 'ten'\n"),
+    ("--config.model.width=wide", "model.width=wide: must be a number; got 'wide'\n"),
+    ("--config.data.flip=maybe", "data.flip=maybe: must be true or false; got 'maybe'\n"),
     ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
     ("--mode=trian", r"--mode must be one of .*report.*; got 'trian'. Did you mean 'train'\?"),
     ("--page=mine.html", "--page requires --mode=compare; got --mode=train"),
@@ -58,7 +60,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
     ("--config", "Missing value for flag --config"),
     (
       "--config=configs/digits_resnet20.py:epoch=3",
-      "a variant must be one of .*'epochs'.*; got 'epoch=3'",
+      "a variant must be one of .*'epochs'.*; got 'epoch=3'. Did you mean epochs=3",
     ),
   ],
 )

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
+from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import GateSettings, check_gate_settings
 from gating_jax.models.mobilenet import MobileNet
@@ -268,6 +269,8 @@ def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module
   known = {field.name for field in dataclasses.fields(module)}
   if "stem" in known and settings.get("stem") is not None:
     one_of("stem", settings["stem"], _STEMS if module is InflatedInception else STEMS)
+  if "gating" in known and "gating" in settings:
+    one_of("gating", settings["gating"], GATINGS)
   # A setting that the network lacks must keep its default: silently ignored, it would mislead.
   for setting, unset in (("width", 1), ("stem", None), ("gating", "none"), ("group_norm", False)):
     if setting not in known and settings.get(setting, unset) != unset:

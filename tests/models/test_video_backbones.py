@@ -148,6 +148,10 @@ def test_features_are_averaged_over_all_axes_between(shape):
       "^width of light net 'features' must be left at 1; got 0.5$",
     ),
     (
+      lambda: heavy_net("resnet3d10", gating="chanel"),
+      "^gating must be one of .*; got 'chanel'. Did you mean 'channel'",
+    ),
+    (
       lambda: heavy_net("resnet3d10", stem="smal"),
       "^stem must be one of .*; got 'smal'. Did you mean 'small'",
     ),
