@@ -3,12 +3,13 @@
 No default is defined anywhere else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
+from gating_jax.checks import near
 from gating_jax.config_files import Config
 
 
@@ -209,8 +210,25 @@ _GATES = {
 # Earlier names of what is gated, which old commands still use.
 _EARLIER_GATES = {"channels": "channel", "layers": "layer"}
 
-# A variant: from its value, a text, to the fields that it sets.
+# A variant: from its value, a text, to the fields that it sets. Its errors begin with the rule.
 Variant = Callable[[str], Mapping[str, Any]]
+# How values of these types are described.
+_RULES = {int: "a whole number", float: "a number"}
+
+
+def _convert(kind: type, value: str) -> Any:
+  """Converts the text of a value. Raises a ValueError with the rule that it breaks."""
+  try:
+    return kind(value)
+  except ValueError:
+    raise ValueError(f"must be {_RULES.get(kind, kind.__name__)}; got {value!r}") from None
+
+
+def _list_choices(value: str, choices: Iterable[str]) -> str:
+  """Returns the rule for a value that must be one of some names, and the name that is near."""
+  close = near(value, choices)
+  hint = f". Did you mean {close[0]!r}?" if close else ""
+  return f"must be one of {sorted(choices)}; got {value!r}{hint}"
 
 
 def setting(field: str, kind: type = str) -> Variant:
@@ -218,7 +236,7 @@ def setting(field: str, kind: type = str) -> Variant:
 
   def set_field(value):
     """Returns the field with the value in its type."""
-    return {field: kind(value)}
+    return {field: _convert(kind, value)}
 
   return set_field
 
@@ -227,7 +245,7 @@ def _choose_gates(value: str) -> Mapping[str, Any]:
   """Returns the fields that a choice of what is gated sets."""
   value = _EARLIER_GATES.get(value, value)
   if value not in _GATES:
-    raise ValueError(f"the variant gates must be one of {sorted(_GATES)}; got {value!r}")
+    raise ValueError(_list_choices(value, _GATES))
   return _GATES[value]
 
 
@@ -254,7 +272,7 @@ def _set_budget(share: str) -> Mapping[str, Any]:
   """Returns the fields of a training to this fraction of the ungated network's MACs."""
   return {
     "loss.sparsity.kind": "budget",
-    "loss.sparsity.target": float(share),
+    "loss.sparsity.target": _convert(float, share),
     "loss.sparsity.coefficient": 50.0,
   }
 
@@ -309,18 +327,26 @@ def apply_variants(
     name, found, value = item.partition("=")
     variant = variants.get(name) or earlier.get(name)
     if not found or variant is None:
-      raise ValueError(f"a variant must be one of {sorted(variants)} as name=value; got {item!r}")
-    config.update_from_flattened_dict(_fields_of(name, variant, value))
+      close = near(name, variants)
+      hint = f". Did you mean {close[0]}={value or '...'}?" if close else ""
+      raise ValueError(
+        f"a variant must be one of {sorted(variants)} as name=value; got {item!r}{hint}"
+      )
+    try:
+      fields = _fields_of(variant, value)
+    except ValueError as error:
+      raise ValueError(f"the variant {name} {error}") from error
+    config.update_from_flattened_dict(fields)
   return config
 
 
-def _fields_of(name: str, variant: Any, value: str) -> Mapping[str, Any]:
-  """Returns the fields that a variant sets, by name; see `apply_variants`."""
+def _fields_of(variant: Any, value: str) -> Mapping[str, Any]:
+  """Returns the fields that a variant sets; see `apply_variants`."""
   if callable(variant):
     return variant(value)
   if not isinstance(variant, Mapping):
     field, kind = variant
-    return {field: kind(value)}
+    return {field: _convert(kind, value)}
   if value not in variant:
-    raise ValueError(f"the variant {name} must be one of {sorted(variant)}; got {value!r}")
+    raise ValueError(_list_choices(value, variant))
   return variant[value]

@@ -3,14 +3,15 @@
 import sys
 
 from gating_jax.checks import missing_extra
+from gating_jax.interrupts import ending_at_once
 
 
 def main() -> None:
   """Runs the command; one line says which extra to install where a library is missing."""
   try:
-    # Imported here: it needs libraries that an installation without extras lacks.
-    from gating_jax import cli
-
+    with ending_at_once():
+      # Imported here: it needs libraries that an installation without extras lacks.
+      from gating_jax import cli
     cli.main()
   except ImportError as error:
     line = missing_extra(error)

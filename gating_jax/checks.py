@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 import shlex
 import unicodedata
 import warnings
@@ -126,10 +127,27 @@ def _type_and_shape(array) -> str:
 def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
   """Returns at most `count` choices that differ from a name by a typo or two, the nearest first.
 
+  Of names that are equally near, the one with the nearest number comes first.
+
   >>> near("chanel", ("none", "channel")), near("widht", ("none", "channel"))
   (['channel'], [])
+  >>> near("resnet21", ("resnet20", "resnet32"))
+  ['resnet20']
   """
-  return difflib.get_close_matches(name, list(choices), n=count, cutoff=_CLOSE)
+  choices = list(choices)
+  close = difflib.get_close_matches(name, choices, n=max(1, len(choices)), cutoff=_CLOSE)
+
+  def distance(choice):
+    """Returns the share of letters that differ, and how far numbers in the names are apart."""
+    unlike = 1 - difflib.SequenceMatcher(None, choice, name).ratio()
+    return unlike, [abs(a - b) for a, b in zip(_numbers(name), _numbers(choice), strict=False)]
+
+  return sorted(close, key=distance)[:count]
+
+
+def _numbers(name: str) -> list[int]:
+  """Returns the numbers in a name."""
+  return [int(number) for number in re.findall(r"[0-9]+", name)]
 
 
 def few(names: Sequence[str], most: int = 8) -> str:

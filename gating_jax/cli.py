@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -13,7 +14,7 @@ from importlib import metadata
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gating_jax import __version__, config_files, programmes
+from gating_jax import __version__, config_files, interrupts, programmes
 from gating_jax.checks import missing_extra, near, one_of, printable, user_path
 from gating_jax.terminal import is_terminal, prepare_streams
 
@@ -27,6 +28,12 @@ MODES = {
   "export": "writes files that run without this package; image classifiers only",
   "curve": "traces accuracy against MACs of one net, by its gates' thresholds; image classifiers",
   COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
+}
+# How Python and absl refuse the text of a value, and how the command does.
+_VALUE_ERRORS = {
+  r"invalid literal for int\(\) with base 10: (.+)": r"must be a whole number; got \1",
+  r"could not convert string to float: (.+)": r"must be a number; got \1",
+  r"\('Non-boolean argument to boolean flag', (.+)\)": r"must be true or false; got \1",
 }
 _HELP_FLAGS = {"-h", "-help", "--help", "-?", "--helpshort"}
 _VERSION_FLAGS = {"-version", "--version"}
@@ -109,7 +116,25 @@ _PROCESS = flags.DEFINE_integer(
 
 
 def main() -> None:
-  """Runs the command: prints help or the version, or parses the flags and starts a run."""
+  """Runs the command; Ctrl-C ends it with one line and status 130."""
+  try:
+    _run_command()
+  except KeyboardInterrupt:
+    with contextlib.suppress(OSError):
+      # Before the flags are read, nothing has begun.
+      if not flags.FLAGS.is_parsed():
+        _say("interrupted")
+      elif _MODE.value == "train":
+        _say("interrupted; the same command resumes from the newest checkpoint, if there is one")
+      else:
+        _say("interrupted; the same command starts over")
+      sys.stdout.flush()
+    # Exits at once: a computation that still runs can crash the interpreter's own shutdown.
+    os._exit(interrupts.STATUS)
+
+
+def _run_command() -> None:
+  """Prints help or the version, or parses the flags and starts a run."""
   # Closed streams are opened first, so that no later file takes their numbers.
   prepare_streams()
   given = sys.argv[1:]
@@ -175,6 +200,8 @@ def _parse(argv: list[str]) -> list[str]:
     message = _unknown_flag(error.flagname)
   except flags.Error as error:
     message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    for pattern, rule in _VALUE_ERRORS.items():
+      message = re.sub(pattern, rule, message)
   # ml_collections raises these for a field that the config does not have.
   except (AttributeError, KeyError, TypeError) as error:
     message = _unknown_field(argv) or str(error)
@@ -247,6 +274,13 @@ def _misused(argv: list[str]) -> str | None:
       f"--page requires --mode={COMPARE}; got --mode={_MODE.value}, whose page is report.html of "
       "the run"
     )
+  if not _COORDINATOR.value:
+    for flag in (_PROCESSES, _PROCESS):
+      if flag.value is not None:
+        return (
+          f"--{flag.name} requires --{_COORDINATOR.name}, such as "
+          f"--{_COORDINATOR.name}=localhost:1234"
+        )
   if _SMOKE.value and _MODE.value != "train":
     return (
       f"--smoke requires --mode=train; got --mode={_MODE.value}, which uses a run that is trained"
@@ -265,14 +299,15 @@ def _main(argv: list[str]) -> int:
   if is_terminal(sys.stderr):
     _say("loading, a few seconds ...")
   # JAX and all that imports it load for seconds: errors in flags are reported before.
-  import jax
+  with interrupts.ending_at_once():
+    import jax
 
-  from gating_jax.data.tfds import DatasetNotPreparedError
-  from gating_jax.inference.export import ExportError
-  from gating_jax.training import hosts
-  from gating_jax.training.checkpoints import CheckpointError
-  from gating_jax.training.loop import NonFiniteError
-  from gating_jax.training.rundir import RunDirError
+    from gating_jax.data.tfds import DatasetNotPreparedError
+    from gating_jax.inference.export import ExportError
+    from gating_jax.training import hosts
+    from gating_jax.training.checkpoints import CheckpointError
+    from gating_jax.training.loop import Interrupted, NonFiniteError
+    from gating_jax.training.rundir import RunDirError
 
   try:
     _run_mode()
@@ -297,22 +332,17 @@ def _main(argv: list[str]) -> int:
     if not _COORDINATOR.value:
       raise
     return _failed(f"internal error:\n{traceback.format_exc()}", 1)
-  except KeyboardInterrupt:
-    if _MODE.value == "train":
-      _say("interrupted; the same command resumes from the newest checkpoint, if there is one")
-    else:
-      _say("interrupted; the same command starts over")
-    with contextlib.suppress(OSError):
-      sys.stdout.flush()
-    # Exits at once: a computation that still runs can crash the interpreter's own shutdown.
-    os._exit(130)
+  # The training has said that it stopped, and nothing is computed any more.
+  except Interrupted:
+    return interrupts.STATUS
   return 0
 
 
 def _run_mode() -> None:
   """Runs the mode: compares runs, or trains or examines the one of --workdir."""
-  from gating_jax.reports import compared_runs, comparison
-  from gating_jax.training import hosts, settings, smoke
+  with interrupts.ending_at_once():
+    from gating_jax.reports import compared_runs, comparison
+    from gating_jax.training import hosts, settings, smoke
 
   given = _WORKDIR.value
   assert given is not None  # which has been checked
@@ -325,9 +355,8 @@ def _run_mode() -> None:
   if config is None:
     config = settings.config_of(workdir)
   one_of("experiment", config.experiment, programmes.PROGRAMMES)
-  module = importlib.import_module(programmes.PROGRAMMES[config.experiment].module)
-  if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
-    raise ValueError("coordinator must be given with processes and process; got none")
+  with interrupts.ending_at_once():
+    module = importlib.import_module(programmes.PROGRAMMES[config.experiment].module)
   if _COORDINATOR.value:
     hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   # Only now: it counts devices, after which JAX can join no job.

@@ -39,12 +39,16 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, Config]:
     CheckpointError: no checkpoint can be read.
     DatasetNotPreparedError: the run is of an earlier version, which does not keep the classes and
       shapes of its data, and the data are not where the config says.
+    TypeError: `workdir` is no path.
     ValueError: this version cannot read a field of the config; the message names it.
   """
   # Imported here: `from gating_jax import *` would otherwise load what runs need.
   from gating_jax import runner
+  from gating_jax.ops import arguments
+  from gating_jax.terminal import say_error
   from gating_jax.training import outlines, rundir, settings
 
+  arguments.instance("workdir", workdir, (str, os.PathLike), "a path")
   run_dir = rundir.RunDir(user_path(workdir))
   config = settings.config_of(run_dir.path)
   one_of("experiment", config.experiment, programmes.PROGRAMMES)
@@ -53,7 +57,8 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, Config]:
   # The outlines kept in the run directory stand in for the data, which need not be there.
   experiment = module.build(config, outlines.read_outlines(run_dir.path))
   programme = getattr(module, row.programme)(experiment)
-  _, state = runner.newest(programme, run_dir)
+  # The stdout of the caller's program is not ours.
+  _, state = runner.newest(programme, run_dir, tell=say_error)
   model = programme.model
   # In training a module names the axis of a mapping over devices; outside one it must name none.
   if isinstance(model, nn.Module):

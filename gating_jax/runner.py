@@ -7,9 +7,10 @@ as a `Programme`; everything that does not depend on the programme is here.
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,41 @@ class Programme(abc.ABC):
     return jax.device_get(state)
 
 
+@contextlib.contextmanager
+def opening_data(
+  programme: type[Programme], config: Config, workdir: Path, mode: str
+) -> Iterator[None]:
+  """Announces that the block opens the data of a run, which may take minutes.
+
+  Whatever can be wrong without them is found before.
+
+  Args:
+    programme: the kind of programme.
+    config, workdir, mode: as for its `run`.
+  Raises:
+    ValueError, RunDirError: as for `run`.
+  """
+  _check_mode(programme, mode)
+  if mode == "train":
+    rundir.check_usable(workdir, config)
+  else:
+    run_dir = rundir.existing_run(workdir, config, only_tested=mode == "evaluate")
+    if not run_dir.has_checkpoint():
+      raise RunDirError(_untrained(programme, run_dir))
+  with working("opening the data", "minutes for large sets"):
+    yield
+
+
+def _check_mode(programme: Programme | type[Programme], mode: str) -> None:
+  """Raises a ValueError unless a programme has the mode."""
+  one_of("mode", mode, ("train", "evaluate", "report", *programme.modes))
+
+
+def _untrained(programme: Programme | type[Programme], run_dir: RunDir) -> str:
+  """Returns the error for a run that has no checkpoint to test."""
+  return f"{programme.untrained} in {run_dir.checkpoints} yet"
+
+
 def run(programme: Programme, workdir: Path, mode: str) -> None:
   """Runs a mode of a programme in a run directory.
 
@@ -122,7 +158,7 @@ def run(programme: Programme, workdir: Path, mode: str) -> None:
     ValueError: this programme does not have the mode.
     RunDirError: as for `rundir.open_run` and `rundir.existing_run`; or there is no checkpoint.
   """
-  one_of("mode", mode, ("train", "evaluate", "report", *programme.modes))
+  _check_mode(programme, mode)
   if mode == "train":
     with rundir.open_run(workdir, programme.config) as run_dir:
       _train(programme, run_dir)
@@ -136,12 +172,15 @@ def run(programme: Programme, workdir: Path, mode: str) -> None:
     _make(programme, run_dir, programme.modes[mode])
 
 
-def newest(programme: Programme, run_dir: RunDir) -> Checkpoint:
-  """Returns the newest checkpoint of a run. Raises RunDirError where there is none to test."""
-  with working("loading the newest checkpoint"):
+def newest(programme: Programme, run_dir: RunDir, tell: Callable[[str], None] = say) -> Checkpoint:
+  """Returns the newest checkpoint of a run; `tell` takes a line about it.
+
+  Raises RunDirError where there is none to test.
+  """
+  with working("loading the newest checkpoint", tell=tell):
     found = programme.restore(run_dir)
   if found is None:
-    raise RunDirError(f"{programme.untrained} in {run_dir.checkpoints} yet")
+    raise RunDirError(_untrained(programme, run_dir))
   return found
 
 
@@ -230,7 +269,10 @@ class Training:
       program: the name of the program that `advance` runs.
     Returns:
       whether the phase has ended; False where the training was asked to stop, and said so.
+    Raises:
+      loop.Interrupted: the same, where Ctrl-C asked.
     """
+    stop = loop.StopRequest()
 
     def evaluate_at(state, step):
       """Tests a state on the way."""
@@ -248,9 +290,13 @@ class Training:
         journal=self.journal,
         evaluate=evaluate_at if evaluate else None,
         watch=watch,
+        stop=stop,
       )
-    if self.step < settings.total_steps:
+    if self.step < settings.total_steps or stop.interrupted:
       self.say("stopped as asked; a checkpoint is saved, run the same command to resume")
+      # Whoever pressed Ctrl-C wants nothing that follows: no later cell, no next command.
+      if stop.interrupted:
+        raise loop.Interrupted
       return False
     return True
 
@@ -283,7 +329,11 @@ def _train(programme: Programme, run_dir: RunDir) -> None:
     # The result marks the run as finished, so it is written after all other files.
     run_dir.finish(result)
     say(programme.render(result))
-    say(closing_lines(programme, run_dir, result, done=f"Trained for {lasting(seconds)}:"))
+    done = f"Trained for {lasting(seconds)}"
+    # A resumed run has trained for longer.
+    if len(provenance.read_starts(run_dir.path)) > 1:
+      done += " since the last start"
+    say(closing_lines(programme, run_dir, result, done=f"{done}:"))
 
 
 def _evaluate(programme: Programme, run_dir: RunDir) -> None:

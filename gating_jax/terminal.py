@@ -112,6 +112,32 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def say_error(text: str) -> None:
+  """Prints a line to stderr at once; does nothing where that is missing or closed."""
+  if is_open(sys.stderr):
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def ticking(tick: Callable[[], None], seconds: float) -> Iterator[None]:
+  """Calls `tick` every so many seconds, on a thread of its own, while the block lasts."""
+  ended = threading.Event()
+
+  def run():
+    """Calls `tick` until the block ends."""
+    while not ended.wait(seconds):
+      tick()
+
+  # A daemon, so that it cannot hold up the end of the process.
+  ticker = threading.Thread(target=run, daemon=True)
+  ticker.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    ticker.join()
+
+
 @contextlib.contextmanager
 def working(
   what: str, about: str = "", tell: Callable[[str], None] = say

@@ -92,6 +92,7 @@ def check_loss(
     the errors measured, and what was skipped.
   Raises:
     LossCheckError: a rule is broken.
+    TypeError: `loss` is no function.
     ValueError: an argument, or the loss's result, is not as described above.
 
   >>> check_loss(lambda x: jnp.mean(jnp.square(x), axis=0)).skipped
@@ -486,6 +487,8 @@ def _order(rng, n):
 def _check_arguments(loss, settings, saturated):
   """Raises a ValueError for an argument of `check_loss` that breaks its rule."""
   shape, low, high, devices, tolerance = settings
+  if not callable(loss):
+    raise TypeError(f"loss must be a function of [N, C] values; got {loss!r:.60}")
   whole = isinstance(shape, tuple) and [type(n) for n in shape] == [int, int]
   if not (whole and shape[0] >= 3 and shape[1] >= 1):
     raise ValueError(

@@ -18,7 +18,7 @@ extras=${EXTRAS:-[all]}
 wanted=$(cat requirements.txt pyproject.toml | cksum)
 installed=$(cat .venv/installed 2>/dev/null || true)
 if [ "$installed" != "$wanted $extras" ] && [ "$installed" != "$wanted [dev]" ]; then
-  echo "installing into .venv (once; a minute or two)"
+  echo "installing $extras into .venv, once; a minute or two, up to ten on a slow network; pip says nothing meanwhile"
   .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv
   # The pins are those of Python 3.11; another Python takes what pyproject.toml allows.
   pins=(-c requirements.txt)

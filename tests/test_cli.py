@@ -191,17 +191,21 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(finished, tmp_path, monkeyp
   assert seen == sorted(seen, key=lambda one: one[1])
 
 
-def test_a_run_stopped_by_sigterm_says_so_and_goes_on(finished, tmp_path, monkeypatch):
-  workdir = tmp_path / "stopped"
-  process = start(workdir)
-  wait_for_checkpoint(process, workdir)
-  process.terminate()
-  assert process.wait(60) == 0
-  out = workdir.with_suffix(".out").read_text()
-  assert "stopped as asked; a checkpoint is saved" in out
-  assert not (workdir / "result.json").exists()
-  step = checkpoints_of(workdir)[-1]
-  assert f"step {step}/{STEPS_PER_EPOCH * EPOCHS}  stopped as asked" in out
+def test_a_run_that_is_stopped_says_so_and_goes_on(finished, tmp_path, monkeypatch):
+  """Ctrl-C alone gives a status that keeps a shell from the next command."""
+  workdir, step = tmp_path / "stopped", 0
+  for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
+    process = start(workdir)
+    wait_for_checkpoint(process, workdir, after=step)
+    process.send_signal(number)
+    assert process.wait(60) == status
+    out = workdir.with_suffix(".out").read_text()
+    assert "stopped as asked; a checkpoint is saved" in out
+    assert not (workdir / "result.json").exists()
+    step = checkpoints_of(workdir)[-1]
+    assert f"step {step}/{STEPS_PER_EPOCH * EPOCHS}  stopped as asked" in out
+    err = workdir.with_suffix(".err").read_text()
+    assert ("stopping after this step; Ctrl-C again" in err) == (number == signal.SIGINT)
   code, out, err = finish(workdir)
   assert code == 0, err
   assert f"resuming from the checkpoint of step {step} " in out

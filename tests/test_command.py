@@ -19,8 +19,8 @@ from gating_jax import cli, config_files, programmes
 from gating_jax.images import classification
 from gating_jax.models import resnets
 from gating_jax.reports import timings
-from gating_jax.training import hosts, provenance, smoke
-from tests.helpers import ROOT, tiny_cli
+from gating_jax.training import hosts, loop, provenance, smoke
+from tests.helpers import ROOT, environment, tiny_cli
 from tests.helpers.command import run_command
 
 CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
@@ -36,7 +36,9 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
       "model.gating must be one of .*; got 'chanel'. Did you mean 'channel'",
     ),
     ("--config.loss.sparsity.kind=l2", "must be one of budget, l0, macs, target_rate; got 'l2'"),
-    ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
+    ("--config.optim.epochs=ten", "config.optim.epochs=ten: must be a whole number; got 'ten'\n"),
+    ("--config.model.width=wide", "model.width=wide: must be a number; got 'wide'\n"),
+    ("--config.data.flip=maybe", "data.flip=maybe: must be true or false; got 'maybe'\n"),
     ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
     ("--mode=trian", r"--mode must be one of .*report.*; got 'trian'. Did you mean 'train'\?"),
     ("--page=mine.html", "--page requires --mode=compare; got --mode=train"),
@@ -58,7 +60,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
     ("--config", "Missing value for flag --config"),
     (
       "--config=configs/digits_resnet20.py:epoch=3",
-      "a variant must be one of .*'epochs'.*; got 'epoch=3'",
+      "a variant must be one of .*'epochs'.*; got 'epoch=3'. Did you mean epochs=3",
     ),
   ],
 )
@@ -73,6 +75,48 @@ def test_a_wrong_argument_is_named_before_anything_is_compiled(
   assert "Traceback" not in said
   assert "Finished XLA compilation" not in caplog.text
   assert not (tmp_path / "new").exists()
+
+
+_INTERRUPTED = """
+import os, signal, sys
+from gating_jax.__main__ import main
+class Finder:
+  def find_spec(self, name, *_):
+    if name == {module!r}:
+      os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+main()
+"""
+
+
+@pytest.mark.parametrize(
+  "module",
+  [
+    "absl",
+    "jax",
+    pytest.param("gating_jax.images.classification", marks=pytest.mark.slow),
+  ],
+)
+def test_ctrl_c_while_libraries_load_is_one_line(module, tmp_path):
+  """As it is where the interrupt would come out of an import as a traceback."""
+  done = subprocess.run(
+    [sys.executable, "-c", _INTERRUPTED.format(module=module), CONFIG, f"--workdir={tmp_path}"],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+    env=environment(devices=1),
+  )
+  assert (done.returncode, done.stdout) == (130, "")
+  assert done.stderr == "interrupted before anything was read or written\n"
+
+
+def test_a_training_that_ctrl_c_stopped_has_the_status_of_an_interrupt(tmp_path, monkeypatch):
+  def stopped(*_):
+    raise loop.Interrupted
+
+  monkeypatch.setattr(classification, "run", stopped)
+  assert run_command(CONFIG, f"--workdir={tmp_path}") == (130, "")
 
 
 @pytest.mark.parametrize("arguments", [(CONFIG,), (CONFIG, "--workdir=")])
@@ -141,7 +185,11 @@ def test_a_mode_that_looks_at_a_run_reads_its_config(mode, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
   ("content", "message"),
-  [("{", "is damaged: it must hold JSON"), ("{}", "is damaged: it must name the experiment")],
+  [
+    ("{", "is damaged: it must hold JSON"),
+    ("[" * 200_000, "is damaged: it must hold JSON"),
+    ("{}", "is damaged: it must name the experiment"),
+  ],
 )
 def test_a_run_whose_config_is_damaged_is_named(content, message, tmp_path):
   (tmp_path / "config.json").write_text(content)
@@ -252,7 +300,7 @@ def test_processes_without_a_coordinator_and_a_folder_that_is_a_file_are_named(t
   status, said = run_command(CONFIG, f"--workdir={tmp_path / 'run'}", "--processes=2")
   assert (status, said) == (
     2,
-    "error: coordinator must be given with processes and process; got none\n",
+    "error: --processes requires --coordinator, such as --coordinator=localhost:1234\n",
   )
   status, said = run_command(CONFIG, f"--workdir={tmp_path / 'file' / 'run'}")
   assert (status, said.splitlines()[-1]) == (

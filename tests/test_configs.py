@@ -176,6 +176,21 @@ def test_unknown_variant_is_refused(variant):
       importlib.import_module(f"configs.{name}").get_config(variant)
 
 
+@pytest.mark.parametrize(
+  ("variant", "message"),
+  [
+    ("epochs=three", "the variant epochs must be a whole number; got 'three'"),
+    ("sparsity=much", "the variant sparsity must be a number; got 'much'"),
+    ("budget=half", "the variant budget must be a number; got 'half'"),
+    ("gates=chanel", "the variant gates must be one of .*; got 'chanel'. Did you mean 'channel'"),
+    ("epoch=3", "a variant must be one of .*; got 'epoch=3'. Did you mean epochs=3"),
+  ],
+)
+def test_a_wrong_variant_is_named_with_its_rule_and_what_is_near(variant, message):
+  with pytest.raises(ValueError, match=message):
+    importlib.import_module("configs.digits_resnet20").get_config(variant)
+
+
 def test_continual_recipes_have_the_numbers_of_the_sheet():
   recipe = lambda c: (
     c.optim.batch_size,

@@ -1,7 +1,14 @@
+import fcntl
+import importlib
+import os
+import signal
+
+import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from gating_jax import runner
+from gating_jax import programmes, runner
+from gating_jax.training import loop
 from gating_jax.training.rundir import RunDirError
 from tests.helpers.programmes import StandIn
 
@@ -30,3 +37,108 @@ def test_only_training_opens_the_run(tmp_path):
 def test_other_kinds_of_runs_name_the_modes_they_have(tmp_path):
   with pytest.raises(ValueError, match="mode must be one of evaluate, report, train; got 'export'"):
     runner.run(StandIn(CONFIG), tmp_path, "export")
+
+
+@pytest.fixture
+def unopened(monkeypatch):
+  """A function that returns the run function and the example config of a programme.
+
+  Its data must not be opened.
+  """
+
+  def unopened(name):
+    row = programmes.PROGRAMMES[name]
+    module = importlib.import_module(row.module)
+    monkeypatch.setattr(module, "build", lambda config: pytest.fail("the data were opened"))
+    return module.run, importlib.import_module(f"configs.{row.example.config}").get_config()
+
+  return unopened
+
+
+@pytest.mark.parametrize("name", programmes.PROGRAMMES)
+def test_what_is_wrong_with_a_run_directory_is_found_before_the_data_are_opened(
+  name, unopened, tmp_path
+):
+  run, config = unopened(name)
+  workdir = tmp_path / "run"
+  with pytest.raises(ValueError, match="mode must be one of .*; got 'trian'"):
+    run(config, workdir, "trian")
+  with pytest.raises(RunDirError, match="holds no run"):
+    run(config, workdir, "report")
+  (tmp_path / "notes").touch()
+  with pytest.raises(RunDirError, match="must be a run directory or new"):
+    run(config, tmp_path, "train")
+  with pytest.raises(RunDirError, match="cannot be written: Not a directory"):
+    run(config, tmp_path / "notes" / "run", "train")
+  assert not workdir.exists()
+  workdir.mkdir()
+  (workdir / "config.json").write_text(config.to_json())
+  for mode in ("evaluate", "report", "compile"):
+    with pytest.raises(RunDirError, match="in .*run/checkpoints yet"):
+      run(config, workdir, mode)
+  (workdir / "result.json").write_text("{}")
+  other = config.copy_and_resolve_references()
+  other.seed = 1234
+  with pytest.raises(RunDirError, match="another config.*\n.*seed: .* there, 1234 here"):
+    run(other, workdir, "train")
+  with (workdir / ".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(RunDirError, match="is in use by another process"):
+      run(config, workdir, "train")
+
+
+@pytest.mark.parametrize(
+  ("name", "field", "made", "message"),
+  [
+    ("classification", "model.init_from", (), "model.init_from must name a run directory; .*other"),
+    (
+      "classification",
+      "model.init_from",
+      ("config.json",),
+      "model.init_from must name a run with a checkpoint; .*other has none",
+    ),
+    (
+      "long_video",
+      "pretrained",
+      (),
+      "pretrained must be a run directory .*other/pretrain has none",
+    ),
+  ],
+)
+def test_a_run_to_start_from_is_looked_for_before_the_data_are_opened(
+  name, field, made, message, unopened, tmp_path
+):
+  run, config = unopened(name)
+  for file in made:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / file).write_text(config.to_json())
+  config.update_from_flattened_dict({field: str(tmp_path / "other")})
+  with pytest.raises(RunDirError, match=message):
+    run(config, tmp_path / "run", "train")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_stopped_by_ctrl_c_ends_in_an_interrupt_after_its_checkpoint(
+  number, at, tmp_path, capsys
+):
+  def advance(state, step):
+    if step == at:
+      os.kill(os.getpid(), number)
+    return state, {"loss": jnp.ones(1)}
+
+  def take_steps():
+    with runner.Training(tmp_path, {"w": jnp.ones(1)}, 4) as training:
+      training.begin("a toy")
+      return training.run(advance, loop.LoopSettings(total_steps=4), watch=lambda step, means: ())
+
+  if number == signal.SIGINT:
+    with pytest.raises(loop.Interrupted):
+      take_steps()
+  else:
+    # A request at the last step has nothing left to stop.
+    assert take_steps() == (at == 3)
+  stopped = number == signal.SIGINT or at < 3
+  assert ("stopped as asked; a checkpoint is saved" in capsys.readouterr().out) == stopped
+  assert (tmp_path / "checkpoints" / str(at + 1)).is_dir()

@@ -45,7 +45,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     workdir: run directory.
     mode: one of those of `runner.run`; `compile` times networks that skip closed gates.
   """
-  with working("opening the data", "minutes for large sets"):
+  with runner.opening_data(ContinualLearning, config, workdir, mode):
     experiment = build(config)
   runner.run(ContinualLearning(experiment), workdir, mode)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from gating_jax.checks import is_text, user_path
 from gating_jax.data import features
@@ -110,6 +111,7 @@ def _open_source(name: str, split: str, folder: str) -> Any:
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import naming
 
+  logging.get_absl_logger().addFilter(_is_not_about_folders)
   # Before TFDS opens the set, which would import what its files name.
   _check_features(Path(folder, naming.camelcase_to_snakecase(_plain(name))))
   try:
@@ -137,6 +139,14 @@ def _open_source(name: str, split: str, folder: str) -> Any:
     raise DatasetNotPreparedError(
       f"data set {name!r} in {folder} cannot be opened: {_error_line(error)}"
     ) from error
+
+
+def _is_not_about_folders(record: Any) -> bool:
+  """Returns whether a log record is not TFDS's warning of a set that is not prepared.
+
+  The error that follows says so, and how to prepare it.
+  """
+  return not str(record.msg).startswith("Variant folder")
 
 
 def _plain(name: str) -> str:

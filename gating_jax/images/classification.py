@@ -76,10 +76,10 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     mode: one of those of `runner.run`; `export` writes files that run without this package, and
       `compile` times programs that skip closed gates.
   """
-  with working("opening the data", "minutes for large sets"):
-    experiment = build(config)
   if mode == "train" and config.model.init_from is not None:
-    check_start(config)
+    check_start(config, with_checkpoint=not RunDir(user_path(workdir)).has_checkpoint())
+  with runner.opening_data(Classification, config, workdir, mode):
+    experiment = build(config)
   runner.run(Classification(experiment), workdir, mode)
 
 
@@ -194,7 +194,8 @@ class Classification(runner.Programme):
     """Trains to the end; returns the result, or None where it was asked to stop."""
     experiment = self.experiment
     with working(
-      "opening the data and making the network", "up to half a minute, more for large sets"
+      "reading the training data and making the network",
+      "up to half a minute, more for large sets",
     ):
       train = experiment.open_train()
       # Kept in the run directory, so that the model can be loaded without its data.
@@ -459,17 +460,27 @@ def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
   return renamed
 
 
-def check_start(config: Config) -> Config:
+def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
   """Returns the config of the run that `model.init_from` names.
 
+  Args:
+    config: the config of the run to start.
+    with_checkpoint: whether the other run must have a checkpoint.
   Raises:
-    RunDirError: there is no run.
+    RunDirError: there is no run, or it has no checkpoint.
     ValueError: the run is of another experiment, gated, or of another network.
   """
+  start = RunDir(user_path(config.model.init_from))
+  if not start.exists():
+    raise RunDirError(
+      f"model.init_from must name a run directory; {start.path} has no {rundir.CONFIG_FILE}"
+    )
+  if with_checkpoint and not start.has_checkpoint():
+    raise RunDirError(_no_start(start))
   # Fields that their config lacks, being older, are taken from this one.
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
-    theirs.update(rundir.with_tuples(RunDir(user_path(config.model.init_from)).config()))
+    theirs.update(rundir.with_tuples(start.config()))
   # The fields that determine the names and shapes of parameters.
   for name, mine in (
     ("experiment", config.experiment),
@@ -487,6 +498,11 @@ def check_start(config: Config) -> Config:
         f"has {found!r}"
       )
   return theirs
+
+
+def _no_start(start: RunDir) -> str:
+  """Returns the error for a run to start from that has no checkpoint."""
+  return f"model.init_from must name a run with a checkpoint; {start.path} has none yet"
 
 
 def start_from(experiment: Experiment, state: steps.TrainState) -> steps.TrainState:
@@ -510,7 +526,7 @@ def start_from(experiment: Experiment, state: steps.TrainState) -> steps.TrainSt
   # Shapes are enough to restore, so no state of theirs is initialised.
   found = restore_newest(RunDir(folder).checkpoints, like)
   if found is None:
-    raise RunDirError(f"model.init_from must name a run with a checkpoint; {folder} has none yet")
+    raise RunDirError(_no_start(RunDir(folder)))
   step, trained = found
   say(f"starting from the parameters of step {step} in {folder}")
   return state.replace(

@@ -35,7 +35,6 @@ from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.summary import model_summary
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports import tables
-from gating_jax.terminal import working
 from gating_jax.training import devices, steps
 from gating_jax.training.evaluation import Evaluation
 from gating_jax.training.objectives import Fit, weighted_mean
@@ -55,7 +54,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     workdir: the run directory.
     mode: one of those of `runner.run`; `compile` times programs that skip closed gates.
   """
-  with working("opening the data", "minutes for large sets"):
+  with runner.opening_data(Segmentation, config, workdir, mode):
     experiment = build(config)
   runner.run(Segmentation(experiment), workdir, mode)
 

@@ -77,7 +77,11 @@ class Loaded:
     size = self.card.get("batch_size")
     if size not in (None, len(x)):
       raise ValueError(f"images must be {size}, the batch_size of the export; got {len(x)}")
-    return self._call(dict(self.weights), x)
+    if len(x):
+      return self._call(dict(self.weights), x)
+    # The program takes any number from 1 on.
+    one = self._call(dict(self.weights), jnp.zeros((1, *x.shape[1:]), x.dtype))
+    return jax.tree.map(lambda output: output[:0], one)
 
 
 @naming_extra()
@@ -211,6 +215,7 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
   from safetensors import SafetensorError
   from safetensors.numpy import load as read_tensors
 
+  arguments.instance("directory", directory, (str, os.PathLike), "a path")
   directory = user_path(directory)
   card = _read_card(directory)
   data = {name: _read(directory, name, card) for name in (PROGRAM, WEIGHTS)}
@@ -335,7 +340,8 @@ def _read_card(directory: Path) -> dict[str, Any]:
   data = _bytes(directory, CARD)
   try:
     card = json.loads(data)
-  except ValueError as error:
+  # RecursionError: a damaged file may nest deeper than Python can follow.
+  except (ValueError, RecursionError) as error:
     raise ExportError(f"{directory / CARD} is damaged: it must hold JSON ({error})") from None
   files = card.get("files") if isinstance(card, dict) else None
   for name in (PROGRAM, WEIGHTS):
@@ -355,8 +361,7 @@ def _read(directory: Path, name: str, card: Mapping[str, Any]) -> bytes:
   # Cut-off and changed files are found here, before anything is read from them.
   if _digest(data) != said["sha256"]:
     raise ExportError(
-      f"{directory / name} is damaged: its {len(data):,} bytes do not match the "
-      f"{said.get('bytes')} bytes with the SHA-256 in {CARD}"
+      f"{directory / name} is damaged: its content has changed; its SHA-256 is not that in {CARD}"
     )
   return data
 

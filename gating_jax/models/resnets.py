@@ -49,7 +49,7 @@ class StemPlan(NamedTuple):
 
 
 # Small images keep their resolution in the stem; large ones are reduced at once, to save MACs.
-_STEMS = {
+STEMS = {
   "cifar": StemPlan((3, 3, 3), (1, 1, 1)),
   "small": StemPlan((3, 3, 3), (1, 2, 2)),
   "clip": StemPlan((3, 7, 7), (1, 2, 2)),
@@ -257,8 +257,8 @@ class ResNet(nn.Module):
     Raises:
       ValueError: an unknown stem.
     """
-    one_of("stem", self.stem, _STEMS)
-    return _STEMS[self.stem]
+    one_of("stem", self.stem, STEMS)
+    return STEMS[self.stem]
 
   def plan(self, x: Array | jax.ShapeDtypeStruct) -> tuple[StagePlan, ...]:
     """Returns the stages and their blocks, for inputs of x's rank.
@@ -311,7 +311,7 @@ class ResNet(nn.Module):
     """Applies the layers before the first stage."""
     if x.ndim not in (4, 5):
       raise ValueError(
-        f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}"
+        f"images must be [N, H, W, D], or clips [N, F, H, W, D]; got shape {x.shape}"
       )
     x = x.astype(self.dtype)
     stem = self.stem_plan

@@ -180,6 +180,8 @@ def _trace(model: nn.Module, input_shape: Any) -> _Trace:
   shapes = jax.tree.leaves(input_shape, is_leaf=_is_shape)
   rule = "a tuple of whole numbers, such as (32, 32, 3), or a tree of them"
   # Without a tuple there are no leaves, and the input shape itself is at fault.
+  if isinstance(input_shape, list) and all(isinstance(size, int) for size in input_shape):
+    raise TypeError(f"input_shape must be {rule}; got {shown(input_shape)}")
   for shape in shapes or [input_shape]:
     arguments.instance("input_shape", shape, tuple, rule)
     for size in shape:

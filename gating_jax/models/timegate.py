@@ -144,7 +144,7 @@ class SegmentNet(nn.Module):
     else:
       features, records = self.encode(clips, train)
     # From `[B T, C]` back to `[B, T, C]`.
-    features = features.reshape(*record.gates.shape, -1)
+    features = features.reshape(*record.gates.shape, features.shape[-1])
     return {**outputs, "logits": self.classifier(features, record.gates, train)}, (record, *records)
 
   def choose(self, inputs: Inputs, train: bool = False) -> tuple[GateRecord, Outputs]:
@@ -172,7 +172,7 @@ class SegmentNet(nn.Module):
       seen = inputs["light"]
       # Both nets see segments as examples, one after the other.
       seen, _ = self.light(seen.reshape(-1, *seen.shape[2:]), train)
-      seen = seen.reshape(*valid.shape, -1)
+      seen = seen.reshape(*valid.shape, seen.shape[-1])
       if self.light_head or self.selection == "confidence":
         outputs["light_logits"] = self.light_classifier(seen)
     if self.selection == "gate":
@@ -225,6 +225,9 @@ def _check_input(inputs: Inputs, name: str) -> None:
   what = f"inputs[{name!r}]"
   arguments.real_array(what, inputs[name], "[B, T]" if name == "valid" else "")
   shape = np.shape(inputs["valid"])
+  # Sizes may be symbols, as in `jax.export`.
+  if isinstance(shape[1], int) and not shape[1]:
+    raise ValueError(f"inputs must have at least one segment of each video; got {shape} of valid")
   if np.shape(inputs[name])[:2] != shape:
     raise ValueError(
       f"{what} must be [B, T, ...] like valid, {shape}; got shape {np.shape(inputs[name])}"

@@ -18,10 +18,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
+from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import GateSettings, check_gate_settings
 from gating_jax.models.mobilenet import MobileNet
-from gating_jax.models.resnets import RESNETS, ResNet
+from gating_jax.models.resnets import RESNETS, STEMS, ResNet
 from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import max_pool
 from gating_jax.types import Array, Records
@@ -86,7 +87,7 @@ class InflatedInception(nn.Module):
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     if x.ndim not in (4, 5):
       raise ValueError(
-        f"clips must be [N, F, H, W, D] and images [N, H, W, D]; got shape {x.shape}"
+        f"images must be [N, H, W, D], or clips [N, F, H, W, D]; got shape {x.shape}"
       )
     x = self._stem(x.astype(self.dtype), train)
     axes = x.ndim - 2
@@ -266,6 +267,10 @@ def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module
     check_gate_settings("gate", settings["gate"])
   module, named = table[name]
   known = {field.name for field in dataclasses.fields(module)}
+  if "stem" in known and settings.get("stem") is not None:
+    one_of("stem", settings["stem"], _STEMS if module is InflatedInception else STEMS)
+  if "gating" in known and "gating" in settings:
+    one_of("gating", settings["gating"], GATINGS)
   # A setting that the network lacks must keep its default: silently ignored, it would mislead.
   for setting, unset in (("width", 1), ("stem", None), ("gating", "none"), ("group_norm", False)):
     if setting not in known and settings.get(setting, unset) != unset:

@@ -97,11 +97,11 @@ def _about_section(runs: Sequence[Run]) -> page.Section:
 
 # By their names in results, which differ between programmes; a run has some of them.
 _SUMMARISED = {
-  "accuracy": "accuracy",
-  "mean_iou": "mean IoU",
-  "mean_average_precision": "mean average precision",
-  "task_aware.average_accuracy": "accuracy, task known",
-  "mac_ratio": "MACs of the ungated net",
+  "accuracy": "accuracy {}",
+  "mean_iou": "mean IoU {}",
+  "mean_average_precision": "mean average precision {}",
+  "task_aware.average_accuracy": "accuracy, task known {}",
+  "mac_ratio": "{} of the ungated net's MACs",
 }
 
 
@@ -112,7 +112,7 @@ def _summary(run: Run) -> str:
   found = []
   for name, words in _SUMMARISED.items():
     if name in run.result:
-      found.append(f"{words} {format_percent(run.result[name], 2)}")
+      found.append(words.format(format_percent(run.result[name], 2)))
   return ", ".join(found)
 
 

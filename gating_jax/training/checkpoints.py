@@ -139,6 +139,7 @@ class Checkpoints:
           "checkpoint of step %d cannot be read, trying the previous one: %s", step, damaged[step]
         )
         continue
+      self._check_shapes(restored[_STATE], target)
       if not self._read_only:
         for bad in damaged:
           self._put_aside(bad)
@@ -150,6 +151,17 @@ class Checkpoints:
         "To start over, choose another workdir or delete that folder."
       )
     return None
+
+  def _check_shapes(self, restored: Any, target: Any) -> None:
+    """Raises a CheckpointError unless an intact state is of the network: orbax does not look."""
+    mine = dict(jax.tree_util.tree_leaves_with_path(target))
+    for path, value in jax.tree_util.tree_leaves_with_path(restored):
+      if value.shape != mine[path].shape:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        raise CheckpointError(
+          f"the checkpoint in {self._directory} is of another network: {name} has shape "
+          f"{value.shape}, the config's has {mine[path].shape}"
+        )
 
   def resume(self, fresh: Any) -> Checkpoint:
     """Restores the newest checkpoint; where there is none, takes a fresh state for that of step 0.

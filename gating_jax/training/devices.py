@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gating_jax.checks import one_of
+from gating_jax.ops import arguments
 from gating_jax.ops.collectives import mean_over_devices
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def value_and_grad_over_devices(
   >>> print(value, gradient)
   [10. 10.] [-6. -6.]
   """
+  arguments.function("loss", loss)
   if axis_name is None:
     return jax.value_and_grad(loss, argnums, has_aux)
   positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)

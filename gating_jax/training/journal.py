@@ -95,7 +95,8 @@ class Journal:
       total=total_steps, initial=first_step, unit="step", hidden=not writes, dynamic_ncols=True
     )
     self._total = total_steps
-    self._start = time.monotonic() if started is None else started
+    self._said = time.monotonic()
+    self._start = self._said if started is None else started
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """Writes a line, and a TensorBoard point per value, named `split/name`.
@@ -157,9 +158,14 @@ class Journal:
     line = f"step {step}/{self._total}  {text}"
     if self._bar.disable:
       line = f"[{time.monotonic() - self._start:6.0f} s] {line}"
+    self._said = time.monotonic()
     if is_open(sys.stdout):
       self._bar.write(line, file=sys.stdout)
       sys.stdout.flush()
+
+  def silence(self) -> float:
+    """Returns the seconds since the last line."""
+    return time.monotonic() - self._said
 
   def close(self) -> None:
     """Closes the bar, the events and both files."""
@@ -262,7 +268,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
       if not isinstance(step, int) or not isinstance(split, str):
         raise TypeError(f"step must be an integer and split a string; got {step!r} and {split!r}")
       records.append({"step": step, "split": split, **record})
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
       warn("%s: dropped a line that is not a record: %.60s", path, line)
   return records
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -10,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -19,15 +19,18 @@ import jax
 import numpy as np
 
 from gating_jax.config_files import Config
-from gating_jax.terminal import say
+from gating_jax.terminal import say, ticking
 from gating_jax.training import hosts
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, describe_metrics
 
 # Seconds after which a SIGTERM that is not answered ends the process.
 _PATIENCE = 8.0
-# Seconds without a line, after which the step reached is printed.
-_SILENCE = 30.0
+# The same after a second Ctrl-C, from someone who waits.
+_PATIENCE_AGAIN = 1.0
+# Seconds without a line, after which the step reached is printed, and between looks at the clock.
+# A little more than `terminal.working` leaves between its lines.
+_SILENCE, _LOOK = 10.5, 1.0
 # Metrics over all terms of the loss, or over all parameters.
 _TOTALS = ("loss", "gradient_norm", "state_norm")
 
@@ -36,19 +39,29 @@ class NonFiniteError(Exception):
   """The error of a NaN or infinite loss term or gradient; its message names step and term."""
 
 
+class Interrupted(KeyboardInterrupt):
+  """The interrupt of a training that Ctrl-C has stopped, after its checkpoint was saved."""
+
+
 class StopRequest:
   """A context that turns SIGTERM and Ctrl-C into a flag for the loop.
 
-  A second Ctrl-C interrupts at once. Python handles signals on the main thread alone: on another
-  thread, as in a server, whoever started that thread handles them, and nothing is changed here.
+  The first Ctrl-C is confirmed at once; a second one interrupts. Python handles signals on the main
+  thread alone: on another thread, as in a server, whoever started that thread handles them, and
+  nothing is changed here.
 
-  Where the loop is alone in its job and does not `answer` a SIGTERM in time, since a program is
-  compiled or a test runs, the process ends without another checkpoint: whoever sent it would kill
-  the process soon. The newest checkpoint is whole, and training resumes from it.
+  Where the loop is alone in its job and does not `answer` a SIGTERM or a second Ctrl-C in time,
+  since a program is compiled or a test runs, the process ends without another checkpoint: whoever
+  sent it would kill the process soon. The newest checkpoint is whole, and training resumes from it.
+
+  Attributes:
+    requested: whether the loop was asked to stop.
+    interrupted: whether the first to ask was a Ctrl-C, from someone who waits for the process. A
+      launch script starts its processes with Ctrl-C ignored, since it stops them itself.
   """
 
   def __init__(self):
-    self.requested = False
+    self.requested = self.interrupted = False
     self._previous = {}
     self._deadline: _Deadline | None = None
 
@@ -77,11 +90,23 @@ class StopRequest:
   def _request(self, number: int, _frame: FrameType | None) -> None:
     if self.requested and number == signal.SIGINT:
       raise KeyboardInterrupt
+    if number == signal.SIGINT and not self.requested:
+      self.interrupted = self._previous.get(number) != signal.SIG_IGN
+      # The thread that watches has confirmed it already, even while a program is compiled.
+      if self._deadline is None or not self._deadline.armed:
+        _confirm_interrupt()
     self.requested = True
 
 
+def _confirm_interrupt() -> None:
+  """Says that Ctrl-C was seen; writes past Python's streams, which may be held."""
+  with contextlib.suppress(OSError):
+    # On a line of its own, below a progress bar.
+    os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
+
+
 class _Deadline:
-  """A thread that ends the process where a SIGTERM is not met in time.
+  """A thread that confirms a Ctrl-C, and ends the process where a signal is not met in time.
 
   Python runs a handler between two of its own instructions, so not while the main thread waits for
   a compiler or a program. The number of a signal is written to a pipe at once.
@@ -92,9 +117,9 @@ class _Deadline:
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
     before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-    self._armed = before == -1
+    self.armed = before == -1
     # An event loop, as in a notebook, has a pipe of its own, which must stay.
-    if not self._armed:
+    if not self.armed:
       signal.set_wakeup_fd(before)
     # A daemon, so that it cannot hold up the end of the process.
     self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -107,7 +132,7 @@ class _Deadline:
   def close(self) -> None:
     """Ends the watch."""
     self.meet()
-    if self._armed:
+    if self.armed:
       signal.set_wakeup_fd(-1)
     # The thread reads the end of the pipe.
     os.close(self._write)
@@ -115,18 +140,25 @@ class _Deadline:
     os.close(self._read)
 
   def _watch(self) -> None:
-    """Waits for a SIGTERM, and then for an answer."""
+    """Waits for a SIGTERM, or for a second Ctrl-C, and then for an answer."""
+    asked = False
     while numbers := os.read(self._read, 16):
-      if signal.SIGTERM in numbers and not self._met.wait(_PATIENCE):
-        _end_process()
-        return
+      for number in numbers:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+          continue
+        if number == signal.SIGINT and not asked:
+          _confirm_interrupt()
+        elif not self._met.wait(_PATIENCE if number == signal.SIGTERM else _PATIENCE_AGAIN):
+          _end_process(number)
+          return
+        asked = True
 
 
-def _end_process() -> None:
-  """Ends this process at once, after its workers."""
+def _end_process(number: int) -> None:
+  """Ends this process at once, after its workers, with the status of this signal."""
   say(
-    f"asked to stop, and busy for {_PATIENCE:.0f} s: ended without another checkpoint; run the "
-    "same command to resume from the newest one"
+    "asked to stop while busy: ended without another checkpoint; run the same command to resume "
+    "from the newest one"
   )
   # Closed pools free their shared memory, but each waits for its workers, perhaps in vain.
   closing = threading.Thread(target=_close_pools, daemon=True)
@@ -135,7 +167,7 @@ def _end_process() -> None:
   # Workers would live on. Python frees the shared memory of a job whose processes have all ended.
   for worker in multiprocessing.active_children():
     worker.kill()
-  os._exit(128 + signal.SIGTERM)
+  os._exit(128 + number)
 
 
 def _close_pools() -> None:
@@ -205,6 +237,7 @@ def train(
   journal: Journal,
   evaluate: Callable[[Any, int], None] | None = None,
   watch: Callable[[int, Mapping[str, float]], Sequence[str]] = lambda step, means: (),
+  stop: StopRequest | None = None,
 ) -> tuple[Any, int]:
   """Trains from `first_step` to the end, or until a SIGTERM or Ctrl-C.
 
@@ -222,13 +255,14 @@ def train(
     watch: `(step, means)`, returns lines for the log after the line of these means, such as
       warnings. It is first called with the lines that the journal has of a run that is resumed;
       their results are dropped.
+    stop: the request to heed, which then says who asked; None for one of its own.
   Returns:
     `(state, step)`; `step < settings.total_steps` if it was asked to stop.
   Raises:
     NonFiniteError: a metric is not finite; nothing that followed the last finite step was saved.
   """
   k, step = settings.steps_per_dispatch, first_step
-  pending, since_log, said = None, [], time.monotonic()
+  pending, since_log, doing = None, [], "training"
   for earlier, means in journal.past:
     watch(earlier, means)
 
@@ -241,7 +275,12 @@ def train(
       since_log.append(values)
       pending = None
 
-  with StopRequest() as stop:
+  def break_silence():
+    """Tells the step reached: the wait for slow steps must not be a long silence."""
+    if journal.silence() > _SILENCE:
+      journal.say(step, doing)
+
+  with stop or StopRequest() as stop, ticking(break_silence, _LOOK):
     while step < settings.total_steps:
       # Several processes must stop at the same step.
       if (jax.process_count() == 1 or _due(step, k, settings.log_every)) and hosts.any_of(
@@ -255,17 +294,12 @@ def train(
       pending = (step, metrics)
       step += k
       journal.progress(step)
-      # Slow steps must not make a long silence between two lines.
-      if time.monotonic() - said > _SILENCE and not _due(step, k, settings.log_every):
-        said = time.monotonic()
-        journal.say(step, "training")
       if _due(step, k, settings.log_every) or step == settings.total_steps:
         settle()
         means = _means(since_log)
         since_log.clear()
         journal.write(step, "train", means)
         journal.say(step, describe_metrics(means))
-        said = time.monotonic()
         for warning in watch(step, means):
           journal.say(step, warning)
       if (
@@ -275,7 +309,9 @@ def train(
         and step < settings.total_steps
       ):
         # Before the checkpoint: a restart from there would skip this evaluation.
+        doing = "testing"
         evaluate(state, step)
+        doing = "training"
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:
         # No state is saved before its metrics are known to be finite.
         settle()

@@ -6,6 +6,7 @@ A run is resumed by the same config and refused to any other.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -55,6 +56,16 @@ class RunDir:
     """Returns the path of the report's page."""
     return self.path / REPORT_FILE
 
+  def exists(self) -> bool:
+    """Returns whether there is a run."""
+    return (self.path / CONFIG_FILE).exists()
+
+  def has_checkpoint(self) -> bool:
+    """Returns whether there is a checkpoint, which may be damaged."""
+    folder = self.checkpoints
+    # While a checkpoint is written, its name is more than its step.
+    return folder.is_dir() and any(file.name.isdigit() for file in folder.iterdir())
+
   def has_progress(self) -> bool:
     """Returns whether there is anything that another config's run would spoil."""
     # At any depth and with any suffix: damaged checkpoints are kept next to their folder.
@@ -71,10 +82,9 @@ class RunDir:
     Fields that are newer than the run have the value that stands for how it was trained. Raises
     RunDirError where there is no run.
     """
-    file = self.path / CONFIG_FILE
-    if not file.exists():
+    if not self.exists():
       raise RunDirError(f"workdir {self.path} holds no run: it has no {CONFIG_FILE}")
-    fields = _read(file)
+    fields = _read(self.path / CONFIG_FILE)
     config_files.rename_fields(fields)
     config_files.add_newer_fields(fields)
     return fields
@@ -122,28 +132,72 @@ def open_run(path: Path, config: Config) -> Iterator[RunDir]:
     yield RunDir(path)
 
 
-@contextlib.contextmanager
-def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
-  """Holds the directory, with this config written or found in it."""
-  file = path / CONFIG_FILE
-  if path.exists() and not file.exists() and not _is_blank(path):
+def check_usable(path: Path, config: Config) -> None:
+  """Raises the errors of `open_run` that show without changing anything."""
+  path = user_path(path)
+  check_storable("workdir", path)
+  hosts.on_writer(_check_usable, path, json.loads(config.to_json()))
+
+
+def _check_usable(path: Path, mine: Mapping[str, Any]) -> None:
+  """Raises a RunDirError where a run of this config could not be opened; changes nothing."""
+  _check_is_run(path)
+  with _naming_workdir(path):
+    above = path.absolute()
+    # A missing folder is made in the nearest one that is there.
+    while not os.path.lexists(above):
+      above = above.parent
+    if not above.is_dir():
+      raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(above, os.W_OK | os.X_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    lock = path / _LOCK_FILE
+    if lock.exists():
+      with lock.open() as held:
+        _hold(held, _in_use(path))
+  run_dir = RunDir(path)
+  if run_dir.exists() and run_dir.has_progress():
+    _compare(path, run_dir.config(), mine, free=_FREE_IN_TRAINING)
+
+
+def _check_is_run(path: Path) -> None:
+  """Raises a RunDirError where there is something at the path that is no run."""
+  if path.exists() and not RunDir(path).exists() and not _is_blank(path):
     raise RunDirError(
       f"workdir must be a run directory or new; {path} exists and has no {CONFIG_FILE}"
     )
+
+
+def _in_use(path: Path) -> str:
+  """Returns the error for a run directory that another process has locked."""
+  return f"workdir {path} is in use by another process"
+
+
+@contextlib.contextmanager
+def _naming_workdir(path: Path) -> Iterator[None]:
+  """Names the run directory in errors of the block, which opens or makes it."""
   try:
+    yield
+  except OSError as error:
+    raise RunDirError(f"workdir {path} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
+  """Holds the directory, with this config written or found in it."""
+  _check_is_run(path)
+  with _naming_workdir(path):
     path.mkdir(parents=True, exist_ok=True)
     # The lock ends with the process, however that ends.
     lock = (path / _LOCK_FILE).open("w")
-  except OSError as error:
-    raise RunDirError(f"workdir {path} cannot be written: {error.strerror}") from error
   with lock:
-    _hold(lock, f"workdir {path} is in use by another process")
+    _hold(lock, _in_use(path))
     run_dir = RunDir(path)
     # Compared under the lock: another job may just have begun a run here.
-    if file.exists() and run_dir.has_progress():
+    if run_dir.exists() and run_dir.has_progress():
       _compare(path, run_dir.config(), mine, free=_FREE_IN_TRAINING)
     else:
-      write_json(file, mine)
+      write_json(path / CONFIG_FILE, mine)
     yield
 
 
@@ -248,7 +302,8 @@ def _read(file: Path) -> dict[str, Any]:
   """Reads a JSON object. Raises RunDirError where the file holds none."""
   try:
     found = json.loads(file.read_text())
-  except ValueError as error:
+  # RecursionError: a damaged file may nest deeper than Python can follow.
+  except (ValueError, RecursionError) as error:
     raise RunDirError(f"{file} is damaged: it must hold JSON ({error})") from None
   if not isinstance(found, dict):
     raise RunDirError(f"{file} is damaged: it must hold a JSON object; got {type(found).__name__}")

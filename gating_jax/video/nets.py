@@ -47,11 +47,9 @@ def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
   """
   if experiment.pretraining is None:
     raise ValueError("pretrain.epochs must be that of the pretrained run; got 0")
-  path = user_path(experiment.config.pretrained or path) / PRETRAIN_DIR
-  if not path.is_dir():
-    raise rundir.RunDirError(
-      f"pretrained must be a run directory with trained nets; {path} does not exist"
-    )
+  if experiment.config.pretrained:
+    path = check_pretrained(experiment.config.pretrained)
+  path = path / PRETRAIN_DIR
   step, state = restore(experiment.pretraining, path, experiment.config.seed)
   if step != experiment.pretraining.settings.total_steps:
     raise rundir.RunDirError(
@@ -59,6 +57,17 @@ def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
       f"its newest checkpoint is of step {step}"
     )
   return variables_of(state)
+
+
+def check_pretrained(pretrained: str) -> Path:
+  """Returns the run that `pretrained` names. Raises a RunDirError where it has no trained nets."""
+  path = user_path(pretrained)
+  folder = path / PRETRAIN_DIR
+  if not rundir.RunDir(folder).has_checkpoint():
+    raise rundir.RunDirError(
+      f"pretrained must be a run directory with trained nets; {folder} has none"
+    )
+  return path
 
 
 def begin_training(

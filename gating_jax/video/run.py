@@ -56,7 +56,9 @@ def run(config: Config, workdir: Path, mode: str) -> None:
   Raises:
     ValueError: in training, a video is in two splits; the first five are named.
   """
-  with working("opening the data", "minutes for large sets"):
+  if mode == "train" and config.pretrained:
+    video_nets.check_pretrained(config.pretrained)
+  with runner.opening_data(LongVideo, config, workdir, mode):
     experiment = build(config)
     # A run may be tested on its own training videos; one that is trained says something else.
     if mode == "train":

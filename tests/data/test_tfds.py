@@ -17,6 +17,13 @@ def real_cifar10(test):
   return pytest.mark.real_data(pytest.mark.skipif(missing, reason=reason)(test))
 
 
+def test_a_half_prepared_set_has_no_warning_before_its_error(tmp_path, capfd):
+  (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+  with pytest.raises(DatasetNotPreparedError):
+    image_sets.load("cifar10", "train", str(tmp_path))
+  assert "Variant folder" not in capfd.readouterr().err
+
+
 def test_a_known_set_that_is_not_prepared_is_named_with_what_to_do(tmp_path):
   with pytest.raises(DatasetNotPreparedError) as caught:
     image_sets.load("cifar10", "train", str(tmp_path))

@@ -64,6 +64,8 @@ def compiled(programme, finished, folder):
 class Stopping:
   """A replacement of `StopRequest` that asks to stop after some steps."""
 
+  interrupted = False
+
   def __init__(self, steps):
     self._left = steps
 

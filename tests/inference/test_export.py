@@ -45,6 +45,10 @@ def test_what_is_loaded_computes_the_same_for_any_number_of_images(net, tmp_path
   loaded = load_exported(path)
   for count in (1, 5):
     assert_same(loaded(np.asarray(images(count))), run(net, images(count)))
+  outputs, logits = run(net, images(1))
+  nothing, none = loaded(np.asarray(images(1)[:0]))
+  assert nothing.shape == (0, *outputs.shape[1:])
+  assert [gates.shape for gates in none] == [(0, *gates.shape[1:]) for gates in logits]
   card = json.loads((path / "card.json").read_text())
   assert card == loaded.card
   assert card["platforms"] == ["cpu", "cuda", "tpu"]
@@ -148,6 +152,7 @@ def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
     ),
     (lambda d: (d / "card.json").unlink(), "holds no complete export: card.json cannot be read"),
     (lambda d: (d / "card.json").write_text("{"), "card.json is damaged: it must hold JSON"),
+    (lambda d: (d / "card.json").write_text("[" * 200_000), "card.json is damaged: it must hold"),
     (
       lambda d: (d / "card.json").write_text("[]"),
       "card.json is damaged: it must have the SHA-256",
@@ -244,7 +249,5 @@ def test_a_file_of_the_right_size_that_was_changed_is_not_loaded(exported, name)
   data = bytearray((exported / name).read_bytes())
   data[-1] ^= 1
   (exported / name).write_bytes(data)
-  with pytest.raises(
-    ExportError, match=f"{name} is damaged: its .* bytes do not match the .* bytes with"
-  ):
+  with pytest.raises(ExportError, match=f"{name} is damaged: its content has changed"):
     load_exported(exported)

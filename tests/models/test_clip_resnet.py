@@ -169,8 +169,7 @@ def test_features_and_parameters_stay_long(dtype):
     ),
     (
       lambda: traced(resnet("resnet20", 10), (1, 2, 2, 8, 8, 3)),
-      r"clips must be \[N, F, H, W, D\] and images must be \[N, H, W, D\]; got shape \(1, 2, 2, "
-      r"8, 8, 3\)",
+      r"images must be \[N, H, W, D\], or clips \[N, F, H, W, D\]; got shape \(1, 2, 2, 8, 8, 3\)",
     ),
   ],
 )

@@ -15,6 +15,7 @@ from gating_jax.layers.conv import ConvNorm
 from gating_jax.layers.experts import mixture
 from gating_jax.layers.gate import GateHead
 from gating_jax.models.timegate import Dropout, pool
+from gating_jax.testing import check_loss
 
 KEY, IMAGES, VIDEOS, VALID = (
   jax.random.key(0),
@@ -276,6 +277,33 @@ COUNTS = {
     TypeError,
     "input_shape must be a tuple of whole numbers, such as (32, ",
   ),
+  "a list for a shape": (
+    lambda: gj.model_summary(FOLDABLE, [8, 8, 3]),
+    TypeError,
+    "input_shape must be a tuple of whole numbers, such as (32, 32, 3), or a tree of them; "
+    "got [8, 8, 3]",
+  ),
+  "a number for a loss": (
+    lambda: check_loss(3, shape=(5, 2)),
+    TypeError,
+    "loss must be a function of [N, C] values; got 3",
+  ),
+  "a number to differentiate": (
+    lambda: gj.value_and_grad_over_devices(3, "batch"),
+    TypeError,
+    "loss must be a function; got 3",
+  ),
+  "no run directory": (lambda: gj.load_run(None), TypeError, "workdir must be a path; got None"),
+  "a number for an export": (
+    lambda: gj.load_exported(3),
+    TypeError,
+    "directory must be a path; got 3",
+  ),
+  "videos without segments": (
+    lambda: init(VIDEO_NET, {"heavy": VIDEOS[:, :0], "valid": VALID[:, :0]}),
+    ValueError,
+    "inputs must have at least one segment of each video; got (2, 0) of valid",
+  ),
   "no shape": (
     lambda: gj.model_summary(FOLDABLE, None),
     TypeError,
@@ -460,3 +488,13 @@ def test_evaluation_of_no_image_has_no_output():
   gate = gj.ChannelGate(GROUPS)
   (record,) = jax.eval_shape(gate.apply, init(gate, IMAGES), IMAGES[:0])
   assert record.gates.shape == (0, 4)
+
+
+def test_evaluation_of_no_video_has_no_output():
+  for selection in ("all", "gate", "confidence"):
+    net = gj.SegmentNet(2, FEATURES, gj.heavy_net("features"), selection=selection)
+    inputs = {"light": VIDEOS, "heavy": VIDEOS, "valid": VALID}
+    none = {name: array[:0] for name, array in inputs.items()}
+    outputs, (record,) = jax.eval_shape(net.apply, init(net, inputs), none)
+    assert outputs["logits"].shape == (0, 2)
+    assert record.gates.shape == (0, 3)

@@ -227,7 +227,7 @@ def test_shortcut_b_in_a_cifar_net_projects_at_every_new_stage():
     ),
     (
       lambda: traced(resnet("resnet20", 10), (8, 8, 3)),
-      r"images must be \[N, H, W, D\]; got shape \(8, 8, 3\)",
+      r"images must be \[N, H, W, D\], or clips .*; got shape \(8, 8, 3\)",
     ),
   ],
 )

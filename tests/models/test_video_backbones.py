@@ -148,6 +148,14 @@ def test_features_are_averaged_over_all_axes_between(shape):
       "^width of light net 'features' must be left at 1; got 0.5$",
     ),
     (
+      lambda: heavy_net("resnet3d10", gating="chanel"),
+      "^gating must be one of .*; got 'chanel'. Did you mean 'channel'",
+    ),
+    (
+      lambda: heavy_net("resnet3d10", stem="smal"),
+      "^stem must be one of .*; got 'smal'. Did you mean 'small'",
+    ),
+    (
       lambda: heavy_net("features", stem="small"),
       "^stem of heavy net 'features' must be left at None; got 'small'$",
     ),
@@ -296,7 +304,7 @@ def test_an_inflated_net_sees_a_still_clip_as_its_frame(net, frames, name):
     (
       lambda: InflatedInception(TINY),
       (8, 8, 1),
-      r"clips must be \[N, F, H, W, D\].*; got shape \(8, 8, 1\)",
+      r"images must be \[N, H, W, D\], or clips .*; got shape \(8, 8, 1\)",
     ),
   ],
 )

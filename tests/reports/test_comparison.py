@@ -218,6 +218,8 @@ def test_the_terminal_has_the_same_tables():
   assert re.search(r"^accuracy +90\.00 % +90\.00 %$", text, re.MULTILINE)
   assert re.search(r"^seed +0 +7$", text, re.MULTILINE)
   assert "config" not in comparison.render_comparison([image_run("a")])
+  summary = comparison._summary(image_run("a"))
+  assert re.fullmatch(r"accuracy 90\.00 %, [0-9.]+ % of the ungated net's MACs", summary)
 
 
 def test_a_run_named_like_a_script_is_text():

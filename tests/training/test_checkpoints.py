@@ -326,6 +326,11 @@ def test_a_state_of_another_shape_is_not_taken_for_damage_to_be_moved(open_check
   }
   with pytest.raises(CheckpointError, match="To start over, choose another workdir"):
     open_checkpoints().restore(other, devices.replicated_sharding())
+  wider = jax.eval_shape(lambda: state(0))
+  wider["params"]["b"] = jax.ShapeDtypeStruct((5,), jnp.float32)
+  message = r"of another network: params/b has shape \(3,\), the config's has \(5,\)"
+  with pytest.raises(CheckpointError, match=message):
+    open_checkpoints().restore(wider, devices.replicated_sharding())
   assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
 
 

@@ -248,7 +248,7 @@ def send(number=signal.SIGTERM):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("k", "stops_at"), [(1, 6), (4, 8)])
-def test_a_signal_saves_where_it_stopped(tmp_path, k, stops_at, number):
+def test_a_signal_saves_where_it_stopped(tmp_path, k, stops_at, number, capfd):
   run = Run(tmp_path, k=k, before={5 // k * k: lambda: send(number)})
   state, step = run(total=12)
   assert step == stops_at
@@ -256,6 +256,9 @@ def test_a_signal_saves_where_it_stopped(tmp_path, k, stops_at, number):
   assert run.saved() == sums(step)
   resumed = Run(tmp_path, k=k, first_step=step)
   assert float(resumed(total=12, start=state)[0]["w"]) == 66
+  # Someone waits after Ctrl-C alone.
+  confirmed = "stopping after this step; Ctrl-C again ends at once"
+  assert capfd.readouterr().err.count(confirmed) == (number == signal.SIGINT)
 
 
 def test_sigterm_before_the_first_step_saves_nothing_new(tmp_path):
@@ -313,7 +316,7 @@ def test_a_sigterm_that_is_not_answered_in_time_ends_the_process(
 ):
   called = threading.Event()
   monkeypatch.setattr(loop, "_PATIENCE", 0.2)
-  monkeypatch.setattr(loop, "_end_process", called.set)
+  monkeypatch.setattr(loop, "_end_process", lambda number: called.set())
   with StopRequest() as stop:
     if answered:
       stop.answer()
@@ -323,6 +326,38 @@ def test_a_sigterm_that_is_not_answered_in_time_ends_the_process(
   assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_a_second_ctrl_c_ends_a_process_whose_main_thread_is_busy(monkeypatch, capfd):
+  ended, called = [], threading.Event()
+  monkeypatch.setattr(loop, "_PATIENCE_AGAIN", 0.05)
+  monkeypatch.setattr(loop, "_end_process", lambda number: (ended.append(number), called.set()))
+  # In place of a main thread that compiles, in which no handler runs.
+  previous = signal.signal(signal.SIGINT, lambda *_: None)
+  watch = loop._Deadline()
+  try:
+    send(signal.SIGINT)
+    assert not called.wait(0.3)
+    assert "stopping after this step" in capfd.readouterr().err
+    send(signal.SIGINT)
+    assert called.wait(5.0)
+  finally:
+    watch.close()
+    signal.signal(signal.SIGINT, previous)
+  assert ended == [signal.SIGINT]
+
+
+@pytest.mark.parametrize(
+  ("handler", "interrupted"), [(signal.default_int_handler, True), (signal.SIG_IGN, False)]
+)
+def test_a_ctrl_c_that_a_launch_script_handles_does_not_count_as_the_users(handler, interrupted):
+  previous = signal.signal(signal.SIGINT, handler)
+  try:
+    with StopRequest() as stop:
+      send(signal.SIGINT)
+      assert (stop.requested, stop.interrupted) == (True, interrupted)
+  finally:
+    signal.signal(signal.SIGINT, previous)
+
+
 def test_a_process_that_must_end_at_once_ends_its_workers_first(monkeypatch, capsys):
   worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
   worker.start()
@@ -330,7 +365,7 @@ def test_a_process_that_must_end_at_once_ends_its_workers_first(monkeypatch, cap
   # Those of other tests must live on.
   monkeypatch.setattr(loop.multiprocessing, "active_children", lambda: [worker])
   monkeypatch.setattr(loop.os, "_exit", lambda status: ended.append(status))
-  loop._end_process()
+  loop._end_process(signal.SIGTERM)
   worker.join(10)
   assert worker.exitcode == -signal.SIGKILL
   assert ended == [128 + signal.SIGTERM]
@@ -340,7 +375,7 @@ def test_a_process_that_must_end_at_once_ends_its_workers_first(monkeypatch, cap
 def test_the_loop_answers_a_request_before_it_saves(tmp_path, monkeypatch):
   called = []
   monkeypatch.setattr(loop, "_PATIENCE", 1.0)
-  monkeypatch.setattr(loop, "_end_process", lambda: called.append("ended"))
+  monkeypatch.setattr(loop, "_end_process", lambda number: called.append("ended"))
   saved = Checkpoints.save
 
   def save_slowly(self, *what):
@@ -354,11 +389,16 @@ def test_the_loop_answers_a_request_before_it_saves(tmp_path, monkeypatch):
   assert called == []
 
 
-def test_slow_steps_are_told_before_the_next_line_of_the_log(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(loop, "_SILENCE", -1.0)
-  Run(tmp_path)(total=4, log_every=4)
-  said = capsys.readouterr().out
-  assert [said.count(f"step {step}/4  training") for step in (1, 2, 3, 4)] == [1, 1, 1, 0]
+def test_a_slow_step_is_told_while_it_lasts(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(loop, "_SILENCE", 0.1)
+  monkeypatch.setattr(loop, "_LOOK", 0.02)
+
+  def wait_for_a_line():
+    assert "step 2/4  training\n" not in capsys.readouterr().out
+    time.sleep(0.5)
+    assert "step 2/4  training\n" in capsys.readouterr().out
+
+  Run(tmp_path, before={2: wait_for_a_line})(total=4, log_every=4)
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
