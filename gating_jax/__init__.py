@@ -72,6 +72,7 @@ __all__ = [
   "l0_loss",
   "light_net",
   "load_exported",
+  "load_pretrained",
   "load_run",
   "mac_budget_loss",
   "mac_loss",
@@ -84,6 +85,7 @@ __all__ = [
   "quantise",
   "relaxed_bernoulli",
   "resnet",
+  "save_pretrained",
   "scatter_back",
   "sort_with_vjp",
   "straight_through_gate",
@@ -110,6 +112,7 @@ if TYPE_CHECKING:
   from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
   from gating_jax.loading import load_run
+  from gating_jax.models.pretrained import load_pretrained, save_pretrained
   from gating_jax.models.resnets import ResNet, resnet
   from gating_jax.models.summary import ModelCounts, VideoCounts, model_summary, video_summary
   from gating_jax.models.timegate import SegmentNet, find_concepts
@@ -175,6 +178,7 @@ else:
       ),
       "gating_jax.layers.segment_gate": ("SegmentGate", "SegmentGateSettings"),
       "gating_jax.loading": ("load_run",),
+      "gating_jax.models.pretrained": ("load_pretrained", "save_pretrained"),
       "gating_jax.models.resnets": ("ResNet", "resnet"),
       "gating_jax.models.summary": ("ModelCounts", "VideoCounts", "model_summary", "video_summary"),
       "gating_jax.models.timegate": ("SegmentNet", "find_concepts"),

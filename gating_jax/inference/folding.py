@@ -158,6 +158,12 @@ def _rules_of(model: ResNet | VGG) -> list[_Rule]:
       ),
       _Rule("convolution", model.convolution, holds=model.convolution == "full", wanted="full"),
     ]
+  else:
+    one_layer = "for one dense layer after the mean over pixels, as folded networks have"
+    rules += [
+      _Rule("hidden", model.hidden, holds=not model.hidden, wanted=f"() {one_layer}"),
+      _Rule("pooled", model.pooled, holds=model.pooled == 1, wanted=f"1 {one_layer}"),
+    ]
   return rules
 
 
