@@ -63,7 +63,7 @@ def image_config() -> Config:
           "ramp_start": 0.0,  # constant up to this fraction
           "ramp_end": 0.5,  # reaches the final scale, linearly, at this fraction
         },
-        # folder of an ungated run whose parameters are the initial ones
+        # initial parameters: folder of an ungated run, or file of torchvision's or timm's weights
         "init_from": config_dict.placeholder(str),
         # an image leaves at an exit whose entropy is below this fraction of the maximum
         "exits": {"threshold": 0.3},
@@ -110,6 +110,10 @@ def image_config() -> Config:
         "momentum": 0.9,
         "weight_decay": 5e-4,  # always 0 for gate parameters
         "gate_lr_multiplier": 1.0,  # factor of the learning rate of gate parameters
+        "freeze_epochs": config_dict.placeholder(float),  # epochs with frozen layers; None: 0
+        # beginnings of their names, such as ("stem", "stage1"); None: all but gates, exits and the
+        # dense layers at the end
+        "frozen_layers": config_dict.placeholder(tuple),
       },
       "devices": {
         "backend": "pmap",  # or shard_map

@@ -125,6 +125,8 @@ _CLASSIFICATION = ProgrammeRow(
     "model.init_from",
     "loss.",
     "optim.gate_lr_multiplier",
+    "optim.freeze_epochs",
+    "optim.frozen_layers",
     "data.workers",
     "data.loader",
   ),

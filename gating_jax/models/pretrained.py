@@ -199,6 +199,12 @@ def save_pretrained(variables: Mapping[str, Any], file: str | os.PathLike) -> Fi
   return target
 
 
+def names_weights(path: str | os.PathLike) -> bool:
+  """Returns whether a path is that of a file of weights, also of a pickle, and not a run."""
+  target = user_path(path)
+  return target.suffix.lower() in (*_SUFFIXES, *_PICKLES) and not target.is_dir()
+
+
 # From a file to arrays by name, and back.
 
 

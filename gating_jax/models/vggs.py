@@ -29,6 +29,8 @@ from gating_jax.ops.cpu_convs import max_pool
 from gating_jax.types import Apply, Array, Path, Records
 
 POOL: Final = "pool"
+# Names of the dense layers: `hidden1` and so on, then `classifier`.
+_HIDDEN, _CLASSIFIER = "hidden", "classifier"
 # Channels of each convolution, and `POOL` after those that a max pool follows.
 Chain = tuple[int | Literal["pool"], ...]
 _VGG16: Chain = (
@@ -122,7 +124,7 @@ class VGG(nn.Module):
     """Returns the names of the dense layers, in their order; none without classes."""
     if self.classes is None:
       return ()
-    return (*(f"hidden{i + 1}" for i in range(len(self.hidden))), "classifier")
+    return (*(f"{_HIDDEN}{i + 1}" for i in range(len(self.hidden))), _CLASSIFIER)
 
   def _classify(self, x: Array, classes: int) -> Array:
     """Computes logits from the features, `[N, D]`."""
@@ -194,6 +196,11 @@ class VGGLayer(nn.Module):
     )
     records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train)
     return apply_gates(y, records[0].gates), records
+
+
+def is_dense_name(name: str) -> bool:
+  """Returns whether a module of this name is a dense layer at the end of a network."""
+  return name == _CLASSIFIER or name.startswith(_HIDDEN)
 
 
 def average_parts(x: Array, side: int) -> Array:
