@@ -33,6 +33,7 @@ __all__ = [
   "GateRecord",
   "GateSettings",
   "GatedChannels",
+  "GatedModel",
   "ModelCounts",
   "Prior",
   "ResNet",
@@ -60,6 +61,7 @@ __all__ = [
   "expected_macs",
   "export_model",
   "find_concepts",
+  "find_pairs",
   "find_static_units",
   "fold",
   "from_cdf",
@@ -110,6 +112,8 @@ if TYPE_CHECKING:
   from gating_jax.inference.segments import compile_segments
   from gating_jax.layers.blocks import BasicBlock, Bottleneck
   from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
+  from gating_jax.layers.gated_model import GatedModel
+  from gating_jax.layers.pair_search import find_pairs
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
   from gating_jax.loading import load_run
   from gating_jax.models.pretrained import load_pretrained, save_pretrained
@@ -176,6 +180,8 @@ else:
         "GatedChannels",
         "apply_gates",
       ),
+      "gating_jax.layers.gated_model": ("GatedModel",),
+      "gating_jax.layers.pair_search": ("find_pairs",),
       "gating_jax.layers.segment_gate": ("SegmentGate", "SegmentGateSettings"),
       "gating_jax.loading": ("load_run",),
       "gating_jax.models.pretrained": ("load_pretrained", "save_pretrained"),
