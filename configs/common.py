@@ -19,8 +19,10 @@ def image_config() -> Config:
       "experiment": "classification",
       "seed": 0,
       "data": {
-        "name": "digits",  # or any TFDS image-classification set
-        "data_dir": config_dict.placeholder(str),  # None: ~/tensorflow_datasets
+        # or any TFDS image-classification set; or folder, for images in folders of their classes
+        "name": "digits",
+        # None: ~/tensorflow_datasets; of folder: that of the images, or a .csv of path and label
+        "data_dir": config_dict.placeholder(str),
         "train_split": "train",
         "test_split": "test",
         "image_feature": config_dict.placeholder(str),  # of TFDS; None: image

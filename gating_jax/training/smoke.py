@@ -8,7 +8,7 @@ import jax
 
 from gating_jax import programmes
 from gating_jax.config_files import Config
-from gating_jax.data import features, image_sets, scenes
+from gating_jax.data import features, folders, image_sets, scenes
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.training import settings
 
@@ -61,7 +61,7 @@ def shrink(config: Config) -> Config:
   # Splits of videos are files; digits and made scenes are small already.
   if "layout" in small.get("data", {}):
     small.data.at_most = _VIDEOS
-  elif small.data.get("name") not in (image_sets.DIGITS, scenes.MADE):
+  elif small.data.get("name") not in (image_sets.DIGITS, folders.FOLDER, scenes.MADE):
     _cut_splits(small)
   return small.lock()
 
