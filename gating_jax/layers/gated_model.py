@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from gating_jax.layers.gate import (
 )
 from gating_jax.ops import arguments
 from gating_jax.ops.macs import conv_macs
-from gating_jax.types import Array, GateRecord, Path, Records
+from gating_jax.types import Apply, Array, GateRecord, Path, Records
 
 if TYPE_CHECKING:
   from flax.linen.module import InterceptorContext
@@ -92,6 +92,9 @@ class GatedModel(nn.Module):
   >>> y.shape, records[0].gates.shape, records[0].macs_per_unit
   ((5, 2), (5, 8), 5)
   """
+
+  if TYPE_CHECKING:
+    apply: ClassVar[Apply[Any]]
 
   model: nn.Module
   pairs: tuple[tuple[str, str], ...]
