@@ -204,6 +204,20 @@ GATES = [
     "fits = True",
     "ops/test_compaction.py",
   ),
+  Mutant(
+    "a_reader_that_sees_closed_channels",
+    "layers/gated_model.py",
+    "x = self._switch(layer, x)",
+    "self._switch(layer, x)",
+    "layers/test_gated_model.py",
+  ),
+  Mutant(
+    "foreign_kernels_turned",
+    "models/pretrained.py",
+    "value.transpose(2, 3, 1, 0)",
+    "value.transpose(3, 2, 1, 0)",
+    "models/test_pretrained.py",
+  ),
 ]
 
 # Training, evaluation, and what a run directory holds.
@@ -214,6 +228,20 @@ TRAINING = [
     "jax.tree.map(operator.not_, mark_gates(params))",
     "jax.tree.map(lambda _: True, params)",
     "training/test_optim.py",
+  ),
+  Mutant(
+    "thawed_layers_start_at_the_first_rate",
+    "training/optim.py",
+    "return learning_rate(step + steps)",
+    "return learning_rate(step)",
+    "training/test_optim.py",
+  ),
+  Mutant(
+    "pictures_lie_on_their_side",
+    "data/folders.py",
+    "upright=True",
+    "upright=False",
+    "data/test_folders.py",
   ),
   Mutant(
     "drops_late_by_the_warm_up",

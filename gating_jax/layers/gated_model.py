@@ -67,8 +67,8 @@ class GatedModel(nn.Module):
   gates open the outputs are those of the model, bit for bit; without pairs it is the model.
 
   Gates have BatchNorm: training needs the collection `batch_stats`, also where the model has none.
-  Flax's transformations go around the gated model, as in `nn.remat(GatedModel)`: from those inside
-  of it gates could not leave.
+  Transformations go around the gated model, as in `jax.checkpoint(gated.apply)`: from `nn.remat`,
+  `nn.scan` and the like inside of the model gates could not leave.
 
   Attributes:
     model: the model, called as `model(x)` or, where it has such an argument, `model(x,
