@@ -42,7 +42,7 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ProgrammeRow:
-  """What the rest of the package knows of a programme.
+  """A programme, as far as the rest of the package knows it.
 
   Attributes:
     module: its module, with `run(config, workdir, mode)` and

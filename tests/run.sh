@@ -27,7 +27,13 @@ if [ "$tier" = fast ]; then
   lint-imports --no-logo
   python -m pytest -n logical --maxprocesses=8 --dist loadfile -m "not slow" --junit-xml=.cache/fast.xml "$@"
 else
-  python -m pytest -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder \
-    -m slow --junit-xml=.cache/slow.xml "$@"
-  [ $# -gt 0 ] || python tests/mutations.py
+  slow=(python -m pytest -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder
+    --junit-xml=.cache/slow.xml)
+  if [ $# -gt 0 ]; then
+    "${slow[@]}" -m slow "$@"
+  else
+    "${slow[@]}" -m "slow and not alone"
+    python -m pytest -m "slow and alone"
+    python tests/mutations.py
+  fi
 fi

@@ -83,6 +83,7 @@ def test_a_test_over_the_limit_is_named(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_whatever_takes_more_than_five_seconds_is_marked_slow(tmp_path):
   assert RECORD.exists(), "the fast tier leaves a record of its times: run bash tests/run.sh first"
   slowness = slowness_of(RECORD)

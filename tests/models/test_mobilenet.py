@@ -1,4 +1,3 @@
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,28 +5,9 @@ import pytest
 
 from gating_jax.models.mobilenet import InvertedResidual, MobileNet
 from gating_jax.models.summary import model_summary
+from tests.helpers.filled_nets import filled, normal
 
 TINY = dict(stages=((1, 4, 1, 1), (3, 6, 2, 2)), stem=4, stem_stride=1, head=5)
-
-
-def normal(*shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def filled(net, shape):
-  """Makes random variables by path, with norms alive."""
-  rng = np.random.default_rng(1)
-
-  def fill(path, leaf):
-    values = (
-      rng.normal(0, 0.5, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
-    )
-    return jnp.asarray(values, jnp.float32)
-
-  shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
-  return flax.traverse_util.unflatten_dict(
-    {path: fill(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
-  )
 
 
 def test_published_sizes():
@@ -45,7 +25,7 @@ def test_published_sizes():
 def test_an_inverted_residual_by_xlas_convolutions(stride, features, expansion, joined):
   x = normal(2, 5, 4, 3)
   block = InvertedResidual(features, expansion, stride)
-  variables = filled(block, x.shape)
+  variables = filled(block, x.shape, deviation=0.5)
   assert ("expand" in variables["params"]) == (expansion > 1)
 
   def conv(x, name, stride=1, groups=1):
@@ -73,7 +53,7 @@ def test_an_inverted_residual_by_xlas_convolutions(stride, features, expansion, 
 def test_features_are_the_mean_over_the_last_map():
   x = normal(3, 8, 7, 2)
   net = MobileNet(**TINY)
-  variables = filled(net, x.shape)
+  variables = filled(net, x.shape, deviation=0.5)
   run = jax.jit(lambda v, x: net.apply(v, x, capture_intermediates=True, mutable=["intermediates"]))
   (y, records), seen = run(variables, x)
   last = seen["intermediates"]["head"]["__call__"][0]

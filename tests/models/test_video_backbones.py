@@ -1,6 +1,5 @@
 import math
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from gating_jax.models.video_backbones import (
   heavy_net,
   light_net,
 )
+from tests.helpers.filled_nets import filled, normal
 
 FRAMES, CLIPS = (3, 16, 15, 1), (2, 8, 16, 15, 1)
 
@@ -169,26 +169,6 @@ def test_bad_settings_are_named(make, message):
 TINY = (((2, 2, 3, 1, 2, 2),), ((3, 2, 2, 2, 3, 2),))
 
 
-def normal(*shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def filled(net, shape):
-  """Makes random variables by path, with norms alive."""
-  rng = np.random.default_rng(1)
-
-  def fill(path, leaf):
-    values = (
-      rng.normal(0, 0.3, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
-    )
-    return jnp.asarray(values, jnp.float32)
-
-  shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
-  return flax.traverse_util.unflatten_dict(
-    {path: fill(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
-  )
-
-
 @pytest.mark.slow
 def test_published_sizes_of_inception_nets():
   """torchvision's GoogLeNet has the same modules for images; its classifier is subtracted.
@@ -207,7 +187,7 @@ def test_published_sizes_of_inception_nets():
 def test_a_module_is_four_branches_side_by_side(shape):
   x = normal(*shape)
   module = InceptionModule((2, 2, 3, 1, 2, 4))
-  variables = filled(module, shape)
+  variables = filled(module, shape, deviation=0.3)
 
   def conv(x, name):
     p, statistics = variables["params"][name], variables["batch_stats"][name]["norm"]
@@ -297,7 +277,7 @@ def centre(net, variables, x, name):
 def test_an_inflated_net_sees_a_still_clip_as_its_frame(net, frames, name):
   x = normal(2, 8, 8, 1)
   still = jnp.repeat(x[:, None], frames, axis=1)
-  images = filled(net, x.shape)
+  images = filled(net, x.shape, deviation=0.3)
   clips = inflate(images, jax.eval_shape(net.init, jax.random.key(0), still))
   assert clips["params"]["stem1" if "module" in name else "stem"]["conv"]["kernel"].ndim == 5
   expected = centre(net, images, x, name)

@@ -140,13 +140,19 @@ def learnt(name, **changes):
   return before, after, run, middle
 
 
+@pytest.fixture
+def learnt_run(name):
+  """Is a fixture, so that the training counts as set-up: many tests share it."""
+  return learnt(name)
+
+
 @pytest.mark.parametrize("batch_size", [1, 256])
 @pytest.mark.parametrize(
   "name",
   [pytest.param(name, marks=() if name == "vgg" else pytest.mark.slow) for name in MODELS],
 )
-def test_nothing_is_forgotten_to_the_last_bit(name, batch_size):
-  before, after, run, middle = learnt(name)
+def test_nothing_is_forgotten_to_the_last_bit(learnt_run, batch_size):
+  before, after, run, middle = learnt_run
   assert len(np.unique(before[batch_size], axis=0)) > 1
   np.testing.assert_array_equal(after[batch_size], before[batch_size])
   moved = jax.tree.map(
