@@ -131,6 +131,22 @@ def open_folder(
   return FolderImages(entries, listing.class_names, image, label)
 
 
+def list_files(root: Path, endings: Sequence[str]) -> list[Entry]:
+  """Lists the files in folders of classes; says how many others are left out.
+
+  Args:
+    root: the folder; with a folder `train` in it, each split has a folder, else a hash of the path
+      puts a fifth of the files into `test`.
+    endings: of the files to list, in lower case.
+  """
+  if not (root / "train").is_dir():
+    return _in_order(_of_classes(root, None, endings))
+  entries = []
+  for folder in _folders(root):
+    entries += _of_classes(folder, folder.name, endings)
+  return _in_order(entries)
+
+
 def read_picture(encoded: bytes) -> np.ndarray:
   """Decodes a file of any of `ENDINGS` to uint8 `[H, W, 3]`, upright.
 
@@ -146,16 +162,7 @@ def read_picture(encoded: bytes) -> np.ndarray:
 def _list_images(root: Path, changed: int) -> Listing:
   """Returns the readable images below a folder or of a table; says what is left out."""
   del changed
-  if root.is_file():
-    entries = _of_table(root)
-  elif (root / "train").is_dir():
-    entries = []
-    for folder in _folders(root):
-      entries += _of_classes(folder, folder.name)
-  else:
-    entries = _of_classes(root, None)
-  # In the order of the bytes of their paths, which no locale changes.
-  entries = sorted(entries, key=lambda entry: os.fsencode(entry.file))
+  entries = _in_order(_of_table(root)) if root.is_file() else list_files(root, ENDINGS)
   readable = _readable(entries, root)
   if not readable:
     raise ValueError(
@@ -175,8 +182,13 @@ def _folders(root: Path) -> list[Path]:
   return [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
-def _of_classes(root: Path, split: str | None) -> list[Entry]:
-  """Returns the images in the folders of classes below `root`; None splits them by hash."""
+def _in_order(entries: Sequence[Entry]) -> list[Entry]:
+  """Returns entries in the order of the bytes of their paths, which no locale changes."""
+  return sorted(entries, key=lambda entry: os.fsencode(entry.file))
+
+
+def _of_classes(root: Path, split: str | None, endings: Sequence[str]) -> list[Entry]:
+  """Returns the files in the folders of classes below `root`; None splits them by hash."""
   entries, others = [], collections.Counter()
   for folder in _folders(root):
     # Bytes that are not UTF-8 still give a name that can be written.
@@ -184,14 +196,14 @@ def _of_classes(root: Path, split: str | None) -> list[Entry]:
     for file in _files(folder):
       if file.name.startswith("."):
         others["hidden"] += 1
-      elif file.suffix.lower() not in ENDINGS:
+      elif file.suffix.lower() not in endings:
         others[file.suffix or "no ending"] += 1
       else:
         place = file.relative_to(root)
         entries.append(Entry(file, label, split or _split_of(os.fsencode(place))))
   if others:
     counts = [f"{count} of {ending}" for ending, count in sorted(others.items())]
-    warn("%s: left out files that are no images: %s", printable(root), few(counts))
+    warn("%s: left out hidden files and other endings: %s", printable(root), few(counts))
   return entries
 
 

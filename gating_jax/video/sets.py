@@ -25,7 +25,9 @@ from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
 
 SETS = (composed.NAME, "videos", "features")
-LAYOUTS = ("csv", "breakfast", "charades", "multithumos")
+LAYOUTS = ("csv", "folders", "breakfast", "charades", "multithumos")
+# Layouts whose folder holds the labels.
+_WITHOUT_TABLE = ("folders", "breakfast")
 # Arrays of a batch that networks may look at, and those that objectives may look at.
 INPUTS = ("clips", "light", "heavy", "valid", "relevant")
 TARGETS = ("label", "weight", "valid", "units")
@@ -44,9 +46,8 @@ def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
     return composed.make_videos(
       split, videos=data[f"{split}_videos"], segments=data.segments, seed=config.seed
     )
-  # Breakfast needs no table: its folder holds the labels.
   for field in ("table", "folder"):
-    if not data[field] and not (field == "table" and data.layout == "breakfast"):
+    if not data[field] and not (field == "table" and data.layout in _WITHOUT_TABLE):
       raise ValueError(f"data.{field} must be set for {data.name}; got {data[field]!r}")
   data = _expanded(data)
   table = _table(data, data[f"{split}_split"])
@@ -79,6 +80,8 @@ def _expanded(data: Config) -> Config:
 def _table(data: Config, split: str) -> video_tables.VideoTable:
   if data.layout == "csv":
     return video_tables.read_table(data.table, split)
+  if data.layout == "folders":
+    return video_tables.read_folders(data.folder, split)
   if data.layout == "breakfast":
     return video_tables.read_breakfast(data.folder, split, segmentation=data.table)
   if data.layout == "charades":

@@ -157,7 +157,7 @@ def test_odd_names_and_files_that_cannot_be_read_stop_nothing(tmp_path, caplog):
   assert "4 of 19 images cannot be read and are left out" in said
   for name in ("cut.jpg", "empty.png", "text.png", "line?.gif"):
     assert name in said
-  assert "left out files that are no images: 1 of .txt, 1 of hidden, 1 of no ending" in said
+  assert "left out hidden files and other endings: 1 of .txt, 1 of hidden, 1 of no ending" in said
 
 
 def test_a_table_names_paths_labels_and_splits(tmp_path):
