@@ -205,6 +205,13 @@ GATES = [
     "ops/test_compaction.py",
   ),
   Mutant(
+    "a_chain_that_sees_closed_channels",
+    "inference/grafting.py",
+    "x if i in starts else made[i - 1]",
+    "x",
+    "inference/test_grafting.py::test_the_same_outputs_gates_and_macs",
+  ),
+  Mutant(
     "a_reader_that_sees_closed_channels",
     "layers/gated_model.py",
     "x = self._switch(layer, x)",

@@ -602,13 +602,17 @@ def cluster_macs(batch: PartBatch) -> float:
 
 
 def native(part: Part, context: PartContext) -> CompiledPart | None:
-  """Fits any part that computes something, without dilation; XLA computes the projection."""
+  """Fits any part that computes something, without dilation or padding on one side.
+
+  XLA computes the projection.
+  """
   convs = (part.conv,) if isinstance(part, Layer) else part.convs
   if not convs:
     return None
   packed = []
   for conv in convs:
-    if conv.dilation != 1 or not conv.kernel.size:
+    # The kernel pads symmetrically.
+    if conv.dilation != 1 or conv.same or not conv.kernel.size:
       return None
     # Packed once, not in every call: the kernel reads the weights in another layout.
     packed.append(dataclasses.replace(conv, kernel=native_kernels.packed(conv.kernel)))
@@ -623,7 +627,8 @@ def native(part: Part, context: PartContext) -> CompiledPart | None:
   def run_layer(layer: Layer, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the layer for x `[N, H, W, D]` by the native kernel."""
     (own,) = layer.masks(gates) or [None]
-    return layer.after(_native_chain((layer.conv,), x, [gates_before(before), own]))
+    masks = [gates_before(before), own]
+    return layer.after(_native_chain((layer.conv,), x, masks, relu=layer.relu))
 
   def run_block(block: Block, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the block for x `[N, H, W, D]` by the native kernel."""
@@ -644,11 +649,17 @@ def native(part: Part, context: PartContext) -> CompiledPart | None:
 
 
 def _native_chain(
-  convs: Sequence[Conv], x: Array, masks: Sequence[Array | None], shortcut: Array | None = None
+  convs: Sequence[Conv],
+  x: Array,
+  masks: Sequence[Array | None],
+  shortcut: Array | None = None,
+  *,
+  relu: bool = True,
 ) -> Array:
   """Computes the convolutions, ReLU and the sum with the shortcut in one call.
 
-  `masks` are of the input, and of the outputs of each convolution; None where all are open.
+  `masks` are of the input, and of the outputs of each convolution; None where all are open. `relu`
+  is whether ReLU also follows the last convolution.
   """
   return native_kernels.gated_chain(
     x,
@@ -657,6 +668,7 @@ def _native_chain(
     masks,
     shortcut,
     strides=[conv.stride for conv in convs],
+    relu=relu,
   )
 
 
@@ -738,14 +750,14 @@ class Account:
     opened: of each part, those of open units.
     computed: of each part, those that each strategy computes, by name.
     heads: of each part's gate network.
-    classifier: of the classifier.
+    outer: of what is in no part: of the classifier.
   """
 
   dense: Sequence[float]
   opened: Sequence[float]
   computed: Sequence[Mapping[str, float]]
   heads: Sequence[int]
-  classifier: int
+  outer: int
 
   def part_ratios(self, part: int) -> MacRatios:
     """Returns the ratios of a part, without its gate network; 1 for a part without any MACs."""
@@ -756,19 +768,19 @@ class Account:
     return MacRatios(self.opened[part] / dense, computed)
 
   def net_ratios(self, programs: Mapping[str, Sequence[str]]) -> MacRatios:
-    """Returns the ratios of whole programs, with gate networks and the classifier.
+    """Returns the ratios of whole programs, with gate networks and what is in no part.
 
     `programs` maps a name to the strategies of its parts.
     """
-    dense = sum(self.dense) + self.classifier
-    opened = sum(self.opened) + sum(self.heads) + self.classifier
+    dense = sum(self.dense) + self.outer
+    opened = sum(self.opened) + sum(self.heads) + self.outer
     computed = {name: self.program_macs(names) / dense for name, names in programs.items()}
     return MacRatios(opened / dense, computed)
 
   def program_macs(self, names: Sequence[str]) -> float:
     """Returns the MACs that a whole program computes, from the strategies of its parts."""
     of_parts = sum(self.computed[part][name] for part, name in enumerate(names))
-    return of_parts + sum(self.heads) + self.classifier
+    return of_parts + sum(self.heads) + self.outer
 
 
 def account(
@@ -794,8 +806,10 @@ def account(
   """
   of_parts = folded.macs_by_part(net, shape, folded.join_batches(batches))
   walks = [list(folded.walk(net, gates)) for gates in batches]
+  starts = net.starts(shape)
   dense, opened, computed, heads = [], [], [], []
   for i, part in enumerate(net.parts):
+    shape = starts.get(i, shape)
     # Counted batch by batch: padding depends on how many examples of a batch are open.
     of_batches = []
     for walked in walks:
@@ -811,4 +825,4 @@ def account(
     opened.append(float(np.mean(of_parts[i])) - heads[i])
     shape, macs = folded.part_macs(part, shape)
     dense.append(macs)
-  return Account(dense, opened, computed, heads, folded.classifier_macs(net))
+  return Account(dense, opened, computed, heads, net.outer_macs())

@@ -47,7 +47,7 @@ _REDUCTIONS = frozenset(
 )
 _POOLS = frozenset(["reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_window"])
 # Operations that hold a whole trace, by the name of the parameter that has it.
-_CALLS = {
+CALLS = {
   "pjit": "jaxpr",
   "jit": "jaxpr",
   "closed_call": "call_jaxpr",
@@ -258,8 +258,8 @@ class _Search:
     if name == "name":
       return [self._mark(equation, inputs[0])]
     # Also without channels in its inputs: a nested trace may hold marks.
-    if name in _CALLS:
-      inner = equation.params[_CALLS[name]]
+    if name in CALLS:
+      inner = equation.params[CALLS[name]]
       return self.follow(getattr(inner, "jaxpr", inner), inputs)
     flows = []
     for place, incoming in enumerate(inputs):
