@@ -74,7 +74,7 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None, images: Any = No
 
 def _graft(model: GatedModel, variables: Mapping[str, Any] | None, images: Any) -> GraftedNet:
   """Folds the layers of a gated model's pairs; arguments as in `fold`."""
-  shape = tuple(getattr(images, "shape", ()))
+  shape: tuple[int, ...] = tuple(getattr(images, "shape", ()))
   if len(shape) != 4:
     raise ValueError(
       "images must be [N, H, W, D], or their shape, where the model is a GatedModel; got "
@@ -455,7 +455,7 @@ def _norm(
 
   def get(name: str, otherwise: float) -> np.ndarray:
     """Returns a parameter of the BatchNorm, which need not have it."""
-    return flat.get(("params", *path, name), np.float32(otherwise)).astype(np.float64)
+    return flat.get(("params", *path, name), np.asarray(otherwise)).astype(np.float64)
 
   mean, var = (flat["batch_stats", *path, name].astype(np.float64) for name in ("mean", "var"))
   factor = get("scale", 1) / np.sqrt(var + epsilon)

@@ -96,8 +96,10 @@ class GraftedNet(FoldedNet):
       # The model's own layer is for whatever reads the first of a chain in addition to the pair.
       return made[i] if i in graft.ends else next_fun(x)
 
+    mode: dict[str, Any] = {**mode_of(graft.model, train=False)}
     with nn.intercept_methods(run_chain):
-      return graft.model.apply(self.variables, x, **mode_of(graft.model, train=False))
+      y: Any = graft.model.apply(self.variables, x, **mode)
+    return y
 
   def starts(self, input_shape: Shape) -> dict[int, Shape]:
     """Returns the input shape of each part that does not read the output of the part before.
@@ -173,7 +175,7 @@ def find_chains(model: GatedModel, variables: Mapping[str, Any], shape: Shape) -
     ValueError: pairs that are not Conv - BatchNorm - ReLU - Conv on images, each with the reason.
   """
   inner = model.model
-  mode = mode_of(inner, train=False)
+  mode: dict[str, Any] = {**mode_of(inner, train=False)}
   calls = _Calls()
 
   def run(variables: Any, x: Any) -> Any:
@@ -368,8 +370,9 @@ def _conv_layer(call: _Call) -> ChainLayer:
 def _pair(sizes: int | Sequence[int] | None) -> tuple[int, int]:
   """Returns a setting of a convolution along height and along width."""
   if sizes is None or isinstance(sizes, int):
-    return (sizes or 1,) * 2
-  height, width = sizes
+    height = width = sizes or 1
+  else:
+    height, width = sizes
   return (height, width)
 
 

@@ -447,7 +447,8 @@ def _entries_of(model: ResNet | VGG, channels: int) -> list[Entry]:
   entries, absorbed = [], []
   places = _conv_places(model.chain, model.norm) if isinstance(model, VGG) else ()
   hidden = len(model.hidden) if isinstance(model, VGG) else None
-  for path, leaf in traverse_util.flatten_dict(dict(made)).items():
+  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(made))
+  for path, leaf in flat.items():
     name = _their_name(path, places, hidden)
     assert name is not None  # since the network is one of theirs
     reads_map = isinstance(model, VGG) and path[1:] == (model.dense_names[0], "kernel")

@@ -124,8 +124,8 @@ def frozen_at_first(
   if not steps >= 0:
     raise ValueError(f"steps must be >= 0; got {steps}")
 
-  def is_over(step):
-    """Returns whether the frozen parameters move at a step."""
+  def is_over(step: Any, **extra: Any) -> Any:
+    """Returns whether the frozen parameters move at a step; optax may pass on more."""
     return step >= steps
 
   def later_rate(step):
