@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gating_jax import GatedModel, find_pairs
+from gating_jax import GatedModel, find_pairs, shift_thresholds
 from gating_jax.inference import folded
 from gating_jax.inference.analysing import analyse, prune
 from gating_jax.inference.conditional import compile_conditional
@@ -23,6 +23,7 @@ from gating_jax.ops.macs import executed_macs
 
 SHAPE = (9, 8, 3)
 GATE = GateSettings(hidden=4)
+WEIGHTED = GateSettings(hidden=4, normalise=1.5, threshold="quantile", share=0.6, weighted=True)
 norm = functools.partial(nn.BatchNorm, use_running_average=True)
 
 
@@ -133,6 +134,33 @@ def test_a_compiled_model_equals_it(strategy):
   np.testing.assert_array_equal(run(images())[0], 0)
 
 
+@pytest.mark.parametrize("strategy", ["switch", "native"])
+def test_weights_and_moved_thresholds_are_those_of_the_model(strategy):
+  if reason := why_not(strategy):
+    pytest.skip(reason)
+  gated, variables, _ = trained(WEIGHTED)
+  moved = shift_thresholds(variables, 0.2)
+  # The program of one shift serves another.
+  run = compile_conditional(gated, variables, input_shape=SHAPE, batch_size=5, strategy=strategy)
+  run.load(fold(gated, moved, images()))
+  y, logits = run(images())
+  expected, records = jax.jit(gated.apply)(moved, images())
+  assert_near(y, expected)
+  for found, record in zip(logits, records, strict=True):
+    np.testing.assert_array_equal(np.asarray(found) > 0, record.gates > 0)
+    assert 0 < np.mean(record.gates > 0) < 1
+    assert len(np.unique(record.gates)) > 3
+
+
+@pytest.mark.parametrize("settings", [{"context": "moments+grid"}, {"relaxation": "scale"}])
+def test_other_contexts_and_scales_are_folded(settings):
+  gated, variables, (expected, records) = trained(GateSettings(hidden=4, **settings))
+  y, logits = jax.jit(folded.run)(fold(gated, variables, images()), images())
+  assert_near(y, expected)
+  # With scales a network is ungated.
+  assert len(logits) == len(records) == (0 if "relaxation" in settings else 3)
+
+
 def test_it_is_pruned_quantised_and_exported(tmp_path):
   gated, variables, (expected, _) = trained()
   net = fold(gated, variables, images())
@@ -222,6 +250,9 @@ def test_dense_layers_and_other_gates_are_not_folded():
   relaxed = GatedModel(Net(), PAIRS, GateSettings(relaxation="sigmoid"))
   with pytest.raises(ValueError, match="gate relaxation must be straight_through"):
     fold(relaxed, {}, images())
+  glancing = GatedModel(Net(), PAIRS, GateSettings(context="glance+pooled"))
+  with pytest.raises(ValueError, match="'glance' must be computed by the network that has the"):
+    fold(glancing, {}, images())
 
 
 def test_images_of_another_shape_are_refused():

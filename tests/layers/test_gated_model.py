@@ -340,6 +340,14 @@ def test_pairs_that_do_not_fit_are_named(kind, pairs, message):
     GatedModel(kind(), pairs, SMALL).init(jax.random.key(0), IMAGES)
 
 
+def test_with_scales_a_model_is_ungated():
+  scaled = GateSettings(hidden=4, relaxation="scale")
+  gated = GatedModel(WithSetup(), (("layers_0", "layers_1"),), scaled)
+  (y, records), variables = gated.init_with_output(jax.random.key(0), IMAGES)
+  assert y.shape == (3, 2)
+  assert records == ()
+
+
 def test_pairs_of_another_kind_are_refused():
   for pairs in ("ab", (("a", "b", "c"),), (("a", 1),)):
     with pytest.raises(TypeError, match="pairs"):
