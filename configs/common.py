@@ -30,8 +30,11 @@ def image_config() -> Config:
       "experiment": "classification",
       "seed": 0,
       "data": {
-        "name": "digits",  # or worlds, worlds_told, or any TFDS image-classification set
-        "data_dir": config_dict.placeholder(str),  # None: ~/tensorflow_datasets
+        # or worlds, worlds_told, or any TFDS image-classification set; or folder, for images in
+        # folders of their classes
+        "name": "digits",
+        # None: ~/tensorflow_datasets; of folder: that of the images, or a .csv of path and label
+        "data_dir": config_dict.placeholder(str),
         "train_split": "train",
         "test_split": "test",
         "image_feature": config_dict.placeholder(str),  # of TFDS; None: image
@@ -87,7 +90,7 @@ def image_config() -> Config:
           "ramp_start": 0.0,  # constant up to this fraction
           "ramp_end": 0.5,  # reaches the final scale, linearly, at this fraction
         },
-        # folder of an ungated run whose parameters are the initial ones
+        # initial parameters: folder of an ungated run, or file of torchvision's or timm's weights
         "init_from": config_dict.placeholder(str),
         # an image leaves at an exit whose entropy is below this fraction of the maximum
         "exits": {"threshold": 0.3},
@@ -135,6 +138,10 @@ def image_config() -> Config:
         "weight_decay": 5e-4,  # of all but gate parameters
         "gate_weight_decay": config_dict.placeholder(float),  # of gate parameters; None: 0
         "gate_lr_multiplier": 1.0,  # factor of the learning rate of gate parameters
+        "freeze_epochs": config_dict.placeholder(float),  # epochs with frozen layers; None: 0
+        # beginnings of their names, such as ("stem", "stage1"); None: all but gates, exits and the
+        # dense layers at the end
+        "frozen_layers": config_dict.placeholder(tuple),
       },
       "devices": {
         "backend": "pmap",  # or shard_map

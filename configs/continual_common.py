@@ -17,7 +17,7 @@ def continual_config() -> Config:
       "experiment": "continual",
       "seed": 0,
       "data": {
-        "name": "digits",  # or any TFDS image-classification set
+        "name": "digits",  # or folder, or any TFDS image-classification set
         "data_dir": config_dict.placeholder(str),  # None: ~/tensorflow_datasets
         "train_split": "train",
         "test_split": "test",

@@ -40,10 +40,11 @@ def video_config() -> Config:
         "size": 16,  # frames are resized to this square; those of the embedded task are 16 x 16
         "train_videos": 1600,  # of the embedded task
         "test_videos": 640,
-        "layout": "csv",  # of the tables: csv, breakfast, charades or multithumos
-        # csv: the label table; otherwise the folder of annotations
+        # csv: a table; folders: of classes, in `folder`; or breakfast, charades, multithumos
+        "layout": "csv",
+        # csv: the label table; folders: None; otherwise the folder of annotations
         "table": config_dict.placeholder(str),
-        "train_split": "train",  # csv: a file of names; otherwise train or test
+        "train_split": "train",  # csv: a file of names; folders: a name; otherwise train or test
         "test_split": "test",
         # of the videos, or of the features that the gate sees
         "folder": config_dict.placeholder(str),

@@ -33,6 +33,7 @@ __all__ = [
   "GateRecord",
   "GateSettings",
   "GatedChannels",
+  "GatedModel",
   "ModelCounts",
   "Prior",
   "ResNet",
@@ -60,6 +61,7 @@ __all__ = [
   "expected_macs",
   "export_model",
   "find_concepts",
+  "find_pairs",
   "find_static_units",
   "fold",
   "from_cdf",
@@ -72,6 +74,7 @@ __all__ = [
   "l0_loss",
   "light_net",
   "load_exported",
+  "load_pretrained",
   "load_run",
   "mac_budget_loss",
   "mac_loss",
@@ -85,6 +88,7 @@ __all__ = [
   "quantise",
   "relaxed_bernoulli",
   "resnet",
+  "save_pretrained",
   "scatter_back",
   "shift_thresholds",
   "sort_with_vjp",
@@ -117,8 +121,11 @@ if TYPE_CHECKING:
     apply_gates,
     shift_thresholds,
   )
+  from gating_jax.layers.gated_model import GatedModel
+  from gating_jax.layers.pair_search import find_pairs
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
   from gating_jax.loading import load_run
+  from gating_jax.models.pretrained import load_pretrained, save_pretrained
   from gating_jax.models.resnets import ResNet, resnet
   from gating_jax.models.summary import ModelCounts, VideoCounts, model_summary, video_summary
   from gating_jax.models.timegate import SegmentNet, find_concepts
@@ -184,8 +191,11 @@ else:
         "apply_gates",
         "shift_thresholds",
       ),
+      "gating_jax.layers.gated_model": ("GatedModel",),
+      "gating_jax.layers.pair_search": ("find_pairs",),
       "gating_jax.layers.segment_gate": ("SegmentGate", "SegmentGateSettings"),
       "gating_jax.loading": ("load_run",),
+      "gating_jax.models.pretrained": ("load_pretrained", "save_pretrained"),
       "gating_jax.models.resnets": ("ResNet", "resnet"),
       "gating_jax.models.summary": ("ModelCounts", "VideoCounts", "model_summary", "video_summary"),
       "gating_jax.models.timegate": ("SegmentNet", "find_concepts"),

@@ -129,6 +129,8 @@ _CLASSIFICATION = ProgrammeRow(
     "loss.",
     "optim.gate_weight_decay",
     "optim.gate_lr_multiplier",
+    "optim.freeze_epochs",
+    "optim.frozen_layers",
     "data.workers",
     "data.loader",
   ),

@@ -239,6 +239,27 @@ GATES = [
     "fits = True",
     "ops/test_compaction.py",
   ),
+  Mutant(
+    "a_chain_that_sees_closed_channels",
+    "inference/grafting.py",
+    "x if i in starts else made[i - 1]",
+    "x",
+    "inference/test_grafting.py::test_the_same_outputs_gates_and_macs",
+  ),
+  Mutant(
+    "a_reader_that_sees_closed_channels",
+    "layers/gated_model.py",
+    "x = self._switch(layer, x)",
+    "self._switch(layer, x)",
+    "layers/test_gated_model.py",
+  ),
+  Mutant(
+    "foreign_kernels_turned",
+    "models/pretrained.py",
+    "value.transpose(2, 3, 1, 0)",
+    "value.transpose(3, 2, 1, 0)",
+    "models/test_pretrained.py",
+  ),
 ]
 
 # Training, evaluation, and what a run directory holds.
@@ -256,6 +277,20 @@ TRAINING = [
     "optax.add_decayed_weights(gate_weight_decay, mask=mark_gates)",
     "optax.add_decayed_weights(gate_weight_decay, mask=decayed)",
     "training/test_optim.py",
+  ),
+  Mutant(
+    "thawed_layers_start_at_the_first_rate",
+    "training/optim.py",
+    "return learning_rate(step + steps)",
+    "return learning_rate(step)",
+    "training/test_optim.py",
+  ),
+  Mutant(
+    "pictures_lie_on_their_side",
+    "data/folders.py",
+    "upright=True",
+    "upright=False",
+    "data/test_folders.py",
   ),
   Mutant(
     "drops_late_by_the_warm_up",
@@ -486,15 +521,15 @@ INFERENCE = [
   Mutant(
     "folded_without_norm_bias",
     "inference/folding.py",
-    'bias = get("params", "bias") - get("batch_stats", "mean") * factor',
-    'bias = -get("batch_stats", "mean") * factor',
+    'bias = get("bias", 0) - mean * factor',
+    "bias = -mean * factor",
     "inference/test_folding.py::test_the_same_outputs_gates_and_macs[basic]",
   ),
   Mutant(
     "shut_gates_normalised",
     "inference/folding.py",
-    "moved_bias = np.where(shut, bias, moved_bias) - _shift(flat, name)",
-    "moved_bias = moved_bias - _shift(flat, name)",
+    "moved_bias = np.where(shut, bias, moved_bias) - _shift(flat, part)",
+    "moved_bias = moved_bias - _shift(flat, part)",
     "inference/test_folding.py::test_gates_that_are_shut_for_good_stay_shut",
   ),
   Mutant(

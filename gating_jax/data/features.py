@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gating_jax.checks import few
 from gating_jax.terminal import warn
@@ -377,7 +377,7 @@ def span(pixels: np.ndarray) -> str:
   return f"values from {pixels.min():.6g} to {pixels.max():.6g}"
 
 
-def decode_picture(encoded: bytes, channels: int) -> np.ndarray:
+def decode_picture(encoded: bytes, channels: int, *, upright: bool = False) -> np.ndarray:
   """Decodes a picture's file to `channels` channels.
 
   Palettes become colours, two-coloured pictures black and white. Colours become grey by their
@@ -387,6 +387,7 @@ def decode_picture(encoded: bytes, channels: int) -> np.ndarray:
   Args:
     encoded: a file of one of `FORMATS`; of several frames the first is read.
     channels: D: 1, 3 or 4.
+    upright: whether a picture is turned as its camera noted (EXIF).
   Returns:
     `[H, W, D]` uint8, or the file's own type if it is deeper, such as uint16.
   Raises:
@@ -395,6 +396,9 @@ def decode_picture(encoded: bytes, channels: int) -> np.ndarray:
   """
   with _opened(encoded) as picture:
     deep = _is_deep(picture, encoded)
+    if upright:
+      # Without a note nothing is copied.
+      ImageOps.exif_transpose(picture, in_place=True)
     # Modes I and F have one channel, of 16 or 32 bits.
     if picture.mode[0] in "IF":
       grey = np.asarray(picture)

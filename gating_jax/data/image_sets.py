@@ -1,7 +1,7 @@
 """Sets of labelled images in memory, tasks made from them, and batches of any set.
 
-A split is scikit-learn's handwritten digits, made images of worlds, or that of any TFDS
-classification set. Pixels are uint8 until the training step.
+A split is scikit-learn's handwritten digits, made images of worlds, that of a folder of images, or
+that of any TFDS classification set. Pixels are uint8 until the training step.
 
 Labels of a task are indices into the order of classes: with C classes a task, those of task t are
 t C, ..., t C + C - 1.
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gating_jax.data import tfds
+from gating_jax.data import folders, tfds
 from gating_jax.terminal import progress_bar
 
 DIGITS = "digits"
@@ -84,11 +84,13 @@ def load(
 
   Args:
     name: `digits` (1,797 images of 8 x 8, needs no files), `worlds` or `worlds_told` (made, of 16 x
-      16, see `data.worlds`) or a TFDS name such as `cifar10`.
+      16, see `data.worlds`), `folder` (images in `data_dir`) or a TFDS name such as `cifar10`.
     split: `train` or `test` for digits, where the test split is a fixed, class-balanced fifth; for
       worlds also a part such as `train[:50000]`; for TFDS any split expression.
-    data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`.
-    image_size: side in pixels that images are resized to; 0 leaves them.
+    data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`. Of `folder`, the
+      folder of classes or a table; see `data/folders.py`.
+    image_size: side in pixels that images are resized to; 0 leaves them. Of a `folder`, the
+      largest square in the middle of each image is resized.
     image, label: names of the features that hold them in a TFDS set.
   Raises:
     DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that
@@ -100,14 +102,18 @@ def load(
 
   def fit(pixels):
     """Resizes `[H, W, D]` if a size is asked for."""
-    return resize(pixels, (image_size, image_size)) if image_size else pixels
+    if not image_size:
+      return pixels
+    # Images of a folder have any shape, and keep their proportions.
+    box = _central_square(pixels) if name == folders.FOLDER else None
+    return resize(pixels, (image_size, image_size), box)
 
   if name in MADE:
     made = _digits(split) if name == DIGITS else _worlds().open_worlds(name, split)
     if not image_size:
       return made
     return dataclasses.replace(made, pixels=np.stack([fit(pixels) for pixels in made.pixels]))
-  source = tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
+  source = open_images(name, split, data_dir, image, label)
   # The first image has the shape that all must have; the array is then filled in place.
   first = fit(source[0][image])
   pixels = np.empty((len(source), *first.shape), np.uint8)
@@ -129,6 +135,23 @@ def load(
       )
     pixels[i], labels[i] = pixel, example[label]
   return Images(pixels, labels, source.class_names)
+
+
+def open_images(
+  name: str, split: str, data_dir: str | None, image: str, label: str
+) -> folders.FolderImages | tfds.Examples:
+  """Opens a split of images on disk, with random access; arguments and errors are as in `load`."""
+  if name == folders.FOLDER:
+    return folders.open_folder(data_dir, split, image, label)
+  return tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
+
+
+def _central_square(pixels: np.ndarray) -> tuple[float, float, float, float]:
+  """Returns the largest square in the middle of an image, as `(left, top, right, bottom)`."""
+  height, width = pixels.shape[:2]
+  side = min(height, width)
+  left, top = (width - side) / 2, (height - side) / 2
+  return left, top, left + side, top + side
 
 
 def resize(
@@ -167,7 +190,7 @@ def count_images(
     return len(_digits(split))
   if name in MADE:
     return _worlds().count_worlds(split)
-  return len(tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label)))
+  return len(open_images(name, split, data_dir, image, label))
 
 
 @dataclasses.dataclass(frozen=True)

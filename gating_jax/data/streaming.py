@@ -144,7 +144,7 @@ def open_stream(
   image: str = tfds.IMAGE,
   label: str = tfds.LABEL,
 ) -> Stream:
-  """Opens a TFDS image-classification set on disk; errors are as in `image_sets.load`.
+  """Opens an image-classification set on disk; errors are as in `image_sets.load`.
 
   Args:
     name, split, data_dir: as in `image_sets.load`; the digits need no stream.
@@ -160,7 +160,7 @@ def open_stream(
     )
   if crop_area is not None and not 0 < crop_area <= 1:
     raise ValueError(f"data.crop_area must be in (0, 1]; got {crop_area}")
-  source = tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
+  source = image_sets.open_images(name, split, data_dir, image, label)
   height, width, depth = source.shape
   if image_size:
     height = width = image_size

@@ -1,4 +1,4 @@
-"""Label tables of video sets: our own file format, Breakfast, Charades and MultiThumos.
+"""Label tables of video sets: our own file format, folders, Breakfast, Charades and MultiThumos.
 
 A table has names, labels and, where known, unit actions.
 
@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gating_jax.checks import one_of, user_path
+from gating_jax.checks import few, one_of, user_path
+from gating_jax.data import folders
 
 SPLITS = ("train", "test")
 BREAKFAST_TEST_PERSONS = range(47, 55)
@@ -42,6 +43,10 @@ _FIELD = re.compile(
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _BREAKFAST_FPS = 15
 _BREAKFAST_FILES = {".avi", ".mp4", ".mkv", ".npy", ".npz"}
+# Videos and features that may lie in folders of classes.
+_FOLDER_FILES = (
+  ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".npy", ".npz"
+)  # fmt: skip
 
 
 class _Line(NamedTuple):
@@ -231,6 +236,38 @@ def _read_split(path: str | Path, known: Iterable[str], table: str | Path) -> tu
   if not names:
     raise ValueError(f"{path}: must name at least one video; it is empty")
   return tuple(names)
+
+
+def read_folders(folder: str | Path, split: str) -> VideoTable:
+  """Reads the videos, or the features, in folders of their classes.
+
+      folder/train/CLASS/*.mp4, folder/test/CLASS/*.mp4     a folder for each split
+      folder/CLASS/*.mp4                                    a fifth are for tests, by a hash
+
+  Files lie at any depth below their class. Hidden files and other endings are left out and counted.
+
+  Args:
+    folder: of the classes, or of the splits.
+    split: the name of a split's folder; else `train` or `test`.
+  Raises:
+    ValueError: no such folder, or none of its files are of the split.
+  """
+  root = user_path(folder)
+  if not root.is_dir():
+    raise ValueError(f"data.folder must be a folder of classes; no {root} exists")
+  entries = folders.list_files(root, _FOLDER_FILES)
+  # Of all splits, so that they agree on the classes.
+  class_names = tuple(sorted({entry.label for entry in entries}))
+  own = [entry for entry in entries if entry.split == split]
+  if not own:
+    splits = sorted({entry.split for entry in entries})
+    raise ValueError(
+      f"{root} must hold files of split {split!r} ({', '.join(_FOLDER_FILES[:4])}, ...) in folders "
+      f"of their classes; it has those of {few(splits) or 'none'}"
+    )
+  names = tuple(entry.file.relative_to(root).as_posix() for entry in own)
+  labels = _encode_labels([[entry.label] for entry in own], class_names, multi_label=False)
+  return VideoTable(names, labels, class_names)
 
 
 def read_breakfast(

@@ -21,10 +21,11 @@ import optax
 from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming
 from gating_jax.layers.blocks import BIAS, GATINGS, SHORTCUTS
+from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary
-from gating_jax.models.vggs import VGGS, vgg
+from gating_jax.models.vggs import VGGS, is_dense_name, vgg
 from gating_jax.training import devices, loop, optim, rundir, settings
 from gating_jax.training.objectives import (
   REDUCTIONS,
@@ -183,15 +184,7 @@ def assemble(
   loops = loop.LoopSettings.from_config(config, epochs=training.epochs, steps_per_epoch=per_epoch)
   total = loops.total_steps
   penalties = GatePenalties.from_config(config.loss, total)
-  with settings.named("optim"):
-    optimiser = optim.sgd(
-      optim.configured_rate(training, total),
-      momentum=training.momentum,
-      weight_decay=training.weight_decay,
-      # Older configs have no such field.
-      gate_weight_decay=training.get("gate_weight_decay") or 0.0,
-      gate_lr_multiplier=training.gate_lr_multiplier,
-    )
+  optimiser = _optimiser(training, total, per_epoch)
   noise_scale = _noise_schedule(config.model, total)
   share = _share_schedule(config.model, total)
   # The outlines are those of the training set, then of the test set.
@@ -205,6 +198,7 @@ def assemble(
     unlimited = ml_collections.ConfigDict({**config.model, "backward_share": 1.0})
     full = network(unlimited, classes)
   counts = model_summary(model, test.shape)
+  _check_frozen_layers(training, model, test.shape)
   # The objective sees training images, whose MACs differ with their size.
   at_training = model_summary(model, train_shape) if train_shape else counts
   check_budget("loss.sparsity", config.loss.sparsity, at_training)
@@ -223,6 +217,67 @@ def assemble(
     ),
     settings=loops,
   )
+
+
+def _optimiser(training: Config, total: int, per_epoch: int) -> optax.GradientTransformation:
+  """Builds the optimiser that the section `optim` describes.
+
+  Args:
+    training: the section.
+    total: steps of the training.
+    per_epoch: steps of an epoch.
+  """
+
+  def make(rate: optax.Schedule) -> optax.GradientTransformation:
+    """Makes the optimiser of all parameters."""
+    return optim.sgd(
+      rate,
+      momentum=training.momentum,
+      weight_decay=training.weight_decay,
+      # Older configs have no such field.
+      gate_weight_decay=training.get("gate_weight_decay") or 0.0,
+      gate_lr_multiplier=training.gate_lr_multiplier,
+    )
+
+  # Older configs have no fields for freezing.
+  epochs = training.get("freeze_epochs")
+  with settings.named("optim"):
+    rate = optim.configured_rate(training, total)
+    if not epochs:
+      return make(rate)
+    return optim.frozen_at_first(
+      make,
+      rate,
+      is_frozen=functools.partial(_is_frozen, training.get("frozen_layers")),
+      steps=round(epochs * per_epoch),
+    )
+
+
+def _is_frozen(layers: Sequence[str] | None, path: Sequence[str]) -> bool:
+  """Returns whether a parameter is of a frozen layer; gates and exits, which are fresh, never are.
+
+  Args:
+    layers: beginnings of the layers' names; None for all but the dense layers at the end.
+    path: of the parameter.
+  """
+  if is_gate_path(path) or path[0].startswith("exit"):
+    return False
+  return not is_dense_name(path[0]) if layers is None else path[0].startswith(tuple(layers))
+
+
+def _check_frozen_layers(training: Config, model: nn.Module, shape: tuple[int, ...]) -> None:
+  """Raises a ValueError unless each of `optim.frozen_layers` is the beginning of a layer's name."""
+  names = training.get("frozen_layers")
+  if names is None:
+    return
+  image = jax.ShapeDtypeStruct((1, *shape), np.float32)
+  layers = sorted(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+  for name in names:
+    if not any(layer.startswith(name) for layer in layers):
+      raise ValueError(
+        f"each of optim.frozen_layers must be the beginning of one of {', '.join(layers)}; got "
+        f"{name!r}"
+      )
 
 
 def _noise_schedule(model: Config, total: int) -> optax.Schedule | None:
@@ -464,6 +519,7 @@ def _check_together(config: Config) -> None:
       f"model.name must be a residual network where model.gating is {model.gating!r}; "
       f"got {model.name!r}"
     )
+  _check_freezing(config.optim)
   # Exits stand after each stage of blocks; the last one is the network's own head.
   if exits:
     before_last = len(RESNETS[model.name].blocks) - 1
@@ -499,6 +555,22 @@ def _check_opening(config: Config) -> None:
     )
   if model.gating == BIAS and not sources:
     raise ValueError(f"model.sources must be > 0 where model.gating is 'bias'; got {sources}")
+
+
+def _check_freezing(training: Config) -> None:
+  """Raises a ValueError where the fields on frozen layers are out of range, or have no effect."""
+  # Older configs have no fields for them.
+  epochs, layers = training.get("freeze_epochs"), training.get("frozen_layers")
+  if epochs is not None and not 0 <= epochs < math.inf:
+    raise ValueError(f"optim.freeze_epochs must be None or a finite number >= 0; got {epochs}")
+  if layers is None:
+    return
+  if not (layers and all(isinstance(name, str) and name for name in layers)):
+    raise ValueError(f"optim.frozen_layers must be None or a tuple of names; got {layers}")
+  if not epochs:
+    raise ValueError(
+      f"optim.frozen_layers must be None where optim.freeze_epochs is {epochs}; got {layers}"
+    )
 
 
 def _check_budget_acts(config: Config) -> None:

@@ -1,7 +1,6 @@
 """Training and tests of gated image classifiers in a run directory.
 
-Other tasks on labelled images, such as segmentation, run by the same functions. A training may
-start from an ungated checkpoint of the same network, with fresh gates.
+Other tasks on labelled images, such as segmentation, run by the same functions.
 
 Reference: Bejnordi et al., 2020.
 """
@@ -16,7 +15,6 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from gating_jax import programmes, runner
 from gating_jax.analysis import outcomes
@@ -27,14 +25,14 @@ from gating_jax.data import augment, image_sets, streaming
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import EXITS, Experiment, build
-from gating_jax.layers.gate import is_gate_path
+from gating_jax.images.start import check_can_start, check_start, start_from
+from gating_jax.models.pretrained import names_weights
 from gating_jax.reports import classes as class_pages
 from gating_jax.reports import conclusion, frame, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports.text import format_percent
-from gating_jax.terminal import say, working
+from gating_jax.terminal import working
 from gating_jax.training import devices, evaluation, hosts, outlines, rundir, steps
-from gating_jax.training.checkpoints import restore_newest
 from gating_jax.training.closed_gates import (
   CLOSED,
   MOST_CLOSED,
@@ -46,7 +44,7 @@ from gating_jax.training.closed_gates import (
 )
 from gating_jax.training.evaluation import Evaluation
 from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, numbers, read_lines
-from gating_jax.training.rundir import RunDir, RunDirError
+from gating_jax.training.rundir import RunDir
 from gating_jax.training.steps import Advance, MappedSteps, TrainState
 
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
@@ -76,10 +74,13 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     mode: one of those of `runner.run`; `export` writes files that run without this package, and
       `compile` times programs that skip closed gates.
   """
-  if mode == "train" and config.model.init_from is not None:
+  start = config.model.init_from if mode == "train" else None
+  if start is not None and not names_weights(start):
     check_start(config, with_checkpoint=not RunDir(user_path(workdir)).has_checkpoint())
   with runner.opening_data(Classification, config, workdir, mode):
     experiment = build(config)
+  if start is not None:
+    check_can_start(experiment)
   runner.run(Classification(experiment), workdir, mode)
 
 
@@ -458,98 +459,6 @@ def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
     layer, _, measure = rest.rpartition("/")
     renamed[f"{group}/layer{names.index(layer):02d}/{measure}" if layer in names else key] = value
   return renamed
-
-
-def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
-  """Returns the config of the run that `model.init_from` names.
-
-  Args:
-    config: the config of the run to start.
-    with_checkpoint: whether the other run must have a checkpoint.
-  Raises:
-    RunDirError: there is no run, or it has no checkpoint.
-    ValueError: the run is of another experiment, gated, or of another network.
-  """
-  start = RunDir(user_path(config.model.init_from))
-  if not start.exists():
-    raise RunDirError(
-      f"model.init_from must name a run directory; {start.path} has no {rundir.CONFIG_FILE}"
-    )
-  if with_checkpoint and not start.has_checkpoint():
-    raise RunDirError(_no_start(start))
-  # Fields that their config lacks, being older, are taken from this one.
-  theirs = config.copy_and_resolve_references()
-  with theirs.unlocked():
-    theirs.update(rundir.with_tuples(start.config()))
-  # The fields that determine the names and shapes of parameters.
-  for name, mine in (
-    ("experiment", config.experiment),
-    ("model.gating", "none"),
-    ("model.name", config.model.name),
-    ("model.width", config.model.width),
-    ("model.inner_width", config.model.inner_width),
-    ("model.stem", config.model.get("stem")),
-    ("model.group_norm", config.model.group_norm),
-  ):
-    found = rundir.flatten(theirs)[name]
-    if found != mine:
-      raise ValueError(
-        f"model.init_from must name a run with {name}={mine!r}; that of {config.model.init_from} "
-        f"has {found!r}"
-      )
-  return theirs
-
-
-def _no_start(start: RunDir) -> str:
-  """Returns the error for a run to start from that has no checkpoint."""
-  return f"model.init_from must name a run with a checkpoint; {start.path} has none yet"
-
-
-def start_from(experiment: Experiment, state: steps.TrainState) -> steps.TrainState:
-  """Returns a fresh state with parameters and statistics of the run `model.init_from` names.
-
-  They are those of its newest checkpoint.
-
-  Args:
-    experiment: the experiment to start.
-    state: a fresh state of it.
-  Raises:
-    RunDirError: the run has no checkpoint.
-    ValueError: a parameter has no place here, or one that is not of a gate or of an exit has none
-      there.
-  """
-  folder = user_path(experiment.config.model.init_from)
-  theirs = build(check_start(experiment.config))
-  like = jax.eval_shape(
-    lambda: steps.init_state(theirs.model, theirs.optimiser, theirs.config.seed, theirs.test.shape)
-  )
-  # Shapes are enough to restore, so no state of theirs is initialised.
-  found = restore_newest(RunDir(folder).checkpoints, like)
-  if found is None:
-    raise RunDirError(_no_start(RunDir(folder)))
-  step, trained = found
-  say(f"starting from the parameters of step {step} in {folder}")
-  return state.replace(
-    params=_merged(state.params, trained.params, folder),
-    batch_stats=_merged(state.batch_stats, trained.batch_stats, folder),
-  )
-
-
-def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-  """Merges flax's trees of two networks: theirs, and of mine what they do not have."""
-  ours: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(mine)
-  loaded: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(theirs)
-  for path in sorted(ours.keys() | loaded.keys()):
-    here = ours[path].shape if path in ours else None
-    there = loaded[path].shape if path in loaded else None
-    # An ungated network has neither gates nor exits: these keep their initial values.
-    fresh = there is None and (is_gate_path(path) or path[0].startswith("exit"))
-    if here != there and not fresh:
-      raise ValueError(
-        f"model.init_from must name a run of the same network; {'/'.join(path)} has shape {here} "
-        f"here and {there} in {folder}"
-      )
-  return traverse_util.unflatten_dict({**ours, **loaded})
 
 
 def watch_images(config: Config) -> ClosingWatch:

@@ -308,7 +308,7 @@ def observe(net: FoldedNet, images: Any) -> Iterator[Observation]:
     ValueError: no images, or images of another rank, of unlike shapes, in integers, or not finite.
   """
   for x in _batches(images):
-    folded.check_channels(net, x.shape[3])
+    net.check_channels(x.shape[3])
     # A last batch that is nearly full is padded, so that it runs in the same program.
     spare = -len(x) % BATCH_SIZE if len(x) > BATCH_SIZE // 2 else 0
     padded = np.pad(x, [(0, spare), (0, 0), (0, 0), (0, 0)])

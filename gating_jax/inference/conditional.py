@@ -195,9 +195,10 @@ def compile_conditional(
   )
   if reason := why_not(strategy):
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
-  net = model if isinstance(model, FoldedNet) else fold(model, variables)
+  images = jax.ShapeDtypeStruct((1, *options.input_shape), jnp.float32)
+  net = model if isinstance(model, FoldedNet) else fold(model, variables, images)
   check_float(net)
-  folded.check_channels(net, options.input_shape[2])
+  net.check_channels(options.input_shape[2])
   # Strategies are fitted to every second image and timed on the others, if there are two or more.
   fitted = timed = options.calibration
   if strategy == AUTO and fitted is not None and len(fitted) > 1:

@@ -214,7 +214,7 @@ def compile_exits(
   )
   net = model if isinstance(model, ExitNet) else fold_exits(model, variables)
   # Exits and later stages take feature maps; only the first stage sees the images.
-  folded.check_channels(net.stages[0], options.input_shape[2])
+  net.stages[0].check_channels(options.input_shape[2])
   if strategy != AUTO:
     return CompiledExits(net, strategy, options=options)
   batches = spread_batches(options.calibration, batch_size)

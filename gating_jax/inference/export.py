@@ -143,7 +143,7 @@ def export_model(
     _check_compiled(model, input_shape, batch_size)
     batch_size = model.batch_size
   if isinstance(model, FoldedNet):
-    folded.check_channels(model, input_shape[2])
+    model.check_channels(input_shape[2])
   from safetensors.numpy import save
 
   # Weights become an argument, so that the program holds no constants of their size.

@@ -1,6 +1,7 @@
 """A trained network as plain arrays, with BatchNorm folded into its convolutions.
 
     Part = Layer   y = gates * pool(ReLU(conv x))                  a stem, or a layer of a VGG net
+                                                                   (ReLU, pool: where it has them)
          | Block   y = ReLU(conv_k(.. gates * ReLU(conv_1 x)) + shortcut(x))
                                                                    residual, or gates * that
 
@@ -55,24 +56,29 @@ def _static(default: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conv:
-  """A `[h, w, D, O]` kernel and `[O]` bias; symmetric padding: stride 1 keeps the resolution."""
+  """A `[h, w, D, O]` kernel and `[O]` bias; stride 1 keeps the resolution.
+
+  Padding is symmetric; or, with `same`, XLA's "SAME", which may pad one pixel more after than
+  before.
+  """
 
   kernel: Array
   bias: Array
   stride: int = _static(1)
   dilation: int = _static(1)
+  same: bool = _static(False)
 
   def __call__(self, x: Array) -> Array:
     """Maps `[N, H, W, D]` to `[N, H', W', O]`."""
     # PyTorch's padding: the same on both sides. XLA's "SAME" differs for strides above 1.
     height, width = self.kernel.shape[:2]
     vertical, horizontal = height // 2 * self.dilation, width // 2 * self.dilation
-    padding = [(vertical, vertical), (horizontal, horizontal)]
+    symmetric = [(vertical, vertical), (horizontal, horizontal)]
     y = lax.conv_general_dilated(
       x,
       self.kernel,
       (self.stride,) * 2,
-      padding,
+      "SAME" if self.same else symmetric,
       rhs_dilation=(self.dilation,) * 2,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
@@ -282,7 +288,7 @@ class _Gated:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer(_Gated):
-  """A convolution, ReLU, and optionally a max pool and gates of its channels.
+  """A convolution, and optionally ReLU, a max pool and gates of its channels.
 
   `pool` is `(window, stride, padding)`.
   """
@@ -290,10 +296,11 @@ class Layer(_Gated):
   conv: Conv
   head: Head | None = None
   pool: tuple[int, int, int] | None = _static(None)
+  relu: bool = _static(True)
 
   def after(self, h: Array) -> Array:
     """Applies what follows the convolution, except the gates."""
-    h = jax.nn.relu(h)
+    h = jax.nn.relu(h) if self.relu else h
     if self.pool is None:
       return h
     window, stride, pad = self.pool
@@ -363,6 +370,36 @@ class FoldedNet:
   classifier: tuple[Array, Array] | None = None
   pooled: bool = _static(True)
   glance: Glance | None = None
+
+  def outputs(self, x: Array, run_part: Callable[[int, Array], Array]) -> Array:
+    """Computes the outputs for images, each part by `run_part(its number, its input)`."""
+    for i in range(len(self.parts)):
+      x = run_part(i, x)
+    if not self.pooled:
+      return x
+    x = pooled(x)
+    if self.classifier is not None:
+      kernel, bias = self.classifier
+      x = x @ kernel + bias[None]
+    return x
+
+  def starts(self, input_shape: Shape) -> dict[int, Shape]:
+    """Returns the input shape of each part that does not read the output of the part before."""
+    return {0: input_shape}
+
+  def check_channels(self, channels: int) -> None:
+    """Raises ValueError unless the network takes images of `channels` channels."""
+    first = self.parts[0]
+    # A block whose branch was pruned has a projection at most, and then any number fits.
+    conv = first.conv if isinstance(first, Layer) else next(iter(first.convs), first.project)
+    if conv is not None and conv.kernel.shape[2] != channels:
+      raise ValueError(
+        f"images must have {conv.kernel.shape[2]} channels, as the network expects; got {channels}"
+      )
+
+  def outer_macs(self) -> int:
+    """Returns the multiply-accumulates per example of what is in no part: of the classifier."""
+    return self.classifier[0].size if self.classifier is not None else 0
 
 
 @jax.tree_util.register_dataclass
@@ -473,26 +510,33 @@ def run(
   """
   runners = runners or masked
   runners = [runners] * len(net.parts) if callable(runners) else runners
+  if len(runners) != len(net.parts):
+    raise ValueError(f"runners must be one for each of {len(net.parts)} parts; got {len(runners)}")
   shared = NOTHING_SHARED if net.glance is None else {"glance": net.glance(x)}
-  # `before`: the gates of this part's input channels, if they have any.
-  found, before = (), ()
-  for part, runner in zip(net.parts, runners, strict=True):
+  # Of each part that has run: its logits, and the gates of its output's channels.
+  found: dict[int, Gates] = {}
+  leaving: dict[int, Gates] = {}
+
+  def run_part(i: int, x: Array) -> Array:
+    """Computes a part, with its gates."""
+    part = net.parts[i]
     # Gates come first: a runner may skip what they close.
     logits, gates = _decide(part, x, shared)
-    x = runner(part, x, gates, before)
     # Scales decide on nothing.
-    found += logits if part.groups else ()
-    before = output_groups(part, gates) if part.groups else ()
+    found[i] = logits if part.groups else ()
+    leaving[i] = output_groups(part, gates) if part.groups else ()
+    # The gates of this part's input channels, if they have any.
+    y = runners[i](part, x, gates, leaving.get(i - 1, ()))
     if part.output_gate and part.head is not None:
       # y = gates * ReLU(branch + shortcut): here, so that no strategy needs to know of it.
-      x = x * part.head.groups[-1].expand(gates[-1])[:, None, None]
-  if not net.pooled:
-    return x, found
-  x = pooled(x)
-  if net.classifier is not None:
-    kernel, bias = net.classifier
-    x = x @ kernel + bias[None]
-  return x, found
+      y = y * part.head.groups[-1].expand(gates[-1])[:, None, None]
+    return y
+
+  y = net.outputs(x, run_part)
+  logits: Gates = ()
+  for i in range(len(net.parts)):
+    logits += found[i]
+  return y, logits
 
 
 def _decide(part: Part, x: Array, shared: Shared) -> tuple[Gates, Gates]:
@@ -553,17 +597,6 @@ def shapes_of(net: Any) -> Any:
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), net)
 
 
-def check_channels(net: FoldedNet, channels: int) -> None:
-  """Raises ValueError unless the network takes images of `channels` channels."""
-  first = net.parts[0]
-  # A block whose branch was pruned has a projection at most, and then any number of channels fits.
-  conv = first.conv if isinstance(first, Layer) else next(iter(first.convs), first.project)
-  if conv is not None and conv.kernel.shape[2] != channels:
-    raise ValueError(
-      f"images must have {conv.kernel.shape[2]} channels, as the network expects; got {channels}"
-    )
-
-
 def check_alike(net: Any, like: Any) -> None:
   """Raises ValueError unless two networks differ in their weights alone.
 
@@ -610,19 +643,19 @@ def macs(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) -> Any:
   Returns:
     `[N]` numbers, or one number without `gates`.
   """
-  always = glance_macs(net) + classifier_macs(net)
+  always = glance_macs(net) + net.outer_macs()
   return sum(macs_by_part(net, input_shape, gates)) + always
 
 
 def macs_by_part(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) -> list[Any]:
-  """Computes `macs` of each part, the glance and the classifier left out."""
+  """Computes `macs` of each part; what is in no part is left out: the glance, the classifier."""
   opened = []
   for part, own, _ in walk(net, gates):
     opened += opened_of(part, own) if gates else []
-  shape, found = input_shape, []
+  starts, shape, found = net.starts(input_shape), input_shape, []
   # The next part multiplies only by the channels that the gates before leave.
-  for part, own, before in walk(net, opened):
-    shape, part_cost = part_macs(part, shape, *before, opened=own)
+  for i, (part, own, before) in enumerate(walk(net, opened)):
+    shape, part_cost = part_macs(part, starts.get(i, shape), *before, opened=own)
     found.append(head_macs(part) + part_cost)
   return found
 
@@ -653,11 +686,6 @@ def stage_macs(net: ExitNet, input_shape: Shape) -> list[int]:
       stage_cost += int(macs(net.exits[i], shape[1:]))
     found.append(stage_cost)
   return found
-
-
-def classifier_macs(net: FoldedNet) -> int:
-  """Returns the multiply-accumulates of the classifier for one example; 0 without one."""
-  return net.classifier[0].size if net.classifier is not None else 0
 
 
 def glance_macs(net: FoldedNet) -> int:

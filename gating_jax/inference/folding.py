@@ -2,6 +2,7 @@
 
 Gates that look at no image are folded away: the channels they close are removed, and those they
 leave are scaled by them. Closed features that a VGG net without a classifier ends with stay.
+Of a `GatedModel` the layers of its pairs are folded; the rest is its own code.
 
 What the logits z = W h + b of a gate network are moved by is folded into its last layer:
 
@@ -28,9 +29,11 @@ from flax import traverse_util
 
 from gating_jax.checks import one_of, shown
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Glance, Group, Head, Layer, Part
-from gating_jax.layers.blocks import GATINGS
+from gating_jax.inference.grafting import ChainLayer, GraftedNet, find_chains
+from gating_jax.layers.blocks import BIAS, GATINGS
 from gating_jax.layers.context import GLANCE_NAME
 from gating_jax.layers.gate import GATE_NAME, LOGITS, SHIFT, SHUT, THRESHOLD, GateSettings
+from gating_jax.layers.gated_model import GatedModel
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.vggs import POOL, VGG
 from gating_jax.ops import relaxations
@@ -41,19 +44,24 @@ _EPSILON = nn.BatchNorm.epsilon
 _VGG_POOL = (2, 2, 0)
 
 
-def fold(model: nn.Module, variables: Mapping[str, Any] | None) -> FoldedNet:
+def fold(model: nn.Module, variables: Mapping[str, Any] | None, images: Any = None) -> FoldedNet:
   """Converts a network in evaluation, with the same outputs up to rounding, in float32.
 
   Args:
-    model: a `ResNet` of images or a `VGG`. Its gates are straight-through, and read the features,
-      a glance or both; or they are the same for all images, unless the outputs of blocks are gated.
-      They may be normalised and weighted, and have thresholds. Scales are taken as well.
+    model: a `ResNet` of images, a `VGG`, or a `GatedModel` of images whose pairs are Conv -
+      BatchNorm - ReLU - Conv, the BatchNorm left out or not. Its gates are straight-through, and
+      read the features, a glance or both; or they are the same for all images, unless the outputs
+      of blocks are gated. They may be normalised and weighted, and have thresholds. Scales are
+      taken as well.
     variables: its trained values, `params` and `batch_stats`; thresholds may have been moved by
-      `shift_thresholds`.
+      `shift_thresholds`. Of a `GatedModel` also what further collections the model reads.
+    images: for a `GatedModel` alone: images such as those to come, `[N, H, W, D]`, or their shape
+      as a `jax.ShapeDtypeStruct`. The network is for images of this height and width.
   Returns:
     A `FoldedNet`.
   Raises:
-    ValueError: another model, gates that are never exactly closed, or variables of another model.
+    ValueError: another model, gates that are never exactly closed, variables of another model, or
+      pairs that cannot be folded, which the message names with the reason.
     TypeError: variables that are no mapping.
 
   >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
@@ -61,6 +69,8 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None) -> FoldedNet:
   >>> len(net.parts), net.classifier[0].shape
   (1, (4, 3))
   """
+  if isinstance(model, GatedModel):
+    return _graft(model, variables, images)
   check_foldable(model)
   assert isinstance(model, (ResNet, VGG))  # which has been checked
   flat = _flat(model, variables)
@@ -78,8 +88,71 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None) -> FoldedNet:
   return FoldedNet(parts, (kernel, bias), glance=glance)
 
 
-def _flat(model: nn.Module, variables: Mapping[str, Any] | None) -> dict[Path, np.ndarray]:
-  """Returns the variables in float32, by path.
+def _graft(model: GatedModel, variables: Mapping[str, Any] | None, images: Any) -> GraftedNet:
+  """Folds the layers of a gated model's pairs; arguments as in `fold`."""
+  shape: tuple[int, ...] = tuple(getattr(images, "shape", ()))
+  if len(shape) != 4:
+    raise ValueError(
+      "images must be [N, H, W, D], or their shape, where the model is a GatedModel; got "
+      f"{shown(images)}"
+    )
+  if not model.pairs:
+    raise ValueError("the model's pairs must be at least one; got none")
+  _check_rules(_gate_rules(model.gate))
+  flat = _flat(model, variables, jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32))
+  own = _without_gates(model, variables or {})
+  _, height, width, channels = shape
+  found = find_chains(model, own, (height, width, channels))
+  parts: list[Part] = []
+  for chain in found.chains:
+    parts += _chain_parts(model, flat, chain)
+  return GraftedNet(tuple(parts), pooled=False, variables=own, graft=found.graft)
+
+
+def _without_gates(model: GatedModel, variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the variables of a gated model without those of its gates, as arrays."""
+  gates = [(*writer.split("/"), GATE_NAME) for writer, _ in model.pairs]
+  kept = {}
+  for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
+    if not any(path[1 : len(gate) + 1] == gate for gate in gates):
+      kept[path] = jnp.asarray(leaf)
+  return traverse_util.unflatten_dict(kept)
+
+
+def _chain_parts(
+  model: GatedModel, flat: Mapping[Path, np.ndarray], chain: Sequence[ChainLayer]
+) -> list[Layer]:
+  """Folds the convolutions of a chain; all but the last have gates, which the next one reads."""
+  convs = [_chain_conv(flat, layer) for layer in chain]
+  heads: list[Head | None] = [None] * len(chain)
+  for i, layer in enumerate(chain[:-1]):
+    # The channels that the model has, also where gates before have removed inputs.
+    groups = (_group(model, convs[i].bias.size),)
+    if model.gate.context == "none":
+      (scale,) = _static_gates(model, flat, layer.path, groups)
+      convs[i], convs[i + 1] = _scaled_away(convs[i], scale, convs[i + 1])
+    else:
+      heads[i] = _head(model.gate, flat, layer.path, groups)
+  parts = []
+  for i, (conv, head) in enumerate(zip(convs, heads, strict=True)):
+    parts.append(Layer(conv, head, relu=i + 1 < len(convs)))
+  return parts
+
+
+def _chain_conv(flat: Mapping[Path, np.ndarray], layer: ChainLayer) -> Conv:
+  """Folds the BatchNorm of a chain's layer, if any, into its convolution."""
+  kernel = flat["params", *layer.path, "kernel"]
+  bias = flat.get(("params", *layer.path, "bias"), np.zeros(kernel.shape[-1], np.float32))
+  if layer.norm is not None:
+    factor, shift = _norm(flat, layer.norm.path, layer.norm.epsilon)
+    kernel, bias = kernel * factor, bias * factor + shift
+  return Conv(jnp.asarray(kernel), jnp.asarray(bias), layer.stride, layer.dilation, same=layer.same)
+
+
+def _flat(
+  model: nn.Module, variables: Mapping[str, Any] | None, images: Any = None
+) -> dict[Path, np.ndarray]:
+  """Returns the variables in float32, by path; `images` as in `_shapes`.
 
   Raises:
     ValueError: naming the first variable that the model does not have, lacks, or has in another
@@ -91,10 +164,14 @@ def _flat(model: nn.Module, variables: Mapping[str, Any] | None) -> dict[Path, n
   for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items():
     if path[0] in ("params", "batch_stats"):
       flat[path] = np.asarray(leaf, np.float32)
-  # The first kernel tells the number of channels of images, which the model does not know.
-  first_path = ("layer1", "conv") if isinstance(model, VGG) else ("stem",)
-  first = flat.get(("params", *first_path, "conv", "kernel"))
-  wanted = _shapes(model, 3 if first is None else first.shape[2])
+  if images is None:
+    # The first kernel tells the number of channels of images, which the model does not know.
+    first_path = ("layer1", "conv") if isinstance(model, VGG) else ("stem",)
+    first = flat.get(("params", *first_path, "conv", "kernel"))
+    channels = 3 if first is None else first.shape[2]
+    # Any size works from which the pools leave a pixel.
+    images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+  wanted = _shapes(model, images)
   for path in flat:
     # The model does not make it: `shift_thresholds` adds it next to a threshold.
     if path[-1] == SHIFT and (*path[:-1], THRESHOLD) in wanted:
@@ -109,13 +186,15 @@ def _flat(model: nn.Module, variables: Mapping[str, Any] | None) -> dict[Path, n
   return flat
 
 
-def _shapes(model: nn.Module, channels: int) -> dict[Path, tuple[int, ...]]:
-  """Returns the shapes of a model's variables, by path."""
-  # Any size works from which the pools leave a pixel.
-  images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+def _shapes(model: nn.Module, images: Any) -> dict[Path, tuple[int, ...]]:
+  """Returns the shapes of a model's parameters and statistics, by path; `images` as a shape."""
   made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
   flat: dict[Path, Any] = traverse_util.flatten_dict(dict(made))
-  return {path: leaf.shape for path, leaf in flat.items()}
+  shapes = {}
+  for path, leaf in flat.items():
+    if path[0] in ("params", "batch_stats"):
+      shapes[path] = leaf.shape
+  return shapes
 
 
 class _Rule(NamedTuple):
@@ -140,30 +219,43 @@ def check_foldable(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
     got = shown(model) if isinstance(model, type) else type(model).__name__
     raise ValueError(f"model must be {' or '.join(kind.__name__ for kind in kinds)}; got {got}")
   one_of("gating", model.gating, GATINGS)
-  for rule in _rules_of(model):
+  _check_rules(_rules_of(model))
+
+
+def _check_rules(rules: Sequence[_Rule]) -> None:
+  """Raises a ValueError that names the first condition which does not hold."""
+  for rule in rules:
     if not rule.holds:
       raise ValueError(f"the model's {rule.name} must be {rule.wanted}; got {rule.value!r}")
 
 
-def _rules_of(model: ResNet | VGG) -> list[_Rule]:
-  """Returns the conditions under which a model can be folded."""
-  gate, gated = model.gate, model.gating != "none"
+def _gate_rules(gate: GateSettings) -> list[_Rule]:
+  """Returns the conditions under which gates can be folded."""
   reads_images = bool(gate.parts) and "told" not in gate.parts
-  rules = [
-    _Rule("gating", model.gating, holds=model.gating != "bias", wanted="none or that of gates"),
+  return [
     _Rule(
       "gate context",
       gate.context,
-      holds=not gated or gate.context == "none" or reads_images,
+      holds=gate.context == "none" or reads_images,
       wanted="pooled or another that reads images alone, or none",
     ),
     _Rule(
       "gate relaxation",
       gate.relaxation,
-      holds=not gated or gate.context == "none" or gate.relaxation in ("straight_through", "scale"),
+      holds=gate.context == "none" or gate.relaxation in ("straight_through", "scale"),
       wanted="straight_through for conditional gates, since only it gives exactly 0, or scale",
     ),
   ]
+
+
+def _rules_of(model: ResNet | VGG) -> list[_Rule]:
+  """Returns the conditions under which a model can be folded."""
+  gate = model.gate
+  rules = [
+    _Rule("gating", model.gating, holds=model.gating != BIAS, wanted="none or that of gates"),
+  ]
+  if model.gating != "none":
+    rules += _gate_rules(gate)
   if isinstance(model, ResNet):
     rules += [
       _Rule(
@@ -185,6 +277,12 @@ def _rules_of(model: ResNet | VGG) -> list[_Rule]:
         wanted="False: GroupNorm cannot be folded",
       ),
       _Rule("convolution", model.convolution, holds=model.convolution == "full", wanted="full"),
+    ]
+  else:
+    one_layer = "for one dense layer after the mean over pixels, as folded networks have"
+    rules += [
+      _Rule("hidden", model.hidden, holds=not model.hidden, wanted=f"() {one_layer}"),
+      _Rule("pooled", model.pooled, holds=model.pooled == 1, wanted=f"1 {one_layer}"),
     ]
   return rules
 
@@ -247,10 +345,10 @@ def _block(
   if not groups:
     return block
   if model.gate.context == "none":
-    return _with_static_gates(model, block, _static_gates(model, flat, name, groups))
+    return _with_static_gates(model, block, _static_gates(model, flat, (name,), groups))
   return dataclasses.replace(
     block,
-    head=_head(model.gate, flat, name, groups),
+    head=_head(model.gate, flat, (name,), groups),
     layer_gate=model.gating == "layer",
     output_gate=model.gating == "all_channels",
   )
@@ -320,9 +418,9 @@ def _gate_layer(model: VGG, flat: Mapping[Path, np.ndarray], layers: list[Layer]
   name, layer = f"layer{i + 1}", layers[i]
   groups = (_group(model, layer.conv.bias.size),)
   if model.gate.context != "none":
-    layers[i] = dataclasses.replace(layer, head=_head(model.gate, flat, name, groups))
+    layers[i] = dataclasses.replace(layer, head=_head(model.gate, flat, (name,), groups))
     return
-  (scale,) = _static_gates(model, flat, name, groups)
+  (scale,) = _static_gates(model, flat, (name,), groups)
   if i + 1 < len(layers):
     conv, following = _scaled_away(layer.conv, scale, layers[i + 1].conv)
     layers[i + 1] = dataclasses.replace(layers[i + 1], conv=following)
@@ -379,17 +477,20 @@ def fold_conv(
   return Conv(jnp.asarray(kernel * factor), jnp.asarray(bias), stride, dilation)
 
 
-def _norm(flat: Mapping[Path, np.ndarray], path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _norm(
+  flat: Mapping[Path, np.ndarray], path: Path, epsilon: float = _EPSILON
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns BatchNorm in evaluation as a factor and a summand of each channel."""
   # y = x * factor + bias, with factor = scale / sqrt(var + eps) and bias = beta - mean * factor; in
   # float64, so that it is rounded once.
 
-  def get(kind: str, name: str) -> np.ndarray:
-    """Returns a value of the BatchNorm."""
-    return flat[kind, *path, name].astype(np.float64)
+  def get(name: str, otherwise: float) -> np.ndarray:
+    """Returns a parameter of the BatchNorm, which need not have it."""
+    return flat.get(("params", *path, name), np.asarray(otherwise)).astype(np.float64)
 
-  factor = get("params", "scale") / np.sqrt(get("batch_stats", "var") + _EPSILON)
-  bias = get("params", "bias") - get("batch_stats", "mean") * factor
+  mean, var = (flat["batch_stats", *path, name].astype(np.float64) for name in ("mean", "var"))
+  factor = get("scale", 1) / np.sqrt(var + epsilon)
+  bias = get("bias", 0) - mean * factor
   return factor.astype(np.float32), bias.astype(np.float32)
 
 
@@ -401,13 +502,13 @@ def _glance(flat: Mapping[Path, np.ndarray]) -> Glance | None:
 
 
 def _head(
-  gate: GateSettings, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]
+  gate: GateSettings, flat: Mapping[Path, np.ndarray], part: Path, groups: tuple[Group, ...]
 ) -> Head:
-  """Returns the gate network of a part, with thresholds of its logits folded."""
-  path = (name, GATE_NAME, "head")
+  """Returns the gate network of a part, by its path, with thresholds of its logits folded."""
+  path = (*part, GATE_NAME, "head")
   # BatchNorm follows the first Dense layer, which has no bias of its own.
   factor, bias = _norm(flat, (*path, "norm"))
-  kernel, logits_bias = _moved_logits(gate, flat, name)
+  kernel, logits_bias = _moved_logits(gate, flat, part)
   return Head(
     hidden=jnp.asarray(flat["params", *path, "hidden", "kernel"] * factor),
     hidden_bias=jnp.asarray(bias),
@@ -416,48 +517,50 @@ def _head(
     groups=groups,
     context=gate.parts,
     # Always there, so that networks of other shifts are of one shape, and share a program.
-    shift=jnp.asarray(_shift(flat, name)) if gate.weighted else None,
+    shift=jnp.asarray(_shift(flat, part)) if gate.weighted else None,
     scales=not gate.decides,
   )
 
 
 def _moved_logits(
-  gate: GateSettings, flat: Mapping[Path, np.ndarray], name: str
+  gate: GateSettings, flat: Mapping[Path, np.ndarray], part: Path
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns W' `[hidden, U]` and b' `[U]` of the equation, in float32."""
-  path = ("params", name, GATE_NAME, *LOGITS)
+  path = ("params", *part, GATE_NAME, *LOGITS)
   kernel, bias = flat[*path, "kernel"], flat[*path, "bias"]
   # Gates that are shut for good have this bias for all images, and are not normalised.
   shut = (bias == SHUT) & ~kernel.any(axis=0)
   # In float64, so that each number is rounded once.
   moved, moved_bias = kernel.astype(np.float64), bias.astype(np.float64)
   if gate.normalise:
-    stats = ("batch_stats", name, GATE_NAME, "normalised")
+    stats = ("batch_stats", *part, GATE_NAME, "normalised")
     factor = gate.normalise / np.sqrt(flat[*stats, "var"].astype(np.float64) + _EPSILON)
     moved, moved_bias = moved * factor, (moved_bias - flat[*stats, "mean"]) * factor
-  moved_bias = moved_bias - _threshold(flat, name)
-  moved_bias = np.where(shut, bias, moved_bias) - _shift(flat, name)
+  moved_bias = moved_bias - _threshold(flat, part)
+  moved_bias = np.where(shut, bias, moved_bias) - _shift(flat, part)
   return moved.astype(np.float32), moved_bias.astype(np.float32)
 
 
-def _threshold(flat: Mapping[Path, np.ndarray], name: str) -> np.ndarray:
+def _threshold(flat: Mapping[Path, np.ndarray], part: Path) -> np.ndarray:
   """Returns the threshold of the logits of a part's gates, a number; 0 without one."""
-  return flat.get(("batch_stats", name, GATE_NAME, THRESHOLD), np.zeros((), np.float32))
+  return flat.get(("batch_stats", *part, GATE_NAME, THRESHOLD), np.zeros((), np.float32))
 
 
-def _shift(flat: Mapping[Path, np.ndarray], name: str) -> np.ndarray:
+def _shift(flat: Mapping[Path, np.ndarray], part: Path) -> np.ndarray:
   """Returns what `shift_thresholds` has added to the threshold, a number; 0 if nothing."""
-  return flat.get(("batch_stats", name, GATE_NAME, SHIFT), np.zeros((), np.float32))
+  return flat.get(("batch_stats", *part, GATE_NAME, SHIFT), np.zeros((), np.float32))
 
 
 def _static_gates(
-  model: ResNet | VGG, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]
+  model: ResNet | VGG | GatedModel,
+  flat: Mapping[Path, np.ndarray],
+  part: Path,
+  groups: tuple[Group, ...],
 ) -> list[np.ndarray]:
   """Returns the values of gates that look at no image, `[C]` for the channels of each group."""
-  raw = flat["params", name, GATE_NAME, "logits"]
-  shift = _shift(flat, name)
-  trained = jnp.asarray(np.where(raw == SHUT, raw, raw - _threshold(flat, name)))
-  logits = trained - shift
+  raw = flat["params", *part, GATE_NAME, "logits"]
+  trained = jnp.asarray(np.where(raw == SHUT, raw, raw - _threshold(flat, part)))
+  logits = trained - _shift(flat, part)
   if model.gate.relaxation == "hard_concrete":
     location = relaxations.hard_concrete_location(logits, model.gate.temperature)
     gates = relaxations.hard_concrete_mean(location)
@@ -479,7 +582,9 @@ def _static_gates(
 def _scaled(conv: Conv, scale: np.ndarray | float) -> Conv:
   """Multiplies the output channels of a convolution by `[O]` numbers, or by one number."""
   each = jnp.broadcast_to(jnp.asarray(scale, conv.bias.dtype), conv.bias.shape)
-  return Conv(conv.kernel * each[None, None, None], conv.bias * each, conv.stride, conv.dilation)
+  return dataclasses.replace(
+    conv, kernel=conv.kernel * each[None, None, None], bias=conv.bias * each
+  )
 
 
 def _scaled_away(writer: Conv, scale: np.ndarray, reader: Conv) -> tuple[Conv, Conv]:

@@ -621,16 +621,17 @@ def cluster_macs(batch: PartBatch) -> float:
 
 
 def native(part: Part, context: PartContext) -> CompiledPart | None:
-  """Fits any part that computes something, without dilation; XLA computes the projection.
+  """Fits any part that computes something, without dilation or padding on one side.
 
-  It does not fit parts with scales, of which it has nothing to skip.
+  XLA computes the projection. It does not fit parts with scales, of which it has nothing to skip.
   """
   convs = (part.conv,) if isinstance(part, Layer) else part.convs
   if not convs or (part.head is not None and part.head.scales):
     return None
   packed = []
   for conv in convs:
-    if conv.dilation != 1 or not conv.kernel.size:
+    # The kernel pads symmetrically.
+    if conv.dilation != 1 or conv.same or not conv.kernel.size:
       return None
     # Packed once, not in every call: the kernel reads the weights in another layout.
     packed.append(dataclasses.replace(conv, kernel=native_kernels.packed(conv.kernel)))
@@ -646,8 +647,9 @@ def native(part: Part, context: PartContext) -> CompiledPart | None:
     """Computes the layer for x `[N, H, W, D]` by the native kernel."""
     (own,) = layer.masks(gates) or [None]
     # The input has been multiplied by its gates: here they only choose.
-    masks = [gates_before(before), own]
-    return layer.after(_native_chain((layer.conv,), x, masks, weighted=[layer.weighted]))
+    masks, weighted = [gates_before(before), own], [layer.weighted]
+    y = _native_chain((layer.conv,), x, masks, weighted=weighted, relu=layer.relu)
+    return layer.after(y)
 
   def run_block(block: Block, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the block for x `[N, H, W, D]` by the native kernel."""
@@ -678,11 +680,13 @@ def _native_chain(
   shortcut: Array | None = None,
   *,
   weighted: Sequence[bool],
+  relu: bool = True,
 ) -> Array:
   """Computes the convolutions, ReLU and the sum with the shortcut in one call.
 
   `masks` are of the input, and of the outputs of each convolution; None where all are open.
-  `weighted` says of which outputs they also multiply.
+  `weighted` says of which outputs they also multiply. `relu` is whether ReLU also follows the last
+  convolution.
   """
   return native_kernels.gated_chain(
     x,
@@ -692,6 +696,7 @@ def _native_chain(
     shortcut,
     strides=[conv.stride for conv in convs],
     weighted=[flag and mask is not None for flag, mask in zip(weighted, masks[1:], strict=True)],
+    relu=relu,
   )
 
 
@@ -773,7 +778,7 @@ class Account:
     opened: of each part, those of open units.
     computed: of each part, those that each strategy computes, by name.
     heads: of each part's gate network.
-    classifier: of the classifier.
+    outer: of what is in no part: of the classifier.
     glance: of the look at the whole image that gate networks read.
   """
 
@@ -781,7 +786,7 @@ class Account:
   opened: Sequence[float]
   computed: Sequence[Mapping[str, float]]
   heads: Sequence[int]
-  classifier: int
+  outer: int
   glance: int = 0
 
   def part_ratios(self, part: int) -> MacRatios:
@@ -793,19 +798,19 @@ class Account:
     return MacRatios(self.opened[part] / dense, computed)
 
   def net_ratios(self, programs: Mapping[str, Sequence[str]]) -> MacRatios:
-    """Returns the ratios of whole programs, with gate networks and the classifier.
+    """Returns the ratios of whole programs, with gate networks and what is in no part.
 
     `programs` maps a name to the strategies of its parts.
     """
-    dense = sum(self.dense) + self.classifier
-    opened = sum(self.opened) + sum(self.heads) + self.glance + self.classifier
+    dense = sum(self.dense) + self.outer
+    opened = sum(self.opened) + sum(self.heads) + self.glance + self.outer
     computed = {name: self.program_macs(names) / dense for name, names in programs.items()}
     return MacRatios(opened / dense, computed)
 
   def program_macs(self, names: Sequence[str]) -> float:
     """Returns the MACs that a whole program computes, from the strategies of its parts."""
     of_parts = sum(self.computed[part][name] for part, name in enumerate(names))
-    return of_parts + sum(self.heads) + self.glance + self.classifier
+    return of_parts + sum(self.heads) + self.glance + self.outer
 
 
 def account(
@@ -831,8 +836,10 @@ def account(
   """
   of_parts = folded.macs_by_part(net, shape, folded.join_batches(batches))
   walks = [list(folded.walk(net, gates)) for gates in batches]
+  starts = net.starts(shape)
   dense, opened, computed, heads = [], [], [], []
   for i, part in enumerate(net.parts):
+    shape = starts.get(i, shape)
     # Counted batch by batch: padding depends on how many examples of a batch are open.
     of_batches = []
     for walked in walks:
@@ -853,6 +860,6 @@ def account(
     opened,
     computed,
     heads=heads,
-    classifier=folded.classifier_macs(net),
+    outer=net.outer_macs(),
     glance=folded.glance_macs(net),
   )

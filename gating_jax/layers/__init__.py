@@ -13,13 +13,16 @@ __all__ = [
   "ConvNorm",
   "Experts",
   "FactorisedConvNorm",
+  "FoundPairs",
   "GateHead",
   "GateSettings",
   "GatedChannels",
+  "GatedModel",
   "SegmentGate",
   "SegmentGateSettings",
   "apply_gates",
   "deterministic_record",
+  "find_pairs",
 ]
 
 # Type checkers read the imports, and Python the table.
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
   from gating_jax.layers.conv import ConvNorm, FactorisedConvNorm
   from gating_jax.layers.experts import Experts
   from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
+  from gating_jax.layers.gated_model import GatedModel
+  from gating_jax.layers.pair_search import FoundPairs, find_pairs
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings, deterministic_record
 else:
   __getattr__, __dir__ = lazy_names(
@@ -43,6 +48,8 @@ else:
         "GatedChannels",
         "apply_gates",
       ),
+      "gating_jax.layers.gated_model": ("GatedModel",),
+      "gating_jax.layers.pair_search": ("FoundPairs", "find_pairs"),
       "gating_jax.layers.segment_gate": (
         "SegmentGate",
         "SegmentGateSettings",

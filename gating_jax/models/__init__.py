@@ -21,8 +21,10 @@ __all__ = [
   "find_concepts",
   "heavy_net",
   "light_net",
+  "load_pretrained",
   "model_summary",
   "resnet",
+  "save_pretrained",
   "vgg",
   "video_summary",
 ]
@@ -30,6 +32,7 @@ __all__ = [
 # Type checkers read the imports, and Python the table.
 if TYPE_CHECKING:
   from gating_jax.models.mobilenet import MobileNet
+  from gating_jax.models.pretrained import load_pretrained, save_pretrained
   from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
   from gating_jax.models.resnets import ResNet, resnet
   from gating_jax.models.segmenter import Segmenter
@@ -42,6 +45,7 @@ else:
     __name__,
     {
       "gating_jax.models.mobilenet": ("MobileNet",),
+      "gating_jax.models.pretrained": ("load_pretrained", "save_pretrained"),
       "gating_jax.models.resnet_variants": ("EarlyExitNet", "ExpertNet"),
       "gating_jax.models.resnets": ("ResNet", "resnet"),
       "gating_jax.models.segmenter": ("Segmenter",),

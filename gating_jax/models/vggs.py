@@ -1,4 +1,4 @@
-"""Chains of convolutions without shortcuts, for small images: VGG nets and the SimpleCNN.
+"""Chains of convolutions without shortcuts: VGG nets and the SimpleCNN.
 
 Axes: N examples, H and W pixels, D channels.
 Reference: Simonyan and Zisserman, 2015 (VGG); Ioffe and Szegedy, 2015; Abati et al., 2020, section
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_context
@@ -30,6 +31,8 @@ from gating_jax.ops.cpu_convs import max_pool
 from gating_jax.types import Apply, Array, Path, Records
 
 POOL: Final = "pool"
+# Names of the dense layers: `hidden1` and so on, then `classifier`.
+_HIDDEN, _CLASSIFIER = "hidden", "classifier"
 # Channels of each convolution, and `POOL` after those that a max pool follows.
 Chain = tuple[int | Literal["pool"], ...]
 _VGG16: Chain = (
@@ -47,12 +50,13 @@ VGGS: dict[str, Chain] = {
 
 
 class VGG(nn.Module):
-  """Chain of convolutions, gated or not, and one dense layer.
+  """Chain of convolutions, gated or not, and dense layers.
 
   `[N, H, W, D]` images, large enough for the chain's pools, to
   `([N, classes] float32 logits, records)`. Every layer is a 3x3 convolution, BatchNorm, ReLU and,
   where the chain says so, a 2x2 max pool; its gate reads the layer's input and switches its output
-  channels. The mean over pixels and one dense layer follow.
+  channels. The mean over pixels and one dense layer follow, unless `pooled` and `hidden` say
+  otherwise.
 
   Attributes:
     classes: number of outputs; None for the pooled features in place of logits.
@@ -63,6 +67,9 @@ class VGG(nn.Module):
     gating: `none` or `channel`.
     gate: settings of the gates.
     dtype, axis_name: as in `ResNet`.
+    hidden: widths of dense layers with ReLU before the last one, as (4096, 4096) for ImageNet.
+    pooled: parts, along a side, over each of which the last feature map is averaged; 1 for the mean
+      over all pixels, 7 for ImageNet. The features of all parts are read as one vector.
   Raises:
     TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
@@ -86,10 +93,15 @@ class VGG(nn.Module):
   gate: GateSettings = GateSettings()
   dtype: jnp.dtype = jnp.float32
   axis_name: str | None = None
+  hidden: tuple[int, ...] = ()
+  pooled: int = 1
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     arguments.real_array("images", x)
+    arguments.whole_number("pooled", self.pooled)
+    for width in arguments.items("hidden", self.hidden, "widths of dense layers"):
+      arguments.whole_number("each of hidden", width)
     if x.ndim != 4:
       raise ValueError(f"images must be [N, H, W, D]; got shape {x.shape}")
     check_gate_settings("gate", self.gate)
@@ -114,17 +126,36 @@ class VGG(nn.Module):
       )(x, train, shared)
       records += new
     # The mean and the logits are float32, whatever the layers compute in.
-    x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    x = x.astype(jnp.float32)
+    if self.pooled == 1:
+      x = jnp.mean(x, axis=(1, 2))
+    else:
+      x = average_parts(x, self.pooled).reshape(x.shape[0], -1)
+    return (x if self.classes is None else self._classify(x, self.classes)), records
+
+  @property
+  def dense_names(self) -> tuple[str, ...]:
+    """Returns the names of the dense layers, in their order; none without classes."""
     if self.classes is None:
-      return x, records
-    return nn.Dense(self.classes, name="classifier")(x), records
+      return ()
+    return (*(f"{_HIDDEN}{i + 1}" for i in range(len(self.hidden))), _CLASSIFIER)
+
+  def _classify(self, x: Array, classes: int) -> Array:
+    """Computes logits from the features, `[N, D]`."""
+    *names, last = self.dense_names
+    for name, width in zip(names, self.hidden, strict=True):
+      x = nn.relu(nn.Dense(width, name=name)(x))
+    return nn.Dense(classes, name=last)(x)
 
   def _readers(self, number: int, last: int) -> tuple[Path, ...]:
     """Returns the paths of the layers that read the output channels of layer `number`."""
     if number < last:
       return ((*self.path, f"layer{number + 1}", "conv", "conv"),)
-    # The pooled features are a network's output, which no layer reads.
-    return () if self.classes is None else ((*self.path, "classifier"),)
+    # The pooled features are a network's output, which no layer reads; of several parts, each has
+    # an input channel of its own.
+    if self.classes is None or self.pooled > 1:
+      return ()
+    return ((*self.path, self.dense_names[0]),)
 
 
 class VGGLayer(nn.Module):
@@ -181,6 +212,33 @@ class VGGLayer(nn.Module):
     )
     records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train, shared)
     return apply_gates(y, records[0].gates), decisions(records, self.gate)
+
+
+def is_dense_name(name: str) -> bool:
+  """Returns whether a module of this name is a dense layer at the end of a network."""
+  return name == _CLASSIFIER or name.startswith(_HIDDEN)
+
+
+def average_parts(x: Array, side: int) -> Array:
+  """Averages feature maps over `side` x `side` parts: `[N, H, W, D]` to `[N, side, side, D]`.
+
+  Part i along a side of H pixels has those from floor(i H / side) up to ceil((i + 1) H / side), as
+  in torch's adaptive average pooling: parts overlap where `side` does not divide H.
+  """
+  if x.shape[1:3] == (side, side):
+    return x
+  rows, columns = _part_weights(x.shape[1], side), _part_weights(x.shape[2], side)
+  # In full precision also on accelerators, which would round the pixels.
+  return jnp.einsum("ah,nhwd,bw->nabd", rows, x, columns, precision="highest")
+
+
+def _part_weights(size: int, side: int) -> np.ndarray:
+  """Returns the weight of each of `size` pixels in the mean of each part, `[side, size]`."""
+  weights = np.zeros((side, size), np.float32)
+  for i in range(side):
+    start, end = i * size // side, -(-(i + 1) * size // side)
+    weights[i, start:end] = 1 / (end - start)
+  return weights
 
 
 def vgg(name: str, classes: int | None, **settings) -> VGG:

@@ -110,6 +110,52 @@ def frozen(
     optimiser: trains all other parameters.
     is_frozen: from a parameter's path to whether it stays as it is.
   """
+  # Zero updates, not zero gradients: weight decay would move a parameter without a gradient.
+  return _by_label(trained=optimiser, still=optax.set_to_zero(), is_frozen=is_frozen)
+
+
+def frozen_at_first(
+  make: Callable[[optax.Schedule], optax.GradientTransformation],
+  learning_rate: optax.Schedule,
+  *,
+  is_frozen: Callable[[Sequence[str]], bool],
+  steps: int,
+) -> optax.GradientTransformation:
+  """Returns an optimiser that freezes some parameters for its first steps.
+
+  While they are frozen they have neither weight decay nor momentum. Statistics of BatchNorm are no
+  parameters: they follow the data all the time.
+
+  Args:
+    make: from a learning rate to the optimiser of all parameters.
+    learning_rate: from step to number.
+    is_frozen: from a parameter's path to whether it stays as it is at first.
+    steps: so many steps, >= 0.
+  Raises:
+    ValueError: `steps` is negative.
+  """
+  if not steps >= 0:
+    raise ValueError(f"steps must be >= 0; got {steps}")
+
+  def is_over(step: Any, **extra: Any) -> Any:
+    """Returns whether the frozen parameters move at a step; optax may pass on more."""
+    return step >= steps
+
+  def later_rate(step):
+    """Returns the learning rate for an optimiser that counts from the end of the freezing."""
+    return learning_rate(step + steps)
+
+  still = optax.conditionally_mask(make(later_rate), is_over)
+  return _by_label(trained=make(learning_rate), still=still, is_frozen=is_frozen)
+
+
+def _by_label(
+  *,
+  trained: optax.GradientTransformation,
+  still: optax.GradientTransformation,
+  is_frozen: Callable[[Sequence[str]], bool],
+) -> optax.GradientTransformation:
+  """Returns an optimiser that is `still` for the parameters that `is_frozen`, else `trained`."""
 
   def labels(params):
     """Returns the tree of `params` with a label for each: `still` or `trained`."""
@@ -118,8 +164,7 @@ def frozen(
       {path: "still" if is_frozen(path) else "trained" for path in flat}
     )
 
-  # Zero updates, not zero gradients: weight decay would move a parameter without a gradient.
-  return optax.multi_transform({"trained": optimiser, "still": optax.set_to_zero()}, labels)
+  return optax.multi_transform({"trained": trained, "still": still}, labels)
 
 
 def fade_out(coefficient: float, fade_end: float, total_steps: int) -> optax.Schedule:

@@ -8,7 +8,7 @@ import jax
 
 from gating_jax import programmes
 from gating_jax.config_files import Config
-from gating_jax.data import features, image_sets, scenes, worlds
+from gating_jax.data import features, folders, image_sets, scenes, worlds
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.training import settings
 
@@ -69,7 +69,7 @@ def shrink(config: Config) -> Config:
     # Made images are as many as a split names.
     for split, count in _EXAMPLES.items():
       small.data[f"{split}_split"] = f"{split}[:{count}]"
-  elif small.data.get("name") not in (image_sets.DIGITS, scenes.MADE):
+  elif small.data.get("name") not in (image_sets.DIGITS, folders.FOLDER, scenes.MADE):
     _cut_splits(small)
   return small.lock()
 

@@ -29,7 +29,9 @@ from gating_jax.types import Array
 # The splits of a set; `validation` is held out of training.
 SPLITS = ("train", "validation", "test")
 SETS = (composed.NAME, "videos", "features")
-LAYOUTS = ("csv", "breakfast", "charades", "multithumos")
+LAYOUTS = ("csv", "folders", "breakfast", "charades", "multithumos")
+# Layouts whose folder holds the labels.
+_WITHOUT_TABLE = ("folders", "breakfast")
 # Arrays of a batch that networks may look at, and those that objectives may look at.
 INPUTS = ("clips", "light", "heavy", "valid", "relevant")
 TARGETS = ("label", "weight", "valid", "units")
@@ -61,9 +63,8 @@ def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
       seed=config.seed,
       held_out=data.get("validation") or 0.0,
     )
-  # Breakfast needs no table: its folder holds the labels.
   for field in ("table", "folder"):
-    if not data[field] and not (field == "table" and data.layout == "breakfast"):
+    if not data[field] and not (field == "table" and data.layout in _WITHOUT_TABLE):
       raise ValueError(f"data.{field} must be set for {data.name}; got {data[field]!r}")
   data = _expanded(data)
   table = _table_of_split(data, split, seed=config.seed)
@@ -160,6 +161,8 @@ def _expanded(data: Config) -> Config:
 def _table(data: Config, split: str) -> video_tables.VideoTable:
   if data.layout == "csv":
     return video_tables.read_table(data.table, split)
+  if data.layout == "folders":
+    return video_tables.read_folders(data.folder, split)
   if data.layout == "breakfast":
     return video_tables.read_breakfast(data.folder, split, segmentation=data.table)
   if data.layout == "charades":

@@ -5,6 +5,7 @@ from gating_jax.data.video_tables import (
   VideoTable,
   read_breakfast,
   read_charades,
+  read_folders,
   read_multithumos,
   read_table,
 )
@@ -182,6 +183,28 @@ SEGMENTED = {
   "coarse/tea/P03_stereo01_P03_tea.txt": "1-15 pour_milk\n",
   "coarse/coffee/P47_cam01_P47_coffee.txt": "1-45 SIL\n",
 }
+
+
+def test_folders_of_classes_need_no_table(tmp_path):
+  files = ("train/tea/a.MP4", "train/tea/deep/b.avi", "train/fight/c.webm", "test/tea/d.mp4")
+  write(tmp_path, dict.fromkeys((*files, "train/tea/notes.txt", "train/tea/.hidden.mp4"), ""))
+  train, test = read_folders(tmp_path, "train"), read_folders(tmp_path, "test")
+  assert train.names == ("train/fight/c.webm", "train/tea/a.MP4", "train/tea/deep/b.avi")
+  assert (train.labels.tolist(), train.class_names) == ([0, 1, 1], ("fight", "tea"))
+  assert (test.names, test.labels.tolist()) == (("test/tea/d.mp4",), [1])
+  assert test.class_names == train.class_names
+  with pytest.raises(ValueError, match="of split 'val' .* has those of test, train"):
+    read_folders(tmp_path, "val")
+  with pytest.raises(ValueError, match="no .*missing exists"):
+    read_folders(tmp_path / "missing", "train")
+
+
+def test_folders_of_classes_are_split_by_hash(tmp_path):
+  write(tmp_path, {f"fight/{i}.npy": "" for i in range(100)})
+  train, test = read_folders(tmp_path, "train"), read_folders(tmp_path, "test")
+  assert not set(train.names) & set(test.names)
+  assert len(train) + len(test) == 100
+  assert 8 < len(test) < 35
 
 
 def test_breakfast_is_split_by_persons(tmp_path):

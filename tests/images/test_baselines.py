@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gating_jax.images import classification
+from gating_jax.images import classification, start
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.models import resnets
 from gating_jax.training import devices, rundir, steps
@@ -204,7 +204,7 @@ def started(made, workdir):
   """Returns the initial state of a run, and its final parameters."""
   built = classification.build(made)
   state = steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
-  return jax.device_get(classification.start_from(built, state)), state
+  return jax.device_get(start.start_from(built, state)), state
 
 
 @pytest.mark.slow

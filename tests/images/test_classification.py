@@ -14,7 +14,7 @@ from gating_jax import load_run
 from gating_jax.analysis import outcomes
 from gating_jax.data import augment, image_sets
 from gating_jax.data.tfds import DatasetNotPreparedError
-from gating_jax.images import classification
+from gating_jax.images import classification, start
 from gating_jax.models import resnets
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
@@ -419,10 +419,10 @@ def test_an_ungated_run_in_bfloat16_leaves_what_it_measured(ungated):
 
 def test_gates_are_added_to_the_net_of_an_ungated_run(config, ungated, capsys):
   made = config(**{"model.dtype": "bfloat16", "model.init_from": str(ungated[1])})
-  classification.check_start(made)
+  start.check_start(made)
   built = classification.build(made)
   fresh = steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
-  began = classification.start_from(built, fresh)
+  began = start.start_from(built, fresh)
   assert "starting from the parameters of step 66 in" in capsys.readouterr().out
   block, new = (state.params["stage1_block1"] for state in (began, fresh))
   assert not np.array_equal(block["conv1"]["conv"]["kernel"], new["conv1"]["conv"]["kernel"])

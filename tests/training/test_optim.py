@@ -195,3 +195,32 @@ def test_frozen_parameters_stay_bit_for_bit_and_the_others_move_as_without(param
     np.testing.assert_array_equal(
       after[path], value if path in still else plain[path], err_msg=str(path)
     )
+
+
+def test_parameters_frozen_at_first_move_later_as_if_training_began_for_them(params):
+  is_frozen = lambda path: "conv1" in path
+  rate = optax.piecewise_constant_schedule(0.1, {2: 0.5, 4: 0.5})
+  make = lambda rate: optim.sgd(rate, momentum=0.9, weight_decay=0.1, gate_lr_multiplier=2.0)
+  grads = [jax.tree.map(lambda x, n=n: np.cos(n + 3 * np.asarray(x)), params) for n in range(5)]
+
+  def trained(optimiser, grads):
+    after, state, seen = params, optimiser.init(params), []
+    for grad in grads:
+      updates, state = optimiser.update(grad, state, after)
+      after = optax.apply_updates(after, updates)
+      seen.append(traverse_util.flatten_dict(jax.device_get(after)))
+    return seen
+
+  before = traverse_util.flatten_dict(jax.device_get(params))
+  seen = trained(optim.frozen_at_first(make, rate, is_frozen=is_frozen, steps=3), grads)
+  plain = trained(make(rate), grads)
+  # The frozen ones begin at step 3, with the learning rate of that step.
+  late = trained(make(lambda step: rate(step + 3)), grads[3:])
+  for path, value in before.items():
+    for step in range(5):
+      expected = plain[step][path]
+      if is_frozen(path):
+        expected = value if step < 3 else late[step - 3][path]
+      np.testing.assert_allclose(seen[step][path], expected, rtol=1e-6, err_msg=f"{step} {path}")
+  with pytest.raises(ValueError, match="steps must be >= 0; got -1"):
+    optim.frozen_at_first(make, rate, is_frozen=is_frozen, steps=-1)

@@ -1,0 +1,319 @@
+"""Gates for any Flax Linen model, without a change of it.
+
+A pair names two layers: the *writer* makes channels, and the *reader* takes them, perhaps after
+normalisation, activation and pooling. A gate looks at the writer's input x and switches the
+channels that the reader sees:
+
+    g = gate(x) in {0, 1}^C,   reader(g * h(writer(x)))
+
+A closed channel need neither be made by the writer nor be read by the reader. Calls of layers are
+intercepted, so that the model's own code runs as it stands.
+
+Axes: N examples, C channels of a pair.
+Reference: Bejnordi et al., 2020, section 3 (the gate); Flax's `nn.intercept_methods`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.core import tracers
+
+from gating_jax.checks import few, near, shown
+from gating_jax.layers.gate import (
+  GATE_NAME,
+  ChannelGate,
+  GatedChannels,
+  GateSettings,
+  apply_gates,
+  check_gate_settings,
+  decisions,
+)
+from gating_jax.ops import arguments
+from gating_jax.ops.macs import conv_macs
+from gating_jax.types import Apply, Array, GateRecord, Path, Records
+
+if TYPE_CHECKING:
+  from flax.linen.module import InterceptorContext
+
+# Layers with a kernel, whose last axis is that of the channels.
+LAYERS = (nn.Conv, nn.Dense)
+# Names under which models take their mode, and whether True there means training.
+_MODES = {
+  "train": True,
+  "training": True,
+  "is_training": True,
+  "deterministic": False,
+  "use_running_average": False,
+}
+
+
+class GatedModel(nn.Module):
+  """A Flax Linen model with gates between pairs of its layers.
+
+      gated = GatedModel(model, (("block1/conv1", "block1/conv2"),))
+      variables = gated.init(key, x)
+      y, records = gated.apply(variables, x)
+      (y, records), new = gated.apply(
+        variables, x, train=True, mutable=["batch_stats"], rngs={"gate": key}
+      )
+
+  Parameters have the names that they have in the model; those of a gate are in its writer, under
+  `gate`. So `variables` hold those of the model, and trained ones can take their place. With all
+  gates open the outputs are those of the model, bit for bit; without pairs it is the model.
+
+  Gates have BatchNorm: training needs the collection `batch_stats`, also where the model has none.
+  Transformations go around the gated model, as in `jax.checkpoint(gated.apply)`: from `nn.remat`,
+  `nn.scan` and the like inside of the model gates could not leave.
+
+  Attributes:
+    model: the model, called as `model(x)` or, where it has such an argument, `model(x,
+      train=...)`; also `training`, `is_training`, `deterministic` and `use_running_average`.
+    pairs: of writers and readers, each an `nn.Conv` or `nn.Dense` with a path such as
+      `"block1/conv1"`. A layer is the writer of one pair at most, and the reader of one at most.
+    gate: settings of the gates.
+    axis_name: mapped device axis of the batch.
+  Raises:
+    TypeError, ValueError: pairs that are no pairs of paths of layers, or that do not fit: the
+      layers are not called once each, the writer first; the reader's last axis is not the writer's
+      channels; the message names the pair.
+
+  >>> import jax
+  >>> class Net(nn.Module):
+  ...   @nn.compact
+  ...   def __call__(self, x):
+  ...     return nn.Dense(2, name="last")(nn.relu(nn.Dense(8, name="first")(x)))
+  >>> gated = GatedModel(Net(), (("first", "last"),))
+  >>> (y, records), _ = gated.init_with_output(jax.random.key(0), jnp.ones((5, 3)))
+  >>> y.shape, records[0].gates.shape, records[0].macs_per_unit
+  ((5, 2), (5, 8), 5)
+  """
+
+  if TYPE_CHECKING:
+    apply: ClassVar[Apply[Any]]
+
+  model: nn.Module
+  pairs: tuple[tuple[str, str], ...]
+  gate: GateSettings = GateSettings()
+  axis_name: str | None = None
+
+  def setup(self):
+    """Gives the model's parameters the names that they have without gates."""
+    nn.share_scope(self, self.model)
+
+  def __call__(self, x: Any, train: bool = False, **kwargs: Any) -> tuple[Any, Records]:
+    """Applies the model to x; `kwargs` are further arguments of it."""
+    check_gate_settings("gate", self.gate)
+    gates = _Pass(check_pairs(self.pairs), self.gate, self.axis_name, train)
+    gates.trace, gates.depth = tracers.current_trace(), len(self.path)
+    with nn.intercept_methods(gates.intercept):
+      y = self.model(x, **{**mode_of(self.model, train), **kwargs})
+    return y, decisions(gates.records(), self.gate)
+
+
+class Pairs(NamedTuple):
+  """Pairs of layers, by either of the two.
+
+  Attributes:
+    readers: the reader of each writer.
+    writers: the writer of each reader.
+  """
+
+  readers: Mapping[str, str]
+  writers: Mapping[str, str]
+
+
+def check_pairs(pairs: Sequence[tuple[str, str]]) -> Pairs:
+  """Returns pairs by their layers.
+
+  Raises:
+    TypeError: no sequence of pairs of texts.
+    ValueError: a layer writes, or reads, for two pairs; or for itself.
+  """
+  readers: dict[str, str] = {}
+  writers: dict[str, str] = {}
+  rule = 'pairs of paths, such as (("block1/conv1", "block1/conv2"),)'
+  for pair in arguments.items("pairs", pairs, rule):
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+      raise TypeError(f"pairs must be {rule}; got {shown(pair)}")
+    for path in pair:
+      arguments.instance("each path of pairs", path, str, 'a text, such as "block1/conv1"')
+    writer, reader = pair
+    if writer in readers or reader in writers or writer == reader:
+      raise ValueError(
+        "pairs must have every layer as a writer once at most, and as a reader once at most; got "
+        f"{writer!r}, {reader!r}"
+      )
+    readers[writer], writers[reader] = reader, writer
+  return Pairs(readers, writers)
+
+
+def mode_of(model: nn.Module, train: bool) -> dict[str, bool]:
+  """Returns the argument that tells a model whether it is trained; none where it has none."""
+  names = inspect.signature(type(model).__call__).parameters
+  for name, means_training in _MODES.items():
+    if name in names:
+      return {name: train == means_training}
+  return {}
+
+
+class _Cost(NamedTuple):
+  """The size of a layer that was called.
+
+  Attributes:
+    path: of the layer, in the parameter tree.
+    inputs, outputs: its channels.
+    macs: its MACs per example.
+    is_grouped: whether an output channel reads a part of the input channels only.
+  """
+
+  path: Path
+  inputs: int
+  outputs: int
+  macs: int
+  is_grouped: bool
+
+
+class _Pass:
+  """A forward pass of a gated model: computes gates at writers and switches at readers.
+
+  Attributes:
+    trace: state of JAX's tracing outside of the model.
+    depth: length of the gated model's own path.
+  """
+
+  trace: Any
+  depth: int
+
+  def __init__(self, pairs: Pairs, settings: GateSettings, axis_name: str | None, train: bool):
+    self._pairs, self._settings = pairs, settings
+    self._axis_name, self._train = axis_name, train
+    # All layers that were called, in their order.
+    self._seen: list[str] = []
+    self._costs: dict[str, _Cost] = {}
+    self._records: dict[str, GateRecord] = {}
+
+  def intercept(
+    self,
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: InterceptorContext,
+  ) -> Any:
+    """Calls a module's method, with gates before it where it is a layer of a pair."""
+    module = context.module
+    if not isinstance(module, LAYERS) or context.method_name != "__call__":
+      return next_fun(*args, **kwargs)
+    layer = "/".join(module.path[self.depth :])
+    if layer not in self._pairs.readers and layer not in self._pairs.writers:
+      # A gate's own layers are none of the model's.
+      if GATE_NAME not in module.path:
+        self._seen.append(layer)
+      return next_fun(*args, **kwargs)
+    self._check_call(layer)
+    x, *others = args or (kwargs.pop("inputs"),)
+    # A layer between two pairs reads the first one's channels, and its gate sees them switched.
+    if layer in self._pairs.writers:
+      x = self._switch(layer, x)
+    if layer in self._pairs.readers:
+      group = GatedChannels(module.features, macs_per_channel=0)
+      # Made while the layer runs, the gate is a part of it.
+      gate = ChannelGate((group,), self._settings, self._axis_name, name=GATE_NAME)
+      (self._records[layer],) = gate(x, self._train)
+    y = next_fun(x, *others, **kwargs)
+    # After the call the kernel exists.
+    kernel = module.get_variable("params", "kernel").shape
+    self._costs[layer] = _Cost(
+      path=module.path,
+      inputs=x.shape[-1],
+      outputs=y.shape[-1],
+      macs=conv_macs(kernel, y.shape),
+      is_grouped=kernel[-2] != x.shape[-1],
+    )
+    return y
+
+  def _check_call(self, layer: str) -> None:
+    """Raises a ValueError if a layer of a pair is called again, or inside of a transformation."""
+    if layer in self._seen:
+      raise ValueError(
+        f"pairs must name layers that are called once; {layer!r} is called more than once"
+      )
+    if tracers.current_trace() != self.trace:
+      raise ValueError(
+        f"pairs must name layers outside of Flax's transformations; {layer!r} is called inside one "
+        "(nn.scan, nn.remat, nn.vmap, nn.jit), which gates cannot leave. Transform the gated model "
+        "instead, or leave out the pair"
+      )
+    self._seen.append(layer)
+
+  def _switch(self, reader: str, x: Array) -> Array:
+    """Multiplies the input of a reader by the gates of its pair."""
+    writer = self._pairs.writers[reader]
+    record = self._records.get(writer)
+    if record is None:
+      raise ValueError(
+        f"pairs must be (writer, reader); {reader!r} is called before {writer!r} of its pair"
+      )
+    examples, channels = record.gates.shape[0], self._costs[writer].outputs
+    if jnp.ndim(x) < 2 or (x.shape[0], x.shape[-1]) != (examples, channels):
+      raise ValueError(
+        f"pairs must be of layers with the same channels: {writer!r} makes {channels} for each of "
+        f"{examples} examples, {reader!r} reads an array of shape {jnp.shape(x)}"
+      )
+    return apply_gates(x, record.gates)
+
+  def records(self) -> Records:
+    """Returns the records of the pass, with their costs.
+
+    A pair whose writer is the reader of another one follows it, as `macs_per_pair` asks.
+
+    Raises:
+      ValueError: a layer of a pair was not called.
+    """
+    for writer, reader in self._pairs.readers.items():
+      for layer in (writer, reader):
+        if layer not in self._costs:
+          close = near(layer, self._seen)
+          hint = f" Did you mean {close[0]!r}?" if close else ""
+          raise ValueError(
+            f"pairs must name Conv and Dense layers that the model calls, such as "
+            f"{few(self._seen, 5) or 'none here'}; got {layer!r}.{hint}"
+          )
+    found = []
+    for first in self._records:
+      # The others are reached from the first writer of their chain.
+      if first in self._pairs.writers:
+        continue
+      layer = first
+      while layer in self._pairs.readers:
+        found.append(self._with_costs(layer))
+        layer = self._pairs.readers[layer]
+    return tuple(found)
+
+  def _with_costs(self, writer: str) -> GateRecord:
+    """Returns the record of a pair with the MACs of its units, and its paths."""
+    reader = self._pairs.readers[writer]
+    made, read = self._costs[writer], self._costs[reader]
+    per_channel = per_pair = before = 0
+    if writer not in self._pairs.writers or made.is_grouped:
+      # All input channels are read; a grouped layer's output reads its own group.
+      per_channel = made.macs // made.outputs
+    else:
+      per_pair = made.macs // (made.inputs * made.outputs)
+      before = self._settings.channels_per_gate(made.inputs)
+    if reader not in self._pairs.readers:
+      # All output channels are made. Otherwise the next pair has the costs of its writer.
+      per_channel += read.macs // read.inputs
+    size = self._settings.channels_per_gate(made.outputs)
+    return dataclasses.replace(
+      self._records[writer],
+      macs_per_unit=size * per_channel,
+      macs_per_pair=size * before * per_pair,
+      writers=(made.path,),
+      readers=(read.path,),
+    )

@@ -1,0 +1,376 @@
+"""Search for the pairs of layers that a `GatedModel` can gate, in a trace of the model.
+
+The input and the output of every Conv and Dense layer are marked in the trace. From each output the
+search follows the channels, operation by operation, to the layers that read them. A layer can be
+gated where one other layer alone reads its channels, each in its place: nothing else may see them,
+such as a shortcut, a second layer or the model's output.
+
+Axes: N examples, C channels of a layer.
+Reference: Molchanov et al., "Importance estimation for neural network pruning", 2019, section 3
+(which channels can be removed on their own).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import tracers
+from jax.ad_checkpoint import checkpoint_name
+
+from gating_jax.checks import few
+from gating_jax.layers.gated_model import LAYERS, mode_of
+from gating_jax.ops import arguments
+
+if TYPE_CHECKING:
+  from flax.linen.module import InterceptorContext
+
+# The marks of a layer's input and output in a trace.
+_READS, _WRITES = "reads ", "writes "
+# A reader's name for the result of the model.
+_OUTPUT = "the model's output"
+# Operations on each entry alone, after which channels stand where they stood.
+_ELEMENTWISE = frozenset(
+  """
+  abs add add_any and atan2 cbrt ceil clamp convert_element_type copy copy_p cos div eq erf erf_inv
+  erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg
+  nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient
+  sub tan tanh xor
+  """.split()  # noqa: SIM905
+)
+_REDUCTIONS = frozenset(
+  ["reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "reduce_and"]
+)
+_POOLS = frozenset(["reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_window"])
+# Operations that hold a whole trace, by the name of the parameter that has it.
+CALLS = {
+  "pjit": "jaxpr",
+  "jit": "jaxpr",
+  "closed_call": "call_jaxpr",
+  "core_call": "call_jaxpr",
+  "custom_jvp_call": "call_jaxpr",
+  "custom_vjp_call": "call_jaxpr",
+}
+
+
+class FoundPairs(NamedTuple):
+  """Pairs that can be gated, and why other layers cannot be writers.
+
+  Attributes:
+    pairs: `(writer, reader)` of each pair, as `GatedModel` takes them, in the order of the writers.
+    refused: the reason, by the path of the layer.
+  """
+
+  pairs: tuple[tuple[str, str], ...]
+  refused: dict[str, str]
+
+
+def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
+  """Finds the pairs of a Flax Linen model that a `GatedModel` can gate.
+
+  Nothing is computed: the model is traced in evaluation. A pair is proposed where each channel of
+  the writer reaches one channel of one reader, and nothing else.
+
+  Args:
+    model: a model, called as `model(x)`; see `GatedModel`.
+    x: an example batch, or its shape as a `jax.ShapeDtypeStruct`; `[N, ...]`, perhaps of one
+      example.
+    **kwargs: further arguments of the model.
+  Returns:
+    The pairs, and for each other Conv and Dense layer the reason.
+  Raises:
+    TypeError: `model` is no Linen module.
+
+  >>> class Net(nn.Module):
+  ...   @nn.compact
+  ...   def __call__(self, x):
+  ...     h = nn.relu(nn.Conv(8, (3, 3), name="conv1")(x))
+  ...     h = nn.relu(h + nn.Conv(8, (3, 3), name="conv2")(h))
+  ...     h = nn.relu(nn.Conv(4, (3, 3), name="conv3")(h))
+  ...     return nn.Dense(2, name="last")(h.mean((1, 2)))
+  >>> found = find_pairs(Net(), jnp.ones((1, 6, 6, 3)))
+  >>> found.pairs
+  (('conv3', 'last'),)
+  >>> found.refused["conv1"]
+  'it is read by conv2, conv3'
+  """
+  arguments.instance("model", model, nn.Module, "a Flax Linen module")
+  calls = _Calls()
+  mode = {**mode_of(model, train=False), **kwargs}
+  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **mode), x)
+
+  def run(variables: Any, x: Any) -> Any:
+    """Applies the model with marked layers."""
+    calls.trace = tracers.current_trace()
+    with nn.intercept_methods(calls.mark):
+      return model.apply(variables, x, **mode)
+
+  # Dropout is off in evaluation, so that no key is needed.
+  trace = jax.make_jaxpr(run)(variables, x)
+  search = _Search()
+  results = search.follow(trace.jaxpr, [frozenset()] * len(trace.jaxpr.invars))
+  for flows in results:
+    for flow in flows:
+      search.note(flow.writer, _OUTPUT, aligned=flow.axis is not None)
+  return calls.pairs(search)
+
+
+class _Calls:
+  """The calls of layers in a trace, marked there by their names.
+
+  Attributes:
+    trace: state of JAX's tracing outside of the model.
+  """
+
+  trace: Any
+
+  def __init__(self):
+    # Of each layer: the channels that it reads and makes, and how often it was called.
+    self._read: dict[str, int] = {}
+    self._made: dict[str, int] = {}
+    self._count: dict[str, int] = {}
+    self._examples: dict[str, int] = {}
+    self._transformed: set[str] = set()
+
+  def mark(
+    self,
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: InterceptorContext,
+  ) -> Any:
+    """Calls a module's method; marks the input and the output of a layer with its path."""
+    module = context.module
+    if not isinstance(module, LAYERS) or context.method_name != "__call__":
+      return next_fun(*args, **kwargs)
+    layer = "/".join(module.path)
+    x, *others = args or (kwargs.pop("inputs"),)
+    y = next_fun(checkpoint_name(x, _READS + layer), *others, **kwargs)
+    self._count[layer] = self._count.get(layer, 0) + 1
+    self._read[layer], self._made[layer] = x.shape[-1], y.shape[-1]
+    self._examples[layer] = x.shape[0] if jnp.ndim(x) > 1 else 0
+    if tracers.current_trace() != self.trace:
+      self._transformed.add(layer)
+    return checkpoint_name(y, _WRITES + layer)
+
+  def pairs(self, search: _Search) -> FoundPairs:
+    """Returns the pairs, from the readers that a search has found."""
+    pairs, refused = [], {}
+    for layer in self._made:
+      reason = self._reason(layer, search)
+      if reason:
+        refused[layer] = reason
+      else:
+        (reader,) = search.readers[layer]
+        pairs.append((layer, reader))
+    return FoundPairs(tuple(pairs), refused)
+
+  def _reason(self, layer: str, search: _Search) -> str:
+    """Returns why a layer cannot be a writer; empty if it can."""
+    if layer in self._transformed:
+      return "it is inside nn.scan, nn.remat, nn.vmap or nn.jit"
+    if self._count[layer] > 1:
+      return f"it is called {self._count[layer]} times"
+    if layer in search.lost:
+      return f"its channels go through {search.lost[layer]}, which the search does not follow"
+    readers = sorted(search.readers.get(layer, ()))
+    if readers == [_OUTPUT]:
+      return f"it makes {_OUTPUT}"
+    if len(readers) != 1:
+      return f"it is read by {few(readers, 5) or 'no layer'}"
+    (reader,) = readers
+    if self._count[reader] > 1:
+      return f"its reader {reader} is called {self._count[reader]} times"
+    if reader in self._transformed:
+      return f"its reader {reader} is inside nn.scan, nn.remat, nn.vmap or nn.jit"
+    if search.misaligned.get(layer) or self._made[layer] != self._read[reader]:
+      return f"its channels are mixed, or not the last axis of what {reader} reads"
+    if self._examples[layer] != self._examples[reader]:
+      return f"{reader} reads another number of examples"
+    if len(search.sources[reader]) > 1:
+      return f"{reader} reads channels of {few(sorted(search.sources[reader]), 5)} as a sum"
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flow:
+  """Channels of a layer in a value of the trace.
+
+  Attributes:
+    writer: the layer.
+    axis: the axis of the value along which they are, in their order; None where they are mixed.
+  """
+
+  writer: str
+  axis: int | None
+
+
+# The channels in a value, of any number of layers.
+_Flows = frozenset[_Flow]
+
+
+class _Search:
+  """Follows the channels of layers through a trace.
+
+  Attributes:
+    readers: layers that read the channels of a writer, by the writer.
+    sources: writers whose channels a layer reads, by the reader.
+    misaligned: whether a reader of a writer finds its channels elsewhere than on the last axis.
+    lost: the first operation, for a writer, that could not be followed.
+  """
+
+  def __init__(self):
+    self.readers: dict[str, set[str]] = {}
+    self.sources: dict[str, set[str]] = {}
+    self.misaligned: dict[str, bool] = {}
+    self.lost: dict[str, str] = {}
+
+  def note(self, writer: str, reader: str, *, aligned: bool) -> None:
+    """Notes that a layer's channels are read, on the last axis if they are aligned."""
+    self.readers.setdefault(writer, set()).add(reader)
+    self.sources.setdefault(reader, set()).add(writer)
+    self.misaligned[writer] = self.misaligned.get(writer, False) or not aligned
+
+  def follow(self, jaxpr: Any, inputs: Sequence[_Flows]) -> list[_Flows]:
+    """Returns the channels in the results of a trace, given those in its inputs."""
+    found: dict[Any, _Flows] = {}
+    # Literals and constants hold no channels.
+    for variable, flows in zip(jaxpr.invars, inputs, strict=True):
+      found[variable] = flows
+
+    def flows_of(variable: Any) -> _Flows:
+      """Returns the channels in a variable; literals have no hash."""
+      return frozenset() if hasattr(variable, "val") else found.get(variable, frozenset())
+
+    for equation in jaxpr.eqns:
+      results = self._step(equation, [flows_of(variable) for variable in equation.invars])
+      for variable, flows in zip(equation.outvars, results, strict=True):
+        found[variable] = flows
+    return [flows_of(variable) for variable in jaxpr.outvars]
+
+  def _step(self, equation: Any, inputs: list[_Flows]) -> list[_Flows]:
+    """Returns the channels in the results of one operation."""
+    name, outputs = equation.primitive.name, len(equation.outvars)
+    if name == "name":
+      return [self._mark(equation, inputs[0])]
+    # Also without channels in its inputs: a nested trace may hold marks.
+    if name in CALLS:
+      inner = equation.params[CALLS[name]]
+      return self.follow(getattr(inner, "jaxpr", inner), inputs)
+    flows = []
+    for place, incoming in enumerate(inputs):
+      for flow in incoming:
+        flows.append(_Flow(flow.writer, self._moved(equation, place, flow)))
+    return [frozenset(flows)] * outputs
+
+  def _mark(self, equation: Any, flows: _Flows) -> _Flows:
+    """Returns the channels after a mark: a reader ends those that it reads, a writer begins its."""
+    mark, rank = equation.params["name"], len(equation.outvars[0].aval.shape)
+    if mark.startswith(_READS):
+      for flow in flows:
+        self.note(flow.writer, mark.removeprefix(_READS), aligned=flow.axis == rank - 1)
+      return frozenset()
+    if mark.startswith(_WRITES):
+      return frozenset([_Flow(mark.removeprefix(_WRITES), rank - 1)])
+    # A name that the model itself gave.
+    return flows
+
+  def _moved(self, equation: Any, place: int, flow: _Flow) -> int | None:
+    """Returns the axis of a layer's channels after an operation on one of its operands."""
+    axis, name, params = flow.axis, equation.primitive.name, equation.params
+    shape = equation.invars[place].aval.shape
+    result = equation.outvars[0].aval.shape
+    if name in _ELEMENTWISE:
+      return axis
+    if axis is None:
+      return None
+    move = _MOVES.get(name)
+    if move is None:
+      self.lost.setdefault(flow.writer, name)
+      return None
+    return move(axis, params, shape, result)
+
+
+# Where an axis is after an operation: `(axis, params, shape, shape of the result)` to the axis or
+# None. Each keeps the order of the channels along the axis.
+
+
+def _after_transpose(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns the place of an axis in a permutation."""
+  return tuple(params["permutation"]).index(axis)
+
+
+def _after_broadcast(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns the axis of the larger array that an axis becomes."""
+  place = params["broadcast_dimensions"][axis]
+  return place if result[place] == shape[axis] else None
+
+
+def _after_reshape(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns the axis with the same length and the same number of entries before it."""
+  before = _product(shape[:axis])
+  for place, size in enumerate(result):
+    if size == shape[axis] and _product(result[:place]) == before:
+      return place
+  return None
+
+
+def _after_squeeze(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns an axis without those of length 1 before it."""
+  gone = params["dimensions"]
+  return None if axis in gone else axis - sum(1 for other in gone if other < axis)
+
+
+def _after_expand(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns an axis after new ones of length 1 were put between."""
+  kept = [place for place in range(len(result)) if place not in params["dimensions"]]
+  return kept[axis]
+
+
+def _after_reduction(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns an axis without those over which values are summed, or the like."""
+  gone = params["axes"]
+  return None if axis in gone else axis - sum(1 for other in gone if other < axis)
+
+
+def _after_pool(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns an axis along which the windows have one entry."""
+  return axis if params["window_dimensions"][axis] == 1 and result[axis] == shape[axis] else None
+
+
+def _after_part(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns an axis that padding, slicing, reversing or joining leaves as it is."""
+  return axis if result[axis] == shape[axis] else None
+
+
+def _after_reverse(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns an axis that is not reversed."""
+  return None if axis in params["dimensions"] else axis
+
+
+def _product(sizes: Sequence[int]) -> int:
+  """Returns the product of sizes, which may be symbolic."""
+  product = 1
+  for size in sizes:
+    product *= size
+  return product
+
+
+_MOVES: dict[str, Callable[[int, Mapping[str, Any], Any, Any], int | None]] = {
+  "transpose": _after_transpose,
+  "broadcast_in_dim": _after_broadcast,
+  "reshape": _after_reshape,
+  "squeeze": _after_squeeze,
+  "expand_dims": _after_expand,
+  "pad": _after_part,
+  "slice": _after_part,
+  "dynamic_slice": _after_part,
+  "concatenate": _after_part,
+  "rev": _after_reverse,
+  **dict.fromkeys(_REDUCTIONS, _after_reduction),
+  **dict.fromkeys(_POOLS, _after_pool),
+}

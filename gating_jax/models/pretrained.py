@@ -1,0 +1,616 @@
+"""Weights of torchvision's and timm's networks, read into our variables and written back.
+
+A file holds a state dict, arrays by the names of torchvision's modules, as safetensors or npz.
+Family, blocks, widths and classes follow from names and shapes. The names are those of ResNets with
+the ImageNet stem, which timm shares, and of VGG nets; timm's names of a VGG's dense layers are
+read, too. Our convolutions pad as torch's do, symmetrically, and BatchNorm has the same epsilon
+and the same momentum (0.9 here is 0.1 there).
+
+    theirs                                  ours
+    conv1, bn1                              stem/conv, stem/norm
+    layer2.0.conv1, layer2.0.bn1            stage2_block1/conv1/conv, stage2_block1/conv1/norm
+    layer2.0.downsample.0, .1               stage2_block1/project/conv, stage2_block1/project/norm
+    fc                                      classifier
+    features.0, features.1                  layer1/conv/conv, layer1/conv/norm
+    classifier.0, classifier.3              hidden1, hidden2
+    classifier.6                            classifier
+
+Axes: H and W pixels, I input and O output channels. Kernels are [O, I, H, W] there, [H, W, I, O]
+here.
+Reference: He et al., 2016; Simonyan and Zisserman, 2015; torchvision's models `resnet` and `vgg`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from gating_jax.checks import few, first_line, naming_extra, one_of, printable, user_path
+from gating_jax.layers.blocks import BasicBlock, Bottleneck
+from gating_jax.layers.gate import is_gate_path
+from gating_jax.models.resnets import RESNETS, ResNet
+from gating_jax.models.vggs import POOL, VGG, Chain
+from gating_jax.ops import arguments
+from gating_jax.types import Path
+
+# Statistics of ImageNet's colours, in [0, 1], by which torchvision's networks normalise images.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_SUFFIXES = (".safetensors", ".npz")
+# Reading a pickle runs whatever its author wrote.
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+_RESNET_NAMES = tuple(name for name, net in RESNETS.items() if net.stem == "imagenet")
+# Convolutions before each of the five pools.
+_VGG_CONVS = {
+  "vgg11": (1, 1, 2, 2, 2),
+  "vgg13": (2, 2, 2, 2, 2),
+  "vgg16": (2, 2, 3, 3, 3),
+  "vgg19": (2, 2, 4, 4, 4),
+}
+_VGG_NAMES = (*_VGG_CONVS, *(f"{name}_bn" for name in _VGG_CONVS))
+# How torch calls a variable of a layer, by its name here.
+_VARIABLES = {
+  "kernel": "weight",
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
+# A number of steps, which no computation here uses.
+_STEPS = "num_batches_tracked"
+# The dense layers of a VGG net, as timm and as torchvision call them.
+_TIMM_DENSE = {
+  "pre_logits.fc1": "classifier.0",
+  "pre_logits.fc2": "classifier.3",
+  "head.fc": "classifier.6",
+}
+# Layers in a row of torchvision's `classifier`: dense, ReLU and dropout.
+_DENSE_STEP = 3
+# Dense layers of torchvision's VGG nets before the classifier.
+_VGG_HIDDEN = 2
+# Images large enough for the five pools of a VGG net.
+_SIDE = 32
+
+Shape = tuple[int, ...]
+
+
+class Entry(NamedTuple):
+  """A value of a state dict, and the variable that it makes.
+
+  Attributes:
+    name: of the value.
+    shape: of the value.
+    path: of the variable, its collection first.
+    pixels: pixels, along a side, of the map whose flattened features a dense layer reads; else 1.
+    absorbed: whether the value is subtracted from the variable. BatchNorm after a convolution with
+      a bias computes the same without the bias, if its mean is smaller by it.
+  """
+
+  name: str
+  shape: Shape
+  path: Path
+  pixels: int = 1
+  absorbed: bool = False
+
+
+@naming_extra()
+def load_pretrained(
+  path: str | os.PathLike, name: str | None = None
+) -> tuple[ResNet | VGG, dict[str, Any]]:
+  """Loads a network that torchvision or timm trained, with its weights.
+
+      model, variables = load_pretrained("resnet50.safetensors")
+      logits, records = model.apply(variables, images)
+
+  `images` are `[N, H, W, 3]`, normalised as the original wants them: for torchvision's weights
+  `(pixels / 255 - mean) / std` with the `IMAGENET_MEAN` and `IMAGENET_STD` of this module.
+  `model.clone(gating="channel")` is the same network with gates, whose variables `init` makes. The
+  dropout of VGG nets is left out.
+
+  Args:
+    path: a state dict, `.safetensors` or `.npz`, of a ResNet with the ImageNet stem (also of other
+      widths and numbers of blocks) or of a VGG net.
+    name: the network that it must be, such as `"resnet50"` or `"vgg16_bn"`, of any width; None for
+      any.
+  Returns:
+    `(model, variables)`: an ungated network, and its `params` and `batch_stats` as float32 arrays
+    of the host.
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a pickle, as `.pth` is; a damaged file; another network than `name` says; or a value
+      that is missing, left over or of the wrong shape, which the message names.
+  """
+  file = user_path(path)
+  if name is not None:
+    one_of("name", name, (*_RESNET_NAMES, *_VGG_NAMES))
+  state = _read_state(file)
+  shapes = {key: value.shape for key, value in state.items()}
+  model = _model_of(shapes, file)
+  if name is not None:
+    _check_name(name, model, file)
+  entries = _entries_of(model, _input_channels(model, shapes))
+  _check_shapes(shapes, entries, f"the weights in {file}")
+  flat: dict[Path, np.ndarray] = {}
+  # Absorbed entries come last, after the means that they change.
+  for entry in entries:
+    value = state[entry.name].astype(np.float32)
+    if entry.absorbed:
+      flat[entry.path] = flat[entry.path] - value
+    else:
+      flat[entry.path] = _to_ours(value, entry.pixels)
+  return model, traverse_util.unflatten_dict(flat)
+
+
+@naming_extra()
+def save_pretrained(variables: Mapping[str, Any], file: str | os.PathLike) -> FilePath:
+  """Writes the variables of an ungated network by torchvision's names.
+
+      save_pretrained(variables, "resnet50.safetensors")
+
+  torch reads the file by `model.load_state_dict(safetensors.torch.load_file(file))`. Gates have no
+  place there: fold, prune or leave them out first.
+
+  Args:
+    variables: `params` and `batch_stats` of a `ResNet` with the ImageNet stem and shortcut B, or of
+      a `VGG` with torchvision's chain and dense layers; as `load_pretrained` returns them.
+    file: a path that ends in `.safetensors` or `.npz`; a file that is there is replaced.
+  Returns:
+    The path.
+  Raises:
+    TypeError: variables that are no mapping.
+    ValueError: another ending, or variables of a network that torchvision does not have.
+  """
+  arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
+  target = user_path(file)
+  if target.suffix not in _SUFFIXES:
+    raise ValueError(f"file must end in {' or '.join(_SUFFIXES)}; got {target}")
+  flat: dict[Path, np.ndarray] = {}
+  for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
+    if path[0] in ("params", "batch_stats"):
+      flat[path] = np.asarray(leaf, np.float32)
+  state = _state_of(flat)
+  shapes = {key: value.shape for key, value in state.items()}
+  model = _model_of(shapes, target)
+  if isinstance(model, VGG) and len(model.hidden) != _VGG_HIDDEN:
+    raise ValueError(
+      f"variables of a VGG net must have {_VGG_HIDDEN} hidden dense layers, as torchvision's do; "
+      f"got {len(model.hidden)}"
+    )
+  entries = _entries_of(model, _input_channels(model, shapes))
+  for entry in entries:
+    if entry.absorbed:
+      state[entry.name] = np.zeros(entry.shape, np.float32)
+      shapes[entry.name] = entry.shape
+  # What is written is what would be read.
+  _check_shapes(shapes, entries, "variables of a network of torchvision's")
+  _write_state(state, target)
+  return target
+
+
+def names_weights(path: str | os.PathLike) -> bool:
+  """Returns whether a path is that of a file of weights, also of a pickle, and not a run."""
+  target = user_path(path)
+  return target.suffix.lower() in (*_SUFFIXES, *_PICKLES) and not target.is_dir()
+
+
+# From a file to arrays by name, and back.
+
+
+def _read_state(file: FilePath) -> dict[str, np.ndarray]:
+  """Returns the floating-point values of a state dict, by torchvision's names."""
+  if file.suffix.lower() in _PICKLES:
+    new = f"{file.stem}.safetensors"
+    raise ValueError(
+      f"path must be a .safetensors or .npz file, since reading a pickle such as {file} runs what "
+      "is in it; where torch is installed, these two lines convert a state dict:\n"
+      f"  import torch, safetensors.torch; state = torch.load({file.name!r}, weights_only=True)\n"
+      "  safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, "
+      f"{new!r})"
+    )
+  if file.suffix not in _SUFFIXES:
+    raise ValueError(f"path must end in {' or '.join(_SUFFIXES)}; got {file}")
+  if not file.is_file():
+    raise FileNotFoundError(f"path must be a file of weights; there is none at {file}")
+  read = _read_npz if file.suffix == ".npz" else _read_safetensors
+  found = {}
+  for name, value in read(file).items():
+    if name.rpartition(".")[2] == _STEPS:
+      continue
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      raise ValueError(
+        f"the weights in {file} must be floating-point numbers; {printable(name)} holds "
+        f"{value.dtype}"
+      )
+    found[name] = value
+  return _with_torchvision_names(found)
+
+
+def _read_safetensors(file: FilePath) -> dict[str, np.ndarray]:
+  """Returns the arrays of a file of safetensors."""
+  # Imported here: only files of weights need it.
+  from safetensors import SafetensorError
+  from safetensors.numpy import load
+
+  try:
+    return load(file.read_bytes())
+  except KeyError as error:
+    # NumPy has no such type.
+    raise ValueError(
+      f"the weights in {file} must be of type F16, F32 or F64; it holds {printable(error.args[0])}"
+    ) from None
+  except (SafetensorError, ValueError) as error:
+    raise ValueError(f"{file} is damaged or no file of safetensors: {first_line(error)}") from None
+
+
+def _read_npz(file: FilePath) -> dict[str, np.ndarray]:
+  """Returns the arrays of an npz file, none of which may be a pickle."""
+  faults = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError)
+  try:
+    loaded = np.load(file, allow_pickle=False)
+    # A single array would be a file of NumPy, too.
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+      raise ValueError("it holds a single array")
+    with loaded:
+      # A file in it that is no array comes as bytes.
+      return {name: np.asarray(loaded[name]) for name in loaded.files}
+  except faults as error:
+    raise ValueError(f"{file} is damaged or no npz file: {first_line(error)}") from None
+
+
+def _with_torchvision_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns a state dict with timm's dense layers of a VGG net as torchvision has them."""
+  # timm convolves the last map with a window of its size, which is a dense layer.
+  if not any(name.startswith("features.") for name in state):
+    return dict(state)
+  renamed = {}
+  for name, value in state.items():
+    layer, _, variable = name.rpartition(".")
+    if layer in _TIMM_DENSE:
+      name = f"{_TIMM_DENSE[layer]}.{variable}"
+      if value.ndim == 4:
+        value = value.reshape(len(value), -1)
+    renamed[name] = value
+  return renamed
+
+
+def _write_state(state: Mapping[str, np.ndarray], target: FilePath) -> None:
+  """Writes a state dict, complete or not at all."""
+  arrays = {}
+  for name, value in state.items():
+    arrays[name] = np.ascontiguousarray(value)
+    layer, _, variable = name.rpartition(".")
+    if variable == "running_mean":
+      # torch counts the steps of each BatchNorm.
+      arrays[f"{layer}.{_STEPS}"] = np.zeros((), np.int64)
+  # The last step is a rename, so that a crash leaves no half of a file under this name.
+  partial = target.with_name(f".{target.name}.partial")
+  with partial.open("wb") as opened:
+    if target.suffix == ".npz":
+      np.savez(opened, **arrays)
+    else:
+      from safetensors.numpy import save
+
+      # Readers of safetensors look here for the library that names the values.
+      opened.write(save(arrays, metadata={"format": "pt"}))
+  partial.replace(target)
+
+
+# From names and shapes to a network.
+
+
+def _model_of(shapes: Mapping[str, Shape], file: FilePath) -> ResNet | VGG:
+  """Returns the network that a state dict of these names and shapes describes."""
+  if any(re.match(r"layer1\.", name) for name in shapes):
+    return _resnet_of(shapes)
+  if any(re.match(r"features\.", name) for name in shapes):
+    return _vgg_of(shapes)
+  names = few(sorted(shapes), 5) or "none"
+  raise ValueError(
+    "weights must be those of a ResNet (conv1, layer1.0.conv1, ..., fc) or a VGG net (features.0, "
+    f"..., classifier.6); the names for {file} are {names}"
+  )
+
+
+def _resnet_of(shapes: Mapping[str, Shape]) -> ResNet:
+  """Returns the residual network that names and shapes describe."""
+  # Numbers of the blocks that are there, by the number of their stage.
+  found: dict[str, set[str]] = {}
+  for name in shapes:
+    place = re.match(r"layer([0-9]+)\.([0-9]+)\.", name)
+    if place:
+      found.setdefault(place[1], set()).add(place[2])
+  # Counted, not read as numbers: those of a strange name may be huge.
+  blocks = tuple(len(found.get(str(stage), ())) for stage in range(1, len(found) + 1))
+  is_deep = any(name.endswith(".conv3.weight") for name in shapes)
+  features = _size(shapes, "conv1.weight", 0)
+  return ResNet(
+    classes=_size(shapes, "fc.weight", 0),
+    blocks=blocks,
+    block=Bottleneck if is_deep else BasicBlock,
+    features=features,
+    # Wide residual networks have more channels between the convolutions.
+    inner_width=_size(shapes, "layer1.0.conv1.weight", 0) / features,
+    stem="imagenet",
+    shortcut="B",
+  )
+
+
+def _vgg_of(shapes: Mapping[str, Shape]) -> VGG:
+  """Returns the chain of convolutions that names and shapes describe."""
+  norm = any(name.endswith(".running_mean") for name in shapes)
+  places: list[int] = []
+  dense: list[int] = []
+  for name, shape in shapes.items():
+    layer = re.fullmatch(r"(features|classifier)\.([0-9]{1,4})\.weight", name)
+    if layer and layer[1] == "features" and len(shape) == 4:
+      places.append(int(layer[2]))
+    if layer and layer[1] == "classifier":
+      dense.append(int(layer[2]))
+  places, dense = sorted(places), sorted(dense)
+  chain: list[Any] = []
+  for i, place in enumerate(places):
+    channels = _size(shapes, f"features.{place}.weight", 0)
+    chain.append(channels)
+    # A larger gap has a pool in it; one always ends the chain.
+    is_last = i + 1 == len(places)
+    if is_last or places[i + 1] - place > _conv_step(norm):
+      chain.append(POOL)
+  last = chain[-2] if chain else 1
+  hidden = tuple(_size(shapes, f"classifier.{number}.weight", 0) for number in dense[:-1])
+  features = _size(shapes, f"classifier.{dense[0]}.weight", 1) if dense else last
+  return VGG(
+    classes=_size(shapes, f"classifier.{dense[-1]}.weight", 0) if dense else 1,
+    chain=tuple(chain),
+    norm=norm,
+    hidden=hidden,
+    pooled=max(1, math.isqrt(features // last)),
+  )
+
+
+def _size(shapes: Mapping[str, Shape], name: str, axis: int) -> int:
+  """Returns the length of an axis; 1 where it is missing, which the check of shapes then names."""
+  shape = shapes.get(name, ())
+  return max(1, shape[axis]) if len(shape) > axis else 1
+
+
+def _conv_step(norm: bool) -> int:
+  """Returns how many of torchvision's modules a convolution takes, without a pool after it."""
+  # A convolution, perhaps BatchNorm, and ReLU.
+  return 3 if norm else 2
+
+
+def _input_channels(model: ResNet | VGG, shapes: Mapping[str, Shape]) -> int:
+  """Returns the number of channels of images."""
+  first = "conv1.weight" if isinstance(model, ResNet) else "features.0.weight"
+  return _size(shapes, first, 1)
+
+
+def _check_name(name: str, model: ResNet | VGG, file: FilePath) -> None:
+  """Raises a ValueError unless a network, of any width, is the named one."""
+  found = _description(model)
+  if name in _RESNET_NAMES:
+    named = RESNETS[name]
+    wanted = _describe_blocks(named.block, named.blocks)
+  else:
+    base, _, norm = name.partition("_")
+    wanted = _describe_chain(_VGG_CONVS[base], bool(norm))
+  if found != wanted:
+    raise ValueError(f"name must be that of the network in {file}, {found}; got {name!r}, {wanted}")
+
+
+def _description(model: ResNet | VGG) -> str:
+  """Describes the structure of a network, without its widths."""
+  if isinstance(model, ResNet):
+    inner = model.inner_width
+    wide = "" if inner == 1 else f", {inner:g} times as wide between their convolutions"
+    return _describe_blocks(model.block, model.blocks) + wide
+  counts = [0]
+  for channels in model.chain:
+    if channels == POOL:
+      counts.append(0)
+    else:
+      counts[-1] += 1
+  return _describe_chain(counts[:-1], model.norm)
+
+
+def _describe_blocks(block: type, blocks: Sequence[int]) -> str:
+  """Describes a residual network."""
+  return f"a ResNet with {', '.join(map(str, blocks))} blocks of the kind {block.__name__}"
+
+
+def _describe_chain(convs: Sequence[int], norm: bool) -> str:
+  """Describes a VGG net by its convolutions before each pool."""
+  ending = "with" if norm else "without"
+  return f"a VGG net of {', '.join(map(str, convs))} convolutions {ending} BatchNorm"
+
+
+# The table of names and shapes.
+
+
+def _entries_of(model: ResNet | VGG, channels: int) -> list[Entry]:
+  """Returns the values that a state dict must have for a network of images with these channels."""
+  images = jax.ShapeDtypeStruct((1, _SIDE, _SIDE, channels), jnp.float32)
+  # Nothing is computed, so that a strange file cannot ask for much memory.
+  made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+  entries, absorbed = [], []
+  places = _conv_places(model.chain, model.norm) if isinstance(model, VGG) else ()
+  hidden = len(model.hidden) if isinstance(model, VGG) else None
+  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(made))
+  for path, leaf in flat.items():
+    name = _their_name(path, places, hidden)
+    assert name is not None  # since the network is one of theirs
+    reads_map = isinstance(model, VGG) and path[1:] == (model.dense_names[0], "kernel")
+    entries.append(
+      Entry(name, _their_shape(leaf.shape), path, pixels=model.pooled if reads_map else 1)
+    )
+    if isinstance(model, VGG) and path[-1] == "mean":
+      # torchvision's convolutions have a bias, also before BatchNorm.
+      conv = places[int(path[1].removeprefix("layer")) - 1]
+      absorbed.append(Entry(f"features.{conv}.bias", leaf.shape, path, absorbed=True))
+  return entries + absorbed
+
+
+def _conv_places(chain: Chain, norm: bool) -> tuple[int, ...]:
+  """Returns the number of each convolution among torchvision's `features`."""
+  places, place = [], 0
+  for channels in chain:
+    if channels == POOL:
+      place += 1
+    else:
+      places.append(place)
+      place += _conv_step(norm)
+  return tuple(places)
+
+
+def _their_name(path: Path, places: Sequence[int], hidden: int | None) -> str | None:
+  """Returns torchvision's name of a variable; None where it has none.
+
+  Args:
+    path: of the variable, its collection first.
+    places: the number of each convolution of a VGG net among its features.
+    hidden: number of its dense layers before the classifier; None for a residual network.
+  """
+  layer = _their_layer(path[1:-1], places, hidden)
+  variable = _VARIABLES.get(path[-1])
+  return None if layer is None or variable is None else f"{layer}.{variable}"
+
+
+def _their_layer(layer: Path, places: Sequence[int], hidden: int | None) -> str | None:
+  """Returns torchvision's name of a layer; None where it has none. Arguments as `_their_name`."""
+  if layer == ("classifier",):
+    return "fc" if hidden is None else f"classifier.{_DENSE_STEP * hidden}"
+  if hidden is None and layer in (("stem", "conv"), ("stem", "norm")):
+    return "conv1" if layer[1] == "conv" else "bn1"
+  module = "/".join(layer)
+  block = re.fullmatch(r"stage(\d+)_block(\d+)/(conv(\d)|project)/(conv|norm)", module)
+  if hidden is None and block:
+    before = f"layer{block[1]}.{int(block[2]) - 1}"
+    is_conv = block[5] == "conv"
+    if block[3] == "project":
+      return f"{before}.downsample.{0 if is_conv else 1}"
+    return f"{before}.{'conv' if is_conv else 'bn'}{block[4]}"
+  conv = re.fullmatch(r"layer(\d+)/conv/(conv|norm)", module)
+  if hidden is not None and conv and int(conv[1]) <= len(places):
+    # BatchNorm is the module after the convolution.
+    return f"features.{places[int(conv[1]) - 1] + (conv[2] == 'norm')}"
+  dense = re.fullmatch(r"hidden(\d+)", module)
+  if hidden is not None and dense:
+    return f"classifier.{_DENSE_STEP * (int(dense[1]) - 1)}"
+  return None
+
+
+def _their_shape(shape: Shape) -> Shape:
+  """Returns the shape that torch gives a variable."""
+  if len(shape) == 4:
+    height, width, inputs, outputs = shape
+    return (outputs, inputs, height, width)
+  return shape[::-1]
+
+
+def _to_ours(value: np.ndarray, pixels: int) -> np.ndarray:
+  """Returns a variable from torch's value; `pixels` as in `Entry`."""
+  if value.ndim == 4:
+    return np.ascontiguousarray(value.transpose(2, 3, 1, 0))
+  if value.ndim < 2:
+    return value
+  # torch flattens channels before pixels.
+  maps = value.reshape(len(value), -1, pixels, pixels)
+  return np.ascontiguousarray(maps.transpose(2, 3, 1, 0)).reshape(-1, len(value))
+
+
+def _to_theirs(value: np.ndarray, pixels: int) -> np.ndarray:
+  """Returns torch's value of a variable; the inverse of `_to_ours`."""
+  if value.ndim == 4:
+    return value.transpose(3, 2, 0, 1)
+  if value.ndim < 2:
+    return value
+  outputs = value.shape[1]
+  maps = value.reshape(pixels, pixels, -1, outputs)
+  return maps.transpose(3, 2, 0, 1).reshape(outputs, -1)
+
+
+def _state_of(flat: Mapping[Path, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns a state dict from variables by path, without absorbed values.
+
+  Raises:
+    ValueError: a variable that torchvision's networks do not have; gates among them.
+  """
+  for path in flat:
+    if is_gate_path(path):
+      raise ValueError(
+        f"variables must be those of a network without gates; got {'/'.join(path[1:-1])}"
+      )
+  modules = {path[1] for path in flat}
+  convs = sum(1 for path in flat if path[2:] == ("conv", "conv", "kernel"))
+  places, hidden, pixels = (), None, 1
+  if "stem" not in modules:
+    norm = any(path[-1] == "mean" for path in flat)
+    places = _conv_places(_chain_with(convs), norm)
+    hidden = sum(1 for module in modules if module.startswith("hidden"))
+    pixels = _flattened_side(flat, convs)
+  # The dense layer that reads the last map.
+  first_dense = "hidden1" if hidden else "classifier"
+  state = {}
+  for path, value in flat.items():
+    name = _their_name(path, places, hidden)
+    if name is None:
+      raise ValueError(
+        "variables must be those of a network of torchvision's, which has no "
+        f"{printable('/'.join(path[1:]))}"
+      )
+    reads_map = hidden is not None and path[1:] == (first_dense, "kernel")
+    state[name] = _to_theirs(value, pixels if reads_map else 1)
+  return state
+
+
+def _chain_with(convs: int) -> Chain:
+  """Returns the chain of torchvision's VGG net with so many convolutions; its widths are 1."""
+  for counts in _VGG_CONVS.values():
+    if sum(counts) == convs:
+      chain: list[Any] = []
+      for count in counts:
+        chain += [1] * count + [POOL]
+      return tuple(chain)
+  known = ", ".join(str(sum(counts)) for counts in _VGG_CONVS.values())
+  raise ValueError(
+    f"variables must be those of a ResNet, or of a VGG net of {known} convolutions; got {convs}"
+  )
+
+
+def _flattened_side(flat: Mapping[Path, np.ndarray], convs: int) -> int:
+  """Returns the pixels along a side of the map that the first dense layer reads; 1 if unclear."""
+  kernel = flat.get(("params", "hidden1", "kernel"))
+  last = flat.get(("params", f"layer{convs}", "conv", "conv", "kernel"))
+  if kernel is None or last is None:
+    return 1
+  side = math.isqrt(len(kernel) // last.shape[-1])
+  return side if side**2 * last.shape[-1] == len(kernel) else 1
+
+
+def _check_shapes(shapes: Mapping[str, Shape], entries: Collection[Entry], subject: str) -> None:
+  """Raises a ValueError that names values which are missing, left over or of another shape."""
+  wanted = {entry.name: entry.shape for entry in entries}
+  wrong = []
+  for name in sorted(wanted.keys() & shapes.keys()):
+    if shapes[name] != wanted[name]:
+      wrong.append(f"{name} {shapes[name]} in place of {wanted[name]}")
+  faults = (
+    ("missing", sorted(wanted.keys() - shapes.keys())),
+    ("left over", sorted(shapes.keys() - wanted.keys())),
+    ("of the wrong shape", wrong),
+  )
+  said = [f"{what}: {few(names, 5)}" for what, names in faults if names]
+  if said:
+    raise ValueError(f"{subject} must have the names and shapes of the network; {'; '.join(said)}")

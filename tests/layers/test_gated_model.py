@@ -1,0 +1,367 @@
+"""Gates around models that are written as their authors write them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from gating_jax import GatedModel, batch_shaping_loss, beta, find_pairs, model_summary
+from gating_jax.layers.gate import GateSettings, is_gate_path, noise_scales
+from gating_jax.ops.macs import executed_macs, gated_macs
+
+IMAGES = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
+SMALL = GateSettings(hidden=4, initial_open=0.6)
+
+
+class PlainCNN(nn.Module):
+  """Convolutions with pools and a dense layer on the flattened map."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(4, (3, 3))(x))
+    x = nn.avg_pool(x, (2, 2), (2, 2))
+    x = nn.relu(nn.Conv(6, (3, 3))(x))
+    x = nn.max_pool(x, (2, 2), (2, 2))
+    x = x.reshape((x.shape[0], -1))
+    x = nn.relu(nn.Dense(5)(x))
+    return nn.Dense(2)(x)
+
+
+class PreActivationBlock(nn.Module):
+  channels: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    norm = lambda: nn.BatchNorm(use_running_average=not train)
+    y = nn.Conv(self.channels, (3, 3), use_bias=False, name="conv1")(nn.relu(norm()(x)))
+    y = nn.Conv(self.channels, (3, 3), use_bias=False, name="conv2")(nn.relu(norm()(y)))
+    return x + y
+
+
+class PreActivationResNet(nn.Module):
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.Conv(4, (3, 3), name="stem")(x)
+    for i in range(2):
+      x = PreActivationBlock(4, name=f"block{i + 1}")(x, train)
+    return nn.Dense(2, name="head")(jnp.mean(nn.relu(x), axis=(1, 2)))
+
+
+class InvertedResidual(nn.Module):
+  @nn.compact
+  def __call__(self, x, training=False):
+    norm = lambda: nn.BatchNorm(use_running_average=not training)
+    y = nn.relu6(norm()(nn.Conv(6, (1, 1), use_bias=False, name="expand")(x)))
+    y = nn.Conv(6, (3, 3), feature_group_count=6, use_bias=False, name="depthwise")(y)
+    y = nn.relu6(norm()(y))
+    return x + norm()(nn.Conv(3, (1, 1), use_bias=False, name="project")(y))
+
+
+class MlpBlock(nn.Module):
+  width: int
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.Dense(self.width)(x)
+    y = nn.gelu(y)
+    return nn.Dense(x.shape[-1])(y)
+
+
+class Mixer(nn.Module):
+  """One block of an MLP-Mixer, which mixes patches, then channels."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(6, (4, 4), strides=(4, 4), name="patches")(x)
+    x = x.reshape(x.shape[0], -1, 6)
+    y = jnp.swapaxes(nn.LayerNorm()(x), 1, 2)
+    x = x + jnp.swapaxes(MlpBlock(5, name="tokens")(y), 1, 2)
+    x = x + MlpBlock(7, name="channels")(nn.LayerNorm()(x))
+    return nn.Dense(2, name="head")(jnp.mean(x, axis=1))
+
+
+class WithSetup(nn.Module):
+  def setup(self):
+    self.layers = [nn.Dense(4), nn.Dense(5), nn.Dense(2)]
+
+  def __call__(self, x):
+    x = jnp.mean(x, axis=(1, 2))
+    for layer in self.layers[:-1]:
+      x = nn.relu(layer(x))
+    return self.layers[-1](x)
+
+
+class Scanned(nn.Module):
+  """Two blocks whose parameters are stacked."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(4, name="first")(jnp.mean(x, axis=(1, 2)))
+    scanned = nn.scan(
+      lambda block, x, _: (block(x), None), variable_axes={"params": 0}, split_rngs={"params": True}
+    )
+    x, _ = scanned(MlpBlock(5, name="block"), x, jnp.arange(2))
+    return nn.Dense(2, name="last")(x)
+
+
+class Rematerialised(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2, name="head")(nn.remat(MlpBlock)(5, name="block")(x.mean((1, 2))))
+
+
+PAIRS = {
+  PlainCNN: (("Conv_0", "Conv_1"), ("Dense_0", "Dense_1")),
+  PreActivationResNet: (("block1/conv1", "block1/conv2"), ("block2/conv1", "block2/conv2")),
+  InvertedResidual: (("expand", "depthwise"), ("depthwise", "project")),
+  Mixer: (("tokens/Dense_0", "tokens/Dense_1"), ("channels/Dense_0", "channels/Dense_1")),
+  WithSetup: (("layers_0", "layers_1"), ("layers_1", "layers_2")),
+  Scanned: (),
+  Rematerialised: (),
+}
+GATED = [kind for kind, pairs in PAIRS.items() if pairs]
+each_model = pytest.mark.parametrize("kind", GATED, ids=lambda kind: kind.__name__)
+
+
+def without_gates(tree):
+  flat = traverse_util.flatten_dict(tree)
+  return {path: value for path, value in flat.items() if not is_gate_path(path)}
+
+
+def with_logits(variables, logits):
+  """The variables with the logits of every gate set, by the writer's name."""
+  flat = dict(traverse_util.flatten_dict(variables))
+  for path in flat:
+    if path[-3:-1] == ("head", "logits"):
+      value = logits("/".join(path[1 : path.index("gate")]), flat[path].shape[-1])
+      flat[path] = np.zeros_like(flat[path]) + (value if path[-1] == "bias" else 0)
+  return traverse_util.unflatten_dict(flat)
+
+
+def made(kind):
+  """A model with gates, its variables, and those of the model itself."""
+  model = kind()
+  gated = GatedModel(model, PAIRS[kind], SMALL)
+  return gated, jax.jit(gated.init)(jax.random.key(0), IMAGES), model
+
+
+@pytest.mark.parametrize("kind", PAIRS, ids=lambda kind: kind.__name__)
+def test_the_pairs_of_a_model_are_found(kind):
+  found = find_pairs(kind(), jax.ShapeDtypeStruct(IMAGES.shape, jnp.float32))
+  assert found.pairs == PAIRS[kind]
+  assert not found.refused.keys() & {writer for writer, _ in found.pairs}
+
+
+def test_what_cannot_be_gated_has_a_reason():
+  refused = {kind: find_pairs(kind(), IMAGES).refused for kind in PAIRS}
+  assert refused[PlainCNN] == {
+    "Conv_1": "its channels are mixed, or not the last axis of what Dense_0 reads",
+    "Dense_1": "it makes the model's output",
+  }
+  assert refused[PreActivationResNet]["stem"] == "it is read by block1/conv1, block2/conv1, head"
+  assert refused[PreActivationResNet]["block2/conv2"] == (
+    "head reads channels of block1/conv2, block2/conv2, stem as a sum"
+  )
+  assert refused[InvertedResidual] == {"project": "it makes the model's output"}
+  assert refused[Scanned]["first"].startswith("its channels go through scan")
+  assert refused[Scanned]["block/Dense_0"] == "it is inside nn.scan, nn.remat, nn.vmap or nn.jit"
+  assert refused[Rematerialised]["block/Dense_0"].startswith("it is inside nn.scan, nn.remat")
+
+
+@each_model
+def test_with_open_gates_and_without_pairs_it_is_the_model_bit_for_bit(kind):
+  gated, variables, model = made(kind)
+  plain = jax.jit(model.init)(jax.random.key(0), IMAGES)
+  for collection, tree in plain.items():
+    # Names and initial values are the model's own.
+    expected, found = traverse_util.flatten_dict(tree), without_gates(variables[collection])
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+      np.testing.assert_array_equal(found[path], value, err_msg=str(path))
+  expected = model.apply(plain, IMAGES)
+  y, records = gated.apply(with_logits(variables, lambda name, units: 5.0), IMAGES)
+  assert len(records) == len(PAIRS[kind])
+  np.testing.assert_array_equal(y, expected)
+  y, records = GatedModel(model, ()).apply(plain, IMAGES)
+  assert records == ()
+  np.testing.assert_array_equal(y, expected)
+
+
+@each_model
+def test_closed_channels_are_those_that_the_reader_does_not_see(kind):
+  gated, variables, model = made(kind)
+  writer, reader = PAIRS[kind][0]
+  # Every second gate of the first pair is closed.
+  logits = lambda name, units: np.where(np.arange(units) % 2, -5.0, 5.0) if name == writer else 5.0
+  shut = with_logits(variables, logits)
+  y, records = gated.apply(shut, IMAGES)
+  assert (np.asarray(records[0].gates) == (np.arange(records[0].gates.shape[1]) % 2 == 0)).all()
+  # A reader with zeros in the kernels of these channels gives the same.
+  flat = {}
+  for collection in shut:
+    for path, value in without_gates(shut[collection]).items():
+      value = np.array(value)
+      if path == (*reader.split("/"), "kernel"):
+        depthwise = value.shape[-2] == 1
+        value[(..., slice(1, None, 2)) if depthwise else (..., slice(1, None, 2), slice(None))] = 0
+      flat[(collection, *path)] = value
+  expected = model.apply(traverse_util.unflatten_dict(flat), IMAGES)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@each_model
+def test_macs_are_those_of_the_layers(kind):
+  gated, variables, model = made(kind)
+  counts = model_summary(gated, IMAGES.shape[1:])
+  _, records = gated.apply(with_logits(variables, lambda name, units: 5.0), IMAGES)
+  everything = np.asarray(executed_macs(records))
+  assert (everything == gated_macs(records)).all()
+  assert counts.gated == gated_macs(records) <= counts.macs
+  assert model_summary(GatedModel(model, ()), IMAGES.shape[1:]).macs == counts.macs
+  _, records = gated.apply(with_logits(variables, lambda name, units: -5.0), IMAGES)
+  assert (np.asarray(executed_macs(records)) == 0).all()
+
+
+def test_the_costs_of_pairs_by_hand():
+  _, records = jax.eval_shape(
+    lambda: GatedModel(PlainCNN(), PAIRS[PlainCNN], SMALL).init_with_output(
+      jax.random.key(0), IMAGES
+    )[0]
+  )
+  # conv 3 -> 4 at 8 x 8 and 4 -> 6 at 4 x 4; dense 24 -> 5 and 5 -> 2.
+  assert [record.macs_per_unit for record in records] == [9 * 3 * 64 + 9 * 6 * 16, 24 + 2]
+  _, chain = jax.eval_shape(
+    lambda: GatedModel(WithSetup(), PAIRS[WithSetup], SMALL).init_with_output(
+      jax.random.key(0), IMAGES
+    )[0]
+  )
+  # dense 3 -> 4 -> 5 -> 2: the layer between costs MACs for pairs of open channels.
+  assert [(r.macs_per_unit, r.macs_per_pair) for r in chain] == [(3, 0), (2, 1)]
+  assert [r.writers for r in chain] == [(("layers_0",),), (("layers_1",),)]
+  assert [r.readers for r in chain] == [(("layers_1",),), (("layers_2",),)]
+  assert [r.gate for r in chain] == [("layers_0", "gate"), ("layers_1", "gate")]
+  _, grouped = jax.eval_shape(
+    lambda: GatedModel(InvertedResidual(), PAIRS[InvertedResidual], SMALL).init_with_output(
+      jax.random.key(0), IMAGES
+    )[0]
+  )
+  # A depthwise channel reads itself alone; it is counted with its output.
+  assert [(r.macs_per_unit, r.macs_per_pair) for r in grouped] == [
+    (3 * 64, 0),
+    (9 * 64 + 3 * 64, 0),
+  ]
+
+
+@pytest.mark.parametrize("kind", [PreActivationResNet, WithSetup], ids=lambda kind: kind.__name__)
+def test_it_trains_under_jit_grad_and_remat(kind):
+  gated, variables, _ = made(kind)
+  labels = np.array([0, 1, 1])
+
+  def loss(params, forward):
+    (logits, records), new = forward({**variables, "params": params}, jax.random.key(1))
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    shaping = sum(batch_shaping_loss(r.logits, beta(0.6, 0.4)).sum() for r in records)
+    return nll + shaping, new["batch_stats"]
+
+  def forward(variables, key):
+    return gated.apply(variables, IMAGES, train=True, mutable=["batch_stats"], rngs={"gate": key})
+
+  grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+  grads, stats = grad(variables["params"], forward)
+  again, _ = grad(variables["params"], jax.checkpoint(forward))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, again)
+  moved = traverse_util.flatten_dict(grads)
+  gates = [path for path in moved if is_gate_path(path) and path[-2:] == ("logits", "bias")]
+  assert len(gates) == len(PAIRS[kind])
+  assert all(np.any(moved[path] != 0) for path in gates)
+  assert jax.tree.structure(stats) == jax.tree.structure(dict(variables["batch_stats"]))
+
+
+def test_the_noise_of_gates_can_be_set_for_one_pass():
+  gated, variables, _ = made(WithSetup)
+  noise = noise_scales(variables["params"], 0.0)
+  apply = lambda key: gated.apply(
+    {**variables, "noise": noise}, IMAGES, train=True, mutable=["batch_stats"], rngs={"gate": key}
+  )[0][1]
+  for a, b in zip(apply(jax.random.key(1)), apply(jax.random.key(2)), strict=True):
+    np.testing.assert_array_equal(a.gates, b.gates)
+
+
+def test_further_arguments_reach_the_model():
+  class Dropping(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale, deterministic=True):
+      h = nn.Dropout(0.5, deterministic=deterministic)(nn.Dense(4, name="a")(x))
+      return scale * nn.Dense(2, name="b")(h)
+
+  x = np.ones((2, 3), np.float32)
+  gated = GatedModel(Dropping(), (("a", "b"),), SMALL)
+  variables = gated.init(jax.random.key(0), x, scale=1.0)
+  one, _ = gated.apply(variables, x, scale=1.0)
+  two, _ = gated.apply(variables, x, scale=2.0)
+  np.testing.assert_allclose(two, 2 * np.asarray(one), rtol=1e-6)
+  rngs = {"gate": jax.random.key(0), "dropout": jax.random.key(1)}
+  (dropped, _), _ = gated.apply(
+    variables, x, scale=1.0, train=True, rngs=rngs, mutable=["batch_stats"]
+  )
+  assert dropped.shape == (2, 2)
+  with pytest.raises(Exception, match="dropout"):
+    gated.apply(
+      variables, x, scale=1.0, train=True, mutable=["batch_stats"], rngs={"gate": rngs["gate"]}
+    )
+
+
+@pytest.mark.parametrize(
+  ("kind", "pairs", "message"),
+  [
+    (
+      WithSetup,
+      (("layers_0", "layers_9"),),
+      "such as layers_0, layers_1, layers_2; got 'layers_9'",
+    ),
+    (WithSetup, (("layers_1", "layers_0"),), "'layers_0' is called before 'layers_1' of its pair"),
+    (WithSetup, (("layers_0", "layers_2"),), "'layers_0' makes 4 .*'layers_2' reads .* 5"),
+    (WithSetup, (("layers_0", "layers_0"),), "every layer as a writer once at most"),
+    (
+      WithSetup,
+      (("layers_0", "layers_1"), ("layers_0", "layers_2")),
+      "every layer as a writer once at most, .*; got 'layers_0', 'layers_2'",
+    ),
+    (PlainCNN, (("Conv_1", "Dense_0"),), r"'Conv_1' makes 6 .*'Dense_0' reads .*\(3, 24\)"),
+    (Scanned, (("block/Dense_0", "block/Dense_1"),), "'block/Dense_0' is called inside one"),
+    (Rematerialised, (("block/Dense_0", "block/Dense_1"),), "Transform the gated model instead"),
+  ],
+)
+def test_pairs_that_do_not_fit_are_named(kind, pairs, message):
+  with pytest.raises(ValueError, match=message):
+    GatedModel(kind(), pairs, SMALL).init(jax.random.key(0), IMAGES)
+
+
+def test_with_scales_a_model_is_ungated():
+  scaled = GateSettings(hidden=4, relaxation="scale")
+  gated = GatedModel(WithSetup(), (("layers_0", "layers_1"),), scaled)
+  (y, records), variables = gated.init_with_output(jax.random.key(0), IMAGES)
+  assert y.shape == (3, 2)
+  assert records == ()
+
+
+def test_pairs_of_another_kind_are_refused():
+  for pairs in ("ab", (("a", "b", "c"),), (("a", 1),)):
+    with pytest.raises(TypeError, match="pairs"):
+      GatedModel(WithSetup(), pairs).init(jax.random.key(0), IMAGES)
+
+
+def test_a_layer_that_is_called_twice_is_named():
+  class Shared(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      twice = nn.Dense(3, name="twice")
+      return nn.Dense(2, name="last")(twice(twice(x)))
+
+  x = np.ones((2, 3), np.float32)
+  with pytest.raises(ValueError, match="'twice' is called more than once"):
+    GatedModel(Shared(), (("twice", "last"),)).init(jax.random.key(0), x)
+  assert find_pairs(Shared(), x).refused["twice"] == "it is called 2 times"
