@@ -21,7 +21,7 @@ from gating_jax.analysis import outcomes
 from gating_jax.analysis import scores as class_scores
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
-from gating_jax.data import augment, image_sets, streaming
+from gating_jax.data import augment, folders, image_sets, streaming
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import EXITS, Experiment, build
@@ -220,7 +220,7 @@ class Classification(runner.Programme):
       evaluated.result.update(self._list_untrained(train))
       if evaluated.gates is not None:
         evaluated.result["batch_shaping_reduction"] = experiment.objective.reduction
-        self._add_layers(evaluated)
+      self._add_names(evaluated)
       with working("drawing the report", "about half a minute", training.say):
         hosts.on_writer(self._write_files, run_dir, training, evaluated)
     return evaluated.result | {"step": training.step}
@@ -324,7 +324,7 @@ class Classification(runner.Programme):
       "the program is compiled first, up to a minute",
     ):
       evaluated = self.make_test()(state)
-    self._add_layers(evaluated)
+    self._add_names(evaluated)
     return evaluated
 
   def _evaluate(
@@ -341,8 +341,10 @@ class Classification(runner.Programme):
     training.say(f"test {name} {format_percent(evaluated.result[key], 2)}")
     return evaluated
 
-  def _add_layers(self, evaluated: Evaluation) -> None:
-    """Adds the outcomes of each layer's gates to the result."""
+  def _add_names(self, evaluated: Evaluation) -> None:
+    """Adds the outcomes of each layer's gates to the result, and the classes of a folder."""
+    if self.config.data.name == folders.FOLDER:
+      evaluated.result["classes"] = list(self.experiment.test.class_names)
     if evaluated.gates is not None:
       evaluated.result["layers"] = outcomes.by_layer(
         evaluated.gates.diagnosis, self.experiment.counts.gate_layers
