@@ -36,6 +36,7 @@ UNSAFE_MODULES = {
   "tarfile",
   "zipfile",
 }
+HARMLESS = {"BadZipFile"}  # an error
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 PATHS = ("../../outside", "/tmp/outside_gating_jax", "a/b", "..", "a\\..\\b")
 
@@ -44,6 +45,8 @@ def findings(text):
   """Finds the parts of a program that can run data, or unpack it to a place the data chooses."""
   found = []
   for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.ImportFrom) and {a.name for a in node.names} <= HARMLESS:
+      continue
     if isinstance(node, ast.Import | ast.ImportFrom):
       names = (
         [alias.name for alias in node.names]
@@ -90,6 +93,7 @@ def test_no_program_can_run_what_it_reads():
     "subprocess.run(x, shell=True)",
     "os.system(x)",
     "import tarfile",
+    "from zipfile import BadZipFile, ZipFile",
   ],
 )
 def test_the_audit_sees(text):

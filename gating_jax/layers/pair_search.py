@@ -63,6 +63,10 @@ class FoundPairs(NamedTuple):
   Attributes:
     pairs: `(writer, reader)` of each pair, as `GatedModel` takes them, in the order of the writers.
     refused: the reason, by the path of the layer.
+
+  >>> found = FoundPairs(pairs=(("conv1", "conv2"),), refused={"conv2": "it is read last"})
+  >>> [writer for writer, _ in found.pairs]
+  ['conv1']
   """
 
   pairs: tuple[tuple[str, str], ...]

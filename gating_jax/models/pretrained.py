@@ -25,11 +25,11 @@ from __future__ import annotations
 import math
 import os
 import re
-import zipfile
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,15 @@ def load_pretrained(
     FileNotFoundError: there is no such file.
     ValueError: a pickle, as `.pth` is; a damaged file; another network than `name` says; or a value
       that is missing, left over or of the wrong shape, which the message names.
+
+  >>> import tempfile, jax
+  >>> net = ResNet(3, (1, 1), features=4, stem="imagenet", shortcut="B")
+  >>> shapes = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
+  >>> zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   model, variables = load_pretrained(save_pretrained(zeros, f"{folder}/net.npz"))
+  >>> model.blocks, variables["params"]["classifier"]["kernel"].shape
+  ((1, 1), (8, 3))
   """
   file = user_path(path)
   if name is not None:
@@ -171,6 +180,15 @@ def save_pretrained(variables: Mapping[str, Any], file: str | os.PathLike) -> Fi
   Raises:
     TypeError: variables that are no mapping.
     ValueError: another ending, or variables of a network that torchvision does not have.
+
+  >>> import tempfile, jax
+  >>> net = ResNet(3, (1,), features=4, stem="imagenet", shortcut="B")
+  >>> shapes = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
+  >>> zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   file = save_pretrained(zeros, f"{folder}/net.npz")
+  ...   print(np.load(file)["fc.weight"].shape)
+  (3, 4)
   """
   arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
   target = user_path(file)
@@ -256,7 +274,7 @@ def _read_safetensors(file: FilePath) -> dict[str, np.ndarray]:
 
 def _read_npz(file: FilePath) -> dict[str, np.ndarray]:
   """Returns the arrays of an npz file, none of which may be a pickle."""
-  faults = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError)
+  faults = (BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError)
   try:
     loaded = np.load(file, allow_pickle=False)
     # A single array would be a file of NumPy, too.

@@ -35,8 +35,19 @@ def traced(calls, *args):
   return jax.eval_shape(together(calls), *args)
 
 
-def assert_same(found, usual):
-  """Asserts that results have the same types, shapes and, up to rounding, values, if any."""
+def _size(values):
+  """Returns the largest finite number of an array; 0 where it has none."""
+  values = np.asarray(values).astype(np.float64)
+  return np.max(np.abs(values), initial=0, where=np.isfinite(values))
+
+
+def assert_same(found, usual, *, sized_by_call=False):
+  """Asserts that results have the same types, shapes and, up to rounding, values, if any.
+
+  Rounding is relative to the largest number of an array. With `sized_by_call` it is relative to the
+  largest of all that one call returns: a gradient may be the small sum of large terms that cancel,
+  as that of a scale before a norm.
+  """
   assert jax.tree.structure(found) == jax.tree.structure(usual)
   pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(usual), strict=True)
   for (path, leaf), wanted in pairs:
@@ -49,5 +60,9 @@ def assert_same(found, usual):
       continue
     rounding = 4 * float(jnp.finfo(wanted.dtype).eps) + 1e-6
     leaf, wanted = leaf.astype(np.float64), wanted.astype(np.float64)
-    size = np.max(np.abs(wanted), initial=0, where=np.isfinite(wanted))
+    size = (
+      max(_size(each) for each in jax.tree.leaves(usual[path[0].key]))
+      if sized_by_call
+      else _size(wanted)
+    )
     np.testing.assert_allclose(leaf, wanted, rtol=rounding, atol=rounding * size, err_msg=name)

@@ -182,4 +182,4 @@ def test_layers_have_the_same_types_in_every_mode(group, mode):
 def test_layers_have_the_same_values_in_every_mode(group, mode):
   without = usual(computed, group)
   with MODES[mode]():
-    assert_same(computed(ALL[group]), without)
+    assert_same(computed(ALL[group]), without, sized_by_call=True)
