@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import signal
 import time
 
 import pytest
@@ -134,6 +135,14 @@ def _forget_compiled_programs():
     gc.collect()  # programs in reference cycles
     if hasattr(_C_LIBRARY, "malloc_trim"):  # glibc would keep the memory
       _C_LIBRARY.malloc_trim(0)
+
+
+@pytest.fixture
+def ctrl_c():
+  """Lets Ctrl-C act in the test and the processes it starts; pytest's workers ignore it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import _thread
 import argparse
 import json
-import signal
 import sys
 import threading
 import time
@@ -200,7 +199,7 @@ def test_a_run_that_fails_or_takes_too_long_is_not_done(images, tmp_path):
   assert time.monotonic() - started < 30
 
 
-def test_an_interruption_begins_nothing_more(images, monkeypatch, tmp_path):
+def test_an_interruption_begins_nothing_more(images, monkeypatch, tmp_path, ctrl_c):
   begun = []
 
   def call(self, folder, command):
@@ -211,13 +210,9 @@ def test_an_interruption_begins_nothing_more(images, monkeypatch, tmp_path):
   args = argparse.Namespace(
     out=tmp_path, minutes=1, jobs=1, table="levers", model="resnet8", epochs=2, data=None
   )
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
-  try:
-    threading.Timer(0.5, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
-      images.Job(args, []).run(images.TABLES["levers"], [0, 1])
-  finally:
-    signal.signal(signal.SIGINT, before)
+  threading.Timer(0.5, _thread.interrupt_main).start()
+  with pytest.raises(KeyboardInterrupt):
+    images.Job(args, []).run(images.TABLES["levers"], [0, 1])
   assert 1 <= len(begun) <= 10  # of 24
 
 

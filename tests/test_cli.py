@@ -191,7 +191,7 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(finished, tmp_path, monkeyp
   assert seen == sorted(seen, key=lambda one: one[1])
 
 
-def test_a_run_that_is_stopped_says_so_and_goes_on(finished, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_says_so_and_goes_on(finished, tmp_path, monkeypatch, ctrl_c):
   """Ctrl-C alone gives a status that keeps a shell from the next command."""
   workdir, step = tmp_path / "stopped", 0
   for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):

@@ -97,7 +97,7 @@ main()
     pytest.param("gating_jax.images.classification", marks=pytest.mark.slow),
   ],
 )
-def test_ctrl_c_while_libraries_load_is_one_line(module, tmp_path):
+def test_ctrl_c_while_libraries_load_is_one_line(module, tmp_path, ctrl_c):
   """As it is where the interrupt would come out of an import as a traceback."""
   done = subprocess.run(
     [sys.executable, "-c", _INTERRUPTED.format(module=module), CONFIG, f"--workdir={tmp_path}"],

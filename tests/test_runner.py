@@ -121,7 +121,7 @@ def test_a_run_to_start_from_is_looked_for_before_the_data_are_opened(
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_training_stopped_by_ctrl_c_ends_in_an_interrupt_after_its_checkpoint(
-  number, at, tmp_path, capsys
+  number, at, tmp_path, capsys, ctrl_c
 ):
   def advance(state, step):
     if step == at:

@@ -105,7 +105,9 @@ def test_a_file_of_another_network_is_refused_before_a_run_begins(config, tmp_pa
       classification.run(made, tmp_path / "run", "train")
   # A folder is a run, whatever its name.
   (tmp_path / "run.bin").mkdir()
-  with pytest.raises(rundir.RunDirError, match=r"run\.bin holds no run"):
+  with pytest.raises(
+    rundir.RunDirError, match=r"init_from must name a run directory; \S+run\.bin has no"
+  ):
     start.check_can_start(
       classification.build(config(**{"model.init_from": str(tmp_path / "run.bin")}))
     )
