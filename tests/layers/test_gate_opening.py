@@ -96,7 +96,7 @@ def test_normalised_logits_have_the_scale_as_their_deviation():
   module = gate(GateSettings(hidden=4, normalise=3.0, noise_scale=0.0))
   variables = init(module)
   flat = flax.traverse_util.flatten_dict(variables)
-  flat["params", "head", "logits", "kernel"] *= np.linspace(1, 50, 8, dtype=np.float32)
+  flat["params", "head", "logits", "kernel"] *= np.linspace(1, 50, 8, dtype=np.float32)[None]
   logits = joined(train(module, flax.traverse_util.unflatten_dict(flat))[0], "logits")
   np.testing.assert_allclose(logits.mean(0), 0, atol=1e-4)
   np.testing.assert_allclose(logits.std(0), 3, rtol=1e-3)
