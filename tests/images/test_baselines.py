@@ -255,7 +255,9 @@ def test_a_late_start_takes_all_but_gates_from_an_ungated_run(
     with pytest.raises(ValueError, match=f"model.init_from must name a run .*{message}"):
       classification.run(wrong, tmp_path / "wrong", "train")
   nowhere = config(variants, **{"model.init_from": str(tmp_path / "nowhere")})
-  with pytest.raises(rundir.RunDirError, match="init_from must name a run directory; .*nowhere has no"):
+  with pytest.raises(
+    rundir.RunDirError, match="init_from must name a run directory; .*nowhere has no"
+  ):
     classification.run(nowhere, tmp_path / "wrong2", "train")
   gated = config(variants, **{"model.init_from": str(tmp_path / "run")})
   with pytest.raises(
