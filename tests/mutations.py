@@ -358,8 +358,8 @@ TRAINING = [
   Mutant(
     "another_config_goes_on",
     "training/rundir.py",
-    "_compare(path, run_dir.config(), mine, free=_FREE_IN_TRAINING)",
-    "write_json(file, mine)",
+    "_compare(path, run_dir.config(), mine, free=_FREE_IN_TRAINING)\n    else:",
+    "pass\n    else:",
     "training/test_rundir.py::test_another_config_is_refused_with_the_difference",
   ),
   Mutant(
