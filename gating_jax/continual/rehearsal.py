@@ -61,7 +61,7 @@ class ReplayFunction(Protocol):
 
 
 class KeepFunction(Protocol):
-  """Returns the memory at the end of a task, as `Rehearsal.keep`."""
+  """A function that returns the memory at the end of a task, as `Rehearsal.keep`."""
 
   def __call__(self, memory: Any, data: TaskData, task: int, key: Array) -> Any: ...
 

@@ -164,18 +164,18 @@ def image_of(x: Array) -> Array:
   return jnp.mean(x, axis=1) if x.ndim == 5 else x
 
 
-def grid_means(x: Array, side: int) -> Array:
+def grid_means(x: Array, side: int, *, precision: str | None = None) -> Array:
   """Computes the means of `[N, h, w, D]` over the cells of a grid, `[N, side, side, D]`.
 
-  Cell i of h rows covers rows `floor(i h / side)` to `ceil((i + 1) h / side) - 1`; no cell is
-  empty.
+  Cell i of h rows covers rows `floor(i h / side)` to `ceil((i + 1) h / side) - 1`, as in torch's
+  adaptive average pooling; no cell is empty. `precision` is that of `jax.lax.Precision`.
 
   >>> grid_means(jnp.arange(3.0).reshape(1, 1, 3, 1), 2)[0, 0, :, 0]
   Array([0.5, 1.5], dtype=float32)
   """
   rows = jnp.asarray(_cells(x.shape[1], side), x.dtype)
   columns = jnp.asarray(_cells(x.shape[2], side), x.dtype)
-  return jnp.einsum("nhwd,ih,jw->nijd", x, rows, columns)
+  return jnp.einsum("nhwd,ih,jw->nijd", x, rows, columns, precision=precision)
 
 
 def _cells(size: int, side: int) -> np.ndarray:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_context
+from gating_jax.layers.context import NOTHING_SHARED, Shared, grid_means, shared_context
 from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import (
   CHANNEL_GATINGS,
@@ -130,7 +129,8 @@ class VGG(nn.Module):
     if self.pooled == 1:
       x = jnp.mean(x, axis=(1, 2))
     else:
-      x = average_parts(x, self.pooled).reshape(x.shape[0], -1)
+      # In full precision also on accelerators, which would round the pixels.
+      x = grid_means(x, self.pooled, precision="highest").reshape(x.shape[0], -1)
     return (x if self.classes is None else self._classify(x, self.classes)), records
 
   @property
@@ -217,28 +217,6 @@ class VGGLayer(nn.Module):
 def is_dense_name(name: str) -> bool:
   """Returns whether a module of this name is a dense layer at the end of a network."""
   return name == _CLASSIFIER or name.startswith(_HIDDEN)
-
-
-def average_parts(x: Array, side: int) -> Array:
-  """Averages feature maps over `side` x `side` parts: `[N, H, W, D]` to `[N, side, side, D]`.
-
-  Part i along a side of H pixels has those from floor(i H / side) up to ceil((i + 1) H / side), as
-  in torch's adaptive average pooling: parts overlap where `side` does not divide H.
-  """
-  if x.shape[1:3] == (side, side):
-    return x
-  rows, columns = _part_weights(x.shape[1], side), _part_weights(x.shape[2], side)
-  # In full precision also on accelerators, which would round the pixels.
-  return jnp.einsum("ah,nhwd,bw->nabd", rows, x, columns, precision="highest")
-
-
-def _part_weights(size: int, side: int) -> np.ndarray:
-  """Returns the weight of each of `size` pixels in the mean of each part, `[side, size]`."""
-  weights = np.zeros((side, size), np.float32)
-  for i in range(side):
-    start, end = i * size // side, -(-(i + 1) * size // side)
-    weights[i, start:end] = 1 / (end - start)
-  return weights
 
 
 def vgg(name: str, classes: int | None, **settings) -> VGG:

@@ -11,9 +11,10 @@ from jax import lax
 
 from configs.common import imagenet_config
 from gating_jax import ResNet, load_pretrained, save_pretrained, vgg
+from gating_jax.layers.context import grid_means
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.pretrained import IMAGENET_MEAN, IMAGENET_STD
-from gating_jax.models.vggs import POOL, VGG, average_parts
+from gating_jax.models.vggs import POOL, VGG
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "data" / "pretrained"
 
@@ -214,10 +215,10 @@ def test_timm_names_the_dense_layers_of_a_vgg_net_in_its_own_way(tmp_path):
 def test_parts_of_a_map_are_averaged_as_by_torch():
   x = np.arange(2 * 5 * 3, dtype=np.float32).reshape(1, 5, 3, 2)
   expected = adaptive_mean(x.transpose(0, 3, 1, 2), 2).transpose(0, 2, 3, 1)
-  np.testing.assert_allclose(average_parts(x, 2), expected, rtol=1e-6)
+  np.testing.assert_allclose(grid_means(x, 2), expected, rtol=1e-6)
   # Rows 0 to 2 and 2 to 4; columns 0, 1 and 1, 2; values are 6 row + 2 column.
-  np.testing.assert_allclose(average_parts(x, 2)[0, ..., 0], [[7, 9], [19, 21]], rtol=1e-6)
-  np.testing.assert_array_equal(average_parts(x[:, :3], 3), x[:, :3])
+  np.testing.assert_allclose(grid_means(x, 2)[0, ..., 0], [[7, 9], [19, 21]], rtol=1e-6)
+  np.testing.assert_array_equal(grid_means(x[:, :3], 3), x[:, :3])
 
 
 @pytest.mark.parametrize(
