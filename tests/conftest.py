@@ -8,18 +8,9 @@ import time
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import QUICK, ROOT
 
-# Compiling takes most of the time. The programs that users run take three times as long to compile;
-# `bash tests/run.sh --optimised` tests them.
-os.environ.setdefault(
-  "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-)
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Every program is kept: many are small, and loading one takes a tenth of compiling it.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.update(QUICK | os.environ)
 
 import jax  # noqa: E402
 from hypothesis import settings  # noqa: E402

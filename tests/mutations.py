@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import importlib
+import multiprocessing
 import os
 import queue
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +25,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tests.helpers import QUICK  # noqa: E402
+
+# Each run of pytest is forked from a process that has imported what all of them need.
+FORKSERVER = multiprocessing.get_context("forkserver")
+PRELOADED = ["jax", "flax.linen", "optax", "orbax.checkpoint", "ml_collections", "pytest"]
 PACKAGE = "gating_jax"
 COPIED = (
   PACKAGE,
@@ -53,6 +62,13 @@ class Mutant(NamedTuple):
   old: str
   new: str
   tests: str
+
+
+class Run(NamedTuple):
+  """The status of a run of pytest, and what it said."""
+
+  status: int
+  said: str
 
 
 class Result(NamedTuple):
@@ -657,6 +673,8 @@ def main() -> None:
   parser.add_argument("--only", default="", metavar="NAME,...", help="these mutants alone")
   parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
   arguments = parser.parse_args()
+  os.environ.update(QUICK | os.environ)
+  FORKSERVER.set_forkserver_preload(PRELOADED)
   began = time.monotonic()
   mutants = sorted(chosen(arguments.only), key=lambda mutant: mutant.tests)
   if stale := [mutant.name for mutant in mutants if not is_fresh(mutant)]:
@@ -689,39 +707,48 @@ def is_fresh(mutant: Mutant) -> bool:
 
 
 def made_copy(folder: Path) -> Path:
-  """Copies what the tests need, and checks that the copy is what they import."""
+  """Copies what the tests need."""
   folder.mkdir()
   for name in COPIED:
     copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
     copy(ROOT / name, folder / name)
-  found = run_python(folder, "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)").stdout.strip()
-  if Path(found).parent != folder / PACKAGE:
-    sys.exit(f"tests in {folder} would import {found}")
   return folder
 
 
-def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-  """Runs Python in a copy; the compilation cache of unchanged programs is the original's."""
-  environment = os.environ | {
-    "PYTHONPATH": str(folder),
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-  }
-  return subprocess.run(
-    [sys.executable, *arguments],
-    cwd=folder,
-    env=environment,
-    timeout=TIMEOUT,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    check=False,
-  )
+def run_tests(folder: Path, tests: Sequence[str]) -> Run:
+  """Runs those of the fast tests in a copy, up to the first that fails.
+
+  Raises:
+    TimeoutError: if they take longer than `TIMEOUT`.
+  """
+  said = folder / "said"
+  process = FORKSERVER.Process(target=_run_pytest, args=(folder, said, tests))
+  process.start()
+  process.join(TIMEOUT)
+  if process.is_alive():
+    process.kill()
+    process.join()
+    raise TimeoutError
+  return Run(process.exitcode, said.read_text())
 
 
-def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
-  """Runs those of the fast tests in a copy, up to the first that fails."""
+def _run_pytest(folder: Path, said: Path, tests: Sequence[str]) -> None:
+  """Runs pytest in a copy and ends this process, which is a fork that has imported JAX."""
+  with said.open("w") as file:
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+  os.chdir(folder)
+  os.environ["PYTHONPATH"] = str(folder)
+  sys.path[:] = [str(folder), *(path for path in sys.path if Path(path) != ROOT)]
+  for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+    del sys.modules[name]
+  found = importlib.import_module(PACKAGE).__file__
+  if Path(found).parent != folder / PACKAGE:
+    sys.exit(f"tests in {folder} would import {found}")
   options = ("-x", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", FAST)
-  return run_python(folder, "-m", "pytest", *options, *[f"tests/{test}" for test in tests])
+  status = pytest.main([*options, *[f"tests/{test}" for test in tests]])
+  sys.stdout.flush()
+  sys.exit(status)
 
 
 def failures_without_mutants(copies: Sequence[Path], mutants: Sequence[Mutant]) -> str:
@@ -733,7 +760,7 @@ def failures_without_mutants(copies: Sequence[Path], mutants: Sequence[Mutant]) 
     own = files[copies.index(copy) :: len(copies)]
     share = [test for test in tests if file_of(test) in own]
     run = run_tests(copy, share) if share else None
-    return run.stdout if run and run.returncode else ""
+    return run.said if run and run.status else ""
 
   with concurrent.futures.ThreadPoolExecutor(len(copies)) as pool:
     return "".join(pool.map(failures, copies))
@@ -770,8 +797,8 @@ def run_mutant(folder: Path, mutant: Mutant) -> Result:
   file.write_text(right.replace(mutant.old, mutant.new))
   try:
     run = run_tests(folder, mutant.tests.split())
-    outcome, said = judged(run.returncode, run.stdout)
-  except subprocess.TimeoutExpired:
+    outcome, said = judged(run.status, run.said)
+  except TimeoutError:
     outcome, said = ERROR, f"no end within {TIMEOUT} s"
   finally:
     file.write_text(right)

@@ -546,6 +546,7 @@ def test_what_a_method_holds_is_counted(method, config):
     assert jax.tree.leaves(experiment.method.task_net(learner, 0).variables)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
   "changes",
   [

@@ -108,6 +108,7 @@ def test_a_chain_is_built_by_the_same_settings_as_a_residual_network():
   assert [r.gates.shape for r in records] == [(4, 4)] * 3
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
   ("variants", "gates", "params"),
   [

@@ -87,7 +87,7 @@ def with_bias(of, bias):
   return dataclasses.replace(of, parts=tuple(moved(part) for part in of.parts))
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(5)
 @pytest.mark.parametrize(("kind", "strategy"), CASES)
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_equal_to_computing_everything(kind, strategy, batch_size):
@@ -99,7 +99,7 @@ def test_equal_to_computing_everything(kind, strategy, batch_size):
   check_image_that_is_no_number(run)
 
 
-@pytest.mark.thin(7)
+@pytest.mark.thin(15)
 @pytest.mark.parametrize(("kind", "strategy"), CASES)
 @pytest.mark.parametrize(("batch_size", "buckets"), [(3, 4), (1, 2)])
 def test_equal_on_fuzzed_gates(kind, strategy, batch_size, buckets):

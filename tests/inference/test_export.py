@@ -98,6 +98,7 @@ def test_a_program_that_skips_is_exported_with_its_weights_beside_it(name, strat
     export_model(made, tmp_path / "other", input_shape=SHAPE, batch_size=3)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["recipe", "weighted outputs", "scales"])
 def test_a_net_with_weights_is_exported_for_any_number_of_images(name, tmp_path):
   of = fold(MODELS[name], random_variables(MODELS[name]))

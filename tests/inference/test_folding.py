@@ -18,7 +18,7 @@ from tests.helpers.gated_models import MODELS, SHAPE, STATIC, images, random_var
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @models
 def test_the_same_outputs_gates_and_macs(model):
   variables, x = random_variables(model), images()
@@ -49,7 +49,7 @@ def gates_of(net, logits):
   return found
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("shift", [0.0, 0.4, -0.4])
 @pytest.mark.parametrize("name", ["recipe", "weighted outputs", "weighted vgg", "thresholds"])
 def test_moved_thresholds_move_the_logits_and_keep_the_weights(name, shift):
@@ -142,6 +142,7 @@ def test_a_shift_without_a_threshold_is_another_models():
     fold(model, variables)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["scales", "scaled outputs", "scaled layers", "scaled vgg"])
 def test_scales_are_no_gates(name):
   net = fold(MODELS[name], random_variables(MODELS[name]))

@@ -108,6 +108,7 @@ def test_what_static_gates_close_is_gone():
   assert left != [6, 18, 7]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("strategy", ["switch", "native", "auto"])
 def test_a_compiled_model_equals_it(strategy):
   if reason := why_not(strategy):
@@ -161,6 +162,7 @@ def test_other_contexts_and_scales_are_folded(settings):
   assert len(logits) == len(records) == (0 if "relaxation" in settings else 3)
 
 
+@pytest.mark.slow
 def test_it_is_pruned_quantised_and_exported(tmp_path):
   gated, variables, (expected, _) = trained()
   net = fold(gated, variables, images())

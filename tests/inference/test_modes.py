@@ -107,7 +107,7 @@ def usual(name):
   return numbers(CALLS[name]())
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
   "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CALLS]

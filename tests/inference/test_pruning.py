@@ -65,7 +65,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
   assert folded.macs(pruning.apply_pruning(net, choices), SHAPE) <= folded.macs(net, SHAPE)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", GATED)
 def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   opened = everywhere(folded_net(name), OPEN)
@@ -117,7 +117,7 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
     assert macs["executed"] <= macs["switch of 4"] <= macs["masked"]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
   ("name", "bias"), [("recipe", 3.0), ("weighted layers", OPEN), ("weighted vgg", 3.0)]
 )
@@ -133,7 +133,7 @@ def test_weighted_units_that_are_always_open_keep_their_gates(name, bias):
     pruning.apply_pruning(opened, wrong)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["recipe", "thresholds", "weighted vgg"])
 def test_pruned_units_of_weighted_nets_change_nothing(name):
   """The gate network of a chain's layer loses the rows of the channels that are gone."""

@@ -136,7 +136,7 @@ MODELS = {
 }
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(10)
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("lengths", [(4,), (1,), (3, 4, 1)])
 def test_skipping_gives_what_the_whole_network_gives(name, lengths):

@@ -34,7 +34,7 @@ def prepared(kind, count, buckets=3):
   return of, contexts_of(of, buckets, gates), conditional.part_inputs(of, images(count))
 
 
-@pytest.mark.thin(14)
+@pytest.mark.thin(28)
 @pytest.mark.parametrize(("kind", "strategy"), CASES)
 @pytest.mark.parametrize("count", [1, 5])
 def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatch):
@@ -61,7 +61,7 @@ def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatc
   assert compared
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.skipif(bool(why_not("native")), reason=why_not("native"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):

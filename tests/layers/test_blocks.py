@@ -336,7 +336,7 @@ def test_shortcut_a_cannot_drop_channels():
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_extra_channels_are_taken_by_their_former_name(block):
-  x = jnp.zeros((1, 4, 4, 4))
+  x = jnp.zeros((1, 4, 4, 4), jnp.float32)
   shapes = lambda **extra: jax.eval_shape(
     lambda: block(4, gating="none").init(jax.random.key(0), x, **extra)
   )

@@ -1,4 +1,5 @@
 import functools
+import math
 import re
 
 import flax
@@ -31,7 +32,7 @@ def init(module, x):
   rng = np.random.default_rng(1)
   fresh = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}
   fill = lambda path, leaf: (
-    jnp.full(leaf.shape, fresh[path[-1]])
+    jnp.full(leaf.shape, fresh[path[-1]], jnp.float32)
     if path[-1] in fresh
     else jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32)
   )
@@ -213,7 +214,7 @@ def test_random_gates_learn_nothing_and_keep_their_rate_in_training_and_evaluati
   evaluated = Net().apply({}, x)
   for gates in (*trained, *evaluated):
     assert set(np.unique(gates)) == {0.0, 1.0}
-    assert abs(np.mean(gates) - 0.3) < 5 * np.sqrt(0.21 / 4000)
+    assert abs(np.mean(gates) - 0.3) < 5 * math.sqrt(0.21 / 4000)
   for one, other in (trained, evaluated, (trained[0], evaluated[0])):
     assert abs(np.mean(one != other) - 2 * 0.21) < 0.05
   for again, gates in zip(Net().apply({}, x), evaluated, strict=True):

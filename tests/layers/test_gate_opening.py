@@ -87,7 +87,7 @@ def test_evaluation_uses_a_running_mean_of_thresholds():
   _, updated = train(module, {**variables, **updated})
   np.testing.assert_allclose(updated["batch_stats"]["threshold"], 1.9 * once, rtol=1e-5)
   after = {**variables, **updated}
-  zero = {**after, "batch_stats": {**after["batch_stats"], "threshold": jnp.zeros(())}}
+  zero = {**after, "batch_stats": {**after["batch_stats"], "threshold": jnp.float32(0)}}
   moved = joined(module.apply(zero, X), "logits") - joined(module.apply(after, X), "logits")
   np.testing.assert_allclose(moved, 1.9 * once, rtol=1e-4)
 

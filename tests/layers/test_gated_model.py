@@ -138,7 +138,7 @@ def with_logits(variables, logits):
   for path in flat:
     if path[-3:-1] == ("head", "logits"):
       value = logits("/".join(path[1 : path.index("gate")]), flat[path].shape[-1])
-      flat[path] = np.zeros_like(flat[path]) + (value if path[-1] == "bias" else 0)
+      flat[path] = np.full_like(flat[path], value if path[-1] == "bias" else 0)
   return traverse_util.unflatten_dict(flat)
 
 
@@ -172,6 +172,7 @@ def test_what_cannot_be_gated_has_a_reason():
   assert refused[Rematerialised]["block/Dense_0"].startswith("it is inside nn.scan, nn.remat")
 
 
+@pytest.mark.thin(3)
 @each_model
 def test_with_open_gates_and_without_pairs_it_is_the_model_bit_for_bit(kind):
   gated, variables, model = made(kind)
@@ -191,6 +192,7 @@ def test_with_open_gates_and_without_pairs_it_is_the_model_bit_for_bit(kind):
   np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.thin(2)
 @each_model
 def test_closed_channels_are_those_that_the_reader_does_not_see(kind):
   gated, variables, model = made(kind)
@@ -256,6 +258,7 @@ def test_the_costs_of_pairs_by_hand():
   ]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", [PreActivationResNet, WithSetup], ids=lambda kind: kind.__name__)
 def test_it_trains_under_jit_grad_and_remat(kind):
   gated, variables, _ = made(kind)

@@ -165,7 +165,7 @@ def usual(of, group):
   return of(ALL[group])
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("group", ALL)
 def test_layers_have_the_same_types_in_every_mode(group, mode):
@@ -174,6 +174,7 @@ def test_layers_have_the_same_types_in_every_mode(group, mode):
     assert_same(traced(ALL[group]), without)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
   "group",

@@ -172,6 +172,7 @@ def assert_near(logits, expected):
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("size", [16, 17])
 @pytest.mark.parametrize(
   ("blocks", "deep", "inner"), [((2, 1), False, None), ((1, 2), True, None), ((1, 1), True, 8)]
@@ -187,6 +188,7 @@ def test_a_residual_net_has_the_logits_of_its_original(tmp_path, blocks, deep, i
   assert_near(logits, resnet_logits(state, images, blocks))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("size", [8, 13])
 def test_a_vgg_net_has_the_logits_of_its_original(tmp_path, size, norm):

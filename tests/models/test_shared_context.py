@@ -55,6 +55,7 @@ def paths(variables):
   return {"/".join(path[:-1]) for path in flax.traverse_util.flatten_dict(variables["params"])}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", NETS)
 def test_every_network_takes_one_glance_for_all_of_its_gates(kind):
   net, shape = NETS[kind]
@@ -114,6 +115,7 @@ def told(net, shape=(8, 8, 3), count=6):
   return jax.jit(net.apply)(variables, x), variables
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
   "net",
   [

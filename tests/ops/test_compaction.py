@@ -44,9 +44,9 @@ def test_relaxed_gates_are_open_above_zero_and_not_a_number_is_closed():
   ],
 )
 def test_a_function_on_the_open_units_alone_is_the_function_masked(places, capacity):
-  gates = jnp.zeros(UNITS).at[jnp.array(places, int)].set(1)
+  gates = jnp.zeros(UNITS, jnp.float32).at[jnp.array(places, int)].set(1)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(UNITS, 2, 3)), jnp.float32)
-  weights = jnp.arange(1.0, 1 + x.size).reshape(x.shape)
+  weights = jnp.arange(1.0, 1 + x.size, dtype=jnp.float32).reshape(x.shape)
   heavy = lambda x: jnp.exp(x) + 1
 
   @jax.jit
@@ -76,7 +76,7 @@ def test_beyond_the_capacity_the_last_units_are_left_out():
 
 def test_jit_and_vmap_agree():
   gates = jnp.asarray(np.random.default_rng(1).random((5, 6)) < 0.5, jnp.float32)
-  values = jnp.arange(30.0).reshape(5, 6)
+  values = jnp.arange(30, dtype=jnp.float32).reshape(5, 6)
 
   def there_and_back(gates, values):
     index, taken = compaction.open_indices(gates, 6)
@@ -180,7 +180,7 @@ def loss(f, weights, x, gates, capacity=None):
 def gradients(f, gates, capacity=None):
   weights, x = problem(len(gates))
   return jax.jit(jax.grad(functools.partial(loss, f, capacity=capacity), (0, 1, 2)))(
-    weights, x, jnp.array(gates)
+    weights, x, jnp.array(gates, jnp.float32)
   )
 
 

@@ -323,7 +323,7 @@ losses = pytest.mark.parametrize(
 def value_and_gradient(loss, prior):
   def run(x, weights):
     value = loss(x, prior, weights=weights)
-    return jnp.sum(value * jnp.arange(1.0, value.size + 1)), value
+    return jnp.sum(value * jnp.arange(1.0, value.size + 1, dtype=value.dtype)), value
 
   return jax.jit(jax.value_and_grad(run, has_aux=True))
 

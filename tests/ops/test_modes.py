@@ -372,7 +372,7 @@ def usual_over_devices(way, term, exchange):
   return jax.tree.map(np.asarray, WAYS[way](*spread_loss.problem(), term, exchange))
 
 
-@pytest.mark.thin(7)
+@pytest.mark.thin(14)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("exchange", ecdf.EXCHANGES)
 @pytest.mark.parametrize("way", WAYS)

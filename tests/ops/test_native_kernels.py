@@ -226,6 +226,7 @@ def with_weights(arguments, weighted, seed=0):
   return (x, kernels, biases, weights, shortcut, strides), run
 
 
+@pytest.mark.thin(2)
 @needs_native
 @pytest.mark.parametrize("examples", [1, 9])
 @pytest.mark.parametrize(
@@ -265,6 +266,7 @@ def test_any_chain_agrees_with_its_twin(data, length, examples, stride, sizes, s
   compare(weighted, LANES, relu, run=run, of_twin=run)
 
 
+@pytest.mark.thin(2)
 @needs_native
 @pytest.mark.parametrize("examples", [1, 9])
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_residual_branches_agree_with_their_twin(sizes, channels, stride, exampl
 
 
 @needs_native
-@pytest.mark.thin(5)
+@pytest.mark.thin(10)
 @pytest.mark.parametrize(("rows", "stride"), [(1, 1), (7, 1), (9, 1), (41, 1), (15, 2)])
 @pytest.mark.parametrize("window", [(3, 3), (1, 9), (9, 1)])
 @pytest.mark.parametrize("lanes", [16, 8, 4])

@@ -112,7 +112,7 @@ def test_probability_and_logit_share_a_cdf_and_obey_the_chain_rule():
     prior.cdf(jnp.asarray(p, jnp.float32)), prior.logit_cdf(jnp.asarray(z, jnp.float32)), atol=1e-6
   )
   np.testing.assert_allclose(
-    prior.pdf(jnp.asarray(p, jnp.float32)) * p * (1 - p),
+    np.asarray(prior.pdf(jnp.asarray(p, jnp.float32))) * p * (1 - p),
     prior.logit_pdf(jnp.asarray(z, jnp.float32)),
     rtol=1e-5,
   )

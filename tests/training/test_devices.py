@@ -87,6 +87,7 @@ def test_gradients_differ_when_the_gathers_backward_forgets_other_devices(backen
   assert tiny.relative_gap(gradient(forgetful), gradient(one)) > 1e-3
 
 
+@pytest.mark.thin(2)
 @backends
 def test_parameters_after_three_steps_on_eight_devices_equal_those_on_one(backend):
   eight, one = trained(backend, 8), trained(backend, 1)

@@ -85,6 +85,7 @@ def sparsity_by_hand(kind):
   }[kind]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("reduction", objectives.REDUCTIONS)
 @pytest.mark.parametrize("sparsity", objectives.SPARSITIES)
 def test_total_is_cross_entropy_and_weighted_terms(reduction, sparsity):

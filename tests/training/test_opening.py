@@ -66,6 +66,7 @@ def test_without_a_schedule_the_share_is_that_of_the_gates():
   assert "gates/share" not in metrics
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("backend", devices.BACKENDS)
 def test_eight_devices_train_the_network_of_one(backend):
   run = devices.map_over_devices(

@@ -972,6 +972,7 @@ def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(
   assert tiny.relative_gap(found.params, full.params) < 1e-5
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
   ("changes", "capacity"), [({}, 2 * 4), (LEARNT, 25), ({**LEARNT, "model.backward_share": 0.3}, 9)]
 )

@@ -173,7 +173,7 @@ def test_nothing_is_forgotten_to_the_last_bit(learnt_run, batch_size):
   assert any(jax.tree.leaves(moved))
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("protection", ["protect_updates", "shut_gates", "own_norms"])
 @pytest.mark.parametrize(
   "name", ["simple_cnn", "vgg", pytest.param("resnet", marks=pytest.mark.slow)]
