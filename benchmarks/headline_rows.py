@@ -115,6 +115,14 @@ def imagenet(name, what, variant, figures):
   return Row(f"50 classes of ImageNet, 64 x 64, {what}", command, figures, of_run(name))
 
 
+def worlds(row, what):
+  """Returns a row of made worlds, 3,000 steps."""
+  name = f"worlds_{row}"
+  figures = {"accuracy": ACCURACY, "thousands": Figure(("macs",), 1e-3)}
+  command = train(name, f"worlds.py:row={row}")
+  return Row(f"worlds, {what}", command, figures, of_run(name), (0, 1, 2))
+
+
 def table(name, what, table_name, item, options, figures, seeds, device="gpu"):
   """Returns a row of a table of `images.py`; rows with the same options share the runs.
 
@@ -224,6 +232,11 @@ IMAGES = {
   "imagenet_half": imagenet(
     "imagenet_half", "to half, noise of a quarter", "budget=0.5,noise=0.25", GATED
   ),
+  "worlds_recipe": worlds("recipe", "gated by the recipe"),
+  "worlds_ungated": worlds("ungated", "ungated"),
+  "worlds_scale": worlds("scale", "scaled by squeeze-and-excitation"),
+  "worlds_iclr2020": worlds("iclr2020", "gated as in the first paper"),
+  "worlds_oracle": worlds("oracle", "gates told the world"),
   "narrow_25": hundred("ungated, width 0.25", "ungated, width 0.25"),
   "narrow_35": hundred("ungated, width 0.35", "ungated, width 0.35"),
   "narrow_50": hundred("ungated, width 0.5", "ungated, width 0.5"),

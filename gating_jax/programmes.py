@@ -209,7 +209,7 @@ _LONG_VIDEO = ProgrammeRow(
   noun="video",
   small={
     "data.size": 32,
-    "data.segments": 16,
+    "data.segments": 8,
     "data.train_videos": 32,
     "data.test_videos": 16,
   },

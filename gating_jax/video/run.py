@@ -78,8 +78,9 @@ class LongVideo(runner.Programme):
   @property
   def title(self) -> str:
     """Describes the data set and the way that segments are chosen."""
-    config = self.config
-    return f"segments of {config.data.name} videos, chosen by {config.model.selection}"
+    name, selection = self.config.data.name, self.config.model.selection
+    videos = "videos" if name == "videos" else f"{name} videos"
+    return f"segments of {videos}, chosen by {selection}"
 
   def render(self, result: Mapping[str, Any]) -> str:
     """Returns the result as text."""
