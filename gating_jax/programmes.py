@@ -121,6 +121,7 @@ _CLASSIFICATION = ProgrammeRow(
     "model.gate.",
     "model.noise.",
     "model.dense_first.",
+    "model.equal_inner_width",
     "model.sources",
     "model.exits.",
     "model.experts.",
