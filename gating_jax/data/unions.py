@@ -20,6 +20,7 @@ Axes: M images, S sets, H and W pixels, D channels.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -269,6 +270,8 @@ def _turned_digits(split: str) -> Images:
   return Images(np.ascontiguousarray(turned), digits.labels, digits.class_names)
 
 
+# The sets of a run are opened several times, and scenes take a second or two.
+@functools.cache
 def _digit_scenes(split: str) -> Images:
   """Returns scenes of one to three digits in noise; their class is the highest of these digits."""
   if split not in _SCENES:

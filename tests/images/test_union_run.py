@@ -47,7 +47,8 @@ def test_rows_have_the_macs_of_the_ungated_one(row, ungated):
 
 
 def test_the_share_of_a_row_follows_the_size_of_its_net():
-  assert built("row=random", **{"model.width": 0.25}).model.gate.initial_open != 0.25
+  # Gate networks weigh more in a narrow net: that of width 6 / 16 opens 0.2426.
+  assert built("row=no_glance", **{"model.width": 0.25}).model.gate.share < 0.241
 
 
 def test_shares_are_those_of_worlds():
@@ -145,7 +146,7 @@ class _Few:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", build.LOADERS)
-def test_a_run_on_a_union_goes_on_to_the_same_end_and_has_a_page(loader, tmp_path, monkeypatch):
+def test_a_run_on_a_union_goes_on_to_the_same_end(loader, monkeypatch):
   monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   config = tiny_config(**{"data.loader": loader, "loss.scope": "source"})
   experiment = build.build(config)
@@ -161,7 +162,12 @@ def test_a_run_on_a_union_goes_on_to_the_same_end_and_has_a_page(loader, tmp_pat
   for step in range(2, 4):
     state, _ = resumed(state, step)
   assert tiny.bit_equal(whole, state)
-  classification.run(config, tmp_path / "run", "train")
+
+
+@pytest.mark.slow
+def test_the_page_of_a_union_has_its_sets(tmp_path, monkeypatch):
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
+  classification.run(tiny_config(), tmp_path / "run", "train")
   page = (tmp_path / "run" / "report.html").read_text()
   assert "Sets of the union" in page
   assert "overlap of the gates" in page
