@@ -7,7 +7,8 @@ TABLE: `worlds`, `union` (made sets, which need no files), `union4` (four real o
 A table is a list of rows: the family, which are ungated nets of several widths; rivals without
 gates, such as squeeze-and-excitation; gated nets of about the MACs of one of the family; and an
 ungated net with the channels, and so about the parameters, of the gated ones. All are trained on
-the same data for the same epochs, with each seed.
+the same data for the same epochs, with each seed. A row of one net for each set of a union has as
+much training in all, and each of its nets has the classes of its own set alone.
 
 Every run is one of `gating_jax.cli`, JOBS of them at a time; FIELD applies to all of them. The same
 command resumes where it was stopped, and reuses finished runs of the same config. After N minutes,
@@ -86,6 +87,8 @@ class Row:
     fields: of the config, `name=value`.
     wide: of a gated row, that of an ungated net with as many parameters.
     start: the row from whose run, of the same seed, this one starts.
+    together: the row that this one makes with others: one net for each set of a union, which have
+      the accuracy, the MACs and the training of all together.
   """
 
   name: str
@@ -94,6 +97,7 @@ class Row:
   fields: tuple[str, ...] = ()
   wide: str = "all open"
   start: str = ""
+  together: str = ""
 
 
 def of_config(file, widths, sets=""):
@@ -124,6 +128,22 @@ def of_config(file, widths, sets=""):
   return rows
 
 
+def of_union(widths, sets, more=""):
+  """Returns the rows of `configs/union.py`, and those of one ungated net for each set.
+
+  Args:
+    widths: as in `of_config`.
+    sets: their names.
+    more: variants of all rows.
+  """
+  file, middle = "configs/union.py", widths[len(widths) // 2]
+  rows = of_config(file, widths, f"sets={'+'.join(sets)},{more}")
+  for name in sets:
+    config = f"{file}:row=ungated,sets={name},{more}width={middle / 16:g}"
+    rows.append(Row(f"{name} alone", RIVAL, config, together="a net a set"))
+  return rows
+
+
 CIFAR = "configs/cifar10_resnet20.py:model=resnet8,schedule=cosine,epochs=15"
 # Early in training, gates with a budget are noisy; their networks learn fast.
 BUDGET = (
@@ -136,11 +156,9 @@ TABLES = {
     *of_config("configs/worlds.py", (4, 5, 6, 7, 8)),
     Row("pooled, noise, budget", GATED, "configs/worlds.py:row=iclr2020"),
   ],
-  "union": of_config("configs/union.py", (4, 5, 6, 7, 8)),
-  "union4": of_config(
-    "configs/union.py",
-    (6, 7, 8, 9, 10),
-    sets="sets=mnist+fashion_mnist+cifar10+tiny_imagenet50,images=64000,",
+  "union": of_union((4, 5, 6, 7, 8), ("digits", "digit_scenes", "turned_digits")),
+  "union4": of_union(
+    (6, 7, 8, 9, 10), ("mnist", "fashion_mnist", "cifar10", "tiny_imagenet50"), "images=64000,"
   ),
   "cifar10": [
     *[
@@ -178,16 +196,13 @@ def main():
   job = Family(args, flags)
   results = job.run(rows, seeds)
   times = job.time_rows(rows, seeds, results) if args.times else {}
-  found, missing = [], []
-  for row in rows:
-    finished = {}
-    for seed in seeds:
-      if results[row.name, seed] is None:
-        missing.append(f"{row.name} of seed {seed}")
-      else:
-        finished[seed] = results[row.name, seed]
-    if finished:
-      found.append(summarise(row, finished) | {"milliseconds": times.get(row.name)})
+  found = []
+  for row, finished in group(rows, seeds, results):
+    found.append(summarise(row, finished) | {"milliseconds": times.get(row.name)})
+  missing = []
+  for row, seed in itertools.product(rows, seeds):
+    if results[row.name, seed] is None:
+      missing.append(f"{row.name} of seed {seed}")
   compare(found)
   print(table_of(found))
   content = {"table": args.table, "flags": flags, "seeds": seeds, "rows": found}
@@ -293,6 +308,46 @@ class Family(SideBySide):
       return None
     self.tell(f"done: {row.name}, seed {seed}")
     return json.loads(file.read_text()) | {"training": training_accuracy(folder)}
+
+
+def group(rows, seeds, results):
+  """Returns the rows that have finished runs, and the results of each by its seeds.
+
+  Rows that are one together come as that row, with the seeds that all of them have.
+  """
+  members = {}
+  for row in rows:
+    members.setdefault(row.together or row.name, []).append(row)
+  found = []
+  for name, parts in members.items():
+    finished = {}
+    for seed in seeds:
+      each = [results[part.name, seed] for part in parts]
+      if None not in each:
+        finished[seed] = join(each) if parts[0].together else each[0]
+    if finished:
+      found.append((dataclasses.replace(parts[0], name=name), finished))
+  return found
+
+
+def join(results):
+  """Returns the results of nets for a set each as that of one net for all of these sets."""
+  images = [result["images"] for result in results]
+
+  def mean(key):
+    """Returns the mean over all test images."""
+    total = sum(count * result[key] for count, result in zip(images, results, strict=True))
+    return total / sum(images)
+
+  trained = [result["training"] for result in results if result["training"] is not None]
+  return {
+    "accuracy": mean("accuracy"),
+    "macs": mean("macs"),
+    "training": statistics.fmean(trained) if trained else None,
+    "params": sum(result["params"] for result in results),
+    "gate_params": sum(result["gate_params"] for result in results),
+    "sets": {name: entry for result in results for name, entry in result["sets"].items()},
+  }
 
 
 def milliseconds(folder):
@@ -474,7 +529,11 @@ def set_lines(rows):
   for row in rows:
     cells = [row["name"]]
     for name in names:
-      entry = row["sets"][name]
+      entry = row["sets"].get(name)
+      # Of nets for a set each, some may not be finished.
+      if entry is None:
+        cells.append("")
+        continue
       parts = [points(entry["accuracy"]), points(entry.get("gain"), sign=True)]
       parts.append(f"{entry['macs']['mean'] / 1e3:,.1f}")
       if entry["mean_open"] is not None:
@@ -523,7 +582,9 @@ def times_of(row):
 
 def draw(rows):
   """Draws accuracy against MACs, with the family's curve and standard errors over seeds."""
-  from matplotlib.figure import Figure  # imports slowly
+  # They import slowly.
+  from matplotlib import ticker
+  from matplotlib.figure import Figure
 
   figure = Figure(figsize=(7, 4.5), layout="constrained")
   axes = figure.subplots()
@@ -544,10 +605,13 @@ def draw(rows):
     for row, x, y in zip(own, macs, means, strict=True):
       axes.annotate(row["name"], (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8)
   axes.set_xscale("log")
+  axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+  axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
   axes.set_xlabel("thousand multiply-accumulates of a test image")
   axes.set_ylabel("test accuracy (%)")
   axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False, fontsize=8)
+  axes.legend(frameon=False, fontsize=8, loc="lower right")
   return figure
 
 

@@ -82,6 +82,8 @@ def test_every_row_of_every_table_is_a_config(frontier):
         {field.partition("=")[0]: float(field.partition("=")[2]) for field in row.fields}
       )
       assert config.optim.epochs == 2
+      if row.together:
+        assert config.data.name == f"union({row.name.removesuffix(' alone')})"
       ungated = config.model.gating in ("none", "scale", "bias") or "static" in row.name
       assert ungated == (row.kind != frontier.GATED)
       assert row.wide in names
@@ -137,6 +139,28 @@ def test_what_is_missing_is_named_and_the_rest_is_written(frontier, taken, monke
   assert not taken
   assert json.loads((tmp_path / "made.json").read_text())["rows"] == []
   assert not (tmp_path / "made.png").exists()
+
+
+def test_nets_of_a_set_each_are_one_row_together(frontier):
+  rows = [frontier.Row(name, frontier.RIVAL, "c", together="both") for name in ("a", "b")]
+  run = lambda name, accuracy, images: {
+    "accuracy": accuracy,
+    "macs": 10.0 * images,
+    "training": accuracy,
+    "images": images,
+    "params": 5,
+    "gate_params": 0,
+    "sets": {name: {"accuracy": accuracy, "macs": 10.0 * images}},
+  }
+  results = {("a", 0): run("a", 0.5, 10), ("b", 0): run("b", 0.9, 30), ("a", 1): run("a", 1, 10)}
+  results["b", 1] = None
+  ((row, finished),) = frontier.group(rows, [0, 1], results)
+  assert row.name == "both"
+  assert list(finished) == [0]
+  assert finished[0]["accuracy"] == pytest.approx(0.8)
+  assert finished[0]["macs"] == 250
+  assert finished[0]["params"] == 10
+  assert list(finished[0]["sets"]) == ["a", "b"]
 
 
 def test_times_are_those_of_the_compiled_and_the_ungated_program(frontier, monkeypatch, tmp_path):
