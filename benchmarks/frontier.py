@@ -8,7 +8,8 @@ A table is a list of rows: the family, which are ungated nets of several widths;
 gates, such as squeeze-and-excitation; gated nets of about the MACs of one of the family; and an
 ungated net with the channels, and so about the parameters, of the gated ones. All are trained on
 the same data for the same epochs, with each seed. A row of one net for each set of a union has as
-much training in all, and each of its nets has the classes of its own set alone.
+much training in all, and each of its nets has the classes of its own set alone. Accuracy and MACs
+of a union are means over its sets, whose shares in training are equal, and not in tests.
 
 Every run is one of `gating_jax.cli`, JOBS of them at a time; FIELD applies to all of them. The same
 command resumes where it was stopped, and reuses finished runs of the same config. After N minutes,
@@ -307,7 +308,10 @@ class Family(SideBySide):
       self.tell(f"NOT DONE: {row.name}, seed {seed}; see {folder}.txt")
       return None
     self.tell(f"done: {row.name}, seed {seed}")
-    return json.loads(file.read_text()) | {"training": training_accuracy(folder)}
+    result = json.loads(file.read_text())
+    if "sets" in result:
+      result |= {"accuracy": result["mean_set_accuracy"], "macs": result["mean_set_macs"]}
+    return result | {"training": training_accuracy(folder)}
 
 
 def group(rows, seeds, results):
@@ -332,17 +336,10 @@ def group(rows, seeds, results):
 
 def join(results):
   """Returns the results of nets for a set each as that of one net for all of these sets."""
-  images = [result["images"] for result in results]
-
-  def mean(key):
-    """Returns the mean over all test images."""
-    total = sum(count * result[key] for count, result in zip(images, results, strict=True))
-    return total / sum(images)
-
   trained = [result["training"] for result in results if result["training"] is not None]
   return {
-    "accuracy": mean("accuracy"),
-    "macs": mean("macs"),
+    "accuracy": statistics.fmean(result["accuracy"] for result in results),
+    "macs": statistics.fmean(result["macs"] for result in results),
     "training": statistics.fmean(trained) if trained else None,
     "params": sum(result["params"] for result in results),
     "gate_params": sum(result["gate_params"] for result in results),

@@ -50,6 +50,7 @@ def taken(frontier, monkeypatch):
     folder.mkdir(parents=True, exist_ok=True)
     result = {"accuracy": accuracy, "macs": macs, "params": 3000, "gate_params": 0}
     result["sets"] = {"a": {"accuracy": accuracy / 2, "macs": macs}}
+    result |= {"mean_set_accuracy": accuracy, "mean_set_macs": macs}
     if name == "gates":
       result |= dict.fromkeys(frontier.OUTCOMES, 2) | {"gates": 8, "input_information": 0.5}
       result["sets"]["a"]["mean_open"] = 0.25
@@ -143,22 +144,21 @@ def test_what_is_missing_is_named_and_the_rest_is_written(frontier, taken, monke
 
 def test_nets_of_a_set_each_are_one_row_together(frontier):
   rows = [frontier.Row(name, frontier.RIVAL, "c", together="both") for name in ("a", "b")]
-  run = lambda name, accuracy, images: {
+  run = lambda name, accuracy, macs: {
     "accuracy": accuracy,
-    "macs": 10.0 * images,
+    "macs": macs,
     "training": accuracy,
-    "images": images,
     "params": 5,
     "gate_params": 0,
-    "sets": {name: {"accuracy": accuracy, "macs": 10.0 * images}},
+    "sets": {name: {"accuracy": accuracy, "macs": macs}},
   }
   results = {("a", 0): run("a", 0.5, 10), ("b", 0): run("b", 0.9, 30), ("a", 1): run("a", 1, 10)}
   results["b", 1] = None
   ((row, finished),) = frontier.group(rows, [0, 1], results)
   assert row.name == "both"
   assert list(finished) == [0]
-  assert finished[0]["accuracy"] == pytest.approx(0.8)
-  assert finished[0]["macs"] == 250
+  assert finished[0]["accuracy"] == pytest.approx(0.7)
+  assert finished[0]["macs"] == 20
   assert finished[0]["params"] == 10
   assert list(finished[0]["sets"]) == ["a", "b"]
 

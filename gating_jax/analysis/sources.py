@@ -48,7 +48,8 @@ def score_sources(
     `sets`, by name: `images`, `accuracy` with its interval, `recognised`, the fraction of images
       that are taken for a class of their own source, `macs` and `mac_ratio`, and with gates
       `mean_open`, the fraction of open ones;
-    `mean_set_accuracy`, the mean over sources;
+    `mean_set_accuracy` and `mean_set_macs`, the means over sources, whatever their numbers of
+      images;
     with gates `set_overlap`, `[S, S]` of `open_overlap`, `mean_set_overlap` over pairs of sources,
       and `source_information`, bits of a gate about the source, mean over gates.
 
@@ -78,7 +79,11 @@ def score_sources(
       "macs": macs,
       "mac_ratio": macs / ungated_macs,
     }
-  found: dict[str, Any] = {"sets": sets, "mean_set_accuracy": float(np.mean(accuracies))}
+  found: dict[str, Any] = {
+    "sets": sets,
+    "mean_set_accuracy": float(np.mean(accuracies)),
+    "mean_set_macs": float(np.mean([entry["macs"] for entry in sets.values()])),
+  }
   if tested.class_rates is not None:
     found |= _score_gates(tested, tested.class_rates, names, class_sources, sets)
   return found

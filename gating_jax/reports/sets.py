@@ -34,7 +34,8 @@ def set_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     score = f"{format_percent(entry['accuracy'], 2)}  ({entry['images']:,} images)"
     rows.append((f"set {plain(name, 30)}", f"{score}, {cost}{gates}"))
   if "mean_set_accuracy" in result:
-    rows.append(("mean over sets", format_percent(result["mean_set_accuracy"], 2)))
+    score = format_percent(result["mean_set_accuracy"], 2)
+    rows.append(("mean over sets", f"{score}, {result['mean_set_macs']:,.0f} MACs"))
   if "mean_set_overlap" in result:
     rows.append(("gates that two sets share", format_percent(result["mean_set_overlap"], 1)))
     bits = f"{result['source_information']:.3f} bits per gate"

@@ -527,7 +527,8 @@ _MEANINGS = {
   "images.",
   "set ": "The accuracy among the classes of all sets, the MACs of an image and the fraction of "
   "open gates, on the test images of this set alone.",
-  "mean over sets": "Mean of the accuracies of the sets, whatever their sizes.",
+  "mean over sets": "Means of the accuracies and of the MACs of the sets, whatever their sizes: "
+  "as in training, where all have equal shares.",
   "gates that two sets share": "Sum over gates of the smaller of two sets' open rates, over that "
   "of the larger; mean over pairs of sets.",
   "information on the set": "Mutual information of a gate and the set of an image, mean over "

@@ -27,6 +27,7 @@ def test_each_source_has_the_score_and_cost_of_its_own_images():
   assert (b["images"], b["accuracy"], b["recognised"], b["mac_ratio"]) == (2, 1, 1, 0.6)
   assert a["accuracy_low"] < 1 / 3 < a["accuracy_high"]
   assert found["mean_set_accuracy"] == pytest.approx(2 / 3)
+  assert found["mean_set_macs"] == 40
   assert "set_overlap" not in found
 
 

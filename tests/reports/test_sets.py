@@ -11,10 +11,11 @@ ENTRY = {
   "macs": 1234.0,
   "mac_ratio": 0.25,
 }
-UNGATED = {"sets": {"a": ENTRY, "b": ENTRY}, "mean_set_accuracy": 0.5}
+MEANS = {"mean_set_accuracy": 0.5, "mean_set_macs": 1234.0}
+UNGATED = {"sets": {"a": ENTRY, "b": ENTRY}, **MEANS}
 GATED = {
   "sets": {"a": {**ENTRY, "mean_open": 0.2}, "b": {**ENTRY, "mean_open": 0.3}},
-  "mean_set_accuracy": 0.5,
+  **MEANS,
   "set_overlap": [[1.0, 0.125], [0.125, 1.0]],
   "mean_set_overlap": 0.125,
   "source_information": 0.4,
@@ -24,6 +25,7 @@ GATED = {
 def test_each_set_has_a_row_with_score_cost_and_gates():
   rows = dict(sets.set_rows(GATED))
   assert rows["set a"] == "50.00 %  (1,000 images), 1,234 MACs (25.0 %), 20.0 % of gates open"
+  assert rows["mean over sets"] == "50.00 %, 1,234 MACs"
   assert rows["gates that two sets share"] == "12.5 %"
   assert rows["information on the set"] == "0.400 bits per gate"
   # Every row has its definition on the page.
