@@ -14,29 +14,27 @@ The same command resumes where it was stopped, and reuses finished runs of the s
 minutes, or at Ctrl-C or SIGTERM, running jobs are stopped and can be resumed later. Prints the
 table of finished runs, and writes it to OUT/TABLE-MODEL.md and .json; seconds are those since a
 run's last start.
+
+These are the tables of docs/results/images.md. `frontier.py` compares families of nets at equal
+MACs on any set, and the gates that open by quantiles; new tables belong there.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import statistics
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from side_by_side import COMMAND, SideBySide, field_flags, folder_name, training_accuracy
 
 from gating_jax.analysis.outcomes import OUTCOMES
-from gating_jax.training.journal import read_lines
 
 CONFIG = "configs/cifar10_resnet20.py"
 # Quarters of the test images, from easy to hard.
@@ -224,18 +222,7 @@ def parse():
   parser.add_argument("--only", default="", help="of the names of rows")
   parser.add_argument("--minutes", type=float, default=math.inf)
   args, fields = parser.parse_known_args()
-  flags = []
-  for option in fields:
-    if not re.fullmatch(r"--[a-z_.]+=.+", option):
-      parser.error(
-        f"an option must be one of those above, or --FIELD=VALUE of the config; got {option!r}"
-      )
-    field = option.removeprefix("--")
-    if field.partition("=")[0] in OURS:
-      parser.error(
-        f"FIELD must not be one of {', '.join(OURS)}, which every run has its own of; got {field!r}"
-      )
-    flags.append(f"--config.{field}")
+  flags = field_flags(parser, fields, OURS)
   if args.epochs < 2:
     parser.error(f"--epochs must be >= 2; got {args.epochs}")
   runs = {name: run for name, run in TABLES[args.table].items() if re.search(args.only, name)}
@@ -245,23 +232,20 @@ def parse():
   return args, runs, seeds, flags
 
 
-class Job:
+class Job(SideBySide):
   """Runs of the command, several at a time, each with its own folder and output."""
 
   def __init__(self, args, fields):
-    self.args, self.fields, self.end = args, fields, time.monotonic() + 60 * args.minutes
-    self.lock, self.running = threading.Lock(), set()
-    self.env = dict(os.environ)
-    # Several jobs share the device's memory.
-    if args.jobs > 1:
-      self.env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    super().__init__(args.jobs, args.minutes)
+    self.args, self.fields = args, fields
 
   def run(self, runs, seeds):
     """Returns the result of each name and seed; None where there is none."""
     late, half = sorted({width(run) for run in runs.values() if run.late}), self.args.epochs // 2
-    starts, found = {}, {}
-    with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
-      # Runs that others start from come first, so that no worker waits for a run without a worker.
+
+    def submit(pool):
+      """Submits all runs, those that others start from first."""
+      starts, found = {}, {}
       for seed, w in itertools.product(seeds, late):
         first = Run(f"gates=none,width={w}")
         starts[w, seed] = pool.submit(self._one, f"start, width {w}", seed, first, half)
@@ -269,15 +253,9 @@ class Job:
         epochs = self.args.epochs - half * run.late
         start = starts[width(run), seed] if run.late else None
         found[name, seed] = pool.submit(self._one, name, seed, run, epochs, start)
-      try:
-        return {key: future.result() for key, future in found.items()}
-      # Also Ctrl-C: running jobs are asked to stop, none is started.
-      except BaseException:
-        self.end = 0
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(self.running):
-          process.terminate()
-        raise
+      return found
+
+    return self.gather(submit)
 
   def _one(self, name, seed, run, epochs, start=None):
     """Returns the result of one run; None where it, or the run it starts from, does not finish."""
@@ -288,9 +266,7 @@ class Job:
       fields.append(f"model.init_from={self._folder(f'start, width {width(run)}', seed)}")
     variants = f"model={self.args.model},{run.variants},schedule=cosine,epochs={epochs}"
     command = [
-      sys.executable,
-      "-m",
-      "gating_jax.cli",
+      *COMMAND,
       f"--config={CONFIG}:{variants}",
       f"--workdir={folder}",
       f"--config.seed={seed}",
@@ -302,54 +278,24 @@ class Job:
     if self.args.data:
       command.append(f"--config.data.data_dir={self.args.data.resolve()}")
     file = folder / "result.json"
-    done = time.monotonic() < self.end and self._call(folder, command) and file.exists()
+    done = self.has_time() and self._call(folder, command) and file.exists()
     outcome = f"done: {name}, seed {seed}"
     if not done:
       outcome = f"NOT DONE: {name}, seed {seed}; see {folder}.txt"
-    with self.lock:
-      print(outcome, flush=True)
+    self.tell(outcome)
     if not done:
       return None
     return json.loads(file.read_text()) | {"training": training_accuracy(folder)}
 
-  def _call(self, folder, command):
-    """Runs a job and returns True on success.
-
-    A finished run of this config is not repeated; one of another config is an error.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{folder}.txt").open("a") as output:
-      print(*command, file=output, flush=True)
-      process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=self.env
-      )
-      self.running.add(process)
-      left = self.end - time.monotonic()
-      try:
-        process.wait(None if left == math.inf else max(0, left))
-      except subprocess.TimeoutExpired:
-        # It saves its state.
-        process.terminate()
-        process.wait()
-      self.running.discard(process)
-    return process.returncode == 0
-
   def _folder(self, name, seed):
     """Returns the run directory of a row and seed."""
-    name = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-    return (self.args.out / f"{self.args.table}-{self.args.model}" / f"{name}-{seed}").resolve()
+    table = self.args.out / f"{self.args.table}-{self.args.model}"
+    return (table / f"{folder_name(name)}-{seed}").resolve()
 
 
 def width(run):
   """Returns the width of a run's net, as its variants have it."""
   return dict(item.split("=") for item in run.variants.split(",")).get("width", "1")
-
-
-def training_accuracy(folder):
-  """Returns the mean over the last twentieth of the training's steps; None without such lines."""
-  lines = [line for line in read_lines(folder / "metrics.jsonl") if line["split"] == "train"]
-  last = [line["accuracy"] for line in lines if line["step"] > 0.95 * lines[-1]["step"]]
-  return statistics.fmean(last) if last else None
 
 
 def row(name, results):

@@ -31,12 +31,14 @@ def image_config() -> Config:
       "seed": 0,
       "data": {
         # or worlds, worlds_told, or any TFDS image-classification set; or folder, for images in
-        # folders of their classes
+        # folders of their classes; or several, such as union(mnist,cifar10)
         "name": "digits",
         # None: ~/tensorflow_datasets; of folder: that of the images, or a .csv of path and label
         "data_dir": config_dict.placeholder(str),
         "train_split": "train",
         "test_split": "test",
+        # of a union: images of each set in an epoch; None: as many as the largest has
+        "images_per_set": config_dict.placeholder(int),
         "image_feature": config_dict.placeholder(str),  # of TFDS; None: image
         "label_feature": config_dict.placeholder(str),  # of TFDS; None: label
         "loader": "resident",  # the whole set on the device; or streaming, for sets that do not fit
@@ -56,6 +58,8 @@ def image_config() -> Config:
         "width": 1.0,  # factor of every channel count, such as 0.25 or 20
         # factor of the channels between a residual block's convolutions, which gates choose from
         "inner_width": 1.0,
+        # None; or the inner width of the ungated net whose MACs model.gate.share is solved for
+        "equal_inner_width": config_dict.placeholder(float),
         "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
         "stem": config_dict.placeholder(str),  # likewise; cifar, small (stride 2) or imagenet
         "dtype": "float32",  # or bfloat16
@@ -104,6 +108,9 @@ def image_config() -> Config:
         # batch_shaping includes sparsity; or sparsity alone, entropy, decision_entropy,
         # away_from_half, balance, none
         "regulariser": "batch_shaping",
+        # of a union: classes that compete; None: all; or source, those of the image's own set,
+        # which is then known: a head a set
+        "scope": config_dict.placeholder(str),
         "entropy": {"coefficient": 0.5},  # each gate is to be open for half of a batch
         # each gate is to be open with probability 1/2, for every image
         "decision_entropy": {"coefficient": 0.5},
@@ -256,6 +263,18 @@ def _choose_gates(value: str) -> Mapping[str, Any]:
   return _GATES[value]
 
 
+def _set_equal(inner: str) -> Mapping[str, Any]:
+  """Returns the fields of gates that open as much as an ungated net of this inner width costs.
+
+  They are those of `_set_share`, whose share is solved for.
+  """
+  return {
+    **_set_share("1"),
+    "model.gate.share": None,
+    "model.equal_inner_width": _convert(float, inner),
+  }
+
+
 def _set_share(share: str) -> Mapping[str, Any]:
   """Returns the fields of gates of which this fraction is open in every batch.
 
@@ -289,6 +308,7 @@ _VARIANTS = {
   "model": setting("model.name"),
   "width": setting("model.width", float),
   "inner": setting("model.inner_width", float),
+  "equal": _set_equal,
   "block": setting("model.gate.block", int),
   "noise": setting("model.gate.noise_scale", float),
   "noise_to": setting("model.noise.final", float),

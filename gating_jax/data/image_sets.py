@@ -1,7 +1,8 @@
 """Sets of labelled images in memory, tasks made from them, and batches of any set.
 
-A split is scikit-learn's handwritten digits, made images of worlds, that of a folder of images, or
-that of any TFDS classification set. Pixels are uint8 until the training step.
+A split is scikit-learn's handwritten digits, made images of worlds, that of a folder of images,
+that of any TFDS classification set, or a union of several of these. Pixels are uint8 until the
+training step.
 
 Labels of a task are indices into the order of classes: with C classes a task, those of task t are
 t C, ..., t C + C - 1.
@@ -11,7 +12,7 @@ training the host sends indices, and the step gathers and augments the images. A
 (seed, step) alone, so a restart needs no state. Sets of videos are read in the same order.
 
 Axes: M images in a split, H and W pixels, D channels, T tasks, C classes of a task, B images in the
-global batch.
+global batch, S sets of a union.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,24 @@ MADE = (DIGITS, "worlds", "worlds_told")
 _DIGITS_TEST_FRACTION = 0.2
 
 
+class EqualShares(NamedTuple):
+  """A union's way into batches: equal numbers of images of each set, whatever its size.
+
+  Attributes:
+    sizes: images of each of S sets, which lie one after the other.
+    per_set: images of each set in an epoch, which is a number of steps and nothing else: a set
+      begins a fresh permutation of its own whenever it is through.
+  """
+
+  sizes: tuple[int, ...]
+  per_set: int
+
+  @property
+  def per_epoch(self) -> int:
+    """Returns the number of images in an epoch."""
+    return len(self.sizes) * self.per_set
+
+
 @dataclasses.dataclass(frozen=True)
 class Images:
   """Split of labelled images, whole, on the host.
@@ -43,14 +62,22 @@ class Images:
     pixels: `[M, H, W, D]` uint8.
     labels: `[M]` int32; or `[M, H, W]` uint8, a class for every pixel.
     class_names: one per class.
+    shares: of a union to train on, how its sets come into batches; None for permutations of all
+      images.
   """
 
   pixels: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
+  shares: EqualShares | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
+
+  @property
+  def in_epoch(self) -> int:
+    """Returns the number of images of an epoch of training."""
+    return self.shares.per_epoch if self.shares else len(self)
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -84,13 +111,14 @@ def load(
 
   Args:
     name: `digits` (1,797 images of 8 x 8, needs no files), `worlds` or `worlds_told` (made, of 16 x
-      16, see `data.worlds`), `folder` (images in `data_dir`) or a TFDS name such as `cifar10`.
+      16, see `data.worlds`), `folder` (images in `data_dir`), a TFDS name such as `cifar10`, or a
+      union of these such as `union(mnist,cifar10)`, see `data.unions`.
     split: `train` or `test` for digits, where the test split is a fixed, class-balanced fifth; for
       worlds also a part such as `train[:50000]`; for TFDS any split expression.
     data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`. Of `folder`, the
       folder of classes or a table; see `data/folders.py`.
-    image_size: side in pixels that images are resized to; 0 leaves them. Of a `folder`, the
-      largest square in the middle of each image is resized.
+    image_size: side in pixels that images are resized to; 0 leaves them. Of a `folder` or a union,
+      the largest square in the middle of each image is resized.
     image, label: names of the features that hold them in a TFDS set.
   Raises:
     DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that
@@ -105,7 +133,8 @@ def load(
     if not image_size:
       return pixels
     # Images of a folder have any shape, and keep their proportions.
-    box = _central_square(pixels) if name == folders.FOLDER else None
+    keeps = name == folders.FOLDER or _unions().is_union(name)
+    box = _central_square(pixels) if keeps else None
     return resize(pixels, (image_size, image_size), box)
 
   if name in MADE:
@@ -137,10 +166,14 @@ def load(
   return Images(pixels, labels, source.class_names)
 
 
-def open_images(
-  name: str, split: str, data_dir: str | None, image: str, label: str
-) -> folders.FolderImages | tfds.Examples:
-  """Opens a split of images on disk, with random access; arguments and errors are as in `load`."""
+def open_images(name: str, split: str, data_dir: str | None, image: str, label: str) -> Any:
+  """Opens a split of images with random access; arguments and errors are as in `load`.
+
+  Returns:
+    A sequence of examples, mappings with an image and a label, with `class_names` and `shape`.
+  """
+  if _unions().is_union(name):
+    return _unions().open_union(name, split, data_dir, image, label)
   if name == folders.FOLDER:
     return folders.open_folder(data_dir, split, image, label)
   return tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
@@ -315,41 +348,66 @@ def interleave(sets: Sequence[np.ndarray]) -> np.ndarray:
   return np.stack(sets, axis=1).reshape(-1, *sets[0].shape[1:])
 
 
-def batch_indices(seed: int, step: int, batch_size: int, examples: int) -> np.ndarray:
+def batch_indices(seed: int, step: int, batch_size: int, examples: int | EqualShares) -> np.ndarray:
   """Returns the indices of the images of step `step`.
 
-  Epochs are fresh permutations; the incomplete last batch of each is left out.
+  Epochs are fresh permutations; the incomplete last batch of each is left out. In a union, sets
+  take turns, so that a batch has as many images of one as of another, give or take one; each set
+  is read in fresh permutations of its own, and none of its images is left out.
 
   Args:
     seed: of the order.
     step: from 0.
-    batch_size: B, at most `examples`.
-    examples: M.
+    batch_size: B, at most the images of an epoch.
+    examples: M; or the shares of a union.
   Returns:
     `[B]` int32.
   Raises:
     ValueError: the batch is larger than the set.
+
+  >>> batch_indices(0, 0, 4, EqualShares(sizes=(2, 100), per_set=100)) < 2
+  array([ True, False,  True, False])
   """
-  if not 0 < batch_size <= examples:
+  in_epoch = examples.per_epoch if isinstance(examples, EqualShares) else examples
+  if not 0 < batch_size <= in_epoch:
     raise ValueError(
-      f"batch_size must be in [1, {examples}], the number of training images; got {batch_size}"
+      f"batch_size must be in [1, {in_epoch}], the number of training images; got {batch_size}"
     )
+  if isinstance(examples, EqualShares):
+    return _shared_indices(seed, step * batch_size, batch_size, examples.sizes)
   epoch, position = divmod(step, examples // batch_size)
-  return _epoch_order(seed, epoch, examples)[position * batch_size : (position + 1) * batch_size]
+  order = _order_of((seed, epoch), examples)
+  return order[position * batch_size : (position + 1) * batch_size]
+
+
+def _shared_indices(seed: int, first: int, count: int, sizes: Sequence[int]) -> np.ndarray:
+  """Returns the images at places `first` and after it of the endless turns of sets, `[count]`."""
+  starts = np.cumsum([0, *sizes[:-1]])
+  found = np.empty(count, np.int32)
+  for i, place in enumerate(range(first, first + count)):
+    draw, source = divmod(place, len(sizes))
+    epoch, position = divmod(draw, sizes[source])
+    found[i] = starts[source] + _order_of((seed, epoch, source), sizes[source])[position]
+  return found
 
 
 # Several sets may be read in turns, each in an epoch of its own.
-@functools.lru_cache(maxsize=16)
-def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
-  """Returns the order of the examples in an epoch, `[examples]`."""
-  order = np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
+@functools.lru_cache(maxsize=64)
+def _order_of(key: tuple[int, ...], examples: int) -> np.ndarray:
+  """Returns the order of the examples in an epoch, `[examples]`; keys have orders of their own."""
+  order = np.random.default_rng(key).permutation(examples).astype(np.int32)
   # The cached array is shared by all callers.
   order.flags.writeable = False
   return order
 
 
 def process_indices(
-  seed: int, step: int, k: int, batch_size: int, examples: int, process: tuple[int, int] = (0, 1)
+  seed: int,
+  step: int,
+  k: int,
+  batch_size: int,
+  examples: int | EqualShares,
+  process: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
   """Returns the indices that a process sees in `k` steps from `step` on.
 
@@ -457,6 +515,14 @@ def _worlds() -> types.ModuleType:
   from gating_jax.data import worlds
 
   return worlds
+
+
+def _unions() -> types.ModuleType:
+  """Returns the module of unions, whose sets this module loads."""
+  # Imported at its first use, since it imports this one.
+  from gating_jax.data import unions
+
+  return unions
 
 
 def _digits(split: str) -> Images:

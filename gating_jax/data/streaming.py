@@ -41,6 +41,7 @@ class Stream:
       None for no crop.
     workers: number of processes that decode; 0 for threads of this process.
     image, label: names of the features that hold them.
+    shares: as in `image_sets.Images`.
   """
 
   source: Sequence[dict[str, Any]]
@@ -51,9 +52,15 @@ class Stream:
   workers: int = 0
   image: str = tfds.IMAGE
   label: str = tfds.LABEL
+  shares: image_sets.EqualShares | None = None
 
   def __len__(self) -> int:
     return len(self.source)
+
+  @property
+  def in_epoch(self) -> int:
+    """Returns the number of images of an epoch of training."""
+    return self.shares.per_epoch if self.shares else len(self)
 
   def batches(
     self,
@@ -72,8 +79,9 @@ class Stream:
 
     def read(step):
       """Returns `(pixels [b, K, H, W, D], labels [b, K, ...])` of the K steps from `step`."""
+      source = self.shares or len(self)
       index = image_sets.process_indices(
-        self.seed, step, k, batch_size=batch_size, examples=len(self), process=process
+        self.seed, step, k, batch_size=batch_size, examples=source, process=process
       )
       # A crop is seeded by the step and the image's row in the whole batch: it is the same on any
       # number of processes.

@@ -18,18 +18,20 @@ import ml_collections
 import numpy as np
 import optax
 
+from gating_jax.checks import one_of
 from gating_jax.config_files import Config
-from gating_jax.data import augment, image_sets, streaming
+from gating_jax.data import augment, image_sets, streaming, unions
 from gating_jax.layers.blocks import BIAS, GATINGS, SHORTCUTS
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import RESNETS, resnet
-from gating_jax.models.summary import ModelCounts, model_summary
+from gating_jax.models.summary import ModelCounts, model_summary, solve_share
 from gating_jax.models.vggs import VGGS, is_dense_name, vgg
 from gating_jax.training import devices, loop, optim, rundir, settings
 from gating_jax.training.objectives import (
   REDUCTIONS,
   REGULARISERS,
+  SCOPES,
   SPARSITIES,
   WITH_SPARSITY,
   FitLabels,
@@ -38,6 +40,8 @@ from gating_jax.training.objectives import (
   check_budget,
   fit_classes,
   fit_exits,
+  fit_sources,
+  logits_of_source,
 )
 from gating_jax.training.outlines import Outline
 
@@ -67,6 +71,8 @@ class Experiment:
     noise_scale: noise scale of the gates, from step to number; None for the model's own.
     share: share of gates that quantiles open, likewise.
     full: the model with the whole backward pass, where its own leaves something out; else None.
+    source_names, class_sources: of a union, the names of its sets and the number of that of each
+      class; none of any other set.
   """
 
   config: Config
@@ -80,6 +86,14 @@ class Experiment:
   noise_scale: optax.Schedule | None = None
   share: optax.Schedule | None = None
   full: nn.Module | None = None
+  source_names: tuple[str, ...] = ()
+  class_sources: tuple[int, ...] = ()
+
+  def competing(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the logits that are compared: with a head a set, those of an image's own set."""
+    if _scope_of(self.config) == "source":
+      return logits_of_source(logits, labels, np.asarray(self.class_sources))
+    return logits
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
     """Normalises uint8 pixels to network input."""
@@ -133,18 +147,52 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
   fit = fit_classes
   if config.model.gating == EXITS:
     fit = functools.partial(fit_exits, exit_weights=config.loss.exit_weights)
-  return assemble(
+  experiment = assemble(
     config,
-    # The size of a split is known without reading it.
-    lambda: image_sets.count_images(
-      data.name, data.train_split, data.data_dir, *settings.feature_names(data)
-    ),
+    lambda: _count_training(config),
     open_train=lambda: _open(config, data.train_split, training=True),
     open_test=lambda: _open(config, data.test_split, training=False),
     network=network,
     fit=fit,
     outlines=outlines,
   )
+  if not unions.is_union(data.name):
+    return experiment
+  class_sources = tuple(unions.class_sources(data.name, experiment.test.class_names).tolist())
+  objective = experiment.objective
+  if _scope_of(config) == "source":
+    own = functools.partial(fit_sources, class_sources=class_sources)
+    objective = dataclasses.replace(objective, fit=own)
+  return dataclasses.replace(
+    experiment,
+    objective=objective,
+    source_names=unions.source_names(data.name),
+    class_sources=class_sources,
+  )
+
+
+def _scope_of(config: Config) -> str:
+  """Returns which classes compete in the cross-entropy: `all`, or those of the `source`."""
+  # Older configs have no such field.
+  return config.loss.get("scope") or "all"
+
+
+def _count_training(config: Config) -> int:
+  """Counts the training images of an epoch, without reading them."""
+  data = config.data
+  names = settings.feature_names(data)
+  if unions.is_union(data.name):
+    return _shares(config).per_epoch
+  return image_sets.count_images(data.name, data.train_split, data.data_dir, *names)
+
+
+def _shares(config: Config) -> image_sets.EqualShares:
+  """Returns how the sets of a union come into batches."""
+  data = config.data
+  opened = unions.open_union(
+    data.name, data.train_split, data.data_dir, *settings.feature_names(data)
+  )
+  return unions.shares_of(opened.sizes, data.get("images_per_set"))
 
 
 def assemble(
@@ -186,12 +234,15 @@ def assemble(
   penalties = GatePenalties.from_config(config.loss, total)
   optimiser = _optimiser(training, total, per_epoch)
   noise_scale = _noise_schedule(config.model, total)
-  share = _share_schedule(config.model, total)
+  # Its settings are checked before the data are opened.
+  _share_schedule(config.model, total)
   # The outlines are those of the training set, then of the test set.
   test: Any = outlines[-1] if outlines else open_test()
   settings.check_channels(data, test.shape[-1])
   classes = len(test.class_names)
-  model = network(config.model, classes)
+  of_model = _at_equal_macs(config.model, classes, test.shape, network)
+  share = _share_schedule(of_model, total)
+  model = network(of_model, classes)
   # The same network without the limit, for batches that open more than it holds.
   full = None
   if config.model.backward_share < 1:
@@ -294,6 +345,34 @@ def _noise_schedule(model: Config, total: int) -> optax.Schedule | None:
   )
 
 
+def _at_equal_macs(
+  model: Config,
+  classes: int,
+  shape: tuple[int, ...],
+  network: Callable[[Config, int], nn.Module],
+) -> Config:
+  """Returns the section `config.model` with the share that its gates may open.
+
+  With `equal_inner_width`, that is the share at which an image costs as much as in the ungated
+  network of this inner width, gate networks included. Without it, the section as it is.
+
+  Raises:
+    ValueError: no share costs as much.
+  """
+  # Older configs have no such field.
+  inner = model.get("equal_inner_width")
+  if inner is None:
+    return model
+  ungated = ml_collections.ConfigDict(
+    {**model, "gating": "none", "inner_width": inner, "backward_share": 1.0}
+  )
+  macs = model_summary(network(ungated, classes), shape).macs
+  with settings.named("model.equal_inner_width"):
+    share = solve_share(network(model, classes), shape, macs)
+  field = "initial_open" if model.gate.context == "random" else "share"
+  return ml_collections.ConfigDict({**model, "gate": {**model.gate, field: share}})
+
+
 def _share_schedule(model: Config, total: int) -> optax.Schedule | None:
   """Returns the share of gates that quantiles open, from step to number; None for a fixed one."""
   # Older configs have no such section.
@@ -380,9 +459,14 @@ def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | 
   """Opens a split of the data, in memory or on disk."""
   data = config.data
   image, label = settings.feature_names(data)
+  shares = None
+  # A test has every image of a union once.
+  if training and unions.is_union(data.name):
+    shares = _shares(config)
   if data.loader == "resident":
-    return image_sets.load(data.name, split, data.data_dir, data.image_size, image, label)
-  return streaming.open_stream(
+    images = image_sets.load(data.name, split, data.data_dir, data.image_size, image, label)
+    return dataclasses.replace(images, shares=shares)
+  stream = streaming.open_stream(
     data.name,
     split,
     data.data_dir,
@@ -394,6 +478,7 @@ def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | 
     image=image,
     label=label,
   )
+  return dataclasses.replace(stream, shares=shares)
 
 
 def check_config(
@@ -512,6 +597,8 @@ def _check_together(config: Config) -> None:
       f"{model.noise.final}"
     )
   _check_opening(config)
+  _check_equal_macs(model)
+  _check_union(config)
   if loss.sparsity.kind == "budget":
     _check_budget_acts(config)
   if chain and model.gating in CLASSIFIER_GATINGS:
@@ -555,6 +642,57 @@ def _check_opening(config: Config) -> None:
     )
   if model.gating == BIAS and not sources:
     raise ValueError(f"model.sources must be > 0 where model.gating is 'bias'; got {sources}")
+
+
+def _check_equal_macs(model: Config) -> None:
+  """Raises a ValueError where no share of gates is left to be solved for."""
+  # Older configs have no such field.
+  inner, gate = model.get("equal_inner_width"), model.gate
+  if inner is None:
+    return
+  if not 0 < inner < math.inf:
+    raise ValueError(f"model.equal_inner_width must be None or a positive number; got {inner}")
+  opens_a_share = gate.get("threshold") == "quantile" or gate.context in ("random", "assigned")
+  if model.gating in (*_UNGATED, *CLASSIFIER_GATINGS) or not opens_a_share:
+    raise ValueError(
+      "model.equal_inner_width must be None where no gates open a fixed share of units, by a "
+      f"quantile, at random or assigned to sources; got {inner}"
+    )
+  if gate.get("share") is not None:
+    raise ValueError(
+      f"model.gate.share must be None where model.equal_inner_width sets it; got {gate.share}"
+    )
+
+
+def _check_union(config: Config) -> None:
+  """Raises a ValueError where a setting of unions is wrong, or goes with no union."""
+  data, model, scope = config.data, config.model, _scope_of(config)
+  one_of("loss.scope", scope, SCOPES)
+  per_set = data.get("images_per_set")
+  if not unions.is_union(data.name):
+    if per_set is not None:
+      raise ValueError(
+        f"data.images_per_set must be None unless data.name is a union; got {per_set}"
+      )
+    if scope != "all":
+      raise ValueError(f"loss.scope must be None unless data.name is a union; got {scope!r}")
+    return
+  names = unions.source_names(data.name)
+  if per_set is not None and per_set < 1:
+    raise ValueError(f"data.images_per_set must be None or >= 1; got {per_set}")
+  if scope != "all" and model.gating in CLASSIFIER_GATINGS:
+    raise ValueError(
+      f"loss.scope must be None where model.gating is {model.gating!r}; got {scope!r}"
+    )
+  sources = model.get("sources") or 0
+  if unions.is_told(data.name) and sources != len(names):
+    raise ValueError(
+      f"model.sources must be {len(names)}, the number of sets of {data.name}; got {sources}"
+    )
+  if sources and not unions.is_told(data.name):
+    raise ValueError(
+      f"data.name must be a {unions.TOLD}(...) where model.sources is set; got {data.name!r}"
+    )
 
 
 def _check_freezing(training: Config) -> None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from gating_jax import programmes, runner
-from gating_jax.analysis import outcomes
+from gating_jax.analysis import outcomes, sources
 from gating_jax.analysis import scores as class_scores
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
@@ -30,6 +30,7 @@ from gating_jax.models.pretrained import names_weights
 from gating_jax.reports import classes as class_pages
 from gating_jax.reports import conclusion, frame, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
+from gating_jax.reports import sets as set_pages
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import working
 from gating_jax.training import devices, evaluation, hosts, outlines, rundir, steps
@@ -135,6 +136,23 @@ class Classification(runner.Programme):
       return {}
     names = self.experiment.test.class_names
     return class_scores.score_predictions(images.labels, images.predicted, names)
+
+  def source_entries(self, evaluated: Evaluation) -> dict[str, Any]:
+    """Returns the entries of a result for the sets of a union: see `analysis.sources`."""
+    experiment, images, gates = self.experiment, evaluated.images, evaluated.gates
+    if not experiment.source_names or images.predicted is None or images.labels is None:
+      return {}
+    return sources.score_sources(
+      sources.ImageOutcomes(
+        labels=images.labels,
+        predicted=images.predicted,
+        macs=images.macs,
+        class_rates=None if gates is None else gates.class_rates,
+      ),
+      experiment.source_names,
+      np.asarray(experiment.class_sources),
+      ungated_macs=experiment.counts.macs,
+    )
 
   def _list_untrained(self, train: Any) -> dict[str, Any]:
     """Returns the entry of a result with the classes that the training set lacks."""
@@ -250,6 +268,8 @@ class Classification(runner.Programme):
     experiment, config = self.experiment, self.config
     k, batch = config.devices.steps_per_dispatch, config.optim.batch_size
     process = (jax.process_index(), jax.process_count())
+    # Any set has a length; only a union draws from several.
+    examples = getattr(train, "shares", None) or len(train)
 
     def make_step(model):
       """Makes the training step of a model."""
@@ -269,7 +289,7 @@ class Classification(runner.Programme):
     def indices(step):
       """Returns the images of the steps of one call, from its first step."""
       return image_sets.process_indices(
-        config.seed, step, k, batch_size=batch, examples=len(train), process=process
+        config.seed, step, k, batch_size=batch, examples=examples, process=process
       )
 
     mapped = MappedSteps(
@@ -290,8 +310,13 @@ class Classification(runner.Programme):
     only.
     """
     experiment, config = self.experiment, self.config
+
+    def scores(logits, labels):
+      """Returns the results of each image among the classes that compete."""
+      return self.scores(experiment.competing(logits, labels), labels)
+
     run_batch = devices.map_over_devices(
-      steps.make_eval_step(experiment.model, experiment.normalise, self.scores),
+      steps.make_eval_step(experiment.model, experiment.normalise, scores),
       args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
       results=devices.BATCH,
       backend=config.devices.backend,
@@ -311,6 +336,7 @@ class Classification(runner.Programme):
         noise_scale=experiment.drawn_noise_scale(int(state.step)),
       )
       evaluated.result.update(self.class_entries(evaluated))
+      evaluated.result.update(self.source_entries(evaluated))
       if evaluated.gates is not None and experiment.objective.has_budget:
         evaluated.result["budget"] = experiment.objective.target
       return evaluated
@@ -427,9 +453,12 @@ class Classification(runner.Programme):
         config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
         read=lambda index: experiment.test.read(index)[0],
         pictures=list(drawn.values()),
-        confusions=class_pages.confusion_section(
-          result, experiment.test.class_names, self.noun if self.classes() else "pixel"
-        ),
+        confusions=[
+          *set_pages.sets_section(result),
+          *class_pages.confusion_section(
+            result, experiment.test.class_names, self.noun if self.classes() else "pixel"
+          ),
+        ],
         around=frame.read_surroundings(
           run_dir,
           config,

@@ -53,8 +53,13 @@ def trace_curve(
   Raises:
     ValueError: its gates have no thresholds.
   """
+
   # Outside of a mapping over devices: evaluation needs no statistics of a batch.
-  run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise))
+  def scores(logits, labels):
+    """Returns the results of each image among the classes that compete."""
+    return steps.image_scores(experiment.competing(logits, labels), labels)
+
+  run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, scores))
   for shift in shifts:
     moved = shift_thresholds(variables, shift)
     state = steps.TrainState(

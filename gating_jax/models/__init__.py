@@ -25,6 +25,7 @@ __all__ = [
   "model_summary",
   "resnet",
   "save_pretrained",
+  "solve_share",
   "vgg",
   "video_summary",
 ]
@@ -36,7 +37,13 @@ if TYPE_CHECKING:
   from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
   from gating_jax.models.resnets import ResNet, resnet
   from gating_jax.models.segmenter import Segmenter
-  from gating_jax.models.summary import ModelCounts, VideoCounts, model_summary, video_summary
+  from gating_jax.models.summary import (
+    ModelCounts,
+    VideoCounts,
+    model_summary,
+    solve_share,
+    video_summary,
+  )
   from gating_jax.models.timegate import SegmentClassifier, SegmentNet, find_concepts
   from gating_jax.models.vggs import VGG, vgg
   from gating_jax.models.video_backbones import InflatedInception, heavy_net, light_net
@@ -49,7 +56,13 @@ else:
       "gating_jax.models.resnet_variants": ("EarlyExitNet", "ExpertNet"),
       "gating_jax.models.resnets": ("ResNet", "resnet"),
       "gating_jax.models.segmenter": ("Segmenter",),
-      "gating_jax.models.summary": ("ModelCounts", "VideoCounts", "model_summary", "video_summary"),
+      "gating_jax.models.summary": (
+        "ModelCounts",
+        "VideoCounts",
+        "model_summary",
+        "solve_share",
+        "video_summary",
+      ),
       "gating_jax.models.timegate": ("SegmentClassifier", "SegmentNet", "find_concepts"),
       "gating_jax.models.vggs": ("VGG", "vgg"),
       "gating_jax.models.video_backbones": ("InflatedInception", "heavy_net", "light_net"),

@@ -107,7 +107,11 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
   >>> model_summary(resnet("resnet20", classes=10), (32, 32, 3)).macs
   40551040
   """
-  trace = _trace(model, input_shape)
+  return _count(_trace(model, input_shape))
+
+
+def _count(trace: _Trace) -> ModelCounts:
+  """Returns the counts of a traced model."""
   # Keyed by whether the path is that of a gate network.
   macs, params = {True: 0, False: 0}, {True: 0, False: 0}
   for call in trace.calls:
@@ -126,6 +130,52 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
     gated=gated_macs(trace.records) if trace.records else 0,
     gate_layers=tuple(zip(layer_names(trace.records), gates, strict=True)),
   )
+
+
+def solve_share(model: nn.Module, input_shape: Any, macs: float) -> float:
+  """Solves for the share of open units at which an example costs this many MACs.
+
+      macs = always + a share + b share^2
+
+  Here every gated layer opens this share of its units, `always` are the MACs that always run, gate
+  networks included, a those of all units alone and b those of all pairs of units of two layers one
+  after the other. So a gated network is set against an ungated one of equal cost.
+
+  Args:
+    model: a network with gates; the share that its settings open does not matter.
+    input_shape: as in `model_summary`.
+    macs: multiply-accumulates per example, gate networks included.
+  Returns:
+    the share, in (0, 1].
+  Raises:
+    ValueError: no gates, or MACs that no share in (0, 1] has.
+    TypeError: as in `model_summary`.
+
+  >>> from gating_jax.models.resnets import resnet
+  >>> narrow = model_summary(resnet("resnet8", 10, width=0.25), (8, 8, 3))
+  >>> wide = resnet("resnet8", 10, width=0.25, inner_width=4, gating="channel")
+  >>> print(f"{solve_share(wide, (8, 8, 3), narrow.macs):.3f}")
+  0.239
+  """
+  trace = _trace(model, input_shape)
+  counts = _count(trace)
+  if not counts.gates:
+    raise ValueError("model must have gates; got one without")
+  arguments.number("macs", macs, "> 0", lambda v: v > 0)
+  singles = 0
+  for record in trace.records:
+    singles += record.gates.shape[-1] * record.macs_per_unit
+  pairs = counts.gated - singles
+  # The root of the equation above, in the form that b = 0 leaves as it is.
+  left = macs - counts.always_macs
+  share = 2 * left / (singles + math.sqrt(max(singles**2 + 4 * pairs * left, 0.0)))
+  if not 0 < share <= 1:
+    most = counts.always_macs + counts.gated
+    raise ValueError(
+      f"macs must be above {counts.always_macs:,}, those that always run, and at most {most:,}, "
+      f"those of every unit and the gate networks; got {macs:,.0f}"
+    )
+  return share
 
 
 def reduced_macs(model: nn.Module, input_shape: Any) -> int:

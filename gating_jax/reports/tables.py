@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gating_jax.analysis.outcomes import OUTCOMES, Diagnosis
 from gating_jax.checks import printable
-from gating_jax.reports import classes, page
+from gating_jax.reports import classes, page, sets
 from gating_jax.reports.text import align_columns, format_percent, plain
 
 
@@ -58,6 +58,7 @@ def classification_rows(result: Mapping[str, Any]) -> list[Row]:
   return [
     Row("test accuracy", accuracy),
     *_as_rows(classes.score_rows(result, "accuracy")),
+    *_as_rows(sets.set_rows(result)),
     *_size_and_gate_rows(result),
     *_as_rows(classes.class_rows(result)),
   ]
@@ -524,6 +525,14 @@ _MEANINGS = {
   "gates conditional": "Gates that the image decides: open for some images and closed for others.",
   "mean fraction of open gates": "Fraction of gates that are open, mean over gates and test "
   "images.",
+  "set ": "The accuracy among the classes of all sets, the MACs of an image and the fraction of "
+  "open gates, on the test images of this set alone.",
+  "mean over sets": "Means of the accuracies and of the MACs of the sets, whatever their sizes: "
+  "as in training, where all have equal shares.",
+  "gates that two sets share": "Sum over gates of the smaller of two sets' open rates, over that "
+  "of the larger; mean over pairs of sets.",
+  "information on the set": "Mutual information of a gate and the set of an image, mean over "
+  "gates, minus what chance adds.",
   "information on the class": "Mutual information of a gate and the class, mean over gates: 0 "
   "bits if a gate opens equally often for every class, at most 1.",
   "MACs per video, heavy net on all": f"The {_MACS} of one video if the heavy network runs on "

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -27,6 +28,8 @@ from gating_jax.training.closed_gates import CLOSED
 from gating_jax.types import AnyArray, Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")
+# Classes that compete in the cross-entropy: all, or those of an example's own source.
+SCOPES = ("all", "source")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
 # Regularisers with a sparsity term.
 WITH_SPARSITY = ("batch_shaping", "sparsity")
@@ -39,6 +42,8 @@ REGULARISERS = (
   "balance",
   "none",
 )
+# Logit of a class that does not compete.
+_EXCLUDED = -1e9
 
 
 class Fit(NamedTuple):
@@ -71,6 +76,44 @@ def fit_classes(logits: Array, labels: Array, axis_name: Hashable | None = None)
   # The mean of this device's examples; `value_and_grad_over_devices` averages over devices.
   cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
   return Fit(cross_entropy, jnp.mean(jnp.argmax(logits, -1) == labels))
+
+
+def logits_of_source(logits: Array, labels: Array, class_sources: np.ndarray) -> Array:
+  """Returns logits in which only the classes of an example's own source compete.
+
+  With these, one head over the classes of several sources is a head for each, and the source of an
+  example is known: it is that of its label.
+
+  Args:
+    logits: `[N, K]`.
+    labels: `[N]` integers.
+    class_sources: `[K]` number of the source of each class.
+  Returns:
+    `[N, K]`: the logits, and a very low number for classes of other sources.
+
+  >>> logits_of_source(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([1]), np.array([0, 0, 1])) > 0
+  Array([[ True,  True, False]], dtype=bool)
+  """
+  sources = jnp.asarray(class_sources)
+  own = sources == sources[labels][:, None]
+  return jnp.where(own, logits, jnp.asarray(_EXCLUDED, logits.dtype))
+
+
+def fit_sources(
+  logits: Array,
+  labels: Array,
+  axis_name: Hashable | None = None,
+  *,
+  class_sources: tuple[int, ...],
+) -> Fit:
+  """Computes `fit_classes` among the classes of each example's own source.
+
+  Args:
+    logits, labels, axis_name: as in `fit_classes`.
+    class_sources: as in `logits_of_source`.
+  """
+  own = logits_of_source(logits, labels, np.asarray(class_sources))
+  return fit_classes(own, labels, axis_name)
 
 
 def fit_exits(

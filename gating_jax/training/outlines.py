@@ -20,7 +20,7 @@ class Outline:
   """A data set without its examples, which stands in for the set wherever none is read.
 
   Attributes:
-    examples: number of examples, the length of the set.
+    examples: number of examples, the length of the set; of a union to train on, those of an epoch.
     class_names: one per class.
     shape: `(H, W, D)` of an image; None for videos.
     shapes: shapes of the arrays of a video, by name; None for images.
@@ -76,8 +76,8 @@ def read_outlines(folder: Path) -> list[Outline] | None:
 
 def _outline_of(data: Any) -> dict[str, Any]:
   """Returns the fields of an outline that a set has."""
-  # A set has a length in place of the field `examples`.
-  found = {"examples": len(data)}
+  # A set has a length in place of the field `examples`; a union, epochs of another length.
+  found = {"examples": getattr(data, "in_epoch", None) or len(data)}
   for field in dataclasses.fields(Outline):
     if hasattr(data, field.name):
       found[field.name] = getattr(data, field.name)

@@ -8,7 +8,7 @@ import jax
 
 from gating_jax import programmes
 from gating_jax.config_files import Config
-from gating_jax.data import features, folders, image_sets, scenes, worlds
+from gating_jax.data import features, folders, image_sets, scenes, unions, worlds
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.training import settings
 
@@ -65,6 +65,8 @@ def shrink(config: Config) -> Config:
   # Splits of videos are files; digits and made scenes are small already.
   if "layout" in small.get("data", {}):
     small.data.at_most = _VIDEOS
+  elif unions.is_union(small.get("data", {}).get("name", "")):
+    _cut_union(small)
   elif small.data.get("name") in worlds.NAMES:
     # Made images are as many as a split names.
     for split, count in _EXAMPLES.items():
@@ -130,6 +132,23 @@ def _cut_splits(config: Config) -> None:
     if "tasks" in config:
       count = _OF_A_CLASS[split] * len(source.class_names)
     data[field] = _first(data[field], count, source.dataset_info.splits)
+
+
+def _cut_union(config: Config) -> None:
+  """Cuts the splits of the TFDS sets of a union, and the images of each set in an epoch."""
+  data = config.data
+  data.images_per_set = _EXAMPLES["train"]
+  # Made sets are small already.
+  kept = (*unions.MADE, *image_sets.MADE)
+  for split, count in _EXAMPLES.items():
+    cut = []
+    whole = unions.splits_of(data.name, data[f"{split}_split"])
+    for part, of_part in zip(unions.parts_of(data.name), whole, strict=True):
+      if part not in kept and not part.startswith(folders.FOLDER):
+        source = tfds_sets.open_tfds(part, of_part, data.data_dir, {})
+        of_part = _first(of_part, count, source.dataset_info.splits)
+      cut.append(of_part)
+    data[f"{split}_split"] = unions.join_splits(cut)
 
 
 def _first(split: str, count: int, splits: Any) -> str:

@@ -77,6 +77,15 @@ def test_any_split_is_cut_to_its_first_examples_for_tasks_some_of_every_class(
   assert smoke.shrink(config_of(config, **{"data.train_split": split})).data.train_split == first
 
 
+def test_a_union_is_cut_set_by_set_and_made_sets_stay(opened):
+  config = config_of("union", **{"data.name": "union(digits,cifar10)"})
+  small = smoke.shrink(config)
+  assert small.data.train_split == "train;train[0:64]"
+  assert small.data.test_split == "test;test[0:32]"
+  assert small.data.images_per_set == 64
+  assert smoke.shrink(small) == small
+
+
 def test_scenes_and_their_parts_become_small_by_one_factor(opened):
   small = smoke.shrink(config_of("segmentation_cityscapes"))
   assert (small.data.size, small.data.crop) == ((64, 128), (48, 48))
