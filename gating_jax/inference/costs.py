@@ -125,6 +125,11 @@ def gate_network_macs(net: FoldedNet) -> int:
   return sum(map(head_macs, net.parts)) + glance_macs(net)
 
 
+def total_macs(macs: Any, count: int) -> float:
+  """Returns the multiply-accumulates of `count` examples, of `[N]` or of one for each of them."""
+  return float(np.sum(macs) if np.ndim(macs) else count * macs)
+
+
 def opened_of(part: Part, gates: Sequence[Any]) -> list[Any]:
   """Computes what a part's `[N, U]` gates open, for each of its groups.
 

@@ -131,9 +131,7 @@ class PartBatch:
 
   def total(self, inputs: Any = None, opened: Sequence[Any] = ()) -> float:
     """Computes `macs` summed over the examples."""
-    macs = self.macs(inputs, opened)
-    # A count that does not depend on the example is one number.
-    return float(np.sum(macs) if np.ndim(macs) else self.count * macs)
+    return costs.total_macs(self.macs(inputs, opened), self.count)
 
   def padded(self, is_open: np.ndarray) -> int:
     """Returns the number of examples that `for_open` computes for the open ones of `[N]`."""
@@ -582,13 +580,14 @@ def cluster_macs(batch: PartBatch) -> float:
   masks = list(map(np.asarray, part.masks(batch.gates)))
   whole = [np.arange(group.width) for group in part.inner_groups]
   # The shortcut runs for all; an example waits until a set covers what it opens.
-  total = batch.count * costs.shortcut_macs(part, batch.shape).macs
+  total = costs.total_macs(costs.shortcut_macs(part, batch.shape).macs, batch.count)
   waiting = np.ones(batch.count, bool)
   for kept in [*_channel_sets(part, batch.context), whole]:
     taken = waiting & np.asarray(are_covered(masks, select_channels(masks, kept)))
     branch = costs.branch_macs(part, batch.shape, opened=[index.size for index in kept])
-    total, waiting = total + batch.padded(taken) * branch, waiting & ~taken
-  return float(total)
+    total += costs.total_macs(branch, batch.padded(taken))
+    waiting &= ~taken
+  return total
 
 
 def native(part: Part, context: PartContext) -> CompiledPart | None:

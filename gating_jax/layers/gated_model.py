@@ -35,7 +35,7 @@ from gating_jax.layers.gate import (
   decisions,
 )
 from gating_jax.ops import arguments
-from gating_jax.ops.macs import ConvMacs, channel_macs, conv_macs
+from gating_jax.ops.macs import ConvMacs, channel_macs, conv_macs, shared_among
 from gating_jax.types import Apply, Array, GateRecord, Path, Records
 
 if TYPE_CHECKING:
@@ -181,15 +181,14 @@ class _Cost(NamedTuple):
   @property
   def as_writer(self) -> ConvMacs:
     """Returns the costs of its output channels."""
-    if self.is_grouped:
-      # An output channel reads its own group, whatever is open.
-      return ConvMacs(per_input=0, per_output=self.macs // self.outputs, per_pair=0)
-    return ConvMacs(0, 0, per_pair=self.macs // (self.inputs * self.outputs))
+    # An output channel of a grouped layer reads its own group, whatever is open.
+    inputs = None if self.is_grouped else self.inputs
+    return shared_among(self.macs, inputs=inputs, outputs=self.outputs)
 
   @property
   def as_reader(self) -> ConvMacs:
     """Returns the costs of its input channels, where all of its output channels are made."""
-    return ConvMacs(per_input=self.macs // self.inputs, per_output=0, per_pair=0)
+    return shared_among(self.macs, inputs=self.inputs)
 
 
 class _Pass:

@@ -96,6 +96,24 @@ def factorised_conv(space: ConvMacs, time: ConvMacs, middle: int) -> ConvMacs:
   return ConvMacs(per_input=space.per_pair * middle, per_output=time.per_pair * middle, per_pair=0)
 
 
+def shared_among(macs: int, *, inputs: int | None = None, outputs: int | None = None) -> ConvMacs:
+  """Returns the coefficients of a layer whose MACs its channels share in equal parts.
+
+  Args:
+    macs: MACs per example of the whole layer.
+    inputs, outputs: number of the channels that share them: the input channels, the output
+      channels or, with both, the pairs of them.
+
+  >>> shared_among(72, outputs=4), shared_among(72, inputs=2, outputs=4).per_pair
+  (ConvMacs(per_input=0, per_output=18, per_pair=0), 9)
+  """
+  if inputs is None:
+    return ConvMacs(0, macs // (outputs or 1), 0)
+  if outputs is None:
+    return ConvMacs(macs // inputs, 0, 0)
+  return ConvMacs(0, 0, macs // (inputs * outputs))
+
+
 class UnitMacs(NamedTuple):
   """MACs per example of a gated unit.
 
