@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.inference import exits, folded
+from gating_jax.inference import costs, exits, folded
 from gating_jax.inference.conditional import compile_conditional, make_program, ungated
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
@@ -245,15 +245,15 @@ def measure(case, share, repeats):
   x, shape, dense_run = jnp.asarray(x), x.shape[1:], make_program()
   if isinstance(net, folded.ExitNet):
     run, dense = exits.make_program(), exits.without_exits(net)
-    spent = folded.exit_macs(net, shape, run(net, x)[1])
+    spent = costs.exit_macs(net, shape, run(net, x)[1])
     compiled = exits.compile_exits
   else:
     run, dense = dense_run, ungated(net)
-    spent = folded.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])
+    spent = costs.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])
     compiled = compile_conditional
   make = functools.partial(compiled, net, input_shape=shape, batch_size=len(x))
   programs = {case.strategy: make(strategy=case.strategy)}
-  macs = float(np.mean(spent)) / folded.macs(dense, shape)
+  macs = float(np.mean(spent)) / costs.macs(dense, shape)
   if share == 1:
     programs["auto"] = compiled(
       usual, input_shape=shape, batch_size=len(x), calibration=calibration

@@ -29,7 +29,7 @@ import numpy as np
 from gating_jax import runner
 from gating_jax.images.build import build
 from gating_jax.images.classification import Classification
-from gating_jax.inference import folded
+from gating_jax.inference import costs
 from gating_jax.inference.analysing import observe
 from gating_jax.inference.conditional import compile_conditional, make_program
 from gating_jax.inference.folded import Layer
@@ -259,7 +259,7 @@ def macs(net, images):
   """Returns the mean executed MACs per image."""
   return np.concatenate(
     [
-      np.broadcast_to(folded.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
+      np.broadcast_to(costs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
       for x, _, logits in observe(net, images)
     ]
   ).mean()

@@ -2,7 +2,7 @@
 
 import sys
 
-from gating_jax.checks import missing_extra
+from gating_jax.extras import missing_extra
 from gating_jax.interrupts import ending_at_once
 
 

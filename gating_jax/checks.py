@@ -7,20 +7,17 @@ other character stands for itself.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import functools
-import importlib.util
-import inspect
 import math
 import os
 import re
 import shlex
 import unicodedata
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+from gating_jax.lazy import lazy_names
 
 # Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
 # of the letters of both.
@@ -31,28 +28,6 @@ _LONGEST, _MOST = 60, 8
 _JOINERS = "\u200c\u200d"
 # On Linux an open folder has a numbered name here, without any pattern or separator of its own.
 HANDLES = Path("/proc/self/fd")
-Function = TypeVar("Function", bound=Callable)
-# What an installation without extras lacks: the libraries of each extra, as they are imported.
-EXTRAS = {
-  "train": (
-    "PIL",
-    "absl",
-    "array_record",
-    "grain",
-    "importlib_resources",
-    "jinja2",
-    "matplotlib",
-    "ml_collections",
-    "optax",
-    "orbax",
-    "sklearn",
-    "tensorboardX",
-    "tensorflow_datasets",
-    "tqdm",
-  ),
-  "video": ("av",),
-  "export": ("flatbuffers", "safetensors"),
-}
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -190,102 +165,6 @@ def first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def former_keyword(old: str, new: str) -> Callable[[Function], Function]:
-  """Decorates a function so that it takes a keyword by its former name, too, and warns."""
-
-  def decorate(function: Function) -> Function:
-    """Returns the function that takes both names."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **keywords: Any) -> Any:
-      """Calls the function with the name of today."""
-      if old in keywords:
-        if new in keywords:
-          raise TypeError(f"{new} must be given once; got it as {old}, its former name, too")
-        warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
-        keywords[new] = keywords.pop(old)
-      return function(*args, **keywords)
-
-    # Type checkers see the function of today.
-    return cast(Function, call)
-
-  return decorate
-
-
-def former_positional(*names: str, stacklevel: int = 2) -> Callable[[Function], Function]:
-  """Decorates a function so that it takes keywords by position, too, after its arrays, and warns.
-
-  Args:
-    names: the keywords, in their former order.
-    stacklevel: 2, and 1 more for each decorator around this one, so that the caller is warned.
-  """
-
-  def decorate(function: Function) -> Function:
-    """Returns the function that takes both."""
-    parameters = inspect.signature(function).parameters.values()
-    arrays = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
-
-    @functools.wraps(function)
-    def call(*args: Any, **keywords: Any) -> Any:
-      """Calls the function with what it takes by keyword today."""
-      given = dict(zip(names, args[arrays:], strict=False))
-      # Too many arguments, or one that is given twice, are errors of the function itself.
-      if not given or len(args) > arrays + len(names) or given.keys() & keywords.keys():
-        return function(*args, **keywords)
-      today = ", ".join(f"{name}=..." for name in given)
-      message = f"{function.__name__} takes {today} by keyword"
-      warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
-      return function(*args[:arrays], **given, **keywords)
-
-    # Type checkers see the function of today.
-    return cast(Function, call)
-
-  return decorate
-
-
-def missing_extra(error: BaseException | None) -> str | None:
-  """Returns the line that says which extra installs the library that an import lacks.
-
-  None for any other error.
-
-  >>> missing_extra(ModuleNotFoundError("No module named 'tqdm'", name="tqdm"))
-  'tqdm is not installed; get it by: pip install "gating-jax[train]"'
-  """
-  # A library may have replaced the error by one of its own.
-  while error is not None and not isinstance(error, ModuleNotFoundError):
-    error = error.__cause__
-  if error is None:
-    return None
-  library = (error.name or "").partition(".")[0]
-  for extra, libraries in EXTRAS.items():
-    if library in libraries:
-      return _how_to_install(library, extra)
-  return None
-
-
-def _how_to_install(library: str, extra: str) -> str:
-  return f'{library} is not installed; get it by: pip install "gating-jax[{extra}]"'
-
-
-def require_extra(extra: str) -> None:
-  """Raises a ModuleNotFoundError that says what to install, unless all of an extra is installed."""
-  for library in EXTRAS[extra]:
-    if importlib.util.find_spec(library) is None:
-      raise ModuleNotFoundError(_how_to_install(library, extra), name=library)
-
-
-@contextlib.contextmanager
-def naming_extra() -> Iterator[None]:
-  """Lets the error of a missing library say which extra installs it; decorates functions, too."""
-  try:
-    yield
-  except ImportError as error:
-    line = missing_extra(error)
-    if line is None:
-      raise
-    raise ModuleNotFoundError(line, name=error.name) from error
-
-
 def user_path(path: str | os.PathLike) -> Path:
   """Expands `~` and `~name` at the beginning of a path where there is such a user.
 
@@ -344,3 +223,14 @@ def check_storable(name: str, path: Path) -> None:
         f"{name} must have no {character} in its path, which the checkpoint library "
         f"takes for another character or a pattern; got {str(path.absolute())!r}"
       )
+
+
+if not TYPE_CHECKING:
+  # These were here before.
+  __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+      "gating_jax.extras": ("EXTRAS", "missing_extra", "naming_extra", "require_extra"),
+      "gating_jax.former_names": ("former_keyword", "former_positional"),
+    },
+  )

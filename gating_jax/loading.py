@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 
 from gating_jax import programmes
-from gating_jax.checks import naming_extra, one_of, user_path
+from gating_jax.checks import one_of, user_path
+from gating_jax.extras import naming_extra
 
 if TYPE_CHECKING:
   from gating_jax.config_files import Config

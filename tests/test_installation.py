@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import gating_jax
-from gating_jax.checks import EXTRAS, missing_extra, naming_extra, require_extra
+from gating_jax.extras import EXTRAS, missing_extra, naming_extra, require_extra
 from tests.helpers import ROOT, environment
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

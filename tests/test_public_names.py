@@ -49,6 +49,21 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
     assert getattr(gating_jax, old) is getattr(gating_jax, new)
 
 
+@pytest.mark.parametrize(
+  ("former", "today", "name"),
+  [
+    ("checks", "extras", "missing_extra"),
+    ("checks", "former_names", "former_keyword"),
+    ("inference.folded", "inference.costs", "macs"),
+    ("models.columns", "models.summary", "column_macs"),
+    ("reports.timings", "reports.measured_times", "time_number"),
+  ],
+)
+def test_a_name_that_moved_is_also_found_in_its_former_module(former, today, name):
+  places = [importlib.import_module(f"gating_jax.{module}") for module in (former, today)]
+  assert getattr(places[0], name) is getattr(places[1], name)
+
+
 def test_former_keywords_and_attributes_warn_and_work():
   counts = gating_jax.model_summary(gating_jax.resnet("resnet8", 10, gating="channel"), (8, 8, 3))
   with pytest.warns(DeprecationWarning, match="fixed is now called always_macs"):

@@ -89,6 +89,11 @@ class Rehearsal:
   megabytes: Callable[[Any, int], float]
   pretrain_step: Callable[[Any, Array, Array], tuple[Any, Mapping[str, Array]]] | None = None
 
+  @classmethod
+  def of_methods(cls, functions: Any) -> Rehearsal:
+    """Returns the methods of an object that have the names of the fields."""
+    return cls(**{field.name: getattr(functions, field.name) for field in dataclasses.fields(cls)})
+
 
 class EpisodicMemory(MemoryNode):
   """The memory of `episodic`.
@@ -198,7 +203,7 @@ def generative(
     replayed=replayed,
     seed=seed,
   )
-  return generators.rehearsal()
+  return Rehearsal.of_methods(generators)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,17 +217,6 @@ class _TaskGenerators:
   images: int
   replayed: int
   seed: int
-
-  def rehearsal(self) -> Rehearsal:
-    """Returns the functions as a `Rehearsal`."""
-    return Rehearsal(
-      init=self.init,
-      replay=self.replay,
-      recall=self.recall,
-      keep=self.keep,
-      megabytes=self.megabytes,
-      pretrain_step=self.pretrain_step,
-    )
 
   def init(self, key: Array) -> GenerativeMemory:
     """Initialises the generators of all tasks, and the training of the first."""

@@ -34,6 +34,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
+from gating_jax.ops.macs import conv_macs
 from gating_jax.types import Array, Path, Records, Tree
 
 # Parts of a learner's parameters and statistics: of all tasks, and of one. Dicts, not nodes with
@@ -240,8 +241,8 @@ def forward_macs(forward: TaskForward, counts: ModelCounts, classes: int) -> Arr
   Returns:
     `[..., N]`.
   """
-  # `counts` are of the features alone: the head is added, F C per image.
-  head = forward.features.shape[-1] * classes
+  # `counts` are of the features alone: the head is added.
+  head = conv_macs((forward.features.shape[-1], classes), (1, classes))
   return counts.per_example(forward.records, forward.logits.shape[:-1], further=head)
 
 

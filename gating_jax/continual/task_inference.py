@@ -45,6 +45,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.continual.rehearsal import Rehearsal, ReplayedImages
 from gating_jax.continual.shared_net import SharedNet, TaskForward
+from gating_jax.ops.macs import conv_macs
 from gating_jax.types import AnyArray, Array, Tree
 
 # Softens the softmax of the distillation loss.
@@ -473,7 +474,8 @@ def feature_classifier_macs(seen: int, features: int, hidden: int) -> int:
     hidden: width of the hidden layer.
   """
   # The first layer reads the features of all tasks seen; the second has an output for each.
-  return seen * features * hidden + hidden * seen
+  first = conv_macs((seen * features, hidden), (1, hidden))
+  return first + conv_macs((hidden, seen), (1, seen))
 
 
 def train_feature_classifier(

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gating_jax.checks import naming_extra, printable, user_path
+from gating_jax.checks import printable, user_path
+from gating_jax.extras import naming_extra
 from gating_jax.terminal import warn
 
 # Part of every key: a change of what entries hold must change it.

@@ -10,8 +10,8 @@ images has to solve W problems with all of its filters; one with gates can spend
 at hand. Where gates work, a gated network beats an ungated one of equal cost here; where they do
 not, they are broken.
 
-The digits are scikit-learn's, those of the sets `train` and `test` of `digits`. Image number i is a
-function of the seed, the split and i alone, and there is no last one.
+The digits are scikit-learn's, with the splits `train` and `test` of the set `digits`. Image i
+depends on the seed, the split and i alone, so that a split has as many images as one asks for.
 
 Axes: M images, W worlds, H and W pixels of 16 x 16.
 """
@@ -67,7 +67,7 @@ class Worlds:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """What sets worlds apart.
+  """The rules by which worlds differ.
 
   Attributes:
     frequencies: `[W, 3, 2]` periods per image of the waves of its texture, down and across.
@@ -89,7 +89,7 @@ class Rules:
 def make_worlds(
   split: str, images: int, *, first: int = 0, worlds: int = WORLDS, seed: int = 0
 ) -> Worlds:
-  """Makes images: the same arguments make the same ones, and any part of them alone.
+  """Makes images, the same ones for the same arguments; any part of them can be made alone.
 
   Args:
     split: `train` or `test`, which share no digit; the worlds are those of both.
@@ -149,7 +149,7 @@ def count_worlds(split: str) -> int:
 
 
 def _part_of(split: str) -> tuple[str, int, int]:
-  """Returns the split's name, the number of its first image, and of how many there are."""
+  """Returns the split's name, the number of its first image, and the number of its images."""
   found = re.fullmatch(r"(train|test)(?:\[(\d*):(\d*)\])?", split)
   if found:
     name = found[1]
@@ -164,7 +164,7 @@ def _part_of(split: str) -> tuple[str, int, int]:
 
 @functools.cache
 def rules(worlds: int = WORLDS, seed: int = 0) -> Rules:
-  """Draws what sets worlds apart; the same arguments give the same worlds."""
+  """Draws the rules of worlds; the same arguments give the same worlds."""
   rng = np.random.default_rng((seed, worlds))
   reach = int(_LENGTHS[1])
   side = np.arange(-reach, reach + 1)
@@ -223,7 +223,7 @@ def _warp(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   turn, shear = draw(-_TURN, _TURN), draw(-_SHEAR, _SHEAR)
   scale = draw(1 - _SCALE, 1 + _SCALE)
   down, across = draw(-_SHIFT, _SHIFT), draw(-_SHIFT, _SHIFT)
-  # From places of the canvas, in [-1, 1], to those of the digit.
+  # Maps places of the canvas, in [-1, 1], to places of the digit.
   at = (np.arange(_CANVAS) + 0.5) / _CANVAS * 2 - 1
   y, x = np.meshgrid(at, at, indexing="ij")
   cos, sin = np.cos(turn) / scale, np.sin(turn) / scale

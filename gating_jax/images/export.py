@@ -18,7 +18,7 @@ import numpy as np
 from gating_jax import config_files
 from gating_jax.checks import quoted
 from gating_jax.images.build import Experiment
-from gating_jax.inference import exits, export, folded
+from gating_jax.inference import costs, exits, export, folded
 from gating_jax.inference.analysing import (
   BATCH_SIZE,
   Analysis,
@@ -39,7 +39,7 @@ from gating_jax.inference.pruning import apply_pruning, find_static_units, rate_
 from gating_jax.inference.quantising import dequantise, quantise
 from gating_jax.inference.strategies import EXPORTABLE
 from gating_jax.models.resnet_variants import EarlyExitNet
-from gating_jax.reports import conclusion, timings
+from gating_jax.reports import conclusion, measured_times, timings
 from gating_jax.reports.text import align_columns, format_percent
 from gating_jax.terminal import say, working
 from gating_jax.timing import MASKED, ReportProgress, device, race
@@ -136,10 +136,10 @@ def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> str:
   It is the time measured here, in milliseconds, next to that of `--mode=compile` for the same
   checkpoint.
   """
-  times, found = timings.read_times(run_dir.path), [f"{trained:.2f} ms"]
+  times, found = measured_times.read_times(run_dir.path), [f"{trained:.2f} ms"]
   # Times of another checkpoint are those of another network.
   if times is not None and times.step == step:
-    for row in times.timings.get(timings.timing_title(1, "image"), []):
+    for row in times.timings.get(measured_times.timing_title(1, "image"), []):
       if row["part"] is None and row["strategy"] == MASKED:
         found.append(f"{1e3 * row['seconds']:.2f} ms by --mode=compile")
   return "; ".join(found)
@@ -325,14 +325,14 @@ def _score_exits(
     """Returns logits `[N, K]` of images `[N, H, W, D]`; notes the MACs of each."""
     logits, stay = made(x)
     # An image costs what lies before the exit that it takes.
-    macs.append(folded.exit_macs(net, test.shape, stay))
+    macs.append(costs.exit_macs(net, test.shape, stay))
     return logits
 
   with working(f"testing the program on {len(test):,} images, one at a time", "up to a minute"):
     accuracy = _accuracy(experiment, answer)
   return {
     "accuracy": accuracy,
-    "macs": int(folded.exit_macs(net, test.shape)),
+    "macs": int(costs.exit_macs(net, test.shape)),
     "executed_macs": float(np.mean(np.concatenate(macs))),
   }
 
@@ -369,13 +369,13 @@ def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
   # Batches are of `BATCH_SIZE` images, which `observe` takes one by one: labels stay in step.
   for x, outputs, logits in observe(net, inputs()):
     correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
-    macs = folded.macs(net, shape, [z > 0 for z in logits])
+    macs = costs.macs(net, shape, [z > 0 for z in logits])
     # A network without gates has one number for all images.
     executed += np.broadcast_to(macs, len(x)).sum()
   images = len(experiment.test)
   return {
     "accuracy": correct / images,
-    "macs": int(folded.macs(net, shape)),
+    "macs": int(costs.macs(net, shape)),
     "executed_macs": float(executed) / images,
   }
 

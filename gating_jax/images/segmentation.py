@@ -242,10 +242,7 @@ class Segmentation(Classification):
     # On one device: three scenes need not divide over all of them.
     results = jax.device_get(run_batch(jax.device_get(state), images, truth))
     counts = experiment.counts
-    # An ungated net has the same MACs for all scenes.
-    macs = np.full(len(images), counts.macs)
-    if "macs" in results:
-      macs = counts.always_macs + results["macs"]
+    macs = counts.of_results(results, len(images))
     figure = image_pictures.draw_scenes(
       images,
       truth=truth,

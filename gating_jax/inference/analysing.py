@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.analysis.statistics import GateCounter
-from gating_jax.inference import folded
+from gating_jax.inference import costs, folded
 from gating_jax.inference.compiled import check_finite, check_images
 from gating_jax.inference.folded import AllGates, FoldedNet, Group, Shape, group_places
 from gating_jax.inference.folding import fold
@@ -135,21 +135,21 @@ def analyse(
     gates = [z > 0 for z in logits]
     for name, way in ways.items():
       # A count that does not depend on the image is one number, and each image adds it.
-      totals[name] += np.broadcast_to(folded.macs(net, shape, way(gates)), len(x)).sum()
+      totals[name] += np.broadcast_to(costs.macs(net, shape, way(gates)), len(x)).sum()
     # `switch` pads each image to a size of its own, so its count needs the gates of a batch.
     totals[switched] += len(x) * _switched(net, gates, buckets=buckets, shape=shape, count=len(x))
   gate_statistics = counter.result()
   per_image = {name: float(total) / images for name, total in totals.items()}
   # Gate networks cost the same for every image.
-  heads = sum(map(folded.head_macs, net.parts)) + folded.glance_macs(net)
-  whole = folded.macs(net, shape)
+  heads = costs.gate_network_macs(net)
+  whole = costs.macs(net, shape)
   # Pruned by these very statistics, with the default settings of `prune`.
   small = apply_pruning(net, find_static_units(net, gate_statistics))
   macs = {
     UNGATED: float(whole - heads),
     MASKED: float(whole),
     EXECUTED: per_image.pop(EXECUTED),
-    PRUNED: float(folded.macs(small, shape)),
+    PRUNED: float(costs.macs(small, shape)),
     **per_image,
   }
   return Analysis(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.inference import folded
+from gating_jax.inference.costs import MacRatios
 from gating_jax.ops import arguments
 from gating_jax.timing import MASKED, ONE_BY_ONE, UNGATED, ReportProgress, race
 from gating_jax.types import Array
@@ -348,18 +349,6 @@ def runs_over(
       run = program.open_run or program.run
       runs[Way(name, all_open=True)] = functools.partial(run_over, run, calls)
   return runs
-
-
-class MacRatios(NamedTuple):
-  """Multiply-accumulates of the timed examples, relative to those of every unit without gates.
-
-  Attributes:
-    opened: those that the examples leave open.
-    computed: those that each strategy computes, by name, padding included; 1 by default.
-  """
-
-  opened: float
-  computed: Mapping[str, float]
 
 
 def list_timings(

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gating_jax.checks import former_keyword, one_of
+from gating_jax.checks import one_of
+from gating_jax.former_names import former_keyword
 from gating_jax.inference import folded
 from gating_jax.inference.analysing import gates_of
 from gating_jax.inference.compiled import (

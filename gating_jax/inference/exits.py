@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.checks import former_keyword, one_of
+from gating_jax.checks import one_of
+from gating_jax.former_names import former_keyword
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import (
   AUTO,
   MAX_SLOWDOWN_ALL_OPEN,
   CompiledImages,
-  MacRatios,
   Options,
   TimedProgram,
   Timing,
@@ -42,9 +41,10 @@ from gating_jax.inference.compiled import (
   spread_batches,
   time_programs,
 )
+from gating_jax.inference.costs import exit_ratios
 from gating_jax.inference.folded import ExitNet, FoldedNet, Layer
 from gating_jax.inference.folding import check_foldable, fold_conv, fold_stages
-from gating_jax.inference.strategies import exit_dispatch_macs, for_open
+from gating_jax.inference.strategies import for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
 from gating_jax.timing import EXIT_DISPATCH, MASKED, ReportProgress
@@ -236,29 +236,9 @@ def compile_exits(
   )
   # Both programs let the same images leave, so one of them tells the MACs of both.
   stays = [np.asarray(programs[MASKED](net, x)[1]) for x in batches]
-  timings = choice.timings(_mac_ratios(net, stays, options))
+  ratios = exit_ratios(net, without_exits(net), options.input_shape, stays, buckets=options.buckets)
+  timings = choice.timings(ratios)
   return CompiledExits(net, choice.strategy, options=options, timings=timings)
-
-
-def _mac_ratios(net: ExitNet, stays: Sequence[np.ndarray], options: Options) -> MacRatios:
-  """Computes the ratios of multiply-accumulates to those of the network without exits.
-
-  Args:
-    net: the network.
-    stays: `[N, X]` of `run`, for each batch.
-    options: of the compilation.
-  """
-  shape = options.input_shape
-  # Padding depends on the images that share a batch, so MACs are counted batch by batch.
-  gathered = [exit_dispatch_macs(net, shape, stay, options.buckets) for stay in stays]
-  dense = int(folded.macs(without_exits(net), shape))
-  return MacRatios(
-    opened=float(np.mean(folded.exit_macs(net, shape, np.concatenate(stays)))) / dense,
-    computed={
-      MASKED: folded.exit_macs(net, shape) / dense,
-      EXIT_DISPATCH: statistics.mean(gathered) / dense,
-    },
-  )
 
 
 def without_exits(net: ExitNet) -> FoldedNet:

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from gating_jax.checks import naming_extra, one_of, shown, user_path
-from gating_jax.inference import folded
+from gating_jax.checks import one_of, shown, user_path
+from gating_jax.extras import naming_extra
+from gating_jax.inference import costs, folded
 from gating_jax.inference.compiled import CompiledImages, check_image_shape, check_images
 from gating_jax.inference.folded import FoldedNet
 from gating_jax.inference.quantising import dequantise
@@ -162,7 +163,7 @@ def export_model(
     "parameters": sum(int(np.size(w)) for w in weights.values()),
   }
   if isinstance(model, FoldedNet):
-    own["dense_macs"] = int(folded.macs(model, input_shape))
+    own["dense_macs"] = int(costs.macs(model, input_shape))
   own["files"] = {}
   for name, data in files.items():
     own["files"][name] = {"bytes": len(data), "sha256": _digest(data)}

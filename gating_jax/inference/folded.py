@@ -9,20 +9,18 @@ A gate is 0 where its unit is closed; where it is open, 1 or the unit's weight, 
 of squeeze-and-excitation, multiply units too, but close none: a part that has them has no gates.
 
 Every faster program starts from it. `run` calls one function for each part, so that a strategy is a
-function of a part and nothing else. `macs` counts the multiply-accumulates of all units, or of open
-ones; `exit_macs` those of a network with early exits.
+function of a part and nothing else. `inference.costs` counts its multiply-accumulates.
 
 Axes: N examples, H and W pixels, D input channels, U gates of a group, each of which switches
 `channels` adjacent ones, X exits before the last, K classes.
-Reference: Jacob et al., 2018, section 3.2 (folding); Bejnordi et al., 2020, sections 3 and 4 (MACs
-of gated layers).
+Reference: Jacob et al., 2018, section 3.2 (folding).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +31,12 @@ from gating_jax.layers.context import (
   FLAT_DEVIATION,
   NOTHING_SHARED,
   NUMBERS_PER_CHANNEL,
-  THUMBNAIL,
   Shared,
   context_of,
   standardised_thumbnail,
 )
+from gating_jax.lazy import lazy_names
+from gating_jax.ops.macs import conv_macs
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import AnyArray, Array
 
@@ -399,7 +398,10 @@ class FoldedNet:
 
   def outer_macs(self) -> int:
     """Returns the multiply-accumulates per example of what is in no part: of the classifier."""
-    return self.classifier[0].size if self.classifier is not None else 0
+    if self.classifier is None:
+      return 0
+    kernel, bias = self.classifier
+    return conv_macs(kernel.shape, (1, *bias.shape))
 
 
 @jax.tree_util.register_dataclass
@@ -621,174 +623,24 @@ def check_alike(net: Any, like: Any) -> None:
       )
 
 
-class Cost(NamedTuple):
-  """The cost of a part for one example.
-
-  Attributes:
-    shape: `(H', W', D')` of the part's output.
-    macs: multiply-accumulates: one number, or `[N]` where they depend on the example.
-  """
-
-  shape: Shape
-  macs: Any
-
-
-def macs(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) -> Any:
-  """Computes the multiply-accumulates per example, gate networks included.
-
-  Args:
-    net: the network.
-    input_shape: `(H, W, D)` of an image.
-    gates: `[N, U]` of every group in order, above 0 where open; empty if every gate is open.
-  Returns:
-    `[N]` numbers, or one number without `gates`.
-  """
-  always = glance_macs(net) + net.outer_macs()
-  return sum(macs_by_part(net, input_shape, gates)) + always
-
-
-def macs_by_part(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) -> list[Any]:
-  """Computes `macs` of each part; what is in no part is left out: the glance, the classifier."""
-  opened = []
-  for part, own, _ in walk(net, gates):
-    opened += opened_of(part, own) if gates else []
-  starts, shape, found = net.starts(input_shape), input_shape, []
-  # The next part multiplies only by the channels that the gates before leave.
-  for i, (part, own, before) in enumerate(walk(net, opened)):
-    shape, part_cost = part_macs(part, starts.get(i, shape), *before, opened=own)
-    found.append(head_macs(part) + part_cost)
-  return found
-
-
-def exit_macs(net: ExitNet, input_shape: Shape, stay: Any = None) -> Any:
-  """Computes the multiply-accumulates of each image from `[N, X]` `stay` of `exits.run`.
-
-  Without `stay`: of one image that no exit lets leave.
-  """
-  goes_on, total = 1, 0
-  for i, stage_cost in enumerate(stage_macs(net, input_shape)):
-    total = total + goes_on * stage_cost
-    if stay is not None and i < len(net.exits):
-      # The stage after an exit costs nothing for images that left there or before.
-      goes_on = goes_on * (np.asarray(stay)[:, i] > 0)
-  return total
-
-
-def stage_macs(net: ExitNet, input_shape: Shape) -> list[int]:
-  """Returns the multiply-accumulates of each stage with the exit that follows it."""
-  shape, found = (1, *input_shape), []
-  for i, stage in enumerate(net.stages):
-    stage_cost = int(macs(stage, shape[1:]))
-    if i < len(net.exits):
-      # The shape of the feature map, which the exit and the next stage take, is traced, not
-      # computed.
-      shape = jax.eval_shape(run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
-      stage_cost += int(macs(net.exits[i], shape[1:]))
-    found.append(stage_cost)
-  return found
-
-
-def glance_macs(net: FoldedNet) -> int:
-  """Returns the multiply-accumulates of the glance for one example; 0 without one."""
-  if net.glance is None:
-    return 0
-  conv = net.glance.conv
-  return int(_conv_macs(conv, (THUMBNAIL, THUMBNAIL, conv.kernel.shape[2])).macs)
-
-
-def head_macs(part: Part) -> int:
-  """Returns the multiply-accumulates of a part's gate network for one example; 0 without one."""
-  return part.head.hidden.size + part.head.logits.size if part.head is not None else 0
-
-
-def opened_of(part: Part, gates: Sequence[Any]) -> list[Any]:
-  """Computes what a part's `[N, U]` gates open, for each of its groups.
-
-  Returns:
-    `[N]` numbers of open channels, or, for a branch with one gate, whether it runs.
-  """
-  if part.layer_gate:
-    return [g[:, 0] > 0 for g in gates]
-  return open_channels(part.groups, gates)
-
-
-def open_channels(groups: Sequence[Group], gates: Sequence[Any]) -> list[Any]:
-  """Counts the open channels of each group, `[N]`, from its `[N, U]` gates."""
-  counts = []
-  for group, g in zip(groups, gates, strict=True):
-    counts.append(group.always + group.channels * (g > 0).sum(-1))
-  return counts
-
-
-def part_macs(part: Part, shape: Shape, inputs: Any = None, *, opened: Sequence[Any] = ()) -> Cost:
-  """Computes the output shape of a part and its multiply-accumulates, the gate network left out.
-
-  Args:
-    part: the part.
-    shape: `(H, W, D)` of its input.
-    inputs: number of input channels that are computed with, `[N]` or one; None for all.
-    opened: as `opened_of` returns them; for a branch also the fraction of the examples that run it.
-      Empty: all.
-  """
-  if isinstance(part, Layer):
-    return _layer_macs(part, shape, inputs, opened)
-  shortcut = shortcut_macs(part, shape, outputs=opened[-1] if opened and part.output_gate else None)
-  return Cost(shortcut.shape, shortcut.macs + branch_macs(part, shape, inputs, opened=opened))
-
-
-def _layer_macs(layer: Layer, shape: Shape, inputs: Any, opened: Sequence[Any]) -> Cost:
-  """Computes the cost of a layer, with the arguments of `part_macs`."""
-  conv = _conv_macs(layer.conv, shape, inputs, opened[0] if opened else None)
-  if layer.pool is None:
-    return conv
-  window, stride, pad = layer.pool
-  height, width, channels = conv.shape
-  height = (height + 2 * pad - window) // stride + 1
-  width = (width + 2 * pad - window) // stride + 1
-  return Cost((height, width, channels), conv.macs)
-
-
-def branch_macs(
-  block: Block, shape: Shape, inputs: Any = None, *, opened: Sequence[Any] = ()
-) -> Any:
-  """Computes the multiply-accumulates of a block's branch, with the arguments of `part_macs`."""
-  # A gate of the whole branch scales its cost; gates of channels scale each convolution's.
-  fraction = 1
-  if opened and block.layer_gate:
-    (fraction,), opened = opened, ()
-  total = 0
-  for i, conv in enumerate(block.convs):
-    outputs = opened[i] if i < len(opened) else None
-    shape, conv_cost = _conv_macs(conv, shape, inputs, outputs)
-    # Channels closed by a gate are no input of the next convolution.
-    total, inputs = total + conv_cost, outputs
-  return fraction * total
-
-
-def shortcut_macs(block: Block, shape: Shape, outputs: Any = None) -> Cost:
-  """Computes the cost of a block's shortcut.
-
-  Args:
-    block: the block.
-    shape: `(H, W, D)` of its input.
-    outputs: number of output channels that a projection computes, `[N]` or one; None for all.
-  """
-  if block.project is not None:
-    # All inputs count, as in the records of the model.
-    return _conv_macs(block.project, shape, None, outputs)
-  # Without a projection the shortcut costs nothing; strides round up.
-  stride, before, after = block.pad
-  height, width, channels = shape
-  return Cost((-(-height // stride), -(-width // stride), before + channels + after), 0)
-
-
-def _conv_macs(conv: Conv, shape: Shape, inputs: Any = None, outputs: Any = None) -> Cost:
-  """Computes the cost of a convolution; `inputs` and `outputs` are numbers of channels, or None."""
-  # Padding is symmetric, so a stride divides the size, rounded up.
-  height, width = -(-shape[0] // conv.stride), -(-shape[1] // conv.stride)
-  window_height, window_width, all_inputs, all_outputs = conv.kernel.shape
-  # MACs = window * pixels * inputs * outputs, over the channels that are computed with.
-  inputs = all_inputs if inputs is None else inputs
-  outputs = all_outputs if outputs is None else outputs
-  pixels = window_height * window_width * height * width
-  return Cost((height, width, all_outputs), pixels * inputs * outputs)
+if not TYPE_CHECKING:
+  # What the counts of `inference.costs` were called before.
+  __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+      "gating_jax.inference.costs": (
+        "Cost",
+        "macs",
+        "macs_by_part",
+        "exit_macs",
+        "stage_macs",
+        "glance_macs",
+        "head_macs",
+        "opened_of",
+        "open_channels",
+        "part_macs",
+        "branch_macs",
+        "shortcut_macs",
+      )
+    },
+  )

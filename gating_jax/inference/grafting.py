@@ -5,8 +5,8 @@ In a chain the reader of each pair is the writer of the next:
     y_0 = x,   y_i = gates_i * ReLU(norm_i(conv_i(y_{i-1}))),   y_k = conv_k(y_{k-1})
 
 These are the parts of a `GraftedNet`. The model's code runs as it stands until it calls the last
-convolution of a chain, in place of whose result it continues with y_k. What it computes between
-then reaches nothing, and XLA leaves it out.
+convolution of a chain. There it gets y_k, and continues with that. Nothing then reads what the
+model itself has computed in between, and XLA leaves it out.
 
 Axes: N images of H x W pixels and D channels.
 """
@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gating_jax.checks import few
 from gating_jax.inference.folded import FoldedNet, Shape
 from gating_jax.layers.gated_model import LAYERS, GatedModel, check_pairs, mode_of
-from gating_jax.layers.mac_trace import kernel_calls
+from gating_jax.layers.mac_trace import kernel_calls, total_macs
 from gating_jax.layers.pair_search import CALLS, find_pairs
 from gating_jax.types import Array, Path
 
@@ -203,7 +203,7 @@ def find_chains(model: GatedModel, variables: Mapping[str, Any], shape: Shape) -
     chains.append(tuple(chain))
     layers += [each.path for each in chain]
     ends.append(len(layers) - 1)
-  outer = sum(call.macs for call in kernels if call.path not in layers)
+  outer = total_macs(kernels, lambda path: path not in layers)
   graft = Graft(inner, tuple(layers), tuple(starts), tuple(ends), shape, outer)
   return Chains(tuple(chains), graft)
 

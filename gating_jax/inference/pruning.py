@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gating_jax.analysis.statistics import GateStatistics
-from gating_jax.checks import former_keyword
+from gating_jax.former_names import former_keyword
 from gating_jax.inference.folded import (
   Block,
   FoldedNet,

@@ -24,13 +24,13 @@ from gating_jax.inference.compiled import (
   AUTO,
   MAX_SLOWDOWN_ALL_OPEN,
   Compiled,
-  MacRatios,
   TimedProgram,
   Timing,
   count_pieces,
   count_runs,
   time_programs,
 )
+from gating_jax.inference.costs import MacRatios
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.summary import VideoCounts, video_summary
 from gating_jax.models.timegate import THRESHOLDS, Inputs, Outputs, SegmentNet
@@ -325,12 +325,13 @@ class _Network(NamedTuple):
     # Segments per video that `segments` computes, padding included.
     sizes = fitting_capacities(self.capacities, valid.size)
     taken = sum(pieces_for(int(np.sum(gates > 0)), sizes)) / len(valid)
-    return MacRatios(
-      opened=float(opened) / dense,
+    return MacRatios.to_dense(
+      dense,
+      opened=float(opened),
       computed={
-        MASKED: counts.computed(valid) / dense,
-        SEGMENTS: counts.computed(valid, taken) / dense,
-        UNGATED: counts.all_segments / dense,
+        MASKED: counts.computed(valid),
+        SEGMENTS: counts.computed(valid, taken),
+        UNGATED: counts.all_segments,
       },
     )
 

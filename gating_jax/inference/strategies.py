@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -35,14 +35,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.inference import folded
+from gating_jax.inference import costs, folded
 from gating_jax.inference.clusters import CHANNELS, are_covered, select_channels, unions
-from gating_jax.inference.compiled import MacRatios
+from gating_jax.inference.costs import Account, open_channels
 from gating_jax.inference.folded import (
   AllGates,
   Block,
   Conv,
-  ExitNet,
   FoldedNet,
   Gates,
   Group,
@@ -51,12 +50,11 @@ from gating_jax.inference.folded import (
   Runner,
   Shape,
   chain,
-  open_channels,
   output_groups,
   walk,
 )
 from gating_jax.ops import native_kernels, pallas_kernels
-from gating_jax.ops.compaction import bucket_sizes
+from gating_jax.ops.compaction import bucket_sizes, example_sizes
 from gating_jax.timing import MASKED
 from gating_jax.types import AnyArray, Array
 
@@ -126,18 +124,14 @@ class PartBatch:
     """Computes multiply-accumulates per example, the gate network left out.
 
     Args:
-      inputs: as in `folded.part_macs`.
+      inputs: as in `costs.part_macs`.
       opened: the same; but a block's shortcut is computed whole in any case.
     """
-    if isinstance(self.part, Layer):
-      return folded.part_macs(self.part, self.shape, inputs, opened=opened).macs
-    shortcut = folded.shortcut_macs(self.part, self.shape).macs
-    return shortcut + folded.branch_macs(self.part, self.shape, inputs, opened=opened)
+    return costs.program_macs(self.part, self.shape, inputs, opened=opened)
 
   def total(self, inputs: Any = None, opened: Sequence[Any] = ()) -> float:
     """Computes `macs` summed over the examples."""
-    # A count that does not depend on the example is one number.
-    return float(np.sum(np.broadcast_to(self.macs(inputs, opened), self.count)))
+    return costs.total_macs(self.macs(inputs, opened), self.count)
 
   def padded(self, is_open: np.ndarray) -> int:
     """Returns the number of examples that `for_open` computes for the open ones of `[N]`."""
@@ -166,7 +160,7 @@ def masked(part: Part, context: PartContext) -> CompiledPart:
 
 def masked_macs(batch: PartBatch) -> float:
   """Counts every channel for every example."""
-  return float(batch.count * batch.macs())
+  return batch.total()
 
 
 class _Axis(NamedTuple):
@@ -383,7 +377,7 @@ def _weights_of(part: Part, gates: Gates) -> Gates:
 def layer_dispatch_macs(batch: PartBatch) -> float:
   """Counts the branch for the examples gathered, as a fraction of all N."""
   fraction = batch.padded(batch.gates[0][:, 0]) / batch.count
-  return float(batch.count * batch.macs(opened=[fraction]))
+  return batch.total(opened=[fraction])
 
 
 def _has_one_hidden_group(part: Part) -> TypeGuard[Block]:
@@ -446,7 +440,7 @@ def block_dispatch_macs(batch: PartBatch) -> float:
     examples += batch.padded(gates)
   # The mean number of channels that run for an example.
   channels = group.always + group.channels * examples / batch.count
-  return float(batch.count * batch.macs(opened=[channels]))
+  return batch.total(opened=[channels])
 
 
 def _unchanged(y: Array) -> Array:
@@ -519,31 +513,6 @@ def for_open(
   return lax.switch(_smallest_program(jnp.sum(is_open), sizes), programs)
 
 
-def example_sizes(total: int, buckets: int) -> tuple[int, ...]:
-  """Returns the batch sizes that the programs of `for_open` take, out of `total` examples."""
-  return (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
-
-
-def exit_dispatch_macs(net: ExitNet, input_shape: Shape, stay: np.ndarray, buckets: int) -> float:
-  """Computes the MACs of `exit_dispatch` per image of a batch, padding included.
-
-  Args:
-    net: the network.
-    input_shape: `(H, W, D)` of an image.
-    stay: `[N, X]` of `exits.run`, for this batch.
-    buckets: as in `exits.run`.
-  """
-  taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
-  for i, stage_cost in enumerate(folded.stage_macs(net, input_shape)):
-    total += taken * stage_cost
-    if i < len(net.exits):
-      goes_on &= stay[:, i] > 0
-      # Sizes count from the images of the stage before, as its program is compiled for these.
-      sizes = example_sizes(taken, buckets) if taken else (0,)
-      taken = sizes[np.searchsorted(sizes, goes_on.sum())]
-  return total / len(stay)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Clustered(Block):
@@ -611,13 +580,14 @@ def cluster_macs(batch: PartBatch) -> float:
   masks = list(map(np.asarray, part.masks(batch.gates)))
   whole = [np.arange(group.width) for group in part.inner_groups]
   # The shortcut runs for all; an example waits until a set covers what it opens.
-  total = batch.count * folded.shortcut_macs(part, batch.shape).macs
+  total = costs.total_macs(costs.shortcut_macs(part, batch.shape).macs, batch.count)
   waiting = np.ones(batch.count, bool)
   for kept in [*_channel_sets(part, batch.context), whole]:
     taken = waiting & np.asarray(are_covered(masks, select_channels(masks, kept)))
-    branch = folded.branch_macs(part, batch.shape, opened=[index.size for index in kept])
-    total, waiting = total + batch.padded(taken) * branch, waiting & ~taken
-  return float(total)
+    branch = costs.branch_macs(part, batch.shape, opened=[index.size for index in kept])
+    total += costs.total_macs(branch, batch.padded(taken))
+    waiting &= ~taken
+  return total
 
 
 def native(part: Part, context: PartContext) -> CompiledPart | None:
@@ -702,7 +672,7 @@ def _native_chain(
 
 def native_macs(batch: PartBatch) -> float:
   """Counts the open channels, and the shortcut whole."""
-  opened = folded.opened_of(batch.part, batch.gates)
+  opened = costs.opened_of(batch.part, batch.gates)
   # The input of a branch of one gate is computed whole.
   inputs = () if batch.part.layer_gate else open_channels(batch.context.groups_before, batch.before)
   return batch.total(*inputs, opened=opened)
@@ -769,50 +739,6 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Account:
-  """Multiply-accumulates per image of a network by each strategy, on calibration data.
-
-  Attributes:
-    dense: of each part without gates.
-    opened: of each part, those of open units.
-    computed: of each part, those that each strategy computes, by name.
-    heads: of each part's gate network.
-    outer: of what is in no part: of the classifier.
-    glance: of the look at the whole image that gate networks read.
-  """
-
-  dense: Sequence[float]
-  opened: Sequence[float]
-  computed: Sequence[Mapping[str, float]]
-  heads: Sequence[int]
-  outer: int
-  glance: int = 0
-
-  def part_ratios(self, part: int) -> MacRatios:
-    """Returns the ratios of a part, without its gate network; 1 for a part without any MACs."""
-    dense = self.dense[part]
-    if not dense:
-      return MacRatios(1.0, dict.fromkeys(self.computed[part], 1.0))
-    computed = {name: macs / dense for name, macs in self.computed[part].items()}
-    return MacRatios(self.opened[part] / dense, computed)
-
-  def net_ratios(self, programs: Mapping[str, Sequence[str]]) -> MacRatios:
-    """Returns the ratios of whole programs, with gate networks and what is in no part.
-
-    `programs` maps a name to the strategies of its parts.
-    """
-    dense = sum(self.dense) + self.outer
-    opened = sum(self.opened) + sum(self.heads) + self.glance + self.outer
-    computed = {name: self.program_macs(names) / dense for name, names in programs.items()}
-    return MacRatios(opened / dense, computed)
-
-  def program_macs(self, names: Sequence[str]) -> float:
-    """Returns the MACs that a whole program computes, from the strategies of its parts."""
-    of_parts = sum(self.computed[part][name] for part, name in enumerate(names))
-    return of_parts + sum(self.heads) + self.glance + self.outer
-
-
 def account(
   net: FoldedNet,
   shape: Shape,
@@ -834,7 +760,7 @@ def account(
   Returns:
     An `Account`, per image.
   """
-  of_parts = folded.macs_by_part(net, shape, folded.join_batches(batches))
+  of_parts = costs.macs_by_part(net, shape, folded.join_batches(batches))
   walks = [list(folded.walk(net, gates)) for gates in batches]
   starts = net.starts(shape)
   dense, opened, computed, heads = [], [], [], []
@@ -851,9 +777,9 @@ def account(
       by_strategy[name] = total / (size * len(batches))
     computed.append(by_strategy)
     # Gate networks are a field of their own.
-    heads.append(folded.head_macs(part))
+    heads.append(costs.head_macs(part))
     opened.append(float(np.mean(of_parts[i])) - heads[i])
-    shape, macs = folded.part_macs(part, shape)
+    shape, macs = costs.part_macs(part, shape)
     dense.append(macs)
   return Account(
     dense,
@@ -861,5 +787,5 @@ def account(
     computed,
     heads=heads,
     outer=net.outer_macs(),
-    glance=folded.glance_macs(net),
+    glance=costs.glance_macs(net),
   )

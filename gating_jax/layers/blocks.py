@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gating_jax.checks import former_keyword, one_of
+from gating_jax.checks import one_of
+from gating_jax.former_names import former_keyword
 from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_part
 from gating_jax.layers.conv import (
   CONVOLUTIONS,
-  ConvMacs,
   ConvNorm,
   FactorisedConvNorm,
   check_maps,
@@ -36,6 +36,7 @@ from gating_jax.layers.gate import (
 )
 from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_backward
+from gating_jax.ops.macs import ConvMacs, channel_macs
 from gating_jax.types import Array, Records
 
 # Of an ungated network that is told the source of each image.
@@ -397,8 +398,7 @@ def _hidden_groups(
 ) -> tuple[GatedChannels, ...]:
   """Describes the channels between the convolutions of a branch, group by group.
 
-  A channel is an output of one convolution and an input of the next. A convolution gated on both
-  sides costs MACs per pair of open channels, which belong to the later group.
+  A channel is an output of one convolution and an input of the next.
 
   Args:
     calls: the convolutions.
@@ -408,18 +408,20 @@ def _hidden_groups(
   groups = []
   for i, before in enumerate(calls[:-1]):
     after = calls[i + 1]
-    alone, per_pair = before.macs.per_output + after.macs.per_input, before.macs.per_pair
-    if i == 0 and not gated_input:
-      # All channels of the block's input are read, whatever is open.
-      alone, per_pair = alone + before.shape[-1] * per_pair, 0
-    if after is calls[-1] and not gated_output:
-      # All channels of the block's output are made, whatever is open.
-      alone += after.conv.features * after.macs.per_pair
+    # Without gates, all channels of the block's input are read, and all of its output made.
+    reads_all = i == 0 and not gated_input
+    makes_all = after is calls[-1] and not gated_output
+    cost = channel_macs(
+      before.macs,
+      inputs=before.shape[-1] if reads_all else None,
+      read=after.macs,
+      outputs=after.conv.features if makes_all else None,
+    )
     groups.append(
       GatedChannels(
         channels=before.conv.features,
-        macs_per_channel=alone,
-        macs_per_pair=per_pair,
+        macs_per_channel=cost.alone,
+        macs_per_pair=cost.per_pair,
         writers=(before.conv.writer,),
         readers=(after.conv.reader,),
       )
@@ -432,14 +434,14 @@ def _output_group(last: _Call, project: Conv | None, x_shape: Sequence[int]) -> 
 
   No reader is named, since the output also bypasses the next block's branch.
   """
-  alone, writers = last.macs.per_output, (last.conv.writer,)
+  cost, writers = channel_macs(last.macs), (last.conv.writer,)
   if project:
     # The projection is not gated on its input side: it reads every channel.
-    alone += project.macs(x_shape).per_pair * x_shape[-1]
+    cost = cost.plus(channel_macs(project.macs(x_shape), inputs=x_shape[-1]).alone)
     writers += (project.writer,)
   return GatedChannels(
     channels=last.conv.features,
-    macs_per_channel=alone,
-    macs_per_pair=last.macs.per_pair,
+    macs_per_channel=cost.alone,
+    macs_per_pair=cost.per_pair,
     writers=writers,
   )

@@ -2,8 +2,8 @@
 
     context = [part_1, part_2, ...],   such as "glance+pooled"
 
-The parts `pooled`, `moments` and `grid` are of the map that a gate reads. The parts `glance` and
-`told` are of the example as a whole: a network computes them once, and passes them to its gates.
+The parts `pooled`, `moments` and `grid` describe the map that a gate reads. The parts `glance` and
+`told` describe the whole example: a network computes them once, and passes them to its gates.
 
 Axes: N examples, H and W pixels, D channels, S sources of images.
 Reference: Verelst and Tuytelaars, 2020, and Hussein et al., 2020 (a light view of the input tells
@@ -31,8 +31,8 @@ PARTS = (*MAP_PARTS, *SHARED_PARTS)
 GLANCE_NAME = "glance"
 # Sides of the grid of means and of a glance's thumbnail, and channels of a glance.
 _GRID, THUMBNAIL, _FEATURES = 2, 8, 8
-# How many numbers each part of the map has for one of its channels; those of all channels lie next
-# to each other.
+# Numbers that each part of the map has for a channel. The first numbers of all channels come first,
+# then the second ones.
 NUMBERS_PER_CHANNEL = {"pooled": 1, "moments": 2, "grid": _GRID**2}
 # Keep deviations of flat maps away from 0, where a square root has no slope.
 _LEAST_VARIANCE, _LEAST_DEVIATION = 1e-4, 0.1
@@ -140,14 +140,14 @@ def shared_context(
   """Computes the parts of its gates' context that a network computes once, inside its `__call__`.
 
   Args:
-    parts: of the context, of which the others are ignored.
+    parts: parts of the context; those of `MAP_PARTS` are ignored.
     x: the network's input, `[N, H, W, D]` images or clips.
     train: as of the network.
-    source: `[N]` int32, the number of each example's source, where the network is told.
+    source: `[N]` int32, the number of each example's source; None where the network does not know.
     sources: S.
     axis_name: mapped device axis over which BatchNorm takes its statistics.
   Raises:
-    ValueError: the source is asked for, and the network is not told.
+    ValueError: `told` is among the parts, and there is no source.
   """
   shared = {}
   if "glance" in parts:

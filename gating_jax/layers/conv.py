@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 
 from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import convolve_clips, convolve_depthwise
+from gating_jax.ops.macs import ConvMacs, factorised_conv, plain_conv
 from gating_jax.types import Array, Path
 
 # Channels of a group, at most: Wu and He, 2018, table 3.
@@ -29,21 +29,6 @@ def check_maps(x: Array) -> None:
   arguments.real_array("x", x)
   if jnp.ndim(x) not in (4, 5):
     raise ValueError(f"x must be [N, H, W, D] or [N, F, H, W, D]; got shape {jnp.shape(x)}")
-
-
-class ConvMacs(NamedTuple):
-  """Coefficients of a convolution's MACs per example.
-
-  With i input and o output channels it costs `i * per_input + o * per_output + i * o * per_pair`.
-  """
-
-  per_input: int
-  per_output: int
-  per_pair: int
-
-  def total(self, *, inputs: int, outputs: int) -> int:
-    """Returns the MACs with this many input and output channels."""
-    return inputs * self.per_input + outputs * (self.per_output + inputs * self.per_pair)
 
 
 class ConvNorm(nn.Module):
@@ -132,9 +117,7 @@ class ConvNorm(nn.Module):
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
     """Returns the MACs of this convolution's channels on an input of this shape."""
     window = _per_axis("window", self.window, len(x_shape) - 2)
-    macs = math.prod(window) * math.prod(self.output_shape(x_shape)[1:-1])
-    # A depthwise channel reads itself alone, so it costs nothing per pair.
-    return ConvMacs(macs, 0, 0) if self.depthwise else ConvMacs(0, 0, macs)
+    return plain_conv(window, self.output_shape(x_shape), depthwise=self.depthwise)
 
 
 class FactorisedConvNorm(nn.Module):
@@ -187,20 +170,13 @@ class FactorisedConvNorm(nn.Module):
     return _output_shape(x_shape, self.stride, self.features)
 
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
-    """Returns the MACs of this convolution's channels on an input of this shape.
-
-    No pair of an input and an output channel has a cost of its own, since the M channels in between
-    always run.
-    """
+    """Returns the MACs of this convolution's channels on an input of this shape."""
     t, *pixels = _per_axis("window", self.window, 3)
-    frames, middle = x_shape[1], self._middle(x_shape[-1])
-    _, out_frames, height, width, _ = self.output_shape(x_shape)
-    return ConvMacs(
-      # The spatial convolution has no stride in time: it runs on every frame.
-      per_input=math.prod(pixels) * frames * height * width * middle,
-      per_output=t * out_frames * height * width * middle,
-      per_pair=0,
-    )
+    examples, frames = x_shape[:2]
+    output_shape, middle = self.output_shape(x_shape), self._middle(x_shape[-1])
+    # The spatial convolution has no stride in time: it runs on every frame.
+    space = plain_conv((1, *pixels), (examples, frames, *output_shape[2:4], middle))
+    return factorised_conv(space, plain_conv((t, 1, 1), output_shape), middle)
 
   def _parts(self, inputs: int) -> tuple[ConvNorm, ConvNorm]:
     window, stride = _per_axis("window", self.window, 3), _per_axis("stride", self.stride, 3)

@@ -39,6 +39,7 @@ from gating_jax.layers.context import (
 )
 from gating_jax.ops import arguments, collectives, quantiles, relaxations
 from gating_jax.ops.arguments import float_dtype
+from gating_jax.ops.macs import UnitMacs
 from gating_jax.types import AnyArray, Array, GateRecord, Path, Records
 
 # Name of every gate module inside its block; `is_gate_path` recognises gates by it.
@@ -450,13 +451,13 @@ class ChannelGate(nn.Module):
     before = self.settings.channels_per_gate(x.shape[-1]) if self.groups[0].macs_per_pair else 1
     for i, group in enumerate(self.groups):
       size = self.settings.channels_per_gate(group.channels)
+      cost = UnitMacs(group.macs_per_channel, group.macs_per_pair).of_gate(size, before)
       record = GateRecord(
         logits=logits_of[i],
         probs=probs_of[i],
         gates=gates_of[i],
-        macs_per_unit=size * group.macs_per_channel,
-        # Two gates, of `size` and of `before` channels, switch size * before pairs of channels.
-        macs_per_pair=size * before * group.macs_per_pair,
+        macs_per_unit=cost.alone,
+        macs_per_pair=cost.per_pair,
         writers=group.writers,
         readers=group.readers,
         gate=self.path,

@@ -35,7 +35,7 @@ from gating_jax.layers.gate import (
   decisions,
 )
 from gating_jax.ops import arguments
-from gating_jax.ops.macs import conv_macs
+from gating_jax.ops.macs import ConvMacs, channel_macs, conv_macs, shared_among
 from gating_jax.types import Apply, Array, GateRecord, Path, Records
 
 if TYPE_CHECKING:
@@ -178,6 +178,18 @@ class _Cost(NamedTuple):
   macs: int
   is_grouped: bool
 
+  @property
+  def as_writer(self) -> ConvMacs:
+    """Returns the costs of its output channels."""
+    # An output channel of a grouped layer reads its own group, whatever is open.
+    inputs = None if self.is_grouped else self.inputs
+    return shared_among(self.macs, inputs=inputs, outputs=self.outputs)
+
+  @property
+  def as_reader(self) -> ConvMacs:
+    """Returns the costs of its input channels, where all of its output channels are made."""
+    return shared_among(self.macs, inputs=self.inputs)
+
 
 class _Pass:
   """A forward pass of a gated model: computes gates at writers and switches at readers.
@@ -299,21 +311,22 @@ class _Pass:
     """Returns the record of a pair with the MACs of its units, and its paths."""
     reader = self._pairs.readers[writer]
     made, read = self._costs[writer], self._costs[reader]
-    per_channel = per_pair = before = 0
-    if writer not in self._pairs.writers or made.is_grouped:
-      # All input channels are read; a grouped layer's output reads its own group.
-      per_channel = made.macs // made.outputs
-    else:
-      per_pair = made.macs // (made.inputs * made.outputs)
-      before = self._settings.channels_per_gate(made.inputs)
-    if reader not in self._pairs.readers:
-      # All output channels are made. Otherwise the next pair has the costs of its writer.
-      per_channel += read.macs // read.inputs
-    size = self._settings.channels_per_gate(made.outputs)
+    follows = writer in self._pairs.writers
+    cost = channel_macs(
+      made.as_writer,
+      # In a chain, the gates of the pair before switch the input.
+      inputs=None if follows else made.inputs,
+      # In a chain, the next pair has the costs of its writer. Else all output channels are made.
+      read=None if reader in self._pairs.readers else read.as_reader,
+    )
+    cost = cost.of_gate(
+      self._settings.channels_per_gate(made.outputs),
+      self._settings.channels_per_gate(made.inputs) if cost.per_pair else 1,
+    )
     return dataclasses.replace(
       self._records[writer],
-      macs_per_unit=size * per_channel,
-      macs_per_pair=size * before * per_pair,
+      macs_per_unit=cost.alone,
+      macs_per_pair=cost.per_pair,
       writers=(made.path,),
       readers=(read.path,),
     )

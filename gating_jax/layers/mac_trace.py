@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -53,8 +52,18 @@ def kernel_calls() -> Iterator[list[Call]]:
     if isinstance(module, nn.DenseGeneral):
       kernel = module.get_variable("params", "kernel").shape
       # It may have any number of axes; every entry is one multiplication per example.
-      calls.append(Call(module.path, math.prod(kernel), 0))
+      calls.append(Call(module.path, conv_macs(kernel, (1, 1)), 0))
     return y
 
   with nn.intercept_methods(note):
     yield calls
+
+
+def total_macs(calls: Iterable[Call], where: Callable[[Path], bool] | None = None) -> int:
+  """Returns the MACs per example of the calls, or of those whose path fulfils a condition.
+
+  >>> calls = [Call(("conv",), macs=12, inputs=3), Call(("dense",), macs=8, inputs=0)]
+  >>> total_macs(calls), total_macs(calls, lambda path: path == ("dense",))
+  (20, 8)
+  """
+  return sum(call.macs for call in calls if where is None or where(call.path))

@@ -17,7 +17,7 @@ Reference: Rusu et al., "Progressive neural networks", 2016.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -26,17 +26,10 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import scaled
 from gating_jax.layers.gate import GateSettings
-from gating_jax.layers.mac_trace import kernel_calls
+from gating_jax.lazy import lazy_names
 from gating_jax.models.resnets import RESNETS, ResNet, resnet
 from gating_jax.models.vggs import POOL, VGGS, Chain, VGGLayer
 from gating_jax.types import Array, cached
-
-
-class ColumnMacs(NamedTuple):
-  """Multiply-accumulates per image of one column: those of its layers and of its dense layer."""
-
-  layers: int
-  head: int
 
 
 class ChainColumn(nn.Module):
@@ -165,43 +158,11 @@ def column(name: str, classes: int, **settings) -> Column:
 @cached
 def output_shapes(column: Column, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], ...]:
   """Returns `(H_i, W_i, D_i)` of each output of a column for an image of this shape."""
-  _, outputs = _trace(column, shape, ())
+  _, outputs = trace_column(column, shape, ())
   return tuple(h.shape[1:] for h in outputs)
 
 
-@cached
-def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int) -> ColumnMacs:
-  """Counts the MACs of a column that has `columns_before` columns before it.
-
-  Multiplications by values known to be 0, those of the missing columns, are not counted.
-
-  Args:
-    column: the column.
-    shape: `(H, W, D)` of an image.
-    columns_before: J.
-  """
-  *inner, last = output_shapes(column, shape)
-  j, before = columns_before, ()
-  if j:
-    before = [(j, 1, *h) for h in (*inner, last)]
-  with kernel_calls() as calls:
-    _trace(column, shape, before)
-  layers = head = 0
-  for call in calls:
-    if call.path == ("classifier",):
-      head += call.macs
-    else:
-      layers += call.macs
-  # The trace sees convolutions and dense layers; an adapter's V is an einsum, counted here: J D^2
-  # for each pixel of an output.
-  for height, width, channels in inner:
-    layers += j * height * width * channels**2
-  # The classifier's adapter reads the mean of the last output.
-  head += j * last[-1] ** 2
-  return ColumnMacs(layers, head)
-
-
-def _trace(
+def trace_column(
   column: Column, shape: Sequence[int], before: Sequence[Sequence[int]]
 ) -> tuple[Array, tuple[Array, ...]]:
   """Returns the logits and outputs of a new column, as shapes."""
@@ -224,3 +185,10 @@ def _logits(column: Column, h: Array, before: Sequence[Array]) -> Array:
       [pooled, Adapter(column.alpha, name="classifier_adapter")(pooled_before)], axis=-1
     )
   return nn.Dense(column.classes, name="classifier")(pooled)
+
+
+if not TYPE_CHECKING:
+  # Counts of columns were here before.
+  __getattr__, __dir__ = lazy_names(
+    __name__, {"gating_jax.models.summary": ("ColumnMacs", "column_macs")}
+  )

@@ -25,10 +25,13 @@ from gating_jax.layers.gate import (
   decisions,
 )
 from gating_jax.ops.cpu_convs import convolve_doubled, convolve_images
+from gating_jax.ops.macs import channel_macs, plain_conv
 from gating_jax.types import Array, Path, Records
 
 # Sides from here on are halved; so the smallest map has at least 4, the critic's window.
 _SMALLEST_SIDE = 8
+# Of the generator's convolutions.
+_WINDOW = (3, 3)
 # Without normalisation, only the initial weights keep the features' scale through the ReLUs.
 _INITIAL = nn.initializers.he_normal()
 
@@ -78,13 +81,13 @@ class Generator(nn.Module):
     maps = _maps(self.shape, self.width)
     records: Records = ()
     for i, size in enumerate(maps, start=1):
-      # The pixel layer has no gates: its MACs per input channel all belong to the last map's gate.
-      read = height * width * 9 * colours if i == len(maps) else 0
+      # The pixel layer has no gates: its MACs all belong to the last map's gate.
+      pixels = (1, height, width, colours) if i == len(maps) else None
       # Records name the layer that reads the gated channels, as in the tree of parameters.
       reader = (*self.path, "pixels") if i == len(maps) else (*self.path, f"map{i + 1}", "filters")
       hidden = _Hidden(
         size=size,
-        pixel_macs=read,
+        pixels=pixels,
         reader=reader,
         gating=self.gating,
         gate=self.gate,
@@ -135,12 +138,12 @@ class _Hidden(nn.Module):
 
   Attributes:
     size: height, width and channels of the map.
-    pixel_macs: MACs that a channel of this map costs the pixel layer; 0 unless that layer is next.
+    pixels: output shape of the pixel layer, where that reads this map; else None.
     reader: path of the layer that reads this map.
   """
 
   size: tuple[int, int, int]
-  pixel_macs: int
+  pixels: tuple[int, int, int, int] | None
   reader: Path
   gating: str
   gate: GateSettings
@@ -158,18 +161,19 @@ class _Hidden(nn.Module):
     y = nn.relu(filters(x))
     if self.gating == "none":
       return y, ()
-    per_unit, per_pair = self.pixel_macs, 0
-    if from_latents:
-      # A channel of the first map reads the latent values, whatever is open.
-      per_unit += height * width * x.shape[-1]
-    else:
-      # A later channel costs 9 MACs a pixel for each open channel of the map before, whose record
-      # comes just before this one.
-      per_pair = height * width * 9
+    cost = channel_macs(
+      # A dense layer makes every pixel of the first map.
+      plain_conv(() if from_latents else _WINDOW, (1, height, width, features)),
+      # A channel of the first map reads the latent values, whatever is open; a later one the open
+      # channels of the map before, whose record comes just before this one.
+      inputs=x.shape[-1] if from_latents else None,
+      read=plain_conv(_WINDOW, self.pixels) if self.pixels else None,
+      outputs=self.pixels[-1] if self.pixels else None,
+    )
     group = GatedChannels(
       channels=features,
-      macs_per_channel=per_unit,
-      macs_per_pair=per_pair,
+      macs_per_channel=cost.alone,
+      macs_per_pair=cost.per_pair,
       writers=(filters.path,),
       readers=(self.reader,),
     )
@@ -199,7 +203,7 @@ def _doubling(features: int, name: str) -> nn.Conv:
     """Convolves the enlarged map, which is never built: the small one is read."""
     return convolve_doubled(x, kernel)
 
-  return nn.Conv(features, (3, 3), kernel_init=_INITIAL, conv_general_dilated=convolve, name=name)
+  return nn.Conv(features, _WINDOW, kernel_init=_INITIAL, conv_general_dilated=convolve, name=name)
 
 
 def _halving(features: int, name: str) -> nn.Conv:

@@ -36,7 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from gating_jax.checks import few, first_line, naming_extra, one_of, printable, user_path
+from gating_jax.checks import few, first_line, one_of, printable, user_path
+from gating_jax.extras import naming_extra
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.resnets import RESNETS, ResNet

@@ -1,14 +1,8 @@
 """Size of a model for images or videos: parameters, gates and MACs, found by tracing it once.
 
-A network for long videos is counted part by part.
+A network for long videos is counted part by part, a progressive one column by column.
 
-The homes of MACs: layers describe them (`layers.mac_trace` the kernels, gate records the units),
-the summaries here count those of a network, with its gates open or as they are; `inference.folded`
-counts what the open units of a compiled network need, and `inference.strategies` what its programs
-compute, padding included. What is no Flax module, as the task classifier of features, counts its
-own.
-
-Axes: N examples, M videos, T segments.
+Axes: N examples, M videos, T segments, J columns before one, S columns.
 """
 
 from __future__ import annotations
@@ -25,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from gating_jax.checks import former_keyword, shown
+from gating_jax.checks import shown
+from gating_jax.former_names import former_keyword
 from gating_jax.layers.gate import is_gate_path
-from gating_jax.layers.mac_trace import Call, kernel_calls
+from gating_jax.layers.mac_trace import Call, kernel_calls, total_macs
+from gating_jax.models.columns import Column, output_shapes, trace_column
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import arguments
-from gating_jax.ops.macs import executed_macs, gated_macs
-from gating_jax.types import Array, GateRecord, Path, Records
+from gating_jax.ops.macs import conv_macs, executed_macs, gated_macs
+from gating_jax.types import Array, GateRecord, Path, Records, cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +63,16 @@ class ModelCounts:
     return self.macs - self.gated
 
   @property
+  def never_gated_fraction(self) -> float:
+    """Returns `never_gated_macs` as a fraction of `macs`: what closing every gate leaves."""
+    return self.never_gated_macs / self.macs
+
+  @property
+  def open_macs(self) -> int:
+    """Returns the MACs per example with every gate open, gate networks included."""
+    return self.macs + self.gate_macs
+
+  @property
   def always_macs(self) -> int:
     """Returns the MACs per example that always run: the ungated part and the gate networks."""
     return self.never_gated_macs + self.gate_macs
@@ -81,6 +87,19 @@ class ModelCounts:
     """
     always = jnp.full(shape, float(self.always_macs + further))
     return always + executed_macs(records).reshape(shape) if records else always
+
+  def of_results(self, results: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    """Computes the MACs of each example, `[N]` float64, from the results of an evaluation.
+
+    Args:
+      results: for a network with gates `macs`, `[N]` of the gated units; float32 has too few digits
+        for the sum.
+      count: N.
+    """
+    if "macs" not in results:
+      # Scales of channels have networks of their own; without any, these are the network's MACs.
+      return np.full(count, float(self.open_macs))
+    return self.always_macs + results["macs"].astype(np.float64)
 
   @property
   def fixed(self) -> int:
@@ -113,9 +132,8 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
 def _count(trace: _Trace) -> ModelCounts:
   """Returns the counts of a traced model."""
   # Keyed by whether the path is that of a gate network.
-  macs, params = {True: 0, False: 0}, {True: 0, False: 0}
-  for call in trace.calls:
-    macs[is_gate_path(call.path)] += call.macs
+  params = {True: 0, False: 0}
+  gate_macs = total_macs(trace.calls, is_gate_path)
   leaves: dict[Path, Any] = traverse_util.flatten_dict(trace.variables.get("params", {}))
   for path, leaf in leaves.items():
     params[is_gate_path(path)] += math.prod(leaf.shape)
@@ -124,8 +142,8 @@ def _count(trace: _Trace) -> ModelCounts:
     params=params[False],
     gate_params=params[True],
     gates=sum(gates),
-    macs=macs[False],
-    gate_macs=macs[True],
+    macs=total_macs(trace.calls) - gate_macs,
+    gate_macs=gate_macs,
     # A network without gates has no records.
     gated=gated_macs(trace.records) if trace.records else 0,
     gate_layers=tuple(zip(layer_names(trace.records), gates, strict=True)),
@@ -329,7 +347,7 @@ class VideoCounts:
     Raises:
       ValueError: as in `per_video`.
     """
-    heavy = float(self.heavy.macs + self.heavy.gate_macs)
+    heavy = float(self.heavy.open_macs)
     every = np.ones(np.shape(valid))
     masked = float(self.per_video(every, valid, heavy * every).mean())
     return masked if taken is None else masked - (self.segments - taken) * heavy
@@ -386,3 +404,61 @@ def video_summary(
     selector=selector,
     classifier=classifier,
   )
+
+
+class ColumnMacs(NamedTuple):
+  """MACs per image of one column of a progressive network: of its layers and its dense layer."""
+
+  layers: int
+  head: int
+
+
+@cached
+def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int) -> ColumnMacs:
+  """Counts the MACs of a column that has `columns_before` columns before it.
+
+  Multiplications by values known to be 0, those of the missing columns, are not counted.
+
+  Args:
+    column: the column.
+    shape: `(H, W, D)` of an image.
+    columns_before: J.
+  """
+  *inner, last = output_shapes(column, shape)
+  j, before = columns_before, ()
+  if j:
+    before = [(j, 1, *h) for h in (*inner, last)]
+  with kernel_calls() as calls:
+    trace_column(column, shape, before)
+  head = total_macs(calls, _is_classifier)
+  layers = total_macs(calls) - head
+  # The trace sees convolutions and dense layers. An adapter's V is an einsum, counted here: a 1x1
+  # convolution of the J columns' channels.
+  for height, width, channels in inner:
+    layers += conv_macs((1, 1, j * channels, channels), (1, height, width, channels))
+  # The classifier's adapter reads the mean of the last output.
+  head += conv_macs((j * last[-1], last[-1]), (1, last[-1]))
+  return ColumnMacs(layers, head)
+
+
+def _is_classifier(path: Path) -> bool:
+  return path == ("classifier",)
+
+
+def columns_macs(
+  column: Column, shape: tuple[int, int, int], seen: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Counts the MACs per image of a progressive network, by the task that an image belongs to.
+
+  Args:
+    column: one column.
+    shape: `(H, W, D)` of an image.
+    seen: S, the number of columns.
+  Returns:
+    `[S]` float32 MACs where the task is known, and one number where it is not.
+  """
+  # `[S, 2]`: the layers and the head of each column.
+  macs = [column_macs(column, shape, j) for j in range(seen)]
+  layers, heads = np.array(macs, np.float32).T
+  # Column j needs the layers of all columns up to it, and its own head.
+  return np.cumsum(layers) + heads, layers.sum() + heads.sum()

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.checks import naming_extra, one_of
+from gating_jax.checks import one_of
+from gating_jax.extras import naming_extra
 from gating_jax.layers.gate import GATE_NAME, check_examples
 from gating_jax.layers.segment_gate import (
   POLICIES,

@@ -27,6 +27,7 @@ from gating_jax.layers.gate import (
 )
 from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import max_pool
+from gating_jax.ops.macs import channel_macs
 from gating_jax.types import Apply, Array, Path, Records
 
 POOL: Final = "pool"
@@ -198,15 +199,13 @@ class VGGLayer(nn.Module):
       y = max_pool(y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2], (2, 2), (2, 2))
     if self.gating == "none":
       return y, ()
-    per_unit, per_pair = 0, conv.macs(x.shape).per_pair
-    if not self.gated_input:
-      # All input channels are read; with gates, those that are open, which are the units of the
-      # record before.
-      per_unit, per_pair = per_pair * x.shape[-1], 0
+    # With gates, the input channels that are read are those open in the record before.
+    inputs = None if self.gated_input else x.shape[-1]
+    cost = channel_macs(conv.macs(x.shape), inputs=inputs)
     group = GatedChannels(
       channels=self.features,
-      macs_per_channel=per_unit,
-      macs_per_pair=per_pair,
+      macs_per_channel=cost.alone,
+      macs_per_pair=cost.per_pair,
       writers=(conv.writer,),
       readers=self.readers,
     )

@@ -153,6 +153,19 @@ def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, .
   return tuple(sorted(sizes))
 
 
+def example_sizes(total: int, buckets: int) -> tuple[int, ...]:
+  """Returns the numbers of examples, out of `total`, that programs take: none, a few, all.
+
+  Args:
+    total: number of examples.
+    buckets: as in `bucket_sizes`.
+
+  >>> example_sizes(10, 4), example_sizes(1, 4)
+  ((0, 3, 5, 8, 10), (0, 1))
+  """
+  return (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
+
+
 def open_backward(
   f: Callable[[Any, Array], Array], variables: Any, x: Array, gates: AnyArray, *, capacity: int
 ) -> Array:

@@ -1,6 +1,10 @@
-"""Counts of multiply-accumulates (MACs), from shapes and gate records.
+"""Counts of multiply-accumulates (MACs): of layers, of gated units, and of gate records.
 
 One multiply-accumulate is 1; biases, BatchNorm, pooling and additions are not counted.
+
+The homes of MACs are four. Here sizes become MACs, and gates say which of them run.
+`layers.mac_trace` counts the layers that a network calls, `models.summary` whole networks, and
+`inference.costs` what compiled programs compute, padding included.
 
 Axes: N examples, C gates of one layer.
 """
@@ -11,12 +15,12 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gating_jax.ops import arguments
-from gating_jax.ops.arguments import float_dtype
+from gating_jax.ops.arguments import float_dtype, number_as
 from gating_jax.types import AnyArray, Array, GateRecord, Records
 
 
@@ -37,6 +41,144 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
       arguments.whole_number(f"each of {name}", size, 0)
   # Every entry of the kernel is used once at every output place.
   return math.prod(kernel_shape) * math.prod(output_shape[1:-1])
+
+
+class ConvMacs(NamedTuple):
+  """Coefficients of a convolution's MACs per example.
+
+  With i input and o output channels it costs `i * per_input + o * per_output + i * o * per_pair`.
+
+  >>> ConvMacs(per_input=0, per_output=0, per_pair=9).total(inputs=2, outputs=4)
+  72
+  """
+
+  per_input: int
+  per_output: int
+  per_pair: int
+
+  def total(self, *, inputs: int, outputs: int) -> int:
+    """Returns the MACs with this many input and output channels."""
+    return inputs * self.per_input + outputs * (self.per_output + inputs * self.per_pair)
+
+
+def plain_conv(
+  window: Sequence[int], output_shape: Sequence[int], *, depthwise: bool = False
+) -> ConvMacs:
+  """Returns the coefficients of a convolution; of a dense layer, the window is `()`.
+
+  Args:
+    window: size of the window, one number per axis.
+    output_shape: `[N, *spatial, Cout]`.
+    depthwise: whether an output channel reads the input channel of its number alone.
+
+  >>> plain_conv((3, 3), (1, 8, 8, 32))
+  ConvMacs(per_input=0, per_output=0, per_pair=576)
+  """
+  # Those of a kernel with one input and one output channel.
+  macs = conv_macs((*window, 1, 1), output_shape)
+  # A depthwise channel reads itself alone, so it costs nothing per pair.
+  return ConvMacs(macs, 0, 0) if depthwise else ConvMacs(0, 0, macs)
+
+
+def factorised_conv(space: ConvMacs, time: ConvMacs, middle: int) -> ConvMacs:
+  """Returns the coefficients of two convolutions, one after the other.
+
+  No pair of an input and an output channel has a cost of its own, since the channels in between
+  always run.
+
+  Args:
+    space, time: the first and the second convolution, both plain.
+    middle: number of channels in between.
+
+  >>> factorised_conv(ConvMacs(0, 0, 9), ConvMacs(0, 0, 3), middle=4)
+  ConvMacs(per_input=36, per_output=12, per_pair=0)
+  """
+  return ConvMacs(per_input=space.per_pair * middle, per_output=time.per_pair * middle, per_pair=0)
+
+
+def shared_among(macs: int, *, inputs: int | None = None, outputs: int | None = None) -> ConvMacs:
+  """Returns the coefficients of a layer whose MACs its channels share in equal parts.
+
+  Args:
+    macs: MACs per example of the whole layer.
+    inputs, outputs: number of the channels that share them: the input channels, the output
+      channels or, with both, the pairs of them.
+
+  >>> shared_among(72, outputs=4), shared_among(72, inputs=2, outputs=4).per_pair
+  (ConvMacs(per_input=0, per_output=18, per_pair=0), 9)
+  """
+  if inputs is None:
+    return ConvMacs(0, macs // (outputs or 1), 0)
+  if outputs is None:
+    return ConvMacs(macs // inputs, 0, 0)
+  return ConvMacs(0, 0, macs // (inputs * outputs))
+
+
+class UnitMacs(NamedTuple):
+  """MACs per example of a gated unit.
+
+  Attributes:
+    alone: of the open unit.
+    per_pair: of the open unit together with an open one of the record before, as in `GateRecord`.
+
+  >>> UnitMacs(alone=10, per_pair=2).of_gate(channels=4, before=8)
+  UnitMacs(alone=40, per_pair=64)
+  """
+
+  alone: int
+  per_pair: int = 0
+
+  def of_gate(self, channels: int, before: int = 1) -> UnitMacs:
+    """Returns those of a gate that switches several channels.
+
+    Args:
+      channels: number of channels of the gate.
+      before: number of channels of a gate of the record before.
+    """
+    # Two gates, of `channels` and of `before` channels, switch channels * before pairs.
+    return UnitMacs(channels * self.alone, channels * before * self.per_pair)
+
+  def plus(self, macs: int) -> UnitMacs:
+    """Returns those of a unit that costs so many MACs more."""
+    return UnitMacs(self.alone + macs, self.per_pair)
+
+
+def channel_macs(
+  made: ConvMacs,
+  *,
+  inputs: int | None = None,
+  read: ConvMacs | None = None,
+  outputs: int | None = None,
+) -> UnitMacs:
+  """Computes what a gated channel costs in the layer that makes it and in the one that reads it.
+
+  A layer gated on both sides costs MACs per pair of open channels. They belong to the channels that
+  it makes, so that no pair counts twice.
+
+  Args:
+    made: of the layer that makes the channel.
+    inputs: number of channels that this layer reads, if all of them are read; None if gates switch
+      them.
+    read: of the layer that reads the channel; None for one whose costs belong to other channels.
+    outputs: number of channels that the reading layer makes, if all of them are made; None if gates
+      switch them.
+
+  >>> conv = ConvMacs(0, 0, 9)
+  >>> channel_macs(conv, inputs=3, read=conv, outputs=5)
+  UnitMacs(alone=72, per_pair=0)
+  >>> channel_macs(conv, read=conv)
+  UnitMacs(alone=0, per_pair=9)
+  """
+  alone, per_pair = made.per_output, made.per_pair
+  if inputs is not None:
+    # All channels of the input are read, whatever is open.
+    alone, per_pair = alone + inputs * per_pair, 0
+  if read is not None:
+    alone += read.per_input
+    if outputs is not None:
+      # All channels of the output are made, whatever is open.
+      alone += outputs * read.per_pair
+  return UnitMacs(alone, per_pair)
 
 
 def executed_macs(records: Records) -> Array:
@@ -105,6 +247,25 @@ def gated_macs(records: Records) -> int:
       total += before * units * record.macs_per_pair
     before = units
   return total
+
+
+def mac_fraction(records: Records, executed: Array, *, never_gated_macs: int) -> Array:
+  """Returns MACs as a fraction of those with every gate open, without gate networks.
+
+  Args:
+    records: of one forward pass.
+    executed: MACs per example of the gated units, such as the mean of `executed_macs`.
+    never_gated_macs: MACs per example of everything that is never gated.
+
+  >>> gates = np.array([[1.0, 0.0]], np.float32)
+  >>> record = GateRecord(gates, gates, gates, macs_per_unit=8)
+  >>> mac_fraction([record], executed_macs([record]), never_gated_macs=4)
+  Array([0.6], dtype=float32)
+  """
+  # Of the whole network, not of its gated part: fractions of different models compare. In floats,
+  # since MACs of a large network exceed int32.
+  every = number_as(never_gated_macs + gated_macs(records), like=executed)
+  return (number_as(never_gated_macs, like=executed) + executed) / every
 
 
 def _open_units(gates: AnyArray) -> Any:

@@ -21,10 +21,10 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import entr
 
-from gating_jax.checks import former_keyword, former_positional
+from gating_jax.former_names import former_keyword, former_positional
 from gating_jax.ops import arguments, collectives
-from gating_jax.ops.arguments import as_float, number_as
-from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, gated_macs
+from gating_jax.ops.arguments import as_float
+from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, mac_fraction
 from gating_jax.types import AnyArray, Array, GateRecord, Records
 
 Layers = Sequence[AnyArray | GateRecord]
@@ -223,7 +223,7 @@ def mac_loss(records: Records) -> Array:
   records = checked_records(records, "probs", with_examples=True)
   # One ratio for the network, not one per layer: layers count by their cost.
   mean = jnp.mean(expected_macs(records))
-  return mean / number_as(gated_macs(records), like=mean)
+  return mac_fraction(records, mean, never_gated_macs=0)
 
 
 @former_keyword("fixed_macs", "never_gated_macs")
@@ -269,9 +269,7 @@ def mac_budget_loss(
   executed = collectives.batch_mean(executed_macs(records), axis_name)
   # The value of `executed`, with the gradient of `expected`.
   mean = expected + lax.stop_gradient(executed - expected)
-  # Of the whole network, not of its gated part: budgets of different models compare.
-  all_macs = number_as(never_gated_macs + gated_macs(records), like=mean)
-  share = (number_as(never_gated_macs, like=mean) + mean) / all_macs
+  share = mac_fraction(records, mean, never_gated_macs=never_gated_macs)
   budget = jnp.asarray(budget, share.dtype)
   return jnp.square(share - budget)
 

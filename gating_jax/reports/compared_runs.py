@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from gating_jax import programmes
 from gating_jax.checks import user_path
 from gating_jax.programmes import Score
-from gating_jax.reports import frame, timings
+from gating_jax.reports import frame, measured_times
+from gating_jax.reports.measured_times import Times
 from gating_jax.reports.text import plain
-from gating_jax.reports.timings import Times
 from gating_jax.training import provenance, rundir
 from gating_jax.training.journal import METRICS_FILE, numbers, read_lines
 
@@ -195,7 +195,7 @@ def read_run(folder: Path, name: str) -> Run:
     # The split is a text, and the only one that is kept.
     lines=[{**numbers(line), "split": line["split"]} for line in lines],
     ungated=frame.is_ungated(config),
-    times=timings.read_times(folder),
+    times=measured_times.read_times(folder),
     tested=frame.tested_on(config),
     starts=provenance.read_starts(folder),
   )

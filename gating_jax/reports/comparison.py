@@ -24,6 +24,7 @@ from gating_jax.reports.compared_runs import (
   group_runs,
   read_runs,
 )
+from gating_jax.reports.measured_times import time_number
 from gating_jax.reports.text import (
   align_columns,
   capitalise,
@@ -31,7 +32,6 @@ from gating_jax.reports.text import (
   format_percent,
   plain,
 )
-from gating_jax.reports.timings import time_number
 from gating_jax.terminal import say, working
 from gating_jax.training import provenance
 

@@ -16,7 +16,7 @@ import jax
 
 from gating_jax.checks import first_line, printable, quoted
 from gating_jax.config_files import Config
-from gating_jax.reports import frame, page, timings
+from gating_jax.reports import frame, measured_times, page
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, warn
 from gating_jax.timing import CHOSEN, MASKED, UNGATED
@@ -82,7 +82,7 @@ def _is_done(path: Path, mode: str) -> bool:
   """Checks for an export, or for times of the newest checkpoint."""
   # A page is never done: it can be written again after each of the other modes.
   if mode == "compile":
-    measured = timings.read_times(path)
+    measured = measured_times.read_times(path)
     return measured is not None and measured.belong_to(_newest_step(path))
   return mode == "export" and (path / "export").exists()
 
@@ -119,7 +119,7 @@ def outcome_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   return rows
 
 
-def time_rows(tables: Mapping[str, timings.Rows]) -> list[tuple[str, str]]:
+def time_rows(tables: Mapping[str, measured_times.Rows]) -> list[tuple[str, str]]:
   """Returns a row for each table of `--mode=compile`: the strategy that is used, and its speed.
 
   Args:
@@ -149,7 +149,7 @@ def time_rows(tables: Mapping[str, timings.Rows]) -> list[tuple[str, str]]:
 
 
 def conclude_times(
-  run_dir: RunDir, step: int, tables: Mapping[str, timings.Rows], *, then: Sequence[str] = ()
+  run_dir: RunDir, step: int, tables: Mapping[str, measured_times.Rows], *, then: Sequence[str] = ()
 ) -> None:
   """Writes new times into the page of the run, and prints the last lines of `--mode=compile`.
 
@@ -165,7 +165,7 @@ def conclude_times(
     modes.append("report")
   modes += then
   done = f"Timed the checkpoint of step {step:,}: median milliseconds of a call."
-  made = ("made", f"{run_dir.path / timings.TIMES_FILE}, {timings.PICTURE_FILE}")
+  made = ("made", f"{run_dir.path / measured_times.TIMES_FILE}, {measured_times.PICTURE_FILE}")
   say(closing_text(done, [made, *time_rows(tables)], next_commands(run_dir.path, modes)))
 
 

@@ -17,9 +17,9 @@ from gating_jax import config_files, programmes
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.programmes import ProgrammeRow
-from gating_jax.reports import page, timings
+from gating_jax.reports import measured_times, page
+from gating_jax.reports.measured_times import Times
 from gating_jax.reports.text import capitalise, format_count, format_percent, plain
-from gating_jax.reports.timings import Times
 from gating_jax.training import hosts, provenance, rundir
 from gating_jax.training.journal import read_json
 
@@ -144,7 +144,7 @@ def read_surroundings(
   return dataclasses.replace(
     around,
     baseline=None if ungated else find_baseline(run_dir.path, mine, row),
-    times=timings.read_times(run_dir.path),
+    times=measured_times.read_times(run_dir.path),
     starts=provenance.read_starts(run_dir.path),
     report=provenance.describe(),
   )
@@ -328,14 +328,16 @@ def macs_number(
 
 def run_time_number(noun: str, around: Surroundings) -> page.Number:
   """Returns the milliseconds per example as a large number."""
-  return timings.time_number(
+  return measured_times.time_number(
     around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled
   )
 
 
 def run_times_section(noun: str, around: Surroundings) -> page.Section:
   """Returns the section of times of each way to run the network."""
-  return timings.times_section(around.times, noun, step=around.step, refused=around.not_compiled)
+  return measured_times.times_section(
+    around.times, noun, step=around.step, refused=around.not_compiled
+  )
 
 
 def refresh_times(path: Path) -> bool:
@@ -344,12 +346,12 @@ def refresh_times(path: Path) -> bool:
   Returns:
     True if there is a page of the same step.
   """
-  found = timings.read_times(path)
+  found = measured_times.read_times(path)
   if found is None:
     return False
   noun = programmes.example_noun(_read_config(path).get("experiment"))
-  number = timings.time_number(found, noun, step=found.step, workdir=str(path))
-  section = timings.times_section(found, noun, step=found.step)
+  number = measured_times.time_number(found, noun, step=found.step, workdir=str(path))
+  section = measured_times.times_section(found, noun, step=found.step)
   return page.fill_page(path / rundir.REPORT_FILE, [number, section])
 
 

@@ -124,9 +124,8 @@ def evaluate(
     "params": counts.params,
     "gate_params": counts.gate_params,
     "ungated_macs": counts.macs,
-    # Scales of channels have networks of their own; without any, these are the network's MACs.
-    "macs": counts.macs + counts.gate_macs,
-    "mac_ratio": (counts.macs + counts.gate_macs) / counts.macs,
+    "macs": counts.open_macs,
+    "mac_ratio": counts.open_macs / counts.macs,
   }
   if gates.tally is None:
     return Evaluation(result, behaviour, None)
@@ -172,11 +171,8 @@ class _ImageResults:
   def behaviour(self, counts: ModelCounts) -> ImageBehaviour:
     """Returns the results for each image of a model of these sizes."""
     each = {name: np.concatenate(parts) for name, parts in self._each.items()}
-    macs = np.full(self.count, float(counts.macs + counts.gate_macs))
-    if "macs" in each:
-      macs = counts.always_macs + each["macs"].astype(np.float64)
     return ImageBehaviour(
-      macs=macs,
+      macs=counts.of_results(each, self.count),
       losses=each["cross_entropy"].astype(np.float64),
       correct=each.get("correct"),
       predicted=each.get("predicted"),

@@ -21,7 +21,7 @@ from gating_jax.config_files import Config
 from gating_jax.models.summary import ModelCounts
 from gating_jax.ops import collectives, penalties
 from gating_jax.ops.ecdf import batch_shaping_loss, noise_floor
-from gating_jax.ops.macs import executed_macs, gated_macs
+from gating_jax.ops.macs import executed_macs, mac_fraction
 from gating_jax.ops.priors import Prior, beta
 from gating_jax.training import optim
 from gating_jax.training.closed_gates import CLOSED
@@ -211,7 +211,7 @@ def check_budget(name: str, sparsity: Config, counts: ModelCounts) -> None:
     return
   # `mac_budget_loss` measures the MACs without gate networks, and so does this check: a budget
   # between the two fractions can be met.
-  least = counts.never_gated_macs / counts.macs
+  least = counts.never_gated_fraction
   if sparsity.target <= least:
     raise ValueError(
       f"{name}.target must be above {least:.3f}, the fraction of the ungated MACs that always "
@@ -343,12 +343,10 @@ class ImageObjective:
     examples = records[0].logits.shape[0]
     if axis_name is not None:
       examples *= lax.axis_size(axis_name)
-    # In floats: MACs of a large network exceed int32.
     executed = collectives.batch_mean(executed_macs(records), axis_name)
-    macs = float(self.never_gated_macs) + executed
     return total, {
       **terms,
-      "mac_ratio": macs / float(self.never_gated_macs + gated_macs(records)),
+      "mac_ratio": mac_fraction(records, executed, never_gated_macs=self.never_gated_macs),
       CLOSED: penalties.closed_share(records, axis_name=axis_name),
       "gates/batch_shaping_mean": jnp.mean(per_gate),
       # The expectation of the loss for that many independent draws from the prior.

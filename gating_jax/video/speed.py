@@ -17,7 +17,7 @@ from gating_jax.inference.compiled import AUTO, Timing, runs_over, spread_indice
 from gating_jax.inference.segments import CompiledSegments, compile_segments, dense_programs
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import compaction
-from gating_jax.reports import conclusion, timings
+from gating_jax.reports import conclusion, measured_times, timings
 from gating_jax.terminal import say
 from gating_jax.timing import SEGMENTS, race
 from gating_jax.training import rundir
@@ -109,7 +109,7 @@ def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, 
   """Yields title and rows, for each number of videos."""
   for count in _BATCHES:
     inputs = _read(experiment, count)
-    title = timings.timing_title(len(inputs["valid"]), "video")
+    title = measured_times.timing_title(len(inputs["valid"]), "video")
     with timings.announce_timing(title) as progress:
       network = _compile(
         experiment,

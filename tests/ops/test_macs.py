@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.ops.macs import conv_macs, executed_macs, expected_macs, gated_macs
+from gating_jax.ops.macs import (
+  ConvMacs,
+  UnitMacs,
+  channel_macs,
+  conv_macs,
+  executed_macs,
+  expected_macs,
+  factorised_conv,
+  gated_macs,
+  mac_fraction,
+  plain_conv,
+)
 from gating_jax.types import GateRecord
 
 
@@ -35,6 +46,42 @@ ALL, NONE = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]
 )
 def test_conv_macs_by_hand(kernel, output, macs):
   assert conv_macs(kernel, output) == macs
+
+
+def test_the_coefficients_of_a_convolution_give_its_macs():
+  plain = plain_conv((3, 5), (2, 4, 6, 8))
+  assert plain.total(inputs=7, outputs=8) == conv_macs((3, 5, 7, 8), (2, 4, 6, 8))
+  assert plain_conv((), (2, 8)).total(inputs=7, outputs=8) == conv_macs((7, 8), (2, 8))
+  depthwise = plain_conv((3, 3), (2, 4, 6, 8), depthwise=True)
+  assert depthwise.total(inputs=8, outputs=8) == conv_macs((3, 3, 1, 8), (2, 4, 6, 8))
+  # Space on 4 frames to 5 channels, then time on 2 frames.
+  space, time = plain_conv((1, 3, 3), (1, 4, 6, 6, 5)), plain_conv((3, 1, 1), (1, 2, 6, 6, 8))
+  both = conv_macs((1, 3, 3, 7, 5), (1, 4, 6, 6, 5)) + conv_macs((3, 1, 1, 5, 8), (1, 2, 6, 6, 8))
+  assert factorised_conv(space, time, 5).total(inputs=7, outputs=8) == both
+
+
+def test_a_channel_counts_once_where_it_is_made_and_where_it_is_read():
+  made, read = ConvMacs(1, 2, 3), ConvMacs(5, 7, 11)
+  assert channel_macs(made) == (2, 3)
+  assert channel_macs(made, read=read) == (2 + 5, 3)
+  assert channel_macs(made, inputs=4) == (2 + 4 * 3, 0)
+  assert channel_macs(made, inputs=4, read=read, outputs=6) == (2 + 4 * 3 + 5 + 6 * 11, 0)
+  assert channel_macs(made).plus(9) == (2 + 9, 3)
+
+
+def test_a_gate_of_several_channels_costs_as_much_as_they():
+  # 6 channels in gates of 3, after 8 channels in gates of 4.
+  unit = UnitMacs(alone=10, per_pair=2).of_gate(3, before=4)
+  first, second = np.ones((1, 2)), np.ones((1, 2))
+  records = (record(first), record(second, *unit))
+  assert gated_macs(records) == 6 * 10 + 6 * 8 * 2
+
+
+def test_the_fraction_of_macs_is_1_where_all_gates_are_open():
+  records = pair([ALL], [ALL])
+  for executed, expected in ((gated_macs(records), 1.0), (0, 50 / (50 + gated_macs(records)))):
+    found = mac_fraction(records, jnp.float32(executed), never_gated_macs=50)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_executed_macs_by_hand():

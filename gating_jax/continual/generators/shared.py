@@ -117,7 +117,7 @@ def shared_generative(
     replayed=replayed,
     seed=seed,
   )
-  return shared.rehearsal()
+  return Rehearsal.of_methods(shared)
 
 
 def trace_records(generator: Generator) -> Records:
@@ -186,17 +186,6 @@ class _SharedGenerator:
   images: int
   replayed: int
   seed: int
-
-  def rehearsal(self) -> Rehearsal:
-    """Returns the functions as a `Rehearsal`."""
-    return Rehearsal(
-      init=self.init,
-      replay=self.replay,
-      recall=self.recall,
-      keep=self.keep,
-      megabytes=self.megabytes,
-      pretrain_step=self.pretrain_step,
-    )
 
   def init(self, key: Array) -> SharedGeneratorMemory:
     """Initialises the memory for all tasks."""

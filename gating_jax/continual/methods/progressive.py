@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax import lax
 
@@ -37,7 +36,8 @@ from gating_jax.continual.method import (
   task_entry,
   tree_size,
 )
-from gating_jax.models.columns import Column, column_macs, output_shapes
+from gating_jax.models.columns import Column, output_shapes
+from gating_jax.models.summary import columns_macs
 from gating_jax.types import Array, Tree
 
 
@@ -119,13 +119,8 @@ class _Progressive:
 
     # Column by column: each needs the outputs of those before it.
     _, logits = lax.scan(one, self._no_outputs(len(x)), jnp.arange(seen))
-    # `[S, 2]`: the layers and the head of each column.
-    macs = [column_macs(self.column, self.problem.shape, j) for j in range(seen)]
-    layers, heads = np.array(macs, np.float32).T
-    # Column j needs the layers of all columns up to it, and its own head.
-    aware = np.cumsum(layers) + heads
-    agnostic = layers.sum() + heads.sum()
     # Columns are ungated: every image costs the same.
+    aware, agnostic = columns_macs(self.column, self.problem.shape, seen)
     return shared_net.prediction(
       self.problem,
       logits,
