@@ -187,7 +187,9 @@ def _pruned(
   # Gates mark the units; the smallest there are.
   gated = model.clone(gating="channel", gate=GateSettings(context="none"))
   shapes = jax.eval_shape(gated.init, jax.random.key(0), jax.eval_shape(lambda x: x[:1], images))
-  marked = traverse_util.flatten_dict(dict(variables))
+  # On the host: each process computes the same, alone.
+  variables = jax.device_get(dict(variables))
+  marked = traverse_util.flatten_dict(variables)
   for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():
     if is_gate_path(path):
       marked[path] = np.zeros(leaf.shape, leaf.dtype)
@@ -209,7 +211,8 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
   section = experiment.config.model.get("importance") or {}
   if section.get("form") != PRIOR:
     return state
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  # On the host: each process computes the same, alone.
+  variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
   found = units.unit_importance(experiment.model, variables, images)
   gate = settings.gate_settings(experiment.config.model.gate)
   share = gate.share if experiment.share is None else min(1.0, float(experiment.share(0)))

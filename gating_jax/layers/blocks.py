@@ -65,8 +65,8 @@ class _ResidualBlock(nn.Module):
   are no gates: each source of images, of which the network is told, has a bias of its own for every
   channel between the convolutions, before the ReLU. With `"kernels"` there are none either: every
   convolution with a window has several kernels, which each image mixes by weights of its own, of a
-  network such as that of gates. Gates may read parts of a context that the
-  network computes once; it passes them as `shared`.
+  network such as that of gates. Gates may read parts of a context that the network computes once;
+  it passes them as `shared`.
 
   Attributes:
     features: output channels; a quarter of them for `Bottleneck`.
