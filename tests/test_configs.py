@@ -102,8 +102,10 @@ def test_scales_cost_little_and_all_rows_are_refused_by_no_check():
     importlib.import_module("configs.worlds").get_config("row=best")
 
 
+@pytest.mark.thin(6)
+@pytest.mark.parametrize("macs", [50, 70, 30])
 @pytest.mark.parametrize("task", ["worlds", "cifar10"])
-def test_rows_of_a_trained_network_have_the_macs_that_they_name(task):
+def test_rows_of_a_trained_network_have_the_macs_that_they_name(task, macs):
   get_config = importlib.import_module("configs.from_trained").get_config
   shape = {"worlds": (16, 16, 3), "cifar10": (32, 32, 3)}[task]
 
@@ -113,12 +115,11 @@ def test_rows_of_a_trained_network_have_the_macs_that_they_name(task):
     return config, model_summary(image_build.network(config.model, 10), shape)
 
   _, dense = counts("row=dense")
-  for macs in (70, 50, 30):
-    for row in ("gated", "static", "narrow"):
-      config, found = counts(f"row={row},macs={macs}")
-      used = found.always_macs + (config.model.gate.share or 0) * found.gated
-      # Of networks without gates, as near as whole channels are.
-      assert used / dense.macs == pytest.approx(macs / 100, abs=1e-4 if row == "gated" else 0.016)
+  for row in ("gated", "static", "narrow"):
+    config, found = counts(f"row={row},macs={macs}")
+    used = found.always_macs + (config.model.gate.share or 0) * found.gated
+    # Of networks without gates, as near as whole channels are.
+    assert used / dense.macs == pytest.approx(macs / 100, abs=1e-4 if row == "gated" else 0.016)
 
 
 def test_rows_of_a_trained_network_name_it_as_their_start_or_their_teacher():

@@ -97,6 +97,7 @@ def test_the_prior_has_normal_scores_of_ranks():
   np.testing.assert_array_equal(gate["gain"], 0.5)
 
 
+@pytest.mark.slow
 def test_what_has_no_importance_is_named():
   x = images(2)
   layer = ResNet(3, (1,), features=4, gating="layer")

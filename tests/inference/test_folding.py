@@ -307,7 +307,7 @@ def test_variables_of_another_model_are_named():
 
 def test_gates_with_a_prior_have_weights_without_it():
   gate = dataclasses.replace(RECIPE, prior=True)
-  model = ResNet(3, (1, 1), Bottleneck, features=4, gating="channel", gate=gate, shortcut="B")
+  model = ResNet(3, (1,), Bottleneck, features=4, gating="channel", gate=gate)
   variables, x = shift_thresholds(random_variables(model), 0.1), images()
   # Units that never open, to be pruned with their shift.
   own = variables["params"]["stage1_block1"]["gate"]
@@ -315,11 +315,11 @@ def test_gates_with_a_prior_have_weights_without_it():
   y, records = jax.jit(model.apply)(variables, x)
   net = fold(model, variables)
   pruned = apply_pruning(net, find_static_units(net, count_gates(net, x), multiple=1))
-  assert pruned.parts[1].head.logits.shape[1] < net.parts[1].head.logits.shape[1]
-  for folded_net in (net, pruned):
-    z, _ = jax.jit(folded.run)(folded_net, x)
-    np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
-  _, logits = jax.jit(folded.run)(net, x)
+  assert pruned.parts[1].head.shift.size < net.parts[1].head.shift.size == 8
+  z, _ = jax.jit(folded.run)(pruned, x)
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+  z, logits = jax.jit(folded.run)(net, x)
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
   for record, gates in zip(records, gates_of(net, logits), strict=True):
     np.testing.assert_allclose(gates, record.gates, rtol=1e-4, atol=1e-4)
   seen = np.concatenate([record.gates for record in records], axis=1)

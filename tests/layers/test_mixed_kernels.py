@@ -67,6 +67,7 @@ def test_a_network_mixes_by_its_images_and_counts_what_mixing_costs():
     check_foldable(NET)
 
 
+@pytest.mark.slow
 def test_a_high_temperature_mixes_evenly_and_kernels_then_learn_alike():
   variables = jax.jit(NET.init)(jax.random.key(0), X)
   block = variables["params"]["stage1_block1"]
