@@ -272,8 +272,8 @@ def _pass(
     return next_fun(*args, **kwargs)
 
   with nn.intercept_methods(note):
-    _, records = model.apply(variables, x)
-  return records, activities
+    outputs: Any = model.apply(variables, x)
+  return outputs[1], activities
 
 
 def _kernel(variables: Mapping[str, Any], layer: Path) -> np.ndarray:

@@ -288,7 +288,7 @@ def _distillation(loss: Config) -> Distillation | None:
   section = loss.get("distillation") or {}
   if not section.get("coefficient"):
     return None
-  return Distillation(section.coefficient, section.get("temperature") or _TEMPERATURE)
+  return Distillation(section["coefficient"], section.get("temperature") or _TEMPERATURE)
 
 
 def _is_frozen(layers: Sequence[str] | None, path: Sequence[str]) -> bool:

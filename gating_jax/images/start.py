@@ -76,7 +76,7 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
     # Older configs have no stem.
     found = rundir.flatten(theirs).get(name)
     if prunes and name == pruned:
-      if not found >= mine:
+      if found is None or found < mine:
         raise ValueError(
           f"{name} must be at most that of the run that model.init_from names, {found}, where "
           f"model.importance.form is {PRUNE!r}; got {mine}"
@@ -189,11 +189,12 @@ def _pruned(
   shapes = jax.eval_shape(gated.init, jax.random.key(0), jax.eval_shape(lambda x: x[:1], images))
   # On the host: each process computes the same, alone.
   variables = jax.device_get(dict(variables))
-  marked = traverse_util.flatten_dict(variables)
-  for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():
+  flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables)
+  made: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(shapes))
+  for path, leaf in made.items():
     if is_gate_path(path):
-      marked[path] = np.zeros(leaf.shape, leaf.dtype)
-  marked = traverse_util.unflatten_dict(marked)
+      flat[path] = np.zeros(leaf.shape, leaf.dtype)
+  marked = traverse_util.unflatten_dict(flat)
   is_shape = isinstance(images, jax.ShapeDtypeStruct)
   measure = units.describe_units if is_shape else units.unit_importance
   wanted = {}
@@ -215,7 +216,9 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
   variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
   found = units.unit_importance(experiment.model, variables, images)
   gate = settings.gate_settings(experiment.config.model.gate)
-  share = gate.share if experiment.share is None else min(1.0, float(experiment.share(0)))
+  share = (
+    gate.share if experiment.share is None else min(1.0, float(np.asarray(experiment.share(0))))
+  )
   static = tuple(section.get("static_layers") or ())
   for is_static in (False, True):
     # Gates of static layers keep the gain 0, and stay the same for all images.

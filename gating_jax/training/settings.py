@@ -131,7 +131,7 @@ def gate_settings(section: Mapping[str, Any], **fixed: Any) -> GateSettings:
   return GateSettings(**{**given, **fixed})
 
 
-def importance_form(model: Mapping[str, Any]) -> str | None:
+def importance_form(model: Config) -> str | None:
   """Returns what the importance of units is for, as a section `model` says; None: for nothing."""
   # Older configs have no such section.
   return (model.get("importance") or {}).get("form")
