@@ -63,8 +63,8 @@ def image_config() -> Config:
         "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
         "stem": config_dict.placeholder(str),  # likewise; cifar, small (stride 2) or imagenet
         "dtype": "float32",  # or bfloat16
-        # or none, all_channels, layer; ungated: scale (squeeze-and-excitation), bias (of sources);
-        # of classifiers also exits, experts
+        # or none, all_channels, layer; ungated: scale (squeeze-and-excitation), bias (of sources),
+        # kernels (mixed for each image); of classifiers also exits, experts
         "gating": "channel",
         # number of sources, whose number is the last channel of images; None: 0
         "sources": config_dict.placeholder(int),
@@ -89,6 +89,12 @@ def image_config() -> Config:
           "start": config_dict.placeholder(float),  # every gate is open up to here; None: 0
           "end": config_dict.placeholder(float),  # model.gate.share from here on; None: 0.5
         },
+        "kernels": {  # of gating kernels: each convolution of a block mixes several, by a softmax
+          "count": config_dict.placeholder(int),  # None: 4
+          "temperature": config_dict.placeholder(float),  # of the softmax, at first; None: 30
+          # the temperature has fallen to 1, linearly, at this fraction; None: 0.25
+          "end": config_dict.placeholder(float),
+        },
         "noise": {  # schedule of the gates' noise, which starts at model.gate.noise_scale
           "final": config_dict.placeholder(float),  # scale at the end; None: constant
           "ramp_start": 0.0,  # constant up to this fraction
@@ -96,6 +102,18 @@ def image_config() -> Config:
         },
         # initial parameters: folder of an ungated run, or file of torchvision's or timm's weights
         "init_from": config_dict.placeholder(str),
+        # of the units of the network that init_from names: mean activity x norm of what reads them
+        "importance": {
+          # prior: gates begin with it, the same for all images; prune: an ungated network with a
+          # smaller inner_width begins with the most important units; None: not used
+          "form": config_dict.placeholder(str),
+          "scale": config_dict.placeholder(float),  # of the prior, in normal scores; None: 2
+          # of what gate networks say, at first; None: 0, all gates are static then
+          "gain": config_dict.placeholder(float),
+          # beginnings of the names of layers whose gates stay static, such as ("stage1",)
+          "static_layers": config_dict.placeholder(tuple),
+          "images": config_dict.placeholder(int),  # training images it is taken from; None: 512
+        },
         # an image leaves at an exit whose entropy is below this fraction of the maximum
         "exits": {"threshold": 0.3},
         # top_k: how many experts run for an image; None: all
@@ -118,6 +136,13 @@ def image_config() -> Config:
         "away_from_half": {"coefficient": 0.5},  # open probabilities are to differ from 1/2
         # of all exits but the last, whose weight is 1; one number is for all
         "exit_weights": (1.0,),
+        # a trained network as a teacher: (1 - c) cross-entropy + c T^2 divergence from it
+        "distillation": {
+          "coefficient": config_dict.placeholder(float),  # c, in [0, 1]; None: no teacher
+          "temperature": config_dict.placeholder(float),  # T; None: 4
+          # folder of a finished run or file of weights; None: that of model.init_from
+          "teacher": config_dict.placeholder(str),
+        },
         "batch_shaping": {
           "coefficient": 0.75,  # at the start
           "fade_end": 0.2,  # falls linearly to 0 at this fraction
@@ -192,6 +217,8 @@ _GATES = {
   },
   # Squeeze-and-excitation, Hu et al., 2018: an ungated network that scales its channels.
   "scale": {"model.gating": "scale", "loss.regulariser": "none"},
+  # Dynamic convolution, Chen et al., 2020: an ungated network that mixes kernels for each image.
+  "kernels": {"model.gating": "kernels", "loss.regulariser": "none"},
   "random": {
     "model.gating": "channel",
     "model.gate.context": "random",
@@ -294,6 +321,18 @@ def _set_share(share: str) -> Mapping[str, Any]:
   }
 
 
+def _begin_by_importance(form: str) -> Mapping[str, Any]:
+  """Returns the fields of a network that begins by the importance of a trained one's units.
+
+  Gates begin as static pruning does, with their share from the first step on.
+  """
+  if form == "prior":
+    return {"model.importance.form": form, "model.dense_first.form": None}
+  if form == "prune":
+    return {"model.importance.form": form, "model.gating": "none", "loss.regulariser": "none"}
+  raise ValueError(_list_choices(form, ("prior", "prune")))
+
+
 def _set_budget(share: str) -> Mapping[str, Any]:
   """Returns the fields of a training to this fraction of the ungated network's MACs."""
   return {
@@ -321,6 +360,8 @@ _VARIANTS = {
   "budget": _set_budget,
   "share": _set_share,
   "context": setting("model.gate.context"),
+  "importance": _begin_by_importance,
+  "teacher": setting("loss.distillation.coefficient", float),
 }
 # Earlier variants, which old commands still use.
 _EARLIER = {

@@ -115,18 +115,20 @@ _CLASSIFICATION = ProgrammeRow(
   small={},
   field="model.gating",
   baselines=("none",),
-  # Scales and biases close nothing.
-  ungated={"model.gating": ("none", "scale", "bias")},
+  # Scales, biases and mixed kernels close nothing.
+  ungated={"model.gating": ("none", "scale", "bias", "kernels")},
   ignored=(
     "model.gate.",
     "model.noise.",
     "model.dense_first.",
     "model.equal_inner_width",
     "model.sources",
+    "model.kernels.",
     "model.exits.",
     "model.experts.",
     "model.backward_share",
     "model.init_from",
+    "model.importance.",
     "loss.",
     "optim.gate_weight_decay",
     "optim.gate_lr_multiplier",

@@ -551,9 +551,23 @@ INFERENCE = [
   Mutant(
     "weight_of_the_moved_threshold",
     "inference/folded.py",
-    "2 * jax.nn.sigmoid(logits + self.shift)",
-    "2 * jax.nn.sigmoid(logits)",
+    "2 * jax.nn.sigmoid(z + shift)",
+    "2 * jax.nn.sigmoid(z)",
     "inference/test_folding.py::test_folded_thresholds_by_hand",
+  ),
+  Mutant(
+    "prior_in_the_weight",
+    "layers/gate.py",
+    "return relative, relative if weighing is None else jnp.where(counts, weighing, logits)",
+    "return relative, relative",
+    "analysis/test_importance.py",
+  ),
+  Mutant(
+    "static_gates_that_learn",
+    "images/start.py",
+    "gain = 0.0 if is_static else",
+    "gain =",
+    "images/test_start.py",
   ),
   Mutant(
     "weighted_unit_loses_its_gate",

@@ -4,11 +4,12 @@ import importlib
 
 import pytest
 
-from configs import common, worlds
+from configs import common, from_trained, worlds
 from gating_jax.checks import one_of
 from gating_jax.continual import registry
 from gating_jax.data import worlds as worlds_sets
 from gating_jax.images import build as image_build
+from gating_jax.models.summary import model_summary
 from gating_jax.training import objectives, optim, settings
 from gating_jax.training.outlines import Outline
 from gating_jax.training.rundir import flatten
@@ -64,7 +65,9 @@ def worlds_counts(row):
   return config, image_build.build(config.lock(), outlines=[data, data]).counts
 
 
-@pytest.mark.parametrize("row", sorted(set(worlds._ROWS) - {"ungated", "all_open", "scale"}))
+@pytest.mark.parametrize(
+  "row", sorted(set(worlds._ROWS) - {"ungated", "all_open", "scale", "kernels"})
+)
 def test_rows_of_worlds_have_the_macs_of_the_ungated_one(row):
   _, ungated = worlds_counts("ungated")
   config, counts = worlds_counts(row)
@@ -91,10 +94,58 @@ def test_scales_cost_little_and_all_rows_are_refused_by_no_check():
   _, scaled = worlds_counts("scale")
   assert scaled.macs == ungated.macs
   assert scaled.gate_macs < 0.04 * ungated.macs
+  _, mixed = worlds_counts("kernels")
+  assert mixed.macs + mixed.gate_macs == pytest.approx(ungated.macs, rel=0.05)
   _, all_open = worlds_counts("all_open")
   assert all_open.macs == worlds_counts("recipe")[1].macs
   with pytest.raises(ValueError, match="the variant row must be one of .*; got 'best'"):
     importlib.import_module("configs.worlds").get_config("row=best")
+
+
+@pytest.mark.thin(6)
+@pytest.mark.parametrize("macs", [50, 70, 30])
+@pytest.mark.parametrize("task", ["worlds", "cifar10"])
+def test_rows_of_a_trained_network_have_the_macs_that_they_name(task, macs):
+  get_config = importlib.import_module("configs.from_trained").get_config
+  shape = {"worlds": (16, 16, 3), "cifar10": (32, 32, 3)}[task]
+
+  def counts(variants):
+    """Returns the config of a row, and the summary of its network."""
+    config = get_config(f"task={task},{variants}")
+    return config, model_summary(image_build.network(config.model, 10), shape)
+
+  _, dense = counts("row=dense")
+  for row in ("gated", "static", "narrow"):
+    config, found = counts(f"row={row},macs={macs}")
+    used = found.always_macs + (config.model.gate.share or 0) * found.gated
+    # Of networks without gates, as near as whole channels are.
+    assert used / dense.macs == pytest.approx(macs / 100, abs=1e-4 if row == "gated" else 0.016)
+
+
+def test_rows_of_a_trained_network_name_it_as_their_start_or_their_teacher():
+  get_config = importlib.import_module("configs.from_trained").get_config
+  for row in from_trained.ROWS:
+    config = get_config(f"row={row},dense=runs/mine,epochs=7,macs=30")
+    importance, distillation = config.model.importance, config.loss.distillation
+    began = {"gated": "prior", "gated_last": "prior", "static": "prune"}.get(row)
+    assert (config.model.init_from, importance.form) == ("runs/mine" if began else None, began)
+    assert (distillation.coefficient is None) == (row == "dense")
+    assert (distillation.teacher is None) == (not row.startswith("narrow"))
+    assert config.optim.epochs == 7
+  assert get_config("row=narrow").optim.epochs * 4 == get_config("row=narrow_full").optim.epochs
+  with pytest.raises(ValueError, match="the variant macs must be one of .*; got '60'"):
+    get_config("macs=60")
+
+
+def test_a_network_begins_by_importance_as_a_variant_says():
+  get_config = importlib.import_module("configs.cifar10_resnet20").get_config
+  model = get_config("share=0.5,importance=prior").model
+  assert (model.gating, model.importance.form, model.dense_first.form) == ("channel", "prior", None)
+  pruned = get_config("importance=prune,inner=0.5,teacher=0.5")
+  assert (pruned.model.gating, pruned.model.inner_width) == ("none", 0.5)
+  assert pruned.loss.distillation.coefficient == 0.5
+  with pytest.raises(ValueError, match="the variant importance must be one of .*; got 'all'"):
+    get_config("importance=all")
 
 
 def test_variants_change_their_field():

@@ -12,16 +12,26 @@ __all__ = [
   "GateStatistics",
   "OUTCOMES",
   "Tally",
+  "UnitImportance",
   "class_information",
   "diagnose",
   "information_floor",
   "mac_spread",
   "open_probs",
+  "select_units",
   "tally",
+  "unit_importance",
+  "with_prior",
 ]
 
 # Type checkers read the imports, and Python the table.
 if TYPE_CHECKING:
+  from gating_jax.analysis.importance import (
+    UnitImportance,
+    select_units,
+    unit_importance,
+    with_prior,
+  )
   from gating_jax.analysis.outcomes import (
     OUTCOMES,
     Diagnosis,
@@ -37,6 +47,12 @@ else:
   __getattr__, __dir__ = lazy_names(
     __name__,
     {
+      "gating_jax.analysis.importance": (
+        "UnitImportance",
+        "select_units",
+        "unit_importance",
+        "with_prior",
+      ),
       "gating_jax.analysis.outcomes": (
         "Diagnosis",
         "OUTCOMES",

@@ -21,7 +21,7 @@ import optax
 from gating_jax.checks import one_of
 from gating_jax.config_files import Config
 from gating_jax.data import augment, image_sets, streaming, unions
-from gating_jax.layers.blocks import BIAS, GATINGS, SHORTCUTS
+from gating_jax.layers.blocks import BIAS, GATINGS, KERNELS, SHORTCUTS
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import RESNETS, resnet
@@ -34,6 +34,7 @@ from gating_jax.training.objectives import (
   SCOPES,
   SPARSITIES,
   WITH_SPARSITY,
+  Distillation,
   FitLabels,
   GatePenalties,
   ImageObjective,
@@ -50,7 +51,14 @@ LOADERS = ("resident", "streaming")
 EXITS, EXPERTS = CLASSIFIER_GATINGS = ("exits", "experts")
 # Of an ungated network whose channels have scales: squeeze-and-excitation.
 SCALE = "scale"
-_UNGATED = ("none", SCALE, BIAS)
+_UNGATED = ("none", SCALE, BIAS, KERNELS)
+# Of mixed kernels, where the config has none: their number, the temperature at the start, and the
+# fraction of training at which it has fallen to 1.
+_KERNEL_COUNT, _SOFTNESS, _SOFTNESS_END = 4, 30.0, 0.25
+# Uses of the importance of a trained network's units: gates begin with it, or it is pruned by it.
+PRIOR, PRUNE = IMPORTANCE_FORMS = ("prior", "prune")
+# Of the loss that compares a network with its teacher, where the config has none.
+_TEMPERATURE = 4.0
 # End of the schedule of the gates' share, where the config has none.
 _SHARE_END = 0.5
 
@@ -70,6 +78,7 @@ class Experiment:
     settings: settings of the training loop.
     noise_scale: noise scale of the gates, from step to number; None for the model's own.
     share: share of gates that quantiles open, likewise.
+    softness: temperature at which kernels are mixed, from step to number; None without any.
     full: the model with the whole backward pass, where its own leaves something out; else None.
     source_names, class_sources: of a union, the names of its sets and the number of that of each
       class; none of any other set.
@@ -85,6 +94,7 @@ class Experiment:
   settings: loop.LoopSettings
   noise_scale: optax.Schedule | None = None
   share: optax.Schedule | None = None
+  softness: optax.Schedule | None = None
   full: nn.Module | None = None
   source_names: tuple[str, ...] = ()
   class_sources: tuple[int, ...] = ()
@@ -233,6 +243,8 @@ def assemble(
   total = loops.total_steps
   penalties = GatePenalties.from_config(config.loss, total)
   optimiser = _optimiser(training, total, per_epoch)
+  if static := (config.model.get("importance") or {}).get("static_layers"):
+    optimiser = optim.frozen(optimiser, functools.partial(_is_static, static))
   noise_scale = _noise_schedule(config.model, total)
   # Its settings are checked before the data are opened.
   _share_schedule(config.model, total)
@@ -249,7 +261,8 @@ def assemble(
     unlimited = ml_collections.ConfigDict({**config.model, "backward_share": 1.0})
     full = network(unlimited, classes)
   counts = model_summary(model, test.shape)
-  _check_frozen_layers(training, model, test.shape)
+  _check_layers("optim.frozen_layers", training.get("frozen_layers"), model, test.shape)
+  _check_layers("model.importance.static_layers", static, model, test.shape)
   # The objective sees training images, whose MACs differ with their size.
   at_training = model_summary(model, train_shape) if train_shape else counts
   check_budget("loss.sparsity", config.loss.sparsity, at_training)
@@ -261,10 +274,15 @@ def assemble(
     full=full,
     noise_scale=noise_scale,
     share=share,
+    softness=_softness_schedule(config.model, total),
     counts=counts,
     optimiser=optimiser,
     objective=ImageObjective.from_config(
-      config.loss, penalties, never_gated_macs=at_training.never_gated_macs, fit=fit
+      config.loss,
+      penalties,
+      never_gated_macs=at_training.never_gated_macs,
+      fit=fit,
+      distillation=_distillation(config.loss),
     ),
     settings=loops,
   )
@@ -304,6 +322,25 @@ def _optimiser(training: Config, total: int, per_epoch: int) -> optax.GradientTr
     )
 
 
+def _is_static(layers: Sequence[str], path: Sequence[str]) -> bool:
+  """Returns whether a parameter is of a gate that stays the same for all images.
+
+  Args:
+    layers: beginnings of the names of the layers with such gates.
+    path: of the parameter.
+  """
+  return is_gate_path(path) and path[0].startswith(tuple(layers))
+
+
+def _distillation(loss: Config) -> Distillation | None:
+  """Returns the settings of the term of a teacher; None without one."""
+  # Older configs have no such section.
+  section = loss.get("distillation") or {}
+  if not section.get("coefficient"):
+    return None
+  return Distillation(section["coefficient"], section.get("temperature") or _TEMPERATURE)
+
+
 def _is_frozen(layers: Sequence[str] | None, path: Sequence[str]) -> bool:
   """Returns whether a parameter is of a frozen layer; gates and exits, which are fresh, never are.
 
@@ -316,9 +353,10 @@ def _is_frozen(layers: Sequence[str] | None, path: Sequence[str]) -> bool:
   return not is_dense_name(path[0]) if layers is None else path[0].startswith(tuple(layers))
 
 
-def _check_frozen_layers(training: Config, model: nn.Module, shape: tuple[int, ...]) -> None:
-  """Raises a ValueError unless each of `optim.frozen_layers` is the beginning of a layer's name."""
-  names = training.get("frozen_layers")
+def _check_layers(
+  field: str, names: Sequence[str] | None, model: nn.Module, shape: tuple[int, ...]
+) -> None:
+  """Raises a ValueError unless each name in a field is the beginning of a layer's name."""
   if names is None:
     return
   image = jax.ShapeDtypeStruct((1, *shape), np.float32)
@@ -326,8 +364,7 @@ def _check_frozen_layers(training: Config, model: nn.Module, shape: tuple[int, .
   for name in names:
     if not any(layer.startswith(name) for layer in layers):
       raise ValueError(
-        f"each of optim.frozen_layers must be the beginning of one of {', '.join(layers)}; got "
-        f"{name!r}"
+        f"each of {field} must be the beginning of one of {', '.join(layers)}; got {name!r}"
       )
 
 
@@ -392,6 +429,22 @@ def _share_schedule(model: Config, total: int) -> optax.Schedule | None:
     )
 
 
+def _softness_schedule(model: Config, total: int) -> optax.Schedule | None:
+  """Returns the temperature at which kernels are mixed, from step to number; None without any."""
+  if model.gating != KERNELS:
+    return None
+  section = model.get("kernels") or {}
+  end = section.get("end")
+  with settings.named("model.kernels"):
+    return optim.ramp(
+      section.get("temperature") or _SOFTNESS,
+      1.0,
+      ramp_start=0.0,
+      ramp_end=_SOFTNESS_END if end is None else end,
+      total_steps=total,
+    )
+
+
 def network(model: Config, classes: int | None) -> nn.Module:
   """Builds the residual network, or the chain of convolutions, that `config.model` describes.
 
@@ -402,6 +455,8 @@ def network(model: Config, classes: int | None) -> nn.Module:
     ValueError: a field does not go with the network.
   """
   gating, gate = model.gating, settings.gate_settings(model.gate)
+  if settings.importance_form(model) == PRIOR:
+    gate = settings.gate_settings(model.gate, prior=True)
   if gating == SCALE:
     # Scales have the place and the networks of gates.
     gating, gate = "channel", settings.gate_settings(model.gate, relaxation="scale")
@@ -433,6 +488,7 @@ def network(model: Config, classes: int | None) -> nn.Module:
     backward_share=model.backward_share,
     inner_width=model.inner_width,
     sources=model.get("sources") or 0,
+    kernels=(model.get("kernels") or {}).get("count") or _KERNEL_COUNT,
   )
   # Exits and experts take the place of gates: the network itself is ungated.
   if model.gating == EXITS:
@@ -599,6 +655,9 @@ def _check_together(config: Config) -> None:
   _check_opening(config)
   _check_equal_macs(model)
   _check_union(config)
+  _check_kernels(model)
+  _check_importance(config)
+  _check_teacher(config)
   if loss.sparsity.kind == "budget":
     _check_budget_acts(config)
   if chain and model.gating in CLASSIFIER_GATINGS:
@@ -692,6 +751,104 @@ def _check_union(config: Config) -> None:
   if sources and not unions.is_told(data.name):
     raise ValueError(
       f"data.name must be a {unions.TOLD}(...) where model.sources is set; got {data.name!r}"
+    )
+
+
+def _check_kernels(model: Config) -> None:
+  """Raises a ValueError where a setting of mixed kernels is wrong, or without effect."""
+  # Older configs have no such section.
+  section = model.get("kernels") or {}
+  if model.gating != KERNELS:
+    for name, value in section.items():
+      if value is not None:
+        raise ValueError(
+          f"model.kernels.{name} must be None where model.gating is not {KERNELS!r}; got {value!r}"
+        )
+    return
+  for name, least in (("count", 1), ("temperature", 1)):
+    value = section.get(name)
+    if value is not None and not least <= value < math.inf:
+      raise ValueError(f"model.kernels.{name} must be None or a number >= {least}; got {value}")
+  if model.name in VGGS:
+    raise ValueError(
+      f"model.name must be a residual network where model.gating is {KERNELS!r}; got {model.name!r}"
+    )
+  if not settings.gate_settings(model.gate).parts:
+    raise ValueError(
+      f"model.gate.context must be a sum of parts such as pooled where model.gating is {KERNELS!r};"
+      f" got {model.gate.context!r}"
+    )
+
+
+def _check_importance(config: Config) -> None:
+  """Raises a ValueError where a setting of the importance of units is wrong, or without effect."""
+  model = config.model
+  # Older configs have no such section.
+  section = model.get("importance") or {}
+  form = section.get("form")
+  if form is None:
+    for name, value in section.items():
+      if value is not None:
+        raise ValueError(
+          f"model.importance.{name} must be None where model.importance.form is; got {value!r}"
+        )
+    return
+  one_of("model.importance.form", form, IMPORTANCE_FORMS)
+  if model.init_from is None:
+    raise ValueError(f"model.init_from must be set where model.importance.form is {form!r}")
+  gating = {PRIOR: "channel", PRUNE: "none"}[form]
+  if model.gating != gating:
+    raise ValueError(
+      f"model.gating must be {gating!r} where model.importance.form is {form!r}; got "
+      f"{model.gating!r}"
+    )
+  images = section.get("images")
+  if images is not None and images < 1:
+    raise ValueError(f"model.importance.images must be None or >= 1; got {images}")
+  for name, least, rule in (("scale", math.ulp(0), "> 0"), ("gain", 0, ">= 0")):
+    value = section.get(name)
+    if value is not None and not (form == PRIOR and least <= value < math.inf):
+      raise ValueError(
+        f"model.importance.{name} must be None, or with the form {PRIOR!r} a finite number {rule}; "
+        f"got {value}"
+      )
+  static = section.get("static_layers")
+  is_names = bool(static) and all(isinstance(name, str) and name for name in static)
+  if static is not None and not (form == PRIOR and is_names):
+    raise ValueError(
+      f"model.importance.static_layers must be None, or with the form {PRIOR!r} a tuple of names; "
+      f"got {static!r}"
+    )
+
+
+def _check_teacher(config: Config) -> None:
+  """Raises a ValueError where a setting of the teacher is out of range, or without effect."""
+  # Older configs have no such section.
+  section = config.loss.get("distillation") or {}
+  coefficient, temperature = section.get("coefficient"), section.get("temperature")
+  if coefficient is not None and not 0 <= coefficient <= 1:
+    raise ValueError(f"loss.distillation.coefficient must be None or in [0, 1]; got {coefficient}")
+  if temperature is not None and not 0 < temperature < math.inf:
+    raise ValueError(
+      f"loss.distillation.temperature must be None or a finite number > 0; got {temperature}"
+    )
+  if not coefficient:
+    for name in ("temperature", "teacher"):
+      if section.get(name) is not None:
+        raise ValueError(
+          f"loss.distillation.{name} must be None without loss.distillation.coefficient; got "
+          f"{section[name]!r}"
+        )
+    return
+  if config.experiment != "classification" or config.model.gating == EXITS:
+    raise ValueError(
+      "loss.distillation.coefficient must be None but for classifiers without exits; got "
+      f"{coefficient}"
+    )
+  if section.get("teacher") is None and config.model.init_from is None:
+    raise ValueError(
+      "loss.distillation.teacher must name a run or a file of weights where model.init_from is "
+      "None; got None"
     )
 
 

@@ -26,6 +26,7 @@ from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import EXITS, Experiment, build
 from gating_jax.images.start import check_can_start, check_start, start_from
+from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
 from gating_jax.reports import classes as class_pages
 from gating_jax.reports import conclusion, frame, page, predictions, tables
@@ -33,7 +34,7 @@ from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports import sets as set_pages
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import working
-from gating_jax.training import devices, evaluation, hosts, outlines, rundir, steps
+from gating_jax.training import devices, evaluation, hosts, outlines, rundir, settings, steps
 from gating_jax.training.closed_gates import (
   CLOSED,
   MOST_CLOSED,
@@ -55,6 +56,7 @@ _GATING_TITLES = {
   "none": "without gates",
   "scale": "with scales of channels",
   "bias": "with biases of sources",
+  "kernels": "with mixed kernels",
   "exits": "with early exits",
   "experts": "with experts",
 }
@@ -82,6 +84,8 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     experiment = build(config)
   if start is not None:
     check_can_start(experiment)
+  if mode == "train":
+    load_teacher(experiment, quiet=True)
   runner.run(Classification(experiment), workdir, mode)
 
 
@@ -220,14 +224,15 @@ class Classification(runner.Programme):
       # Kept in the run directory, so that the model can be loaded without its data.
       outlines.write_outlines(run_dir.path, [train, experiment.test])
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
+    teacher = load_teacher(experiment)
     with training:
       # A resumed run has its own parameters; only a fresh one starts from those of another.
       if not training.step and self.config.model.init_from is not None:
-        training.state = start_from(experiment, training.state)
+        training.state = start_from(experiment, training.state, train)
       training.begin(f"{self.title}, tested on {len(experiment.test):,} {self.noun}s")
       evaluate = functools.partial(self._evaluate, training, self.make_test())
       ended = training.run(
-        self.make_advance(train, training.step),
+        self.make_advance(train, training.step, teacher),
         experiment.settings,
         evaluate=evaluate,
         watch=watch_images(self.config),
@@ -236,6 +241,8 @@ class Classification(runner.Programme):
         return None
       evaluated = evaluate()
       evaluated.result.update(self._list_untrained(train))
+      if teacher is not None:
+        evaluated.result.update(teacher.entries(evaluated.result["macs"]))
       if evaluated.gates is not None:
         evaluated.result["batch_shaping_reduction"] = experiment.objective.reduction
       self._add_names(evaluated)
@@ -256,12 +263,13 @@ class Classification(runner.Programme):
       hosts.on_writer(self.write_report, run_dir, step, evaluated, drawn=drawn, notice=notice)
     return evaluated.result
 
-  def make_advance(self, train: Any, first_step: int) -> Advance:
+  def make_advance(self, train: Any, first_step: int, teacher: Teacher | None = None) -> Advance:
     """Returns `(state, step) -> (state, metrics)` over all devices, fed by the config's loader.
 
     Args:
       train: the training set.
       first_step: the step from which training continues.
+      teacher: of the loss, where the config has one.
     Returns:
       a function that takes `steps_per_dispatch` steps; metrics are `[steps_per_dispatch]`.
     """
@@ -282,8 +290,10 @@ class Classification(runner.Programme):
         axis_name=devices.AXIS,
         noise_scale=experiment.noise_scale,
         share=experiment.share,
+        softness=experiment.softness,
         # Training fits all exits.
         method="all_exits" if config.model.gating == EXITS else None,
+        teach=None if teacher is None else teacher.teach,
       )
 
     def indices(step):
@@ -293,7 +303,11 @@ class Classification(runner.Programme):
       )
 
     mapped = MappedSteps(
-      make_step, experiment.model, full=experiment.full, backend=config.devices.backend
+      make_step,
+      experiment.model,
+      full=experiment.full,
+      backend=config.devices.backend,
+      constants=() if teacher is None else (teacher.variables,),
     )
     if isinstance(train, streaming.Stream):
       # From `first_step` on, so that a resumed run sees the batches it would have seen.
@@ -496,8 +510,10 @@ def watch_images(config: Config) -> ClosingWatch:
   """Returns the watch over classifiers and segmentation."""
   gating, gate, loss = config.model.gating, config.model.gate, config.loss
   # An exit that no image passes is not a closed gate; random gates learn nothing.
-  # Scales and biases close nothing.
-  if gating in ("none", "scale", "bias", "exits") or gate.context in ("random", "assigned"):
+  # Scales, biases and mixed kernels close nothing.
+  if gating in ("none", "scale", "bias", "kernels", "exits"):
+    return ClosingWatch(())
+  if gate.context in ("random", "assigned"):
     return ClosingWatch(())
   if gating == "experts":
     advice = "raise loss.balance.coefficient, with loss.regulariser=balance"
@@ -510,6 +526,8 @@ def watch_images(config: Config) -> ClosingWatch:
     )
   else:
     advice = advise_on_loss("loss", loss, shaped=loss.regulariser == "batch_shaping")
-  # Gates that see no input prune: they are meant to close for all examples.
-  most = NOTHING_LEFT if gate.context == "none" else accepted_fraction(loss.sparsity)
+  # Gates that see no input prune, and so do those that begin with a prior: they are meant to close
+  # for all examples.
+  prunes = gate.context == "none" or settings.importance_form(config.model) is not None
+  most = NOTHING_LEFT if prunes else accepted_fraction(loss.sparsity)
   return ClosingWatch([Limit(CLOSED, most, advice)])

@@ -1,6 +1,9 @@
 """Trainings that start from trained parameters: of an ungated run, or of a file of weights.
 
 Gates and exits are fresh. Of a file the classifier is fresh, too, where it has other classes.
+
+With `model.importance` gates begin with the importance of the trained network's units for a prior,
+or a narrower network begins as the trained one pruned by it.
 """
 
 from __future__ import annotations
@@ -9,25 +12,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import numpy as np
 from flax import traverse_util
 
+from gating_jax.analysis import importance as units
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
-from gating_jax.images.build import Experiment, build
-from gating_jax.layers.gate import is_gate_path
+from gating_jax.images.build import PRIOR, PRUNE, Experiment, build
+from gating_jax.layers.gate import GateSettings, is_gate_path
 from gating_jax.models.pretrained import (
   IMAGENET_MEAN,
   IMAGENET_STD,
   load_pretrained,
   names_weights,
 )
-from gating_jax.models.vggs import is_dense_name
+from gating_jax.models.vggs import VGGS, is_dense_name
 from gating_jax.terminal import say
-from gating_jax.training import rundir, steps
+from gating_jax.training import rundir, settings, steps
 from gating_jax.training.checkpoints import restore_newest
 from gating_jax.training.rundir import RunDir, RunDirError
 from gating_jax.training.steps import TrainState
+
+# Training images from which the importance of units is taken, where the config does not say.
+_IMPORTANCE_IMAGES = 512
 
 
 def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
@@ -51,6 +60,9 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
     theirs.update(rundir.with_tuples(start.config()))
+  # A pruned network is narrower where units were: inside blocks, or in all layers of a chain.
+  pruned = "model.width" if config.model.name in VGGS else "model.inner_width"
+  prunes = settings.importance_form(config.model) == PRUNE
   # The fields that determine the names and shapes of parameters.
   for name, mine in (
     ("experiment", config.experiment),
@@ -63,6 +75,13 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
   ):
     # Older configs have no stem.
     found = rundir.flatten(theirs).get(name)
+    if prunes and name == pruned:
+      if found is None or found < mine:
+        raise ValueError(
+          f"{name} must be at most that of the run that model.init_from names, {found}, where "
+          f"model.importance.form is {PRUNE!r}; got {mine}"
+        )
+      continue
     if found != mine:
       raise ValueError(
         f"model.init_from must name a run with {name}={mine!r}; that of {config.model.init_from} "
@@ -93,10 +112,11 @@ def check_can_start(experiment: Experiment) -> None:
       experiment.model, experiment.optimiser, config.seed, experiment.test.shape
     )
   )
-  _start_from_file(experiment, shapes)
+  image = jax.ShapeDtypeStruct((1, *experiment.test.shape), np.float32)
+  _start_from_file(experiment, shapes, image)
 
 
-def start_from(experiment: Experiment, state: TrainState) -> TrainState:
+def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> TrainState:
   """Returns a fresh state with the parameters and statistics that `model.init_from` names.
 
   They are those of a run's newest checkpoint, or of a file of weights.
@@ -104,18 +124,22 @@ def start_from(experiment: Experiment, state: TrainState) -> TrainState:
   Args:
     experiment: the experiment to start.
     state: a fresh state of it.
+    train: the training set, for the importance of units where `model.importance.form` is set.
   Raises:
     RunDirError: the run has no checkpoint.
     FileNotFoundError: there is no such file.
     ValueError: a parameter has no place here, or one that is not of a gate, of an exit or of a
       fresh classifier has none there.
   """
-  folder = user_path(experiment.config.model.init_from)
+  folder, images = user_path(experiment.config.model.init_from), None
+  if settings.importance_form(experiment.config.model) is not None:
+    images = _read_images(experiment, train)
+    say(f"the importance of units is taken from {len(images)} training images")
   if names_weights(folder):
-    started, said = _start_from_file(experiment, state)
+    started, said = _start_from_file(experiment, state, images)
     for line in said:
       say(line)
-    return started
+    return _with_prior(experiment, started, images)
   theirs = build(check_start(experiment.config))
   like = jax.eval_shape(
     lambda: steps.init_state(theirs.model, theirs.optimiser, theirs.config.seed, theirs.test.shape)
@@ -126,17 +150,102 @@ def start_from(experiment: Experiment, state: TrainState) -> TrainState:
     raise RunDirError(_no_start(RunDir(folder)))
   step, trained = found
   say(f"starting from the parameters of step {step} in {folder}")
-  return state.replace(
-    params=_merged(state.params, trained.params, folder),
-    batch_stats=_merged(state.batch_stats, trained.batch_stats, folder),
+  taken = {"params": trained.params, "batch_stats": trained.batch_stats}
+  if settings.importance_form(experiment.config.model) == PRUNE:
+    taken = _pruned(theirs.model, taken, state, images)
+  started = state.replace(
+    params=_merged(state.params, taken["params"], folder),
+    batch_stats=_merged(state.batch_stats, taken["batch_stats"], folder),
   )
+  return _with_prior(experiment, started, images)
 
 
-def _start_from_file(experiment: Experiment, state: TrainState) -> tuple[TrainState, list[str]]:
-  """Returns a state with the weights of a file, and lines that say what was taken and made."""
+def _read_images(experiment: Experiment, train: Any) -> jax.Array:
+  """Reads training images, evenly spaced in their set, as the network takes them."""
+  count = experiment.config.model.importance.images or _IMPORTANCE_IMAGES
+  index = np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)
+  pixels, _ = train.read(index)
+  return experiment.normalise(pixels)
+
+
+def _pruned(
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  state: TrainState,
+  images: Any,
+  is_fresh: Callable[[tuple[str, ...]], bool] = lambda path: False,
+) -> dict[str, Any]:
+  """Returns the variables of a trained network, pruned to the widths of a state.
+
+  Args:
+    model: the trained network, without gates.
+    variables: its variables.
+    state: of the narrower network.
+    images: for the importance of units; or their shape, for a check of the widths alone.
+    is_fresh: whether the narrower network's parameter of a path is not taken.
+  """
+  # Gates mark the units; the smallest there are.
+  gated = model.clone(gating="channel", gate=GateSettings(context="none"))
+  shapes = jax.eval_shape(gated.init, jax.random.key(0), jax.eval_shape(lambda x: x[:1], images))
+  # On the host: each process computes the same, alone.
+  variables = jax.device_get(dict(variables))
+  flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables)
+  made: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(shapes))
+  for path, leaf in made.items():
+    if is_gate_path(path):
+      flat[path] = np.zeros(leaf.shape, leaf.dtype)
+  marked = traverse_util.unflatten_dict(flat)
+  is_shape = isinstance(images, jax.ShapeDtypeStruct)
+  measure = units.describe_units if is_shape else units.unit_importance
+  wanted = {}
+  for collection in ("params", "batch_stats"):
+    for path, leaf in traverse_util.flatten_dict(dict(getattr(state, collection))).items():
+      if not is_fresh(path):
+        wanted[collection, *path] = leaf
+  found = measure(gated, marked, images)
+  taken = units.select_units(variables, found, traverse_util.unflatten_dict(wanted))
+  return {"params": {}, "batch_stats": {}, **taken}
+
+
+def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> TrainState:
+  """Returns a state whose gates begin with the importance of units, where the config says so."""
+  section = experiment.config.model.get("importance") or {}
+  if section.get("form") != PRIOR:
+    return state
+  # On the host: each process computes the same, alone.
+  variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+  found = units.unit_importance(experiment.model, variables, images)
+  gate = settings.gate_settings(experiment.config.model.gate)
+  share = (
+    gate.share if experiment.share is None else min(1.0, float(np.asarray(experiment.share(0))))
+  )
+  static = tuple(section.get("static_layers") or ())
+  for is_static in (False, True):
+    # Gates of static layers keep the gain 0, and stay the same for all images.
+    gain = 0.0 if is_static else section.get("gain") or 0.0
+    variables = units.with_prior(
+      variables,
+      [unit for unit in found if unit.gate[0].startswith(static) == is_static],
+      scale=section.get("scale") or units.SCALE,
+      gain=gain,
+      share=share,
+    )
+  return state.replace(params=variables["params"], batch_stats=variables["batch_stats"])
+
+
+def _start_from_file(
+  experiment: Experiment, state: TrainState, images: Any
+) -> tuple[TrainState, list[str]]:
+  """Returns a state with the weights of a file, and lines that say what was taken and made.
+
+  Args:
+    experiment: the experiment to start.
+    state: a fresh state of it.
+    images: for the importance of units, or their shape; unused where the config needs none.
+  """
   config = experiment.config
   file = user_path(config.model.init_from)
-  _, variables = load_pretrained(file)
+  model, variables = load_pretrained(file)
   theirs = dict(variables["params"])
   said = [f"starting from the weights in {file}"]
   # The dense layers at the end belong to the classes and to the size of images.
@@ -162,6 +271,11 @@ def _start_from_file(experiment: Experiment, state: TrainState) -> tuple[TrainSt
     return _is_fresh(path) or (fresh_head and is_dense_name(path[0]))
 
   statistics = variables.get("batch_stats", {})
+  if settings.importance_form(config.model) == PRUNE:
+    whole = {"params": variables["params"], "batch_stats": statistics}
+    with settings.named("model.init_from"):
+      taken = _pruned(model, whole, state, images, is_fresh)
+    theirs, statistics = taken["params"], taken["batch_stats"]
   started = state.replace(
     params=_merged(state.params, theirs, file, what="weights", is_fresh=is_fresh),
     batch_stats=_merged(state.batch_stats, statistics, file, what="weights"),

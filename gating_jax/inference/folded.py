@@ -144,8 +144,8 @@ class Head:
   Attributes:
     groups: of the channels that the gates switch, or that scales multiply.
     context: parts of the context, some of `pooled`, `moments`, `grid` and `glance`.
-    shift: of weighted gates, a number: an open unit of logit z has the weight
-      2 sigmoid(z + shift). None: the gate of an open unit is 1.
+    shift: of weighted gates, a number, or `[U]` numbers for the gates of all groups: an open unit
+      of logit z has the weight 2 sigmoid(z + shift). None: the gate of an open unit is 1.
     scales: whether the channels are multiplied by 2 sigmoid(z), and none is ever closed.
   """
 
@@ -178,16 +178,19 @@ class Head:
 
     Gates of a logit that is NaN are closed.
     """
-    return tuple(self._gates(z) for z in logits)
-
-  def _gates(self, logits: Array) -> Array:
-    """Maps the logits of a group to its gates or scales."""
     if self.scales:
-      return 2 * jax.nn.sigmoid(logits)
+      return tuple(2 * jax.nn.sigmoid(z) for z in logits)
     if self.shift is None:
-      return threshold_gate(logits)
-    # A choice and not a product: NaN must not reach a closed gate.
-    return jnp.where(logits > 0, 2 * jax.nn.sigmoid(logits + self.shift), 0)
+      return tuple(threshold_gate(z) for z in logits)
+    shifts = [self.shift] * len(logits)
+    if self.shift.ndim:
+      ends = np.cumsum([group.gates for group in self.groups])
+      shifts = jnp.split(self.shift, ends[:-1])
+    gates = []
+    for z, shift in zip(logits, shifts, strict=True):
+      # A choice and not a product: NaN must not reach a closed gate.
+      gates.append(jnp.where(z > 0, 2 * jax.nn.sigmoid(z + shift), 0))
+    return tuple(gates)
 
   def _context(self, x: Array, shared: Shared) -> Array:
     """Maps `[N, H, W, D]` to the context, `[N, numbers]`."""

@@ -9,7 +9,8 @@ What the logits z = W h + b of a gate network are moved by is folded into its la
     z' = s (z - mean) / sqrt(var + eps) - theta - shift
     W' = W s / sqrt(var + eps),   b' = s (b - mean) / sqrt(var + eps) - theta - shift
 
-An open unit's weight, 2 sigmoid(z' + shift), is computed when the network runs.
+Gates with a prior have s gain in place of s, and + prior. An open unit's weight, 2 sigmoid(z' +
+shift), or 2 sigmoid(z' + shift + theta - prior) with a prior, is computed when the network runs.
 
 Axes: D input channels, O output channels, U gates of a gate network.
 Reference: Jacob et al., 2018, section 3.2; Louizos et al., 2018 (hard concrete gates).
@@ -30,9 +31,18 @@ from flax import traverse_util
 from gating_jax.checks import one_of, shown
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Glance, Group, Head, Layer, Part
 from gating_jax.inference.grafting import ChainLayer, GraftedNet, find_chains
-from gating_jax.layers.blocks import BIAS, GATINGS
+from gating_jax.layers.blocks import BIAS, GATINGS, KERNELS
 from gating_jax.layers.context import GLANCE_NAME
-from gating_jax.layers.gate import GATE_NAME, LOGITS, SHIFT, SHUT, THRESHOLD, GateSettings
+from gating_jax.layers.gate import (
+  GAIN,
+  GATE_NAME,
+  LOGITS,
+  PRIOR,
+  SHIFT,
+  SHUT,
+  THRESHOLD,
+  GateSettings,
+)
 from gating_jax.layers.gated_model import GatedModel
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.vggs import POOL, VGG
@@ -252,7 +262,12 @@ def _rules_of(model: ResNet | VGG) -> list[_Rule]:
   """Returns the conditions under which a model can be folded."""
   gate = model.gate
   rules = [
-    _Rule("gating", model.gating, holds=model.gating != BIAS, wanted="none or that of gates"),
+    _Rule(
+      "gating",
+      model.gating,
+      holds=model.gating not in (BIAS, KERNELS),
+      wanted="none or that of gates",
+    ),
   ]
   if model.gating != "none":
     rules += _gate_rules(gate)
@@ -517,7 +532,7 @@ def _head(
     groups=groups,
     context=gate.parts,
     # Always there, so that networks of other shifts are of one shape, and share a program.
-    shift=jnp.asarray(_shift(flat, part)) if gate.weighted else None,
+    shift=jnp.asarray(_weight_shift(gate, flat, part)) if gate.weighted else None,
     scales=not gate.decides,
   )
 
@@ -536,6 +551,10 @@ def _moved_logits(
     stats = ("batch_stats", *part, GATE_NAME, "normalised")
     factor = gate.normalise / np.sqrt(flat[*stats, "var"].astype(np.float64) + _EPSILON)
     moved, moved_bias = moved * factor, (moved_bias - flat[*stats, "mean"]) * factor
+  if gate.prior:
+    gain = flat["params", *part, GATE_NAME, GAIN].astype(np.float64)
+    moved, moved_bias = moved * gain, moved_bias * gain
+    moved_bias = moved_bias + flat["params", *part, GATE_NAME, PRIOR]
   moved_bias = moved_bias - _threshold(flat, part)
   moved_bias = np.where(shut, bias, moved_bias) - _shift(flat, part)
   return moved.astype(np.float32), moved_bias.astype(np.float32)
@@ -549,6 +568,14 @@ def _threshold(flat: Mapping[Path, np.ndarray], part: Path) -> np.ndarray:
 def _shift(flat: Mapping[Path, np.ndarray], part: Path) -> np.ndarray:
   """Returns what `shift_thresholds` has added to the threshold, a number; 0 if nothing."""
   return flat.get(("batch_stats", *part, GATE_NAME, SHIFT), np.zeros((), np.float32))
+
+
+def _weight_shift(gate: GateSettings, flat: Mapping[Path, np.ndarray], part: Path) -> np.ndarray:
+  """Returns what is added to the folded logits of open units for their weights, as in `Head`."""
+  shift = _shift(flat, part)
+  if not gate.prior:
+    return shift
+  return shift + _threshold(flat, part) - flat["params", *part, GATE_NAME, PRIOR]
 
 
 def _static_gates(

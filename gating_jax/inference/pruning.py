@@ -289,8 +289,16 @@ def _prune_head(
   gated = np.concatenate([choice.gated for choice in choices])
   if head is None or not gated.any():
     return None
+  shift = head.shift
+  # A shift of each gate goes with its gate.
+  if shift is not None and shift.ndim:
+    shift = shift[gated]
   return dataclasses.replace(
-    head, logits=head.logits[:, gated], logits_bias=head.logits_bias[gated], groups=tuple(groups)
+    head,
+    logits=head.logits[:, gated],
+    logits_bias=head.logits_bias[gated],
+    groups=tuple(groups),
+    shift=shift,
   )
 
 

@@ -9,6 +9,7 @@ Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3;
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from gating_jax.layers.conv import (
   CONVOLUTIONS,
   ConvNorm,
   FactorisedConvNorm,
+  MixedConvNorm,
   check_maps,
   scaled,
 )
@@ -31,6 +33,7 @@ from gating_jax.layers.gate import (
   ChannelGate,
   GatedChannels,
   GateSettings,
+  KernelWeights,
   apply_gates,
   decisions,
 )
@@ -41,7 +44,9 @@ from gating_jax.types import Array, Records
 
 # Of an ungated network that is told the source of each image.
 BIAS = "bias"
-GATINGS = ("none", "channel", "all_channels", "layer", BIAS)
+# Of an ungated network whose convolutions mix several kernels for each image.
+KERNELS = "kernels"
+GATINGS = ("none", "channel", "all_channels", "layer", BIAS, KERNELS)
 SHORTCUTS = ("A", "B")
 # Of a source's initial biases, as far as those of other sources.
 _BIAS_DEVIATION = 0.5
@@ -59,8 +64,10 @@ class _ResidualBlock(nn.Module):
 
   of a block that keeps the shape of x; blocks that change the shape always run. With `"bias"` there
   are no gates: each source of images, of which the network is told, has a bias of its own for every
-  channel between the convolutions, before the ReLU. Gates may read parts of a context that the
-  network computes once; it passes them as `shared`.
+  channel between the convolutions, before the ReLU. With `"kernels"` there are none either: every
+  convolution with a window has several kernels, which each image mixes by weights of its own, of a
+  network such as that of gates. Gates may read parts of a context that the network computes once;
+  it passes them as `shared`.
 
   Attributes:
     features: output channels; a quarter of them for `Bottleneck`.
@@ -77,6 +84,7 @@ class _ResidualBlock(nn.Module):
     backward_share: fraction of examples, in (0, 1], that the branch's backward pass has room for in
       training; for `gating="layer"`, see `open_backward`. Below 1 it needs `group_norm`.
     inner_width: multiplies the channels between the convolutions.
+    kernels: number of kernels of a convolution, for `gating="kernels"`.
   """
 
   features: int
@@ -92,6 +100,7 @@ class _ResidualBlock(nn.Module):
   group_norm: bool = False
   backward_share: float = 1.0
   inner_width: float = 1.0
+  kernels: int = 4
 
   def _check(self, x: Array) -> None:
     check_maps(x)
@@ -107,6 +116,10 @@ class _ResidualBlock(nn.Module):
     self, name: str, *, features: int, window: int, stride: int = 1, dilation: int = 1
   ) -> Conv:
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
+    if window > 1 and self.gating == KERNELS:
+      if self.convolution != "full":
+        raise ValueError(f"convolution must be full for mixed kernels; got {self.convolution!r}")
+      conv = functools.partial(MixedConvNorm, kernels=self.kernels)
     # `FactorisedConvNorm` has no such field.
     spread: dict[str, Any] = {} if dilation == 1 else {"dilation": dilation}
     return conv(
@@ -119,6 +132,17 @@ class _ResidualBlock(nn.Module):
       group_norm=self.group_norm,
       **spread,
     )
+
+  def _mixes(
+    self, x: Array, train: bool, shared: Shared, convs: Sequence[Conv]
+  ) -> list[tuple[Array, ...]]:
+    """Returns the further arguments of each convolution: its weights, where kernels are mixed."""
+    mixed = [isinstance(conv, MixedConvNorm) for conv in convs]
+    if not any(mixed):
+      return [()] * len(convs)
+    weigh = KernelWeights(sum(mixed), self.kernels, self.gate, self.axis_name, name=GATE_NAME)
+    weights = iter(weigh(x, train, shared))
+    return [(next(weights),) if is_mixed else () for is_mixed in mixed]
 
   def _joined(self, x: Array, extra: Array | None) -> Array:
     """Returns the first convolution's input: x, and channels that the shortcut does not see."""
@@ -159,7 +183,7 @@ class _ResidualBlock(nn.Module):
     self, x_shape: Sequence[int], convs: Sequence[Conv], project: Conv | None
   ) -> tuple[GatedChannels, ...]:
     """Describes the groups of channels that the block's gate decides on."""
-    if self.gating in ("none", BIAS):
+    if self.gating in ("none", BIAS, KERNELS):
       return ()
     calls = _calls(convs, x_shape)
     if self.gating == "layer":
@@ -284,14 +308,15 @@ class BasicBlock(_ResidualBlock):
     conv1 = self._conv("conv1", features=width, window=3, stride=self.stride, dilation=first)
     conv2 = self._conv("conv2", features=self.features, window=3, dilation=second)
     project = self._project(x, self.features)
-    h = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train), shared))
     convs = (conv1, conv2)
+    first_mix, second_mix = self._mixes(x, train, shared, convs)
+    h = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train, *first_mix), shared))
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)
     else:
       # conv2(g * ReLU(BN1(conv1 x))) of the equation.
-      branch = conv2(self._gated(h, records, 0), train)
+      branch = conv2(self._gated(h, records, 0), train, *second_mix)
     shortcut = self._shortcut(x, train, features=self.features, project=project)
     return self._join(branch, shortcut, records)
 
@@ -334,12 +359,14 @@ class Bottleneck(_ResidualBlock):
     conv3 = self._conv("conv3", features=out, window=1)
     convs = (conv1, conv2, conv3)
     project = self._project(x, out)
+    # The 1x1 convolutions have one kernel.
+    _, mix, _ = self._mixes(x, train, shared, convs)
     h1 = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train), shared))
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)
     else:
-      h2 = nn.relu(self._told("bias2", conv2(self._gated(h1, records, 0), train), shared))
+      h2 = nn.relu(self._told("bias2", conv2(self._gated(h1, records, 0), train, *mix), shared))
       branch = conv3(self._gated(h2, records, 1), train)
     shortcut = self._shortcut(x, train, features=out, project=project)
     return self._join(branch, shortcut, records)

@@ -2,7 +2,8 @@
 
 Axes: N examples, F frames, H and W pixels, channels last.
 Reference: Tran et al., "A closer look at spatiotemporal convolutions for action recognition", 2018,
-  section 3; Wu and He, "Group normalization", 2018.
+  section 3; Wu and He, "Group normalization", 2018; Yang et al., "CondConv", 2019, and Chen et al.,
+  "Dynamic convolution", 2020 (mixed kernels).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import convolve_clips, convolve_depthwise
@@ -88,6 +90,10 @@ class ConvNorm(nn.Module):
       conv_general_dilated=None if self.dilation > 1 else _quickest(len(window), self.depthwise),
       name="conv",
     )(x)
+    return self._normalised(x, train)
+
+  def _normalised(self, x: Array, train: bool) -> Array:
+    """Returns the convolution's output, normalised where that is asked for."""
     if not self.norm:
       return x
     if self.group_norm:
@@ -118,6 +124,95 @@ class ConvNorm(nn.Module):
     """Returns the MACs of this convolution's channels on an input of this shape."""
     window = _per_axis("window", self.window, len(x_shape) - 2)
     return plain_conv(window, self.output_shape(x_shape), depthwise=self.depthwise)
+
+
+class MixedConv(nn.Module):
+  """A convolution of images whose kernel is another for each example: a mixture of K kernels.
+
+      W_n = sum over k of pi_nk W_k,   y_n = W_n * x_n
+
+  `[N, H, W, D]` images and `[N, K]` weights pi to `[N, H', W', features]`. One example is a single
+  convolution with its mixed kernel. Of several, the outputs of all kernels are mixed, which is the
+  same up to rounding, and computes K times as much.
+
+  Attributes:
+    kernels: K.
+    features, window, stride, dilation, dtype: as in `ConvNorm`, with sizes of both axes.
+
+  >>> conv, x = MixedConv(2, features=3, window=(3, 3), stride=(1, 1)), jnp.ones((2, 4, 4, 1))
+  >>> pi = jnp.array([[1.0, 0.0], [0.5, 0.5]])
+  >>> y, _ = jax.eval_shape(lambda: conv.init_with_output(jax.random.key(0), x, pi))
+  >>> y.shape
+  (2, 4, 4, 3)
+  """
+
+  kernels: int
+  features: int
+  window: tuple[int, int]
+  stride: tuple[int, int]
+  dilation: int = 1
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, mix: Array) -> Array:
+    shape = (self.kernels, *self.window, x.shape[-1], self.features)
+    # Each kernel on its own begins as that of a convolution.
+    init = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal", batch_axis=(0,))
+    kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
+    mix = mix.astype(self.dtype)
+    if x.shape[0] == 1:
+      return self._convolve(x, jnp.einsum("k,khwdo->hwdo", mix[0], kernel))
+    # One convolution has the outputs of all kernels, next to each other.
+    wide = jnp.moveaxis(kernel, 0, -2).reshape(*shape[1:-1], self.kernels * self.features)
+    y = self._convolve(x, wide)
+    each = y.reshape(*y.shape[:-1], self.kernels, self.features)
+    return jnp.einsum("nhwko,nk->nhwo", each, mix)
+
+  def _convolve(self, x: Array, kernel: Array) -> Array:
+    """Convolves with symmetric padding, `[N, H, W, D]` to `[N, H', W', O]`."""
+    padding = []
+    for size in self.window:
+      padding.append((size // 2 * self.dilation, size // 2 * self.dilation))
+    return lax.conv_general_dilated(
+      x.astype(self.dtype),
+      kernel,
+      self.stride,
+      padding,
+      rhs_dilation=(self.dilation, self.dilation),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+class MixedConvNorm(ConvNorm):
+  """A `ConvNorm` of images whose convolution is a `MixedConv`; its last argument are the weights.
+
+  Attributes:
+    kernels: K.
+  Raises:
+    TypeError, ValueError: as `ConvNorm`; or clips, whose windows are not mixed.
+  """
+
+  kernels: int = 4
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool, mix: Array | None = None) -> Array:
+    check_maps(x)
+    arguments.whole_number("features", self.features)
+    arguments.whole_number("kernels", self.kernels)
+    if x.ndim != 4 or mix is None:
+      raise ValueError(f"mixed kernels need images [N, H, W, D] and weights; got shape {x.shape}")
+    height, width = _per_axis("window", self.window, 2)
+    down, right = _per_axis("stride", self.stride, 2)
+    conv = MixedConv(
+      kernels=self.kernels,
+      features=self.features,
+      window=(height, width),
+      stride=(down, right),
+      dilation=self.dilation,
+      dtype=self.dtype,
+      name="conv",
+    )
+    return self._normalised(conv(x, mix), train)
 
 
 class FactorisedConvNorm(nn.Module):

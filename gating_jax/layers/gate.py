@@ -6,6 +6,8 @@ this is L0 regularisation, which closes units permanently.
 Thresholds are 0, or quantiles of a layer's logits, which open a given share of its gates in every
 batch. `shift_thresholds` moves them after training: one net then serves several budgets.
 
+Gates with a prior begin the same for all examples, as static pruning by that prior would be.
+
 Axes: N examples, H and W pixels, D input channels, C gated units.
 Reference: Veit and Belongie, 2018; Bejnordi et al., 2020, section 3; Serra et al., 2018 (masks);
   Louizos et al., 2018, "Learning sparse neural networks through L0 regularization"; Hu et al.,
@@ -61,9 +63,12 @@ CONTEXTS = (*PARTS, *_ALONE)
 RELAXATIONS = ("straight_through", "hard_concrete", "sigmoid", "scale")
 THRESHOLDS = ("zero", "quantile")
 # Names in the collection `noise`.
-_SCALE, _SHARE = "scale", "share"
+_SCALE, _SHARE, _SOFTNESS = "scale", "share", "softness"
 # Names in `batch_stats`: of the running mean of thresholds, and of what `shift_thresholds` adds.
 THRESHOLD, SHIFT = "threshold", "shift"
+# Names in `params` of gates that have a prior: what is added to their logits, and the factor of
+# what a gate network says.
+PRIOR, GAIN = "prior", "gain"
 # Decay of the running mean of thresholds, as of BatchNorm's statistics.
 _MOMENTUM = 0.9
 # Log-odds, up to the sign, of gates that are assigned.
@@ -97,6 +102,7 @@ def gate_controls(
   *,
   noise_scale: ArrayLike | None = None,
   share: ArrayLike | None = None,
+  softness: ArrayLike | None = None,
 ) -> dict[str, Any]:
   """Returns the collection `noise`, which replaces settings of every gate for one pass.
 
@@ -104,13 +110,14 @@ def gate_controls(
     params: the model's parameters, from which the paths of the gates are taken.
     noise_scale: replaces the setting of that name; a number or a traced scalar; None leaves it.
     share: likewise, the share of gates that a quantile opens.
+    softness: likewise, T of `KernelWeights`, which is 1 otherwise.
 
   >>> gate_controls({"block1": {"conv": 0, "gate": {"logits": 0}}}, share=0.5)
   {'block1': {'gate': {'share': 0.5}}}
   """
   arguments.instance("params", params, Mapping, "a tree of parameters")
   values = {}
-  for name, value in ((_SCALE, noise_scale), (_SHARE, share)):
+  for name, value in ((_SCALE, noise_scale), (_SHARE, share), (_SOFTNESS, softness)):
     if value is not None:
       values[name] = value
   controls = {}
@@ -165,9 +172,11 @@ class GateSettings:
   From the logits z of a gate network to the gates g of one layer:
 
       z <- s BatchNorm(z)                     normalise s > 0, without scale and offset
+      v  = gain z,   z <- v + prior           prior: two parameters of each gate
       z <- z - theta                          threshold; what records have as logits
       a  = 1[z + noise > 0]                   relaxation
       g  = a w,   w = 2 sigmoid(z)            weighted; otherwise w = 1
+                  w = 2 sigmoid(v)            weighted, with a prior
 
   Attributes:
     hidden: width of the gate network's hidden layer.
@@ -193,11 +202,14 @@ class GateSettings:
     threshold: `zero`; or `quantile`: theta is the (1 - share) quantile of the layer's logits over
       batch and gates, see `ops.quantiles.open_threshold`, and in evaluation its running mean. The
       gates of a layer are all those of one gate network.
+    prior: whether each gate has a prior and a gain, learnt from 0. With a gain of 0 a gate is the
+      same for all examples: open where its prior is above the threshold, with a weight of exactly
+      1. It becomes conditional as far as its gain leaves 0. `analysis.with_prior` sets both.
     share: fraction in (0, 1] of a layer's gates that the quantile opens; see `gate_controls` for
       one that changes in training.
     weighted: whether an open unit counts w = 2 sigmoid(z), and a closed one exactly 0. w is 1 or
-      more unless noise, or a shift of the threshold, has opened the unit. The gradient through w is
-      exact for open units; the straight-through gradient only decides.
+      more unless noise, a shift of the threshold, or a prior has opened the unit. The gradient
+      through w is exact for open units; the straight-through gradient only decides.
   Raises:
     ValueError: a field out of range, or one that is incompatible with another.
     TypeError: a field of another kind.
@@ -218,6 +230,7 @@ class GateSettings:
   threshold: str = "zero"
   share: float = 1.0
   weighted: bool = False
+  prior: bool = False
 
   def __post_init__(self):
     check_sampling(self)
@@ -225,6 +238,7 @@ class GateSettings:
     arguments.number("gate normalise", self.normalise, ">= 0", lambda v: 0 <= v < math.inf)
     arguments.number("gate share", self.share, "in (0, 1]", lambda v: 0 < v <= 1)
     arguments.instance("gate weighted", self.weighted, bool, "True or False")
+    arguments.instance("gate prior", self.prior, bool, "True or False")
     _check_context(self.context)
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
     one_of("gate threshold", self.threshold, THRESHOLDS)
@@ -246,12 +260,14 @@ class GateSettings:
     hard = self.relaxation == "straight_through"
     quantile = self.threshold == "quantile"
     if self.context == "none":
-      # The same logits for all examples have no deviation.
+      # The same logits for all examples have no deviation, and are a prior themselves.
       refuse("normalise", self.normalise > 0, "0", "if context is none")
+      refuse("prior", self.prior, "False", "if context is none")
     for name, is_set, rule in (
       ("normalise", self.normalise > 0, "0"),
       ("threshold", quantile, "zero"),
       ("weighted", self.weighted, "False"),
+      ("prior", self.prior, "False"),
     ):
       if not learnt:
         refuse(name, is_set, rule, f"if context is {self.context}")
@@ -434,13 +450,13 @@ class ChannelGate(nn.Module):
     check_examples(x, train)
     units = [self._units(group.channels) for group in self.groups]
     # One head decides on the units of all groups, which are then split.
-    trained = self._relative(self._logits(x, sum(units), train, shared), train)
+    trained, weighing = self._relative(self._logits(x, sum(units), train, shared), train)
     logits = self._shifted(trained, train)
     # Before the splits: the order in which the logits' gradients add up is that of these lines.
     probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
     if self.settings.weighted:
       # g = a w: closed gates are exactly 0, whatever w is. A shift changes a alone.
-      gates = gates * (2 * jax.nn.sigmoid(trained))
+      gates = gates * (2 * jax.nn.sigmoid(weighing))
     ends = np.cumsum(units)[:-1]
     logits_of = jnp.split(logits, ends, axis=-1)
     probs_of = jnp.split(probs, ends, axis=-1)
@@ -486,11 +502,11 @@ class ChannelGate(nn.Module):
         arguments.number(f"groups[{i}].{cost}", value, ">= 0", lambda v: v >= 0)
     check_gate_settings("settings", self.settings)
 
-  def _relative(self, logits: Array, train: bool) -> Array:
-    """Returns the logits `[N, units]`, normalised and relative to the layer's threshold."""
+  def _relative(self, logits: Array, train: bool) -> tuple[Array, Array]:
+    """Returns the logits `[N, units]` relative to the threshold, and those of weights."""
     s = self.settings
-    if not s.normalise and s.threshold == "zero":
-      return logits
+    if not s.normalise and s.threshold == "zero" and not s.prior:
+      return logits, logits
     # Gates that are shut for good stay so: they have no deviation, and no place among the others.
     # Exactly this value, which no kernel arrives at: other low logits have a place.
     counts, z = logits != SHUT, logits
@@ -504,9 +520,19 @@ class ChannelGate(nn.Module):
         name="normalised",
       )
       z = float(s.normalise) * norm(z)
+    weighing = None
+    if s.prior:
+      # The prior only opens: a unit that all examples open is the one of the network without gates.
+      weighing, prior = self._parameter(GAIN, z) * z, self._parameter(PRIOR, z)
+      z = weighing + prior
     if s.threshold == "quantile":
       z = z - self._quantile(z, counts, train)
-    return jnp.where(counts, z, logits)
+    relative = jnp.where(counts, z, logits)
+    return relative, relative if weighing is None else jnp.where(counts, weighing, logits)
+
+  def _parameter(self, name: str, z: Array) -> Array:
+    """Returns a parameter of each gate, `[units]`, that is learnt from 0."""
+    return self.param(name, nn.initializers.zeros, z.shape[-1:], jnp.float32)
 
   def _shifted(self, logits: Array, train: bool) -> Array:
     """Returns the logits of evaluation relative to a threshold that has been moved, if it has."""
@@ -604,6 +630,34 @@ class ChannelGate(nn.Module):
       key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(self.path).encode()))
       keys = collectives.example_keys(key, logits.shape[0], None)
     return jax.vmap(sample)(keys, logits)
+
+
+class KernelWeights(nn.Module):
+  """Weights of mixed kernels, from one `GateHead` for all convolutions of a block.
+
+      pi = softmax(z / T),   T = 1 unless `gate_controls` sets it
+
+  `[N, H, W, D]` to one `[N, K]` for each convolution, in float32. A large T makes all kernels learn
+  at first.
+
+  Reference: Chen et al., "Dynamic convolution", 2020, section 3.3 (a softmax that is flat early).
+  """
+
+  convolutions: int
+  kernels: int
+  settings: GateSettings = GateSettings()
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(
+    self, x: Array, train: bool = False, shared: Shared = NOTHING_SHARED
+  ) -> tuple[Array, ...]:
+    head = GateHead(self.convolutions * self.kernels, self.settings, self.axis_name, name="head")
+    logits = head(x, train, shared) / self.get_variable(NOISE, _SOFTNESS, 1.0)
+    weights = []
+    for z in jnp.split(logits, self.convolutions, axis=-1):
+      weights.append(jax.nn.softmax(z, axis=-1))
+    return tuple(weights)
 
 
 def decisions(records: Records, settings: GateSettings) -> Records:

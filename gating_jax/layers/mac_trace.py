@@ -1,13 +1,18 @@
-"""Recording of the MACs of every convolution and dense layer while a network is traced."""
+"""Recording of the MACs of every convolution and dense layer while a network is traced.
+
+A mixed kernel costs one MAC for each number of all its kernels, and then those of one convolution.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import flax.linen as nn
 
+from gating_jax.layers.conv import MixedConv
 from gating_jax.ops.macs import conv_macs
 from gating_jax.types import Path
 
@@ -28,7 +33,9 @@ class Call(NamedTuple):
 
 @contextlib.contextmanager
 def kernel_calls() -> Iterator[list[Call]]:
-  """Yields a list that collects each call of an `nn.Conv`, `nn.Dense` or `nn.DenseGeneral`.
+  """Yields a list that collects each call of an `nn.Conv`, `nn.Dense`, `nn.DenseGeneral`.
+
+  Those of a `MixedConv` are among them.
 
   It collects the calls within the `with` block.
 
@@ -49,6 +56,10 @@ def kernel_calls() -> Iterator[list[Call]]:
       kernel = module.get_variable("params", "kernel").shape
       inputs = kernel[-2] if isinstance(module, nn.Conv) else 0
       calls.append(Call(module.path, conv_macs(kernel, y.shape), inputs))
+    if isinstance(module, MixedConv) and context.method_name == "__call__":
+      kernels = module.get_variable("params", "kernel").shape
+      macs = math.prod(kernels) + conv_macs(kernels[1:], y.shape)
+      calls.append(Call(module.path, macs, kernels[-2]))
     if isinstance(module, nn.DenseGeneral):
       kernel = module.get_variable("params", "kernel").shape
       # It may have any number of axes; every entry is one multiplication per example.

@@ -84,7 +84,7 @@ class SegmentGateSettings:
         stacklevel=3,
       )
       # Segments have contexts and relaxations of their own, and nothing else of channels' gates.
-      for name in ("normalise", "threshold", "share", "weighted"):
+      for name in ("normalise", "threshold", "share", "weighted", "prior"):
         unset, value = getattr(GateSettings, name), getattr(gate, name)
         if value != unset:
           raise ValueError(f"gate {name} of segments must be {unset!r}; got {value!r}")

@@ -123,7 +123,8 @@ class ResNet(nn.Module):
       (2+1)-D.
     gating: `none`; `channel`, the channels between the convolutions of a block; `all_channels`,
       those of its output too; `layer`, a whole block at a time, where its shortcut is the identity;
-      `bias`, no gates, but a bias for each source and channel.
+      `bias`, no gates, but a bias for each source and channel; `kernels`, no gates, but several
+      kernels that each image mixes.
     shortcut: `A` (zero padding, no parameters) or `B` (1x1 convolution).
     gate: settings of the gates.
     dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics, gates and
@@ -139,6 +140,7 @@ class ResNet(nn.Module):
       number of theirs, 0 to S - 1, at every pixel (or 0 at some, as crops leave it). The network
       takes it off: only gates with `told` or `assigned` for a context read it, and biases. 0: all
       channels are the image's.
+    kernels: number of kernels of a convolution in the blocks, for `gating="kernels"`.
   Raises:
     TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
@@ -171,6 +173,7 @@ class ResNet(nn.Module):
   backward_share: float = 1.0
   inner_width: float = 1.0
   sources: int = 0
+  kernels: int = 4
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -234,6 +237,7 @@ class ResNet(nn.Module):
       group_norm=self.group_norm,
       backward_share=self.backward_share,
       inner_width=self.inner_width,
+      kernels=self.kernels,
       gate=self.gate,
       dtype=self.dtype,
       axis_name=self.axis_name,

@@ -60,8 +60,20 @@ def classification_rows(result: Mapping[str, Any]) -> list[Row]:
     *_as_rows(classes.score_rows(result, "accuracy")),
     *_as_rows(sets.set_rows(result)),
     *_size_and_gate_rows(result),
+    *_teacher_rows(result),
     *_as_rows(classes.class_rows(result)),
   ]
+
+
+def _teacher_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns rows about the teacher of a network; none without one."""
+  if "teacher_macs" not in result:
+    return []
+  ratio = format_percent(result["teacher_mac_ratio"], 1)
+  rows = [Row("MACs of the teacher", f"{result['teacher_macs']:,.0f}  (this net has {ratio})")]
+  if "teacher_accuracy" in result:
+    rows.append(Row("accuracy of the teacher", format_percent(result["teacher_accuracy"], 2)))
+  return rows
 
 
 def scene_rows(result: Mapping[str, Any]) -> list[Row]:

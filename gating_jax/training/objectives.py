@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -161,6 +162,45 @@ def fit_exits(
   return Fit(jnp.sum(weights * cross_entropy), jnp.mean(right), further)
 
 
+class Distillation(NamedTuple):
+  """Settings of a loss that compares a network's outputs with those of a trained one, its teacher.
+
+  Attributes:
+    coefficient: c, in (0, 1]; the labels have the rest.
+    temperature: T, > 0.
+  """
+
+  coefficient: float
+  temperature: float
+
+
+def distillation_loss(logits: Array, taught: Array, temperature: float) -> Array:
+  """Computes the mean divergence of a network's softened predictions from those of its teacher.
+
+      T^2 mean over n of KL(softmax(t_n / T) || softmax(z_n / T))
+
+  T^2 keeps the gradient's scale about the same at all temperatures.
+
+  Args:
+    logits: z, `[N, classes]`.
+    taught: t, the teacher's, of the same shape; no gradient reaches them.
+    temperature: T, > 0.
+  Returns:
+    a scalar.
+
+  Reference: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015.
+
+  >>> logits = jnp.array([[0.0, 2.0]])
+  >>> same, other = (distillation_loss(logits, taught, 4.0) for taught in (logits, -logits))
+  >>> print(same, round(float(other), 3))
+  0.0 1.959
+  """
+  softened = jax.nn.log_softmax(logits / temperature)
+  targets = jax.nn.log_softmax(lax.stop_gradient(taught) / temperature)
+  each = optax.losses.kl_divergence_with_log_targets(softened, targets)
+  return temperature**2 * jnp.mean(each)
+
+
 class GatePenalties(NamedTuple):
   """Settings of batch-shaping and sparsity, the same for gates of channels and of segments.
 
@@ -225,7 +265,8 @@ class ImageObjective:
 
       total = CE + gamma_t * batch-shaping + rho_t * sparsity
 
-  or CE with another regulariser, from earlier work, in place of the two terms.
+  or CE with another regulariser, from earlier work, in place of the two terms. With a teacher,
+  (1 - c) CE + c * distillation takes the place of CE.
 
   Attributes:
     prior: the distribution that each gate's open probability should follow over the batch.
@@ -243,6 +284,7 @@ class ImageObjective:
       evenly over experts; `none`.
     coefficient: strength of any regulariser but the first two, the same at every step.
     fit: computes CE and the accuracy from outputs and labels.
+    distillation: settings of the term of a teacher; None without one.
   """
 
   prior: Prior
@@ -255,6 +297,7 @@ class ImageObjective:
   regulariser: str = "batch_shaping"
   coefficient: float = 0.0
   fit: FitLabels = fit_classes
+  distillation: Distillation | None = None
 
   @classmethod
   def from_config(
@@ -264,13 +307,14 @@ class ImageObjective:
     *,
     never_gated_macs: int,
     fit: FitLabels = fit_classes,
+    distillation: Distillation | None = None,
   ) -> ImageObjective:
     """Returns the objective that a section of a config describes.
 
     Args:
       loss: a section with `batch_shaping`, `sparsity` and, where there is a choice, `regulariser`.
       gate_penalties: those of the section.
-      never_gated_macs, fit: as in the class.
+      never_gated_macs, fit, distillation: as in the class.
     Raises:
       ValueError: a field is out of its range.
     """
@@ -284,6 +328,7 @@ class ImageObjective:
       # Each regulariser with one strength has a section of its own name.
       coefficient=loss[regulariser].coefficient if regulariser in loss else 0.0,
       fit=fit,
+      distillation=distillation,
     )
 
   def __post_init__(self):
@@ -298,6 +343,7 @@ class ImageObjective:
     records: Records,
     step: Array,
     axis_name: Hashable | None = None,
+    taught: Array | None = None,
   ) -> tuple[Array, Mapping[str, Array]]:
     """Computes `(total, terms)`; the terms are before their coefficients.
 
@@ -307,12 +353,17 @@ class ImageObjective:
         cross-entropy alone.
       step: the step of the schedules.
       axis_name: as in `batch_shaping_loss`.
+      taught: outputs of the teacher for the same examples, where `distillation` is set.
     """
     cross_entropy, accuracy, further = self.fit(logits, labels, axis_name)
     # Terms are logged without coefficients, so that runs with different ones can be compared.
-    terms = {"cross_entropy": cross_entropy, "accuracy": accuracy}
+    terms, fitted = {"cross_entropy": cross_entropy, "accuracy": accuracy}, cross_entropy
+    if self.distillation is not None and taught is not None:
+      c, temperature = self.distillation
+      terms["distillation"] = distillation_loss(logits, taught, temperature)
+      fitted = (1 - c) * cross_entropy + c * terms["distillation"]
     regulariser, gate_terms = self.gate_terms(records, step, axis_name)
-    return cross_entropy + regulariser, {**terms, **gate_terms, **further}
+    return fitted + regulariser, {**terms, **gate_terms, **further}
 
   def gate_terms(
     self, records: Records, step: Array, axis_name: Hashable | None = None

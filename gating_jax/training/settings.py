@@ -131,6 +131,12 @@ def gate_settings(section: Mapping[str, Any], **fixed: Any) -> GateSettings:
   return GateSettings(**{**given, **fixed})
 
 
+def importance_form(model: Config) -> str | None:
+  """Returns what the importance of units is for, as a section `model` says; None: for nothing."""
+  # Older configs have no such section.
+  return (model.get("importance") or {}).get("form")
+
+
 @contextlib.contextmanager
 def named(section: str) -> Iterator[None]:
   """Prefixes errors of settings in the block with their section of the config."""

@@ -91,7 +91,9 @@ def make_train_step(
   axis_name: Hashable | None = None,
   noise_scale: optax.Schedule | None = None,
   share: optax.Schedule | None = None,
+  softness: optax.Schedule | None = None,
   method: str | None = None,
+  teach: Callable[[Any, Any], Array] | None = None,
 ) -> Callable:
   """Returns a training step: `(state, inputs, targets) -> (state, metrics)`.
 
@@ -108,16 +110,23 @@ def make_train_step(
     axis_name: the axis over which the batch is spread; None for one device.
     noise_scale: from step to number, replaces the model's own scale for all its gates.
     share: likewise, the share of gates that quantiles open.
+    softness: likewise, the temperature at which kernels are mixed.
     method: of the model, whose outputs are fitted; by default its `__call__`.
+    teach: `(variables, prepared inputs) -> outputs` of a trained network. The step then takes its
+      variables as a fourth argument, and the objective its outputs, `taught`.
   Returns:
     the step.
   """
 
-  def step(state: TrainState, inputs: Any, targets: Any) -> tuple[TrainState, dict[str, Array]]:
+  def step(
+    state: TrainState, inputs: Any, targets: Any, teacher: Any = None
+  ) -> tuple[TrainState, dict[str, Array]]:
     """Takes one step on examples `[B, ...]`; returns the new state and scalar metrics."""
     # A key of the step number, not one in the state: a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     prepared = prepare(jax.random.fold_in(key, AUGMENT_STREAM), inputs)
+    # The teacher sees the same augmented examples.
+    lesson = {} if teach is None else {"taught": teach(teacher, prepared)}
     rngs = {
       GATE_RNG: jax.random.fold_in(key, GATE_STREAM),
       DROPOUT_RNG: jax.random.fold_in(key, DROPOUT_STREAM),
@@ -126,16 +135,15 @@ def make_train_step(
     def loss(params):
       """Returns the loss of a step; next to it, its metrics and the new BatchNorm statistics."""
       variables = {"params": params, "batch_stats": state.batch_stats}
-      if noise_scale is not None or share is not None:
-        variables[NOISE] = gate_controls(
-          params,
-          noise_scale=None if noise_scale is None else noise_scale(state.step),
-          share=None if share is None else share(state.step),
-        )
+      controls = {"noise_scale": noise_scale, "share": share, "softness": softness}
+      # Those that are scheduled, at this step.
+      controls = {name: at(state.step) for name, at in controls.items() if at is not None}
+      if controls:
+        variables[NOISE] = gate_controls(params, **controls)
       (outputs, records), updates = model.apply(
         variables, prepared, train=True, method=method, mutable=["batch_stats"], rngs=rngs
       )
-      total, terms = objective(outputs, targets, records, state.step, axis_name)
+      total, terms = objective(outputs, targets, records, state.step, axis_name, **lesson)
       metrics = {"loss": total, **terms}
       for name, record in zip(layer_names(records), records, strict=True):
         # A soft gate counts as open above 0.
@@ -166,16 +174,16 @@ def resident_steps(step: Callable) -> Callable:
   """Returns K training steps over a data set that is resident on the devices.
 
   The result is `(state, (inputs [M, ...], targets [M, ...]), indices [B, K]) -> (state, metrics
-  [K])`.
+  [K])`. Further arguments are passed on to every step.
   """
 
-  def run(state, dataset, indices):
+  def run(state, dataset, indices, *constants):
     """Takes K steps on the examples at `indices` `[B, K]`; returns metrics `[K]`."""
 
     def take_step(state, index):
       """Takes one step on the examples at `index` `[B]`."""
       examples = jax.tree.map(lambda x: x[index], dataset)
-      return step(state, *examples)
+      return step(state, *examples, *constants)
 
     return _scan(take_step, state, indices.T)
 
@@ -186,14 +194,15 @@ def streamed_steps(step: Callable) -> Callable:
   """Returns K training steps over batches from the host.
 
   The result is `(state, (inputs [B, K, ...], targets [B, K, ...])) -> (state, metrics [K])`.
+  Further arguments are passed on to every step.
   """
 
-  def run(state, batch):
+  def run(state, batch, *constants):
     """Takes K steps on `batch`, trees of `[B, K, ...]`; returns metrics `[K]`."""
 
     def take_step(state, examples):
       """Takes one step on a tree of `[B, ...]`."""
-      return step(state, *examples)
+      return step(state, *examples, *constants)
 
     # Batches have the examples first, to be spread over devices; the scan runs over axis 0.
     return _scan(take_step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch))
@@ -302,12 +311,14 @@ class MappedSteps:
   Attributes:
     make_step: returns the training step of a model.
     model, full, backend: as in `map_steps`.
+    constants: trees that every step takes after its examples, the same for all of them.
   """
 
   make_step: Callable[[nn.Module], Callable]
   model: nn.Module
   full: nn.Module | None
   backend: str
+  constants: tuple[Any, ...] = ()
 
   def on_stream(self, batches: Iterator[Any]) -> Advance:
     """Returns the steps on batches from the host, `[B, K, ...]` each.
@@ -318,9 +329,10 @@ class MappedSteps:
       lambda model: streamed_steps(self.make_step(model)),
       self.model,
       self.full,
-      args=(devices.REPLICATED, devices.BATCH),
+      args=(devices.REPLICATED, devices.BATCH, *self._places),
       backend=self.backend,
     )
+    constants = devices.replicate(self.constants)
     begun = False
 
     def advance(state, _):
@@ -333,7 +345,7 @@ class MappedSteps:
           batch = next(batches)
       else:
         batch = next(batches)
-      return run(state, batch)
+      return run(state, batch, *constants)
 
     return advance
 
@@ -349,10 +361,16 @@ class MappedSteps:
       lambda model: resident_steps(self.make_step(model)),
       self.model,
       self.full,
-      args=(devices.REPLICATED, devices.REPLICATED, devices.BATCH),
+      args=(devices.REPLICATED, devices.REPLICATED, devices.BATCH, *self._places),
       backend=self.backend,
     )
-    return lambda state, step: run(state, examples, indices(step))
+    constants = devices.replicate(self.constants)
+    return lambda state, step: run(state, examples, indices(step), *constants)
+
+  @property
+  def _places(self) -> tuple[str, ...]:
+    """Returns how the constants are mapped over devices: each has all of them."""
+    return (devices.REPLICATED,) * len(self.constants)
 
 
 def or_in_full(skipping: Callable, full: Callable) -> Callable:

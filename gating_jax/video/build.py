@@ -20,7 +20,7 @@ from gating_jax.checks import one_of
 from gating_jax.config_files import Config
 from gating_jax.data import composed
 from gating_jax.data.videos import VideoArrays, VideoSet
-from gating_jax.layers.blocks import BIAS, GATINGS
+from gating_jax.layers.blocks import BIAS, GATINGS, KERNELS
 from gating_jax.layers.segment_gate import (
   CONCEPTS,
   SEGMENT_CONTEXTS,
@@ -399,8 +399,8 @@ def _check_model(config: Config) -> None:
       "model.selection": (*SELECTIONS, LIGHT),
       "model.light.name": LIGHT_NETS,
       "model.heavy.name": HEAVY_NETS,
-      # Videos have no sources.
-      "model.heavy.gating": [gating for gating in GATINGS if gating != BIAS],
+      # Videos have no sources, and kernels of clips are not mixed.
+      "model.heavy.gating": [gating for gating in GATINGS if gating not in (BIAS, KERNELS)],
       "model.pooling": POOLINGS,
       "model.dtype": settings.DTYPES,
       "model.gate.context": SEGMENT_CONTEXTS,

@@ -1,21 +1,26 @@
 """Trainings that start from files of weights, and freeze layers at first."""
 
 import importlib
+import json
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from gating_jax import ResNet, save_pretrained
-from gating_jax.images import build, classification, start
+from gating_jax import ResNet, load_pretrained, save_pretrained
+from gating_jax.images import build, classification, start, teacher
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models import resnets
 from gating_jax.models.pretrained import IMAGENET_MEAN
 from gating_jax.models.resnets import NamedResNet
 from gating_jax.training import rundir, steps
+from gating_jax.training.checkpoints import restore_newest
+from tests.helpers import tiny
+from tests.helpers.runs import without_reports
 
 BLOCKS, FEATURES = (1, 1), 4
 
@@ -155,3 +160,154 @@ def test_layers_are_frozen_for_the_first_epochs(config, layers, frozen):
 def test_frozen_layers_that_are_not_there_are_named(config, changes, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     build.build(config(**changes))
+
+
+GATED = {
+  "model.gate.threshold": "quantile",
+  "model.gate.share": 0.5,
+  "model.gate.noise_scale": 0.0,
+  "model.gate.weighted": True,
+  "loss.regulariser": "none",
+}
+PRIOR = {
+  **GATED,
+  "model.importance.form": "prior",
+  "model.importance.images": 20,
+  "loss.distillation.coefficient": 0.5,
+}
+
+
+def test_gates_begin_with_the_importance_of_a_file(config, tmp_path, capsys):
+  file, _ = weights(tmp_path)
+  changes = {"model.importance.gain": 0.5, "model.importance.static_layers": ("stage1",)}
+  built = classification.build(config(**PRIOR, **changes, **{"model.init_from": str(file)}))
+  began = start.start_from(built, fresh_state(built), built.open_train())
+  assert "the importance of units is taken from 20 training images" in capsys.readouterr().out
+  gates = {name: began.params[name]["gate"] for name in ("stage1_block1", "stage2_block1")}
+  np.testing.assert_array_equal(gates["stage1_block1"]["gain"], 0)
+  np.testing.assert_array_equal(gates["stage2_block1"]["gain"], 0.5)
+  for name, gate in gates.items():
+    assert len(set(np.asarray(gate["prior"]))) == gate["prior"].size
+    # The threshold is that of the share: half of the gates are open.
+    assert (gate["prior"] > began.batch_stats[name]["gate"]["threshold"]).mean() == 0.5
+  # Static gates stay as they are.
+  few = {name: {"gate": {"gain": np.ones(2)}, "conv1": np.ones(2)} for name in gates}
+  updates, _ = jax.jit(built.optimiser.update)(few, built.optimiser.init(few), few)
+  for path, value in flat(updates).items():
+    assert (value != 0).any() != (path[0] == "stage1_block1" and is_gate_path(path)), path
+
+
+@pytest.mark.slow
+def test_a_narrower_network_begins_as_the_pruned_one_of_a_file(config, tmp_path):
+  file, _ = weights(tmp_path, classes=3)
+  changes = {"model.init_from": str(file), "model.gating": "none", "model.inner_width": 0.5}
+  made = config(**changes, **{"model.importance.form": "prune"})
+  built = classification.build(made)
+  start.check_can_start(built)
+  began = start.start_from(built, fresh_state(built), built.open_train())
+  _, theirs = load_pretrained(file)
+  whole = theirs["params"]["stage1_block1"]["conv1"]["conv"]["kernel"]
+  kept = np.asarray(began.params["stage1_block1"]["conv1"]["conv"]["kernel"])
+  assert kept.shape[-1] == whole.shape[-1] // 2
+  columns = {channel.tobytes() for channel in np.moveaxis(np.asarray(whole), -1, 0)}
+  assert all(channel.tobytes() in columns for channel in np.moveaxis(kept, -1, 0))
+  made.model.inner_width = 2.0
+  with pytest.raises(ValueError, match="the narrower network must differ in units alone"):
+    start.check_can_start(classification.build(made))
+
+
+@pytest.mark.slow
+def test_a_teacher_of_other_classes_or_an_unfinished_run_is_refused(config, tmp_path):
+  file, _ = weights(tmp_path, classes=3)
+  made = config(**PRIOR, **{"model.init_from": str(file)})
+  with pytest.raises(ValueError, match=r"must have the 10 classes of the data; .* shape \(3,\)"):
+    teacher.load_teacher(classification.build(made))
+  made.loss.distillation.teacher = str(tmp_path)
+  with pytest.raises(rundir.RunDirError, match="teacher must name a finished run; .* holds none"):
+    teacher.load_teacher(classification.build(made))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model.importance.gain": 1.0}, "model.importance.gain must be None where model.importance."),
+    ({"model.importance.form": "prior"}, "model.init_from must be set where model.importance.form"),
+    ({"model.importance.form": "all"}, "model.importance.form must be one of prior, prune; got"),
+    (
+      {"model.importance.form": "prune", "model.init_from": "runs/dense"},
+      "model.gating must be 'none' where model.importance.form is 'prune'; got 'channel'",
+    ),
+    (
+      {**PRIOR, "model.init_from": "runs/dense", "model.importance.scale": 0.0},
+      "model.importance.scale must be None, or with the form 'prior' a finite number > 0; got 0.0",
+    ),
+    (
+      {**PRIOR, "model.init_from": "runs/dense", "model.importance.static_layers": ("stem", "x")},
+      "each of model.importance.static_layers must be the beginning of one of classifier, stage1_",
+    ),
+    (
+      {"loss.distillation.temperature": 2.0},
+      "loss.distillation.temperature must be None without loss.distillation.coefficient; got 2.0",
+    ),
+    (
+      {"loss.distillation.coefficient": 0.5},
+      "loss.distillation.teacher must name a run or a file of weights where model.init_from is",
+    ),
+    (
+      {"loss.distillation.coefficient": 2.0},
+      "loss.distillation.coefficient must be None or in [0, 1]; got 2.0",
+    ),
+    (
+      {
+        "loss.distillation.coefficient": 0.5,
+        "loss.distillation.teacher": "runs/dense",
+        "model.gating": "exits",
+        "loss.regulariser": "none",
+      },
+      "loss.distillation.coefficient must be None but for classifiers without exits; got 0.5",
+    ),
+  ],
+)
+def test_settings_of_importance_and_teachers_without_effect_are_named(config, changes, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    build.build(config(**changes))
+
+
+@pytest.mark.slow
+def test_a_run_with_a_teacher_resumes_bit_for_bit(config, tmp_path, monkeypatch):
+  without_reports(monkeypatch)
+  dense = config(**{"model.gating": "none", "loss.regulariser": "none", "optim.epochs": 1})
+  classification.run(dense, tmp_path / "dense", "train")
+  made = config(**PRIOR, **{"model.init_from": str(tmp_path / "dense")})
+  classification.run(made, tmp_path / "gated", "train")
+  result = json.loads((tmp_path / "gated" / "result.json").read_text())
+  theirs = json.loads((tmp_path / "dense" / "result.json").read_text())
+  assert result["teacher_macs"] == theirs["macs"]
+  assert result["teacher_accuracy"] == theirs["accuracy"]
+  assert result["teacher_mac_ratio"] == pytest.approx(result["macs"] / theirs["macs"])
+  built = classification.build(made)
+  end = restore_newest(rundir.RunDir(tmp_path / "gated").checkpoints, fresh_state(built))
+  # Cut back to the end of the first epoch.
+  newest = max((tmp_path / "gated" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+  shutil.rmtree(newest)
+  (tmp_path / "gated" / "result.json").unlink()
+  classification.run(made, tmp_path / "gated", "train")
+  again = restore_newest(rundir.RunDir(tmp_path / "gated").checkpoints, fresh_state(built))
+  assert end[0] == again[0] == 22
+  assert tiny.bit_equal(again[1], end[1])
+  static = config(
+    **{
+      "model.gating": "none",
+      "loss.regulariser": "none",
+      "model.inner_width": 0.5,
+      "model.importance.form": "prune",
+      "loss.distillation.coefficient": 0.5,
+      "loss.distillation.teacher": str(tmp_path / "gated"),
+      "model.init_from": str(tmp_path / "dense"),
+      "optim.epochs": 1,
+    }
+  )
+  classification.run(static, tmp_path / "static", "train")
+  pruned = json.loads((tmp_path / "static" / "result.json").read_text())
+  # Any finished run may teach: here the gated one.
+  assert pruned["teacher_mac_ratio"] == pruned["macs"] / result["macs"] < 1

@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -7,13 +9,16 @@ import pytest
 from gating_jax.inference import folded
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folding import fold
+from gating_jax.inference.pruning import apply_pruning, find_static_units
+from gating_jax.layers.blocks import Bottleneck
 from gating_jax.layers.gate import SHUT, GateSettings, shift_thresholds
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.summary import model_summary
 from gating_jax.models.vggs import VGG
 from gating_jax.ops.macs import executed_macs
-from tests.helpers.gated_models import MODELS, SHAPE, STATIC, images, random_variables
+from tests.helpers.folded_nets import count_gates
+from tests.helpers.gated_models import MODELS, RECIPE, SHAPE, STATIC, images, random_variables
 
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
@@ -299,3 +304,25 @@ def test_variables_of_another_model_are_named():
       fold(other, random_variables(model))
   with pytest.raises(ValueError, match=r"gate/head/norm/mean of shape none; got \(16,\)"):
     fold(model, random_variables(ResNet(3, (1,), features=4, gating="channel")))
+
+
+def test_gates_with_a_prior_have_weights_without_it():
+  gate = dataclasses.replace(RECIPE, prior=True)
+  model = ResNet(3, (1,), Bottleneck, features=4, gating="channel", gate=gate)
+  variables, x = shift_thresholds(random_variables(model), 0.1), images()
+  # Units that never open, to be pruned with their shift.
+  own = variables["params"]["stage1_block1"]["gate"]
+  own["gain"], own["prior"] = own["gain"].at[0].set(0), own["prior"].at[0].set(-9)
+  y, records = jax.jit(model.apply)(variables, x)
+  net = fold(model, variables)
+  pruned = apply_pruning(net, find_static_units(net, count_gates(net, x), multiple=1))
+  assert pruned.parts[1].head.shift.size < net.parts[1].head.shift.size == 8
+  z, _ = jax.jit(folded.run)(pruned, x)
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+  z, logits = jax.jit(folded.run)(net, x)
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+  for record, gates in zip(records, gates_of(net, logits), strict=True):
+    np.testing.assert_allclose(gates, record.gates, rtol=1e-4, atol=1e-4)
+  seen = np.concatenate([record.gates for record in records], axis=1)
+  # Of the gate networks' words alone, on either side of 1.
+  assert seen[seen > 0].min() < 1 < seen.max()

@@ -1,5 +1,6 @@
 """Gates that are normalised, opened by a quantile, weighted or assigned; and scales."""
 
+import dataclasses
 import functools
 import re
 
@@ -244,6 +245,28 @@ def test_scales_multiply_and_decide_nothing():
   gates = joined(records, "gates")
   np.testing.assert_allclose(gates, 2 * special.expit(joined(records, "logits")), rtol=1e-6)
   assert ((gates > 0) & (gates < 2)).all()
+
+
+@pytest.mark.slow
+def test_a_gain_of_0_leaves_the_prior_and_learns():
+  module = gate(dataclasses.replace(RECIPE, prior=True))
+  variables = init(module)
+  prior = np.linspace(-2, 2, 8, dtype=np.float32)
+  variables["params"] |= {"prior": jnp.asarray(prior)}
+  np.testing.assert_array_equal(variables["params"]["gain"], 0)
+
+  def loss(params):
+    records, _ = run(module, {**variables, "params": params}, X, {}, True)
+    gates = jnp.concatenate([record.gates for record in records], axis=-1)
+    # A gate pays where the first feature is large.
+    return jnp.sum(gates * jnp.mean(X, axis=(1, 2))[:, :1]), gates
+
+  (_, gates), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+  # 0.3 of 8 units are 2.4; all that tie are open.
+  np.testing.assert_array_equal(gates, np.tile(prior >= prior[-3], (16, 1)))
+  assert (np.asarray(slopes["gain"]) != 0).all()
+  # Gate networks begin to learn with the second step.
+  assert not np.any(slopes["head"]["logits"]["kernel"])
 
 
 def test_assigned_gates_are_those_of_the_source():

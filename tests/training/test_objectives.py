@@ -296,3 +296,15 @@ def test_all_exits_are_fitted_at_once_with_their_weights(weights):
     ValueError, match="exit_weights must hold 1 number, or one for each of 1 exits before the last"
   ):
     fit_exits(answers[:, 1:], LABELS, exit_weights=(1.0, 1.0))
+
+
+def test_a_teacher_shares_the_loss_with_the_labels():
+  taught = RANDOM.normal(size=LOGITS.shape).astype(np.float32)
+  with_teacher = objective(distillation=objectives.Distillation(0.3, 2.0))
+  total, terms = jax.jit(with_teacher)(LOGITS, LABELS, (), STEP, taught=taught)
+  target, softened = (special.log_softmax(z.astype(np.float64) / 2, -1) for z in (taught, LOGITS))
+  divergence = 4 * np.mean(np.sum(np.exp(target) * (target - softened), axis=-1))
+  assert float(terms["distillation"]) == pytest.approx(divergence, rel=1e-5)
+  expected = 0.7 * cross_entropy_by_hand() + 0.3 * divergence
+  assert float(total) == pytest.approx(expected, rel=1e-5)
+  assert float(terms["cross_entropy"]) == pytest.approx(cross_entropy_by_hand(), rel=1e-5)

@@ -1,0 +1,126 @@
+"""The teacher of a classifier: a trained network whose outputs it is compared with in training.
+
+Reference: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gating_jax.checks import user_path
+from gating_jax.config_files import Config
+from gating_jax.images.build import Experiment, build
+from gating_jax.models.pretrained import load_pretrained, names_weights
+from gating_jax.models.summary import model_summary
+from gating_jax.terminal import say
+from gating_jax.training import outlines, settings, steps
+from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training.rundir import RunDir, RunDirError
+from gating_jax.types import Array
+
+
+class Teacher(NamedTuple):
+  """A trained network.
+
+  Attributes:
+    model: of classes.
+    variables: its `params` and `batch_stats`.
+    macs: mean MACs of an image, gate networks included.
+    accuracy: on its test set, as a fraction; None where a file of weights does not say.
+  """
+
+  model: nn.Module
+  variables: Mapping[str, Any]
+  macs: float
+  accuracy: float | None
+
+  def teach(self, variables: Mapping[str, Any], images: Array) -> Array:
+    """Returns the logits `[N, classes]` of normalised images."""
+    logits, _ = self.model.apply(variables, images)
+    return logits
+
+  def entries(self, macs: float) -> dict[str, float]:
+    """Returns what a result says of the teacher of a network with so many MACs."""
+    found = {"teacher_macs": self.macs, "teacher_mac_ratio": macs / self.macs}
+    if self.accuracy is not None:
+      found["teacher_accuracy"] = self.accuracy
+    return found
+
+
+def load_teacher(experiment: Experiment, *, quiet: bool = False) -> Teacher | None:
+  """Loads the teacher that a config names; None where it names none.
+
+  Args:
+    experiment: of the network to train.
+    quiet: whether nothing is said of it.
+  Raises:
+    RunDirError, FileNotFoundError: there is no such run, it is not finished, or there is no file.
+    ValueError: the teacher is of other classes, of images of other colours, or no classifier.
+  """
+  config = experiment.config
+  if experiment.objective.distillation is None:
+    return None
+  # The network that this one starts from, unless another is named.
+  source = config.loss.distillation.teacher or config.model.init_from
+  teacher = _of_file(source, experiment) if names_weights(source) else _of_run(source, config)
+  image = jax.ShapeDtypeStruct((1, *experiment.test.shape), jnp.float32)
+  try:
+    logits = jax.eval_shape(teacher.teach, teacher.variables, image)
+  # Flax has its own errors of shapes.
+  except Exception as error:
+    raise ValueError(
+      f"loss.distillation.teacher must take images of shape {experiment.test.shape}; {source} "
+      f"does not: {error}"
+    ) from None
+  classes = len(experiment.test.class_names)
+  if logits.shape != (1, classes):
+    raise ValueError(
+      f"loss.distillation.teacher must have the {classes} classes of the data; the outputs of "
+      f"{source} have shape {logits.shape[1:]}"
+    )
+  if not quiet:
+    say(f"the teacher is {source}, of {teacher.macs:,.0f} MACs an image")
+  return teacher
+
+
+def _of_file(source: str, experiment: Experiment) -> Teacher:
+  """Loads a teacher from a file of weights."""
+  model, variables = load_pretrained(user_path(source))
+  counts = model_summary(model, experiment.test.shape)
+  return Teacher(model, variables, float(counts.macs), None)
+
+
+def _of_run(source: str, config: Config) -> Teacher:
+  """Loads a teacher from a run directory."""
+  run_dir = RunDir(user_path(source))
+  result = run_dir.result() if run_dir.exists() else None
+  # One that still trains would teach otherwise after a restart.
+  if result is None:
+    raise RunDirError(f"loss.distillation.teacher must name a finished run; {source} holds none")
+  theirs = settings.config_of(run_dir.path)
+  if theirs.experiment != config.experiment:
+    raise ValueError(
+      f"loss.distillation.teacher must name a run of {config.experiment}; {source} is of "
+      f"{theirs.experiment}"
+    )
+  for name in ("mean", "std"):
+    if theirs.data[name] != config.data[name]:
+      raise ValueError(
+        f"loss.distillation.teacher must name a run with data.{name}={config.data[name]}; that of "
+        f"{source} has {theirs.data[name]}"
+      )
+  built = build(theirs, outlines.read_outlines(run_dir.path))
+  like = jax.eval_shape(
+    lambda: steps.init_state(built.model, built.optimiser, theirs.seed, built.test.shape)
+  )
+  found = restore_newest(run_dir.checkpoints, like)
+  if found is None:
+    raise RunDirError(f"loss.distillation.teacher must name a run with a checkpoint; got {source}")
+  _, state = found
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  return Teacher(built.model, jax.device_get(variables), result["macs"], result["accuracy"])
