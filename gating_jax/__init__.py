@@ -65,6 +65,7 @@ __all__ = [
   "find_static_units",
   "fold",
   "from_cdf",
+  "from_nnx",
   "gated_macs",
   "generalised_batch_shaping_loss",
   "hard_concrete",
@@ -122,6 +123,7 @@ if TYPE_CHECKING:
     shift_thresholds,
   )
   from gating_jax.layers.gated_model import GatedModel
+  from gating_jax.layers.nnx_bridge import from_nnx
   from gating_jax.layers.pair_search import find_pairs
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
   from gating_jax.loading import load_run
@@ -192,6 +194,7 @@ else:
         "shift_thresholds",
       ),
       "gating_jax.layers.gated_model": ("GatedModel",),
+      "gating_jax.layers.nnx_bridge": ("from_nnx",),
       "gating_jax.layers.pair_search": ("find_pairs",),
       "gating_jax.layers.segment_gate": ("SegmentGate", "SegmentGateSettings"),
       "gating_jax.loading": ("load_run",),
