@@ -97,6 +97,7 @@ __all__ = [
   "symmetric_beta",
   "target_rate_loss",
   "threshold_gate",
+  "to_onnx",
   "uniform",
   "value_and_grad_over_devices",
   "vgg",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
   from gating_jax.inference.exits import compile_exits
   from gating_jax.inference.export import export_model, load_exported
   from gating_jax.inference.folding import fold
+  from gating_jax.inference.onnx_export import to_onnx
   from gating_jax.inference.pruning import find_static_units
   from gating_jax.inference.quantising import quantise
   from gating_jax.inference.segments import compile_segments
@@ -181,6 +183,7 @@ else:
       "gating_jax.inference.exits": ("compile_exits",),
       "gating_jax.inference.export": ("export_model", "load_exported"),
       "gating_jax.inference.folding": ("fold",),
+      "gating_jax.inference.onnx_export": ("to_onnx",),
       "gating_jax.inference.pruning": ("find_static_units",),
       "gating_jax.inference.quantising": ("quantise",),
       "gating_jax.inference.segments": ("compile_segments",),

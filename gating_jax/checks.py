@@ -51,7 +51,7 @@ EXTRAS = {
     "tqdm",
   ),
   "video": ("av",),
-  "export": ("flatbuffers", "safetensors"),
+  "export": ("flatbuffers", "onnx", "onnxruntime", "safetensors"),
 }
 
 
