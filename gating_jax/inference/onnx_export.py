@@ -114,7 +114,8 @@ def load_onnx(data: bytes) -> Callable[[Any], tuple[np.ndarray, tuple[np.ndarray
 
   def run(images: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Computes the outputs and the gate logits."""
-    outputs, *logits = session.run(None, {_INPUT: np.asarray(images, np.float32)})
+    results: list[Any] = list(session.run(None, {_INPUT: np.asarray(images, np.float32)}))
+    outputs, *logits = results
     return outputs, tuple(logits)
 
   return run

@@ -27,7 +27,7 @@ from jax import lax
 from gating_jax.layers.gated_model import mode_of
 
 # A place in an NNX model, such as ("blocks", 0, "conv").
-_Place = tuple[str | int, ...]
+_Place = tuple[Any, ...]
 # The stream of Linen's keys from which the model's random numbers come in training.
 _STREAM = "dropout"
 # Linen's name of the number of channels that a layer makes, and NNX's.
@@ -66,15 +66,16 @@ class FromNNX(nn.Module):
     model.train() if train else model.eval()
     held = _Held(scope)
     streams, layers = [], {}
-    for place, node in list(nnx.iter_graph(model)):
+    nodes: list[tuple[_Place, Any]] = list(nnx.iter_graph(model))
+    for place, node in nodes:
       if isinstance(node, nnx.RngStream):
         streams.append(node)
-      elif isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
-        held.fill(place, node)
       elif type(node) in _LAYERS and _is_usual(node):
         layers[id(node)] = _linen_layer(node, _at(scope, place))
         # nnx's own assignment would take the class for an attribute.
         object.__setattr__(node, "__class__", _ROUTED[type(node)])
+      elif isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
+        held.fill(place, node)
     has_keys = train and self.has_rng(_STREAM)
     if has_keys:
       _reseed(streams, self.make_rng(_STREAM))
