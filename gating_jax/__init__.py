@@ -65,6 +65,7 @@ __all__ = [
   "find_static_units",
   "fold",
   "from_cdf",
+  "from_nnx",
   "gated_macs",
   "generalised_batch_shaping_loss",
   "hard_concrete",
@@ -96,6 +97,7 @@ __all__ = [
   "symmetric_beta",
   "target_rate_loss",
   "threshold_gate",
+  "to_onnx",
   "uniform",
   "value_and_grad_over_devices",
   "vgg",
@@ -109,6 +111,7 @@ if TYPE_CHECKING:
   from gating_jax.inference.exits import compile_exits
   from gating_jax.inference.export import export_model, load_exported
   from gating_jax.inference.folding import fold
+  from gating_jax.inference.onnx_export import to_onnx
   from gating_jax.inference.pruning import find_static_units
   from gating_jax.inference.quantising import quantise
   from gating_jax.inference.segments import compile_segments
@@ -122,6 +125,7 @@ if TYPE_CHECKING:
     shift_thresholds,
   )
   from gating_jax.layers.gated_model import GatedModel
+  from gating_jax.layers.nnx_bridge import from_nnx
   from gating_jax.layers.pair_search import find_pairs
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
   from gating_jax.loading import load_run
@@ -179,6 +183,7 @@ else:
       "gating_jax.inference.exits": ("compile_exits",),
       "gating_jax.inference.export": ("export_model", "load_exported"),
       "gating_jax.inference.folding": ("fold",),
+      "gating_jax.inference.onnx_export": ("to_onnx",),
       "gating_jax.inference.pruning": ("find_static_units",),
       "gating_jax.inference.quantising": ("quantise",),
       "gating_jax.inference.segments": ("compile_segments",),
@@ -192,6 +197,7 @@ else:
         "shift_thresholds",
       ),
       "gating_jax.layers.gated_model": ("GatedModel",),
+      "gating_jax.layers.nnx_bridge": ("from_nnx",),
       "gating_jax.layers.pair_search": ("find_pairs",),
       "gating_jax.layers.segment_gate": ("SegmentGate", "SegmentGateSettings"),
       "gating_jax.loading": ("load_run",),

@@ -25,7 +25,7 @@ EXTRAS = {
     "tqdm",
   ),
   "video": ("av",),
-  "export": ("flatbuffers", "safetensors"),
+  "export": ("flatbuffers", "onnx", "onnxruntime", "safetensors"),
 }
 
 

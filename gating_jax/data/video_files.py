@@ -16,11 +16,13 @@ import collections
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from gating_jax.checks import few, printable
 from gating_jax.data.array_cache import ArrayCache
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import (
@@ -31,6 +33,7 @@ from gating_jax.data.videos import (
   find_file,
   timed_starts,
 )
+from gating_jax.terminal import progress_bar, warn
 
 # Formats of self-contained files: no playlists, no texts or patterns that name other files.
 _CONTAINERS = (
@@ -131,6 +134,24 @@ class VideoFolder(VideoSet):
         continue
     return counts
 
+  def check_files(self) -> None:
+    """Opens every file without decoding it; names and counts those that cannot be opened.
+
+    They are then known in `unreadable`. A fault that only decoding shows is named when it does.
+    """
+    faults = {}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+      checked = zip(self.names, pool.map(_fault_of, self._files), strict=True)
+      for name, fault in progress_bar(
+        checked, total=len(self), desc="checking the videos", leave=False
+      ):
+        if fault is not None:
+          faults[name] = fault
+    self.unreadable |= faults
+    if faults:
+      named = [printable(f"{name} ({fault})") for name, fault in faults.items()]
+      warn("%d of %d videos cannot be read and are skipped: %s", len(faults), len(self), few(named))
+
   def _inputs(self) -> Batch:
     """Returns zeros in place of the clips of a video."""
     return {"clips": np.zeros((self._segments, self._frames, *self._size, 3), np.uint8)}
@@ -142,6 +163,16 @@ class VideoFolder(VideoSet):
       self._files[index], self._segments, length=self._frames, size=self._size, rng=rng
     )
     return Segments({"clips": clips}, np.ones(self._segments, bool), middles)
+
+
+def _fault_of(path: Path) -> str | None:
+  """Returns why a film cannot be opened; None if it can."""
+  try:
+    _open_film(path)
+  # A damaged file makes FFmpeg raise errors of many types.
+  except Exception as error:
+    return str(error) or type(error).__name__
+  return None
 
 
 def require_av() -> None:

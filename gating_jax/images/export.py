@@ -6,6 +6,8 @@ Reference: Bejnordi et al., 2020.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
 import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ import numpy as np
 from gating_jax import config_files
 from gating_jax.checks import quoted
 from gating_jax.images.build import Experiment
+from gating_jax.images.model_card import hub_files
 from gating_jax.inference import costs, exits, export, folded
 from gating_jax.inference.analysing import (
   BATCH_SIZE,
@@ -35,6 +38,7 @@ from gating_jax.inference.compiled import (
 )
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import FoldedNet, Gates
+from gating_jax.inference.onnx_export import load_onnx, to_onnx
 from gating_jax.inference.pruning import apply_pruning, find_static_units, rate_bound
 from gating_jax.inference.quantising import dequantise, quantise
 from gating_jax.inference.strategies import EXPORTABLE
@@ -48,6 +52,7 @@ from gating_jax.types import Array
 
 # Rows of tables and keys of files, where a pruned network is called slimmed.
 _TRAINED, _PRUNED, _INT8, _SKIPPING = "trained", "slimmed", "slimmed, int8", "slimmed, skipping"
+_ONNX, ONNX_FILE = "slimmed, onnxruntime", "model.onnx"
 FOLDERS = {_PRUNED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
 # The most images to calibrate on, evenly over the training set.
 CALIBRATION = 2_000
@@ -74,8 +79,9 @@ def export_run(
 ) -> None:
   """Writes the exports into the run directory, all or none, and prints a summary.
 
-  One has float32 weights, one int8 weights; a third one skips closed units, where that is faster
-  for one image at a time. A network with early exits has one export, for one image at a time.
+  One has float32 weights, and an ONNX model where the package `onnx` is installed; one int8
+  weights; a third one skips closed units, where that is faster for one image at a time. A network
+  with early exits has one export, for one image at a time. Each has the files of a model hub.
 
   Args:
     experiment: the experiment of the run.
@@ -161,8 +167,13 @@ def _write(
   skipping = _skipping_candidate(experiment, candidates[_PRUNED], images)
   if skipping is not None:
     candidates[_SKIPPING] = skipping
+  onnx = None
+  if importlib.util.find_spec("onnx") is not None:
+    onnx = to_onnx(candidates[_PRUNED].model, analysis.input_shape)
+    if importlib.util.find_spec("onnxruntime") is not None:
+      candidates[_ONNX] = _onnx_candidate(experiment, candidates[_PRUNED], onnx)
   milliseconds = _time_candidates(candidates, images)
-  trained = candidates.pop(_TRAINED).score
+  trained, in_onnx = candidates.pop(_TRAINED).score, candidates.pop(_ONNX, None)
   table = [_head(), _row(_TRAINED, trained, {"milliseconds": milliseconds[_TRAINED]})]
   for name, candidate in candidates.items():
     card = _card(experiment, origin, candidate.score) | {
@@ -176,12 +187,27 @@ def _write(
     }
     if name == _SKIPPING:
       card["strategies"] = candidate.model.strategies
+    files = {}
+    if name == _PRUNED and onnx is not None:
+      files[ONNX_FILE] = onnx
+      if in_onnx is not None:
+        card["onnx"] = {
+          "accuracy": in_onnx.score["accuracy"],
+          "milliseconds": milliseconds[_ONNX],
+          "runtime": f"onnxruntime {importlib.metadata.version('onnxruntime')}",
+        }
     with working(f"writing the net, {name}", "up to half a minute"):
       path = export.export_model(
-        candidate.model, folder / FOLDERS[name], input_shape=analysis.input_shape, card=card
+        candidate.model,
+        folder / FOLDERS[name],
+        input_shape=analysis.input_shape,
+        card=card,
+        files=files | hub_files(card, analysis.input_shape),
       )
       # Read back: the export adds the sizes of its files to the card.
       table.append(_row(name, candidate.score, export.load_exported(path).card))
+  if in_onnx is not None:
+    table.append(_row(_ONNX, in_onnx.score, {"milliseconds": milliseconds[_ONNX]}))
   say("\n".join(align_columns(table)))
   if analysis.gate_statistics and skipping is None:
     say(
@@ -286,6 +312,16 @@ def _skipping_candidate(
   return _ExportCandidate(program, program, {**pruned.score, "accuracy": accuracy})
 
 
+def _onnx_candidate(
+  experiment: Experiment, pruned: _ExportCandidate, data: bytes
+) -> _ExportCandidate:
+  """Tests the ONNX model of the pruned network in onnxruntime."""
+  program = load_onnx(data)
+  with working(f"testing the ONNX model on {len(experiment.test):,} images", "up to a minute"):
+    accuracy = _accuracy(experiment, lambda x: program(x)[0])
+  return _ExportCandidate(data, program, {**pruned.score, "accuracy": accuracy})
+
+
 def _write_exits(
   experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> float:
@@ -308,7 +344,13 @@ def _write_exits(
     "milliseconds": times["exits"],
   }
   with working("writing the net", "up to half a minute"):
-    path = export.export_model(made, folder / FOLDERS[_PRUNED], input_shape=shape, card=card)
+    path = export.export_model(
+      made,
+      folder / FOLDERS[_PRUNED],
+      input_shape=shape,
+      card=card,
+      files=hub_files(card, shape),
+    )
   say(f"\ncheckpoint of step {origin['step']}\n")
   table = [_head(), _row(made.strategy, score, export.load_exported(path).card)]
   say("\n".join(align_columns(table)))

@@ -28,9 +28,11 @@ __all__ = [
   "fold",
   "fold_exits",
   "load_exported",
+  "load_onnx",
   "prune",
   "pruning_error",
   "quantise",
+  "to_onnx",
 ]
 
 # Type checkers read the imports, and Python the table.
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
   from gating_jax.inference.export import ExportError, Loaded, export_model, load_exported
   from gating_jax.inference.folded import ExitNet, FoldedNet
   from gating_jax.inference.folding import fold
+  from gating_jax.inference.onnx_export import load_onnx, to_onnx
   from gating_jax.inference.pruning import PruneMask, apply_pruning, find_static_units
   from gating_jax.inference.quantising import dequantise, quantise
   from gating_jax.inference.segments import CompiledSegments, compile_segments
@@ -55,6 +58,7 @@ else:
       "gating_jax.inference.export": ("ExportError", "Loaded", "export_model", "load_exported"),
       "gating_jax.inference.folded": ("ExitNet", "FoldedNet"),
       "gating_jax.inference.folding": ("fold",),
+      "gating_jax.inference.onnx_export": ("load_onnx", "to_onnx"),
       "gating_jax.inference.pruning": ("PruneMask", "apply_pruning", "find_static_units"),
       "gating_jax.inference.quantising": ("dequantise", "quantise"),
       "gating_jax.inference.segments": ("CompiledSegments", "compile_segments"),

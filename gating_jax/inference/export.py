@@ -2,7 +2,8 @@
 
     export/program.stablehlo     of `jax.export`: (weights, images) -> (outputs, gate logits)
     export/weights.safetensors   the program's first argument, by name
-    export/card.json             shapes, sizes and SHA-256 of both, and facts about the network
+    export/card.json             shapes, sizes and SHA-256 of each, and facts about the network
+    export/model.onnx            and further files, where they are given
 
 The weights are an argument of the program and no constants in it. The program stays small and
 readable, any tool for safetensors finds the weights, they are not stored twice, and int8 weights go
@@ -94,6 +95,7 @@ def export_model(
   batch_size: int | None = None,
   card: Mapping[str, Any] = MappingProxyType({}),
   platforms: Sequence[str] = PLATFORMS,
+  files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
   """Writes a network to a new directory, completely or not at all.
 
@@ -106,6 +108,7 @@ def export_model(
     batch_size: N; None for a program that takes any N, or for a compiled program's own N.
     card: facts about the network, as JSON: accuracy, classes, how to normalise images.
     platforms: platforms that the program is for; all can be written from any of them.
+    files: further files for the directory, by name, such as `{"model.onnx": to_onnx(net, shape)}`.
   Returns:
     The directory.
   Raises:
@@ -126,6 +129,10 @@ def export_model(
   """
   arguments.instance("directory", directory, (str, os.PathLike), "a path")
   arguments.instance("card", card, Mapping, "a mapping of names to JSON values")
+  arguments.instance("files", files, Mapping, "a mapping of names to bytes")
+  for name in files:
+    if name in (PROGRAM, WEIGHTS, CARD) or Path(name).name != name:
+      raise ValueError(f"files must have names of their own, without folders; got {name!r}")
   # A Flax module is callable, too, but not without its variables.
   if isinstance(model, nn.Module):
     raise TypeError(f"model must be folded first, by fold(model, variables); got {shown(model)}")
@@ -153,6 +160,7 @@ def export_model(
   files = {
     PROGRAM: bytes(program.serialize()),
     WEIGHTS: save({name: np.asarray(w) for name, w in weights.items()}),
+    **files,
   }
   own = {
     "format": FORMAT,

@@ -399,6 +399,11 @@ class FoldedNet:
         f"images must have {conv.kernel.shape[2]} channels, as the network expects; got {channels}"
       )
 
+  @property
+  def has_classes(self) -> bool:
+    """Returns whether the last axis of the outputs is that of classes."""
+    return self.classifier is not None
+
   def outer_macs(self) -> int:
     """Returns the multiply-accumulates per example of what is in no part: of the classifier."""
     if self.classifier is None:

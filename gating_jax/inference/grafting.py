@@ -123,6 +123,11 @@ class GraftedNet(FoldedNet):
         f"images must have {wanted} channels, as the network expects; got {channels}"
       )
 
+  @property
+  def has_classes(self) -> bool:
+    """Returns True: the outputs are those of the model, which ends with its classifier."""
+    return True
+
   def outer_macs(self) -> int:
     """Returns the multiply-accumulates per example of the model's other layers."""
     return self._graft.outer_macs

@@ -23,6 +23,7 @@ __all__ = [
   "apply_gates",
   "deterministic_record",
   "find_pairs",
+  "from_nnx",
 ]
 
 # Type checkers read the imports, and Python the table.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
   from gating_jax.layers.experts import Experts
   from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
   from gating_jax.layers.gated_model import GatedModel
+  from gating_jax.layers.nnx_bridge import from_nnx
   from gating_jax.layers.pair_search import FoundPairs, find_pairs
   from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings, deterministic_record
 else:
@@ -49,6 +51,7 @@ else:
         "apply_gates",
       ),
       "gating_jax.layers.gated_model": ("GatedModel",),
+      "gating_jax.layers.nnx_bridge": ("from_nnx",),
       "gating_jax.layers.pair_search": ("FoundPairs", "find_pairs"),
       "gating_jax.layers.segment_gate": (
         "SegmentGate",

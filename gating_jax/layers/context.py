@@ -30,14 +30,14 @@ PARTS = (*MAP_PARTS, *SHARED_PARTS)
 # Name of the module `Glance` in a network: its parameters belong to the gates.
 GLANCE_NAME = "glance"
 # Sides of the grid of means and of a glance's thumbnail, and channels of a glance.
-_GRID, THUMBNAIL, _FEATURES = 2, 8, 8
+GRID, THUMBNAIL, _FEATURES = 2, 8, 8
 # Numbers that each part of the map has for a channel. The first numbers of all channels come first,
 # then the second ones.
-NUMBERS_PER_CHANNEL = {"pooled": 1, "moments": 2, "grid": _GRID**2}
+NUMBERS_PER_CHANNEL = {"pooled": 1, "moments": 2, "grid": GRID**2}
 # Keep deviations of flat maps away from 0, where a square root has no slope.
-_LEAST_VARIANCE, _LEAST_DEVIATION = 1e-4, 0.1
+LEAST_VARIANCE, LEAST_DEVIATION = 1e-4, 0.1
 # What `moments` has for the deviation of a map of equal values.
-FLAT_DEVIATION = _LEAST_VARIANCE**0.5
+FLAT_DEVIATION = LEAST_VARIANCE**0.5
 
 # The parts that a network has computed, `[N, ...]` each, by name.
 Shared = Mapping[str, Array]
@@ -68,13 +68,13 @@ def context_of(x: Array, parts: Sequence[str], shared: Shared = NOTHING_SHARED) 
     if part in SHARED_PARTS:
       found.append(shared_part(shared, part))
     elif part == "grid":
-      found.append(grid_means(image_of(x), _GRID).reshape(x.shape[0], -1))
+      found.append(grid_means(image_of(x), GRID).reshape(x.shape[0], -1))
     else:
       mean = jnp.mean(x, axis=pixels)
       found.append(mean)
       if part == "moments":
         variance = jnp.mean(jnp.square(x - jnp.expand_dims(mean, pixels)), axis=pixels)
-        found.append(jnp.sqrt(variance + np.float32(_LEAST_VARIANCE)))
+        found.append(jnp.sqrt(variance + np.float32(LEAST_VARIANCE)))
   return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)
 
 
@@ -124,8 +124,8 @@ def standardised_thumbnail(x: Array) -> Array:
   centred = thumbnail - jnp.mean(thumbnail, axis=(1, 2), keepdims=True)
   # A flat thumbnail has no deviation; the square root's slope there is infinite.
   variance = jnp.mean(jnp.square(centred), axis=(1, 2, 3), keepdims=True)
-  deviation = jnp.sqrt(variance + np.float32(_LEAST_VARIANCE))
-  return centred / (deviation + np.float32(_LEAST_DEVIATION))
+  deviation = jnp.sqrt(variance + np.float32(LEAST_VARIANCE))
+  return centred / (deviation + np.float32(LEAST_DEVIATION))
 
 
 def shared_context(
@@ -173,12 +173,12 @@ def grid_means(x: Array, side: int, *, precision: str | None = None) -> Array:
   >>> grid_means(jnp.arange(3.0).reshape(1, 1, 3, 1), 2)[0, 0, :, 0]
   Array([0.5, 1.5], dtype=float32)
   """
-  rows = jnp.asarray(_cells(x.shape[1], side), x.dtype)
-  columns = jnp.asarray(_cells(x.shape[2], side), x.dtype)
+  rows = jnp.asarray(cell_weights(x.shape[1], side), x.dtype)
+  columns = jnp.asarray(cell_weights(x.shape[2], side), x.dtype)
   return jnp.einsum("nhwd,ih,jw->nijd", x, rows, columns, precision=precision)
 
 
-def _cells(size: int, side: int) -> np.ndarray:
+def cell_weights(size: int, side: int) -> np.ndarray:
   """Returns `[side, size]`: the weight of each pixel in each cell's mean."""
   i, at = np.arange(side)[:, None], np.arange(size)
   # -(-a // b) is the ceiling of a / b.

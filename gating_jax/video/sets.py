@@ -77,9 +77,13 @@ def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
   )
   if data.name == "videos":
     size = (data.size, data.size)
-    return VideoFolder(
+    videos = VideoFolder(
       table, data.folder, frames=data.frames, size=size, cache=_open_cache(data), **how
     )
+    # Nobody has made a table of what is whole.
+    if data.layout == "folders":
+      videos.check_files()
+    return videos
   return FeatureFolder(table, data.folder, data.heavy_folder, **how)
 
 

@@ -183,6 +183,21 @@ def damage(folder):
   made_videos.write_sound(folder / "v5.mp4")
 
 
+def test_damaged_videos_can_be_counted_before_any_is_decoded(tmp_path, warnings):
+  for name in NAMES:
+    made_videos.write(tmp_path / f"{name}.mp4", 6)
+  damage(tmp_path)
+  videos = VideoFolder(table(), tmp_path, **CLIPS)
+  videos.check_files()
+  assert set(videos.unreadable) == {"v1", "v3", "v4", "v5"}
+  (line,) = warnings
+  assert line.startswith("4 of 7 videos cannot be read and are skipped: v1 (")
+  assert "v5 (holds no video stream)" in line
+  # They are not named again.
+  assert videos.read(range(7))["weight"].tolist() == [1, 0, 1, 0, 0, 0, 1]
+  assert len(warnings) == 1
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_damaged_videos_count_for_nothing_and_are_named_once(tmp_path, warnings, capfd, workers):
   for name in NAMES:

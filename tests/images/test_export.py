@@ -3,14 +3,19 @@ import importlib
 import io
 import json
 import re
+import runpy
 import shutil
+import sys
 
 import numpy as np
 import pytest
+import yaml
+from PIL import Image
 
 from gating_jax.data import image_sets
 from gating_jax.images import classification, export
 from gating_jax.inference.export import load_exported
+from gating_jax.inference.onnx_export import load_onnx
 from gating_jax.models import resnets
 from gating_jax.training import rundir, steps
 from tests.helpers import tiny_cli
@@ -91,6 +96,48 @@ def test_the_export_that_skips_takes_one_image_and_answers_alike(exported):
   assert re.search(r"slimmed, skipping +\d+\.\d\d %", text)
 
 
+def test_the_onnx_model_scores_as_the_export_does_and_the_card_has_its_time(exported):
+  pytest.importorskip("onnxruntime")
+  workdir, text = exported
+  loaded = load_exported(workdir / "export")
+  images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+  outputs, logits = load_onnx((workdir / "export" / "model.onnx").read_bytes())(images)
+  expected, expected_logits = loaded(images)
+  np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+  for found, wanted in zip(logits, expected_logits, strict=True):
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+  card = loaded.card["onnx"]
+  assert set(card["milliseconds"]) == {"1", "64"}
+  assert card["runtime"].startswith("onnxruntime ")
+  assert card["accuracy"] == pytest.approx(loaded.card["accuracy"], abs=1 / 360 + 1e-9)
+  assert re.search(r"slimmed, onnxruntime +\d+\.\d\d %", text)
+  assert not (workdir / "export_int8" / "model.onnx").exists()
+
+
+def test_an_export_is_a_folder_for_a_model_hub(exported, tmp_path, monkeypatch, capsys):
+  folder = exported[0] / "export"
+  image = image_sets.load("digits", "test").pixels[0]
+  Image.fromarray(image[..., 0]).save(tmp_path / "digit.png")
+  # As `python load.py digit.png` does, without this package.
+  monkeypatch.setattr(sys, "argv", ["load.py", str(tmp_path / "digit.png")])
+  runpy.run_path(str(folder / "load.py"), run_name="__main__")
+  card = load_exported(folder).card
+  x = (image / 255 - np.array(card["mean"])) / np.array(card["std"])
+  answer = int(np.argmax(load_exported(folder)(np.float32(x)[None])[0]))
+  assert capsys.readouterr().out.split()[-1] == card["class_names"][answer]
+  source = (folder / "load.py").read_text().partition("\nimport")[2].splitlines()
+  assert len([line for line in source if line.strip()]) <= 25
+  assert "gating_jax" not in "".join(source)
+  config = json.loads((folder / "config.json").read_text())
+  assert config["id2label"] == {str(i): str(i) for i in range(10)}
+  assert config["input_shape"] == [8, 8, 1]
+  _, head, page = (folder / "README.md").read_text().split("---\n", 2)
+  metrics = yaml.safe_load(head)["model-index"][0]["results"][0]["metrics"]
+  assert metrics == [{"type": "accuracy", "value": pytest.approx(card["accuracy"], abs=1e-6)}]
+  assert f"| accuracy | {100 * card['accuracy']:.2f} % |" in page
+  assert f"| one image in JAX | {card['milliseconds']['1']:.2f} ms |" in page
+
+
 def test_where_skipping_is_no_faster_no_program_that_skips_is_written(
   exported, config, tmp_path, monkeypatch
 ):
@@ -133,7 +180,10 @@ def exported_exits(tmp_path_factory):
     patch.setattr(export, "_REPEATS", 1)
     announced(patch)
     export._write_exits(
-      experiment, folder, {"step": 0}, {"params": state.params, "batch_stats": state.batch_stats}
+      experiment,
+      folder,
+      {"step": 0, "config": config.to_dict()},
+      {"params": state.params, "batch_stats": state.batch_stats},
     )
   return folder, out.getvalue()
 

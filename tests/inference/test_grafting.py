@@ -11,10 +11,11 @@ from flax import traverse_util
 
 from gating_jax import GatedModel, find_pairs, shift_thresholds
 from gating_jax.inference import folded
-from gating_jax.inference.analysing import analyse, prune
+from gating_jax.inference.analysing import analyse, prune, pruning_error
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.export import export_model, load_exported
 from gating_jax.inference.folding import fold
+from gating_jax.inference.pruning import PruneMask, apply_pruning
 from gating_jax.inference.quantising import dequantise, quantise
 from gating_jax.inference.strategies import why_not
 from gating_jax.layers.gate import GateSettings
@@ -176,6 +177,22 @@ def test_it_is_pruned_quantised_and_exported(tmp_path):
   loaded = load_exported(tmp_path / "out")
   assert loaded.card["dense_macs"] == folded.macs(small, SHAPE)
   assert_near(loaded(images())[0], expected)
+
+
+def test_answers_that_pruning_changes_are_counted():
+  gated, variables, (expected, _) = trained()
+  net = fold(gated, variables, images())
+  # All units of the first two layers go, whatever the images.
+  masks = []
+  for part in net.parts:
+    for group in part.groups:
+      removed = np.full(group.gates, len(masks) < 2)
+      masks.append(PruneMask(removed, np.zeros(group.gates, bool)))
+  moved = pruning_error(net, masks, images())
+  y, _ = jax.jit(folded.run)(apply_pruning(net, masks), images())
+  changed = np.mean(np.argmax(y, -1) != np.argmax(expected, -1))
+  assert changed > 0
+  assert (moved.changed, moved.affected) == (changed, 1)
 
 
 class Shared(nn.Module):

@@ -1,0 +1,164 @@
+"""Files that make an export a folder for a model hub: `config.json`, `README.md` and `load.py`.
+
+The folder can be uploaded as it is. `load.py` runs the network without this package.
+
+Reference: Hugging Face's model cards, whose head is YAML with the fields of `model-index`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gating_jax.reports.text import format_percent
+
+# 20 lines of code that need no more than JAX and two readers.
+LOADER = '''\
+"""Runs this network: `python load.py IMAGE ...` says the class of each image.
+
+It needs `pip install jax flatbuffers safetensors pillow`, but not the package that trained it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file
+
+FOLDER = Path(__file__).parent
+CONFIG = json.loads((FOLDER / "config.json").read_text("utf-8"))
+
+
+def load(folder=FOLDER):
+  program = jax.export.deserialize(bytearray((folder / "program.stablehlo").read_bytes()))
+  weights = jax.device_put(load_file(folder / "weights.safetensors"))
+  return lambda images: jax.jit(program.call)(weights, images)
+
+
+def prepare(file):
+  height, width, channels = CONFIG["input_shape"]
+  image = Image.open(file).convert("L" if channels == 1 else "RGB").resize((width, height))
+  pixels = np.float32(image).reshape(height, width, channels) / 255
+  return (pixels - np.float32(CONFIG["mean"])) / np.float32(CONFIG["std"])
+
+
+if __name__ == "__main__":
+  run = load()
+  for file in sys.argv[1:]:
+    logits, _ = run(prepare(file)[None])
+    print(file, CONFIG["id2label"][str(int(np.argmax(logits)))])
+'''
+
+_PAGE = """\
+---
+{head}
+---
+
+# {title}
+
+A network for images of {classes} classes, trained and exported by gating_jax: a {model} with
+`gating={gating}`, checkpoint of step {step:,}. Gates decide for each image which units run.
+
+| measured on {images} | |
+|---|---|
+{rows}
+
+```bash
+pip install jax flatbuffers safetensors pillow
+python load.py picture.png
+```
+
+`load.py` has the 20 lines that read `program.stablehlo` and `weights.safetensors`.
+`config.json` says how images are prepared: {height} x {width} pixels of {channels}, divided by 255,
+minus `mean`, over `std`. {onnx}`card.json` has all settings, and the SHA-256 of each file.
+"""
+
+
+def hub_files(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[str, bytes]:
+  """Returns the further files of an export, by name.
+
+  Args:
+    card: the facts that the export's own card has.
+    input_shape: `(H, W, D)` of an image.
+  """
+  config = json.dumps(_config(card, input_shape), indent=2, allow_nan=False)
+  page = _page(card, input_shape)
+  return {
+    "config.json": config.encode(),
+    "README.md": page.encode(),
+    "load.py": LOADER.encode(),
+  }
+
+
+def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[str, Any]:
+  """Returns what a program needs to prepare images and to name classes."""
+  model, labels = card["config"]["model"], {}
+  for i, name in enumerate(card["class_names"]):
+    labels[str(i)] = name
+  return {
+    "model_type": "gating_jax",
+    "architecture": model["name"],
+    "gating": model["gating"],
+    "input_shape": list(input_shape),
+    "mean": card["mean"],
+    "std": card["std"],
+    "id2label": labels,
+  }
+
+
+def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> str:
+  """Returns the page that a hub shows."""
+  model, data = card["config"]["model"], card["config"]["data"]
+  height, width, channels = input_shape
+  onnx = "`model.onnx` is the same network for onnxruntime and others. " if "onnx" in card else ""
+  return _PAGE.format(
+    head=_head(model["name"], data["name"], card["accuracy"]),
+    title=f"{model['name']} on {data['name']}",
+    classes=len(card["class_names"]),
+    model=model["name"],
+    gating=model["gating"],
+    step=card["step"],
+    images=f"{data['name']}, {card['device']}",
+    rows="\n".join(f"| {name} | {value} |" for name, value in _rows(card)),
+    height=height,
+    width=width,
+    channels="grey" if channels == 1 else f"{channels} colours",
+    onnx=onnx,
+  )
+
+
+def _head(model: str, data: str, accuracy: float) -> str:
+  """Returns the YAML that a hub reads; texts are JSON, which YAML includes."""
+  return "\n".join(
+    [
+      "library_name: gating_jax",
+      "pipeline_tag: image-classification",
+      "tags: [jax, conditional-computation]",
+      "model-index:",
+      f"- name: {json.dumps(model)}",
+      "  results:",
+      "  - task: {type: image-classification}",
+      f"    dataset: {{name: {json.dumps(data)}, type: {json.dumps(data)}}}",
+      f"    metrics: [{{type: accuracy, value: {accuracy:.6f}}}]",
+    ]
+  )
+
+
+def _rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns the table of metrics."""
+  rows = [("accuracy", format_percent(card["accuracy"], 2))]
+  if "accuracy_as_trained" in card:
+    rows.append(("accuracy as trained", format_percent(card["accuracy_as_trained"], 2)))
+  rows += [
+    ("MACs per image, everything open", f"{card['macs']:,}"),
+    ("MACs per image, as the gates decide", f"{card['executed_macs']:,.0f}"),
+  ]
+  for runtime, of in (("JAX", card), ("onnxruntime", card.get("onnx", {}))):
+    for size, time in of.get("milliseconds", {}).items():
+      images = "one image" if size == "1" else f"{size} images"
+      rows.append((f"{images} in {runtime}", f"{time:.2f} ms"))
+  return rows

@@ -1,0 +1,74 @@
+"""ONNX models of folded networks, run by onnxruntime."""
+
+import jax
+import numpy as np
+import pytest
+
+from gating_jax.inference import folded
+from gating_jax.inference.analysing import analyse, prune
+from gating_jax.inference.folding import fold
+from gating_jax.inference.onnx_export import load_onnx, to_onnx
+from gating_jax.inference.quantising import quantise
+from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
+
+pytest.importorskip("onnxruntime")
+run = jax.jit(folded.run)
+# Parts, gates and contexts of each kind; most are slow.
+FEW = ("bottleneck", "recipe", "weighted outputs")
+MORE = (
+  *("basic", "blocks", "dilated", "feature map", "vgg", "thresholds", "weighted vgg"),
+  *("scaled outputs", "static weights"),
+)
+EACH = [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+
+
+def assert_alike(program, net, x):
+  """Outputs and logits of a program of ONNX are those of a network, to 1e-4."""
+  outputs, logits = program(x)
+  expected, expected_logits = run(net, x)
+  assert len(logits) == len(expected_logits)
+  for found, wanted in zip((outputs, *logits), (expected, *expected_logits), strict=True):
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_it_computes_what_the_network_does(name):
+  net = fold(MODELS[name], random_variables(MODELS[name]))
+  program = load_onnx(to_onnx(net, SHAPE))
+  assert_alike(program, net, images(5))
+  # Some gates are open and some are closed.
+  gates = np.concatenate([z.ravel() > 0 for z in program(images(5))[1]] or [np.array([0, 1])])
+  assert 0 < gates.mean() < 1 or "static" in name
+
+
+def test_it_takes_any_number_of_images_and_what_is_slimmed():
+  model = MODELS["wide inside"]
+  net = prune(analyse(model, random_variables(model), images(8)), multiple=1)
+  # Some channels lost their gate.
+  assert any(group.always for part in net.parts for group in part.groups)
+  program = load_onnx(to_onnx(net, SHAPE))
+  for count in (1, 3):
+    assert_alike(program, net, images(count))
+
+
+def test_the_gates_of_an_image_that_is_not_finite_are_nan():
+  net = fold(MODELS["layer"], random_variables(MODELS["layer"]))
+  program = load_onnx(to_onnx(net, SHAPE))
+  assert_alike(program, net, images(2))
+  bad = np.array(images(2))
+  bad[0, 0, 0, 0] = np.nan
+  logits = program(bad)[1]
+  assert np.isnan(logits[0][0]).all()
+  assert np.isfinite(logits[0][1]).all()
+
+
+def test_what_cannot_be_an_onnx_model_is_named():
+  model = MODELS["ungated"]
+  net = fold(model, random_variables(model))
+  with pytest.raises(TypeError, match="net must be a folded network"):
+    to_onnx(model, SHAPE)
+  with pytest.raises(ValueError, match="images must have 3 channels"):
+    to_onnx(net, (8, 8, 1))
+  with pytest.raises(ValueError, match="net must have float32 kernels"):
+    to_onnx(quantise(net), SHAPE)
