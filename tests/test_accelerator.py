@@ -160,6 +160,7 @@ def script(*arguments, **environment):
   )
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
   ("arguments", "environment", "message"),
   [

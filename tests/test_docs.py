@@ -14,7 +14,17 @@ from tests.helpers.commands import run_one_after_the_other
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = ("README.md", *(path.relative_to(ROOT).as_posix() for path in DOCS))
 # Pages whose code takes long.
-LONG = ("devices", "extend", "gate_your_model", "inference", "loss", "test_your_loss", "videos")
+LONG = (
+  "devices",
+  "extend",
+  "gate_a_pretrained_net",
+  "gate_your_model",
+  "inference",
+  "loss",
+  "reference/testing",
+  "test_your_loss",
+  "videos",
+)
 TRAINS = tuple(f"docs/{name}.md" for name in LONG)
 SHORT = {  # changes with which a command of the README takes seconds
   "digits_resnet20": ("optim.epochs=1", "model.width=0.25"),

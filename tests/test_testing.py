@@ -173,6 +173,7 @@ def test_a_surrogate_that_ignores_the_other_values_is_named_by_elimination():
   assert [name for name in NAMES if name in message] == ["gradient through the ranks"]
 
 
+@pytest.mark.slow
 def test_several_faults_in_different_columns_are_all_reported_with_their_columns():
   faulty = [WRONG[name] for name in NAMES[:4]]
 

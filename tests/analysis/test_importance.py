@@ -34,6 +34,7 @@ def without_gates(variables):
   return flax.traverse_util.unflatten_dict(own)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("block", [1, 2])
 def test_importance_is_mean_activity_times_the_norm_of_what_reads_it(block):
   gate = GateSettings(context="none", block=block)

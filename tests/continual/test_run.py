@@ -472,6 +472,7 @@ def test_a_run_leaves_what_it_measured_and_forgets_nothing(finished):
   assert len(re.findall(r"<figcaption>layer\d/\S+, unit \d+\.</figcaption>", report)) >= 2
 
 
+@pytest.mark.slow
 def test_a_report_is_written_again(finished, tmp_path):
   made, workdir, _ = finished
   shutil.copytree(workdir, tmp_path / "run")
@@ -509,6 +510,7 @@ def compiled(finished, tmp_path_factory):
   return runs.compiled(run, finished, tmp_path_factory.mktemp("compiled"))
 
 
+@pytest.mark.slow
 def test_each_tasks_net_is_compiled(compiled):
   found, printed = compiled
   assert "drawing the times (" in printed

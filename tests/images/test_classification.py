@@ -443,6 +443,7 @@ def test_where_a_step_may_hold_too_little_there_is_one_that_holds_all(config):
   assert built.full.backward_share == 1.0
 
 
+@pytest.mark.slow
 def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(
   finished, tmp_path, monkeypatch
 ):

@@ -93,6 +93,7 @@ def test_a_setting_that_fits_no_union_is_named(variants, changes, message):
     built(variants, **changes)
 
 
+@pytest.mark.slow
 def test_with_a_head_a_set_only_its_own_classes_compete():
   logits, labels = jnp.array([[1.0, 2.0, 9.0], [9.0, 0.0, 1.0]]), jnp.array([1, 2])
   fit = objectives.fit_sources(logits, labels, class_sources=(0, 0, 1))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import ROOT, environment
 
-STEPS = 900
+STEPS = 700
 FIELDS = {
   "data.train_split": f"train[:{256 * STEPS}]",
   "data.test_split": "test[:4000]",

@@ -162,6 +162,7 @@ def test_what_is_closed_is_not_computed():
     assert np.isnan(jax.jit(folded.run)(spoilt, x)[0]).all()
 
 
+@pytest.mark.slow
 def test_auto_takes_a_net_of_which_slimming_has_left_dead_branches():
   run = compiled("dead branches", "auto", 2, calibration=images(9), repeats=1)
   check(run, images(5), net("dead branches"))
@@ -222,6 +223,7 @@ def clock(seconds, when_open=1.0):
   return race
 
 
+@pytest.mark.slow
 def test_strategies_are_timed_on_other_images_than_they_are_fitted_to(monkeypatch):
   seen = {"fitted": [], "timed": []}
 

@@ -128,6 +128,7 @@ def test_multiply_accumulates_are_those_that_the_model_counts():
   )
 
 
+@pytest.mark.slow
 def test_what_both_ways_took_is_reported_and_the_faster_runs():
   run = compiled(4, strategy="auto", calibration=images(9), repeats=2)
   masked, gathered, ungated = run.report()

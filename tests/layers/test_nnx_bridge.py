@@ -87,6 +87,7 @@ def test_it_is_the_model_bit_for_bit_in_evaluation_and_in_training(trained):
   assert_states_are_equal(model, variables)
 
 
+@pytest.mark.slow
 def test_without_gates_and_with_open_ones_it_is_the_model_bit_for_bit(trained):
   model, linen, variables = trained
   found = find_pairs(linen, IMAGES)

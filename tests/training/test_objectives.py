@@ -280,6 +280,7 @@ def test_wrong_names_are_refused_with_near_matches(settings, message):
     objective(**settings)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("weights", [(0.25,), (0.25, 2.0)])
 def test_all_exits_are_fitted_at_once_with_their_weights(weights):
   answers = RANDOM.normal(size=(N, 3, CLASSES)).astype(np.float32)

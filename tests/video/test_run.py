@@ -82,6 +82,7 @@ def finished(config, tmp_path_factory):
   return made, workdir
 
 
+@pytest.mark.slow
 def test_whatever_takes_long_says_what_it_does(finished):
   printed = (finished[1].parent / "printed.txt").read_text()
   for what in (
@@ -745,6 +746,7 @@ def compiled(config, tmp_path_factory):
   return json.loads((run_dir.path / "compile.json").read_text())
 
 
+@pytest.mark.slow
 def test_programs_that_skip_segments_are_measured_beside_those_that_do_not(compiled):
   (rows,) = compiled["timings"].values()
   assert {"masked", "segments", "ungated"} == {row["strategy"] for row in rows}

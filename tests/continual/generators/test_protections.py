@@ -103,6 +103,7 @@ def test_every_protection_is_needed(removed):
   assert np.any(recalled[-1][0][:IMAGES] != recalled[0][0])
 
 
+@pytest.mark.slow
 def test_frozen_filters_stay_and_the_others_begin_anew(rehearsed):
   method, memories, _ = rehearsed
   before, after = shared(memories[0]), shared(memories[1])

@@ -485,6 +485,7 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   assert float(terms["cross_entropy"]) == pytest.approx(float(cross_entropy), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_the_classifier_has_for_tasks_to_come_waits_as_it_was_made():
   """Otherwise weight decay would shrink it before it is trained."""
   run = Run(
