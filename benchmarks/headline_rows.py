@@ -235,8 +235,6 @@ IMAGES = {
   "worlds_recipe": worlds("recipe", "gated by the recipe"),
   "worlds_ungated": worlds("ungated", "ungated"),
   "worlds_scale": worlds("scale", "scaled by squeeze-and-excitation"),
-  "worlds_iclr2020": worlds("iclr2020", "gated as in the first paper"),
-  "worlds_oracle": worlds("oracle", "gates told the world"),
   "narrow_25": hundred("ungated, width 0.25", "ungated, width 0.25"),
   "narrow_35": hundred("ungated, width 0.35", "ungated, width 0.35"),
   "narrow_50": hundred("ungated, width 0.5", "ungated, width 0.5"),

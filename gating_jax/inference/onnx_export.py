@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gating_jax.checks import naming_extra, shown
+from gating_jax.checks import shown
+from gating_jax.extras import naming_extra
 from gating_jax.inference.compiled import check_image_shape
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer, Part
 from gating_jax.inference.grafting import GraftedNet

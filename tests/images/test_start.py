@@ -177,7 +177,6 @@ PRIOR = {
 }
 
 
-@pytest.mark.slow
 def test_gates_begin_with_the_importance_of_a_file(config, tmp_path, capsys):
   file, _ = weights(tmp_path)
   changes = {"model.importance.gain": 0.5, "model.importance.static_layers": ("stage1",)}

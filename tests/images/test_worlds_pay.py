@@ -36,7 +36,7 @@ def accuracy_of(row, folder):
 
 @pytest.mark.slow
 def test_the_recipe_beats_an_ungated_net_of_equal_macs_and_the_first_papers_rule(tmp_path):
-  """Seed 0: 51.6, 41.4 and 20.9 %."""
+  """Seed 0: 41.7, 32.3 and 14.1 %."""
   accuracy = {row: accuracy_of(row, tmp_path / row) for row in ("recipe", "ungated", "iclr2020")}
   assert accuracy["recipe"] - accuracy["ungated"] > 0.03
   assert accuracy["recipe"] > accuracy["iclr2020"]
