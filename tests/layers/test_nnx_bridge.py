@@ -40,7 +40,7 @@ class SmallCNN(nnx.Module):
     self.head = nnx.Linear(4, 2, rngs=rngs)
 
   def __call__(self, x):
-    x = self.norm(self.block(self.stem(x))) * self.scale
+    x = self.norm(self.block(self.stem(x))) * self.scale[None, None, None]
     return self.head(self.dropout(jnp.mean(x, axis=(1, 2))))
 
 
