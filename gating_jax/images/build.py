@@ -655,6 +655,7 @@ def _check_together(config: Config) -> None:
   _check_opening(config)
   _check_equal_macs(model)
   _check_union(config)
+  _check_told(config)
   _check_kernels(model)
   _check_importance(config)
   _check_teacher(config)
@@ -752,6 +753,21 @@ def _check_union(config: Config) -> None:
     raise ValueError(
       f"data.name must be a {unions.TOLD}(...) where model.sources is set; got {data.name!r}"
     )
+
+
+def _check_told(config: Config) -> None:
+  """Raises a ValueError where normalisation would change the number of an image's source."""
+  data = config.data
+  # Older configs have no such field.
+  if not config.model.get("sources"):
+    return
+  for name, last, text in (("mean", 0.0, "0"), ("std", 1 / 255, "1/255")):
+    values = data[name]
+    if len(values) < 2 or not math.isclose(values[-1], last, rel_tol=1e-3):
+      raise ValueError(
+        f"data.{name} must hold a number for each channel, and {text} for the last, where "
+        f"model.sources is set: that channel is the number of the source; got {tuple(values)}"
+      )
 
 
 def _check_kernels(model: Config) -> None:

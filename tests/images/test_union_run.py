@@ -83,6 +83,8 @@ def test_a_share_of_pairs_of_gates_is_solved_too():
     ("", {"model.equal_inner_width": 9.0}, "^model.equal_inner_width: macs must be above .* most"),
     ("row=told", {"model.sources": 2}, "model.sources must be 3, the number of sets .*; got 2"),
     ("", {"model.sources": 3}, r"data.name must be a union_told\(...\) where model.sources"),
+    ("row=told", {"data.mean": (0.45,)}, "data.mean must hold a number for each channel, and 0 for"),
+    ("row=told", {"data.std": (0.25,) * 4}, "data.std must hold a number .* 1/255 for the last"),
     ("", {"data.images_per_set": 0}, "data.images_per_set must be None or >= 1; got 0"),
     ("heads=own", {}, "loss.scope must be one of"),
     ("", {"data.name": "digits"}, "data.images_per_set must be None unless data.name is a union"),
