@@ -107,7 +107,7 @@ def of_config(file, widths, sets=""):
   Args:
     file: of the config.
     widths: of the ungated nets, in sixteenths: channels of the first stage. The middle one is that
-      of all other rows.
+      of all other rows but that of mixed kernels.
     sets: variants of all rows.
   """
   middle = widths[len(widths) // 2]
@@ -119,6 +119,8 @@ def of_config(file, widths, sets=""):
   rows = [Row(f"ungated, {w}", FAMILY, config("ungated", w)) for w in widths]
   rows += [
     Row("squeeze-excite", RIVAL, config("scale")),
+    # Mixing costs MACs, so that about as many leave fewer channels.
+    Row("mixed kernels", RIVAL, config("kernels", middle - 1)),
     Row("told by biases", RIVAL, config("bias")),
     Row("all open", PARAMETERS, config("all_open")),
     Row("recipe", GATED, config("recipe")),
@@ -167,6 +169,7 @@ TABLES = {
       for w in (0.25, 0.35, 0.5, 0.71)
     ],
     Row("squeeze-excite", RIVAL, f"{CIFAR},gates=scale,width=0.35"),
+    Row("mixed kernels", RIVAL, f"{CIFAR},gates=kernels,width=0.35"),
     Row(
       "static, to 27 %",
       RIVAL,

@@ -85,7 +85,7 @@ def test_every_row_of_every_table_is_a_config(frontier):
       assert config.optim.epochs == 2
       if row.together:
         assert config.data.name == f"union({row.name.removesuffix(' alone')})"
-      ungated = config.model.gating in ("none", "scale", "bias") or "static" in row.name
+      ungated = config.model.gating in ("none", "scale", "bias", "kernels") or "static" in row.name
       assert ungated == (row.kind != frontier.GATED)
       assert row.wide in names
 

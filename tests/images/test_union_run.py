@@ -19,6 +19,7 @@ from tests.helpers import runs, tiny, tiny_cli
 
 SETS = ("digits", "digit_scenes", "turned_digits")
 CLASSES = tuple(f"{name}/{digit}" for name in SETS for digit in range(10))
+UNGATED = ("ungated", "all_open", "scale", "kernels")
 
 
 def built(variants, **changes):
@@ -35,7 +36,7 @@ def ungated():
 
 
 @pytest.mark.thin(6)
-@pytest.mark.parametrize("row", sorted(set(union._ROWS) - {"ungated", "all_open", "scale"}))
+@pytest.mark.parametrize("row", sorted(set(union._ROWS) - set(UNGATED)))
 def test_rows_have_the_macs_of_the_ungated_one(row, ungated):
   experiment = built(f"row={row}")
   counts, gate = experiment.counts, experiment.model.gate
@@ -44,6 +45,11 @@ def test_rows_have_the_macs_of_the_ungated_one(row, ungated):
   assert macs == pytest.approx(ungated.macs, rel=1e-9)
   if experiment.share is not None:
     assert float(experiment.share(10**6)) == pytest.approx(share)
+
+
+def test_mixed_kernels_cost_about_as_much_as_the_ungated_row(ungated):
+  counts = built("row=kernels").counts
+  assert counts.macs + counts.gate_macs == pytest.approx(ungated.macs, rel=0.06)
 
 
 def test_the_share_of_a_row_follows_the_size_of_its_net():
