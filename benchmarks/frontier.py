@@ -228,14 +228,15 @@ def parse():
   parser.add_argument("--epochs", type=int, help="of every run; by default the config's own")
   parser.add_argument("--seeds", default="0,1,2")
   parser.add_argument("--jobs", type=int, default=1)
-  parser.add_argument("--only", default="", help="of the names of rows")
+  parser.add_argument("--only", default="", help="of the names of rows, as the table has them")
   parser.add_argument("--minutes", type=float, default=math.inf)
   parser.add_argument("--times", action="store_true", help="also time the first seed of each row")
   args, options = parser.parse_known_args()
   flags = field_flags(parser, options, OURS)
   if args.epochs is not None and args.epochs < 1:
     parser.error(f"--epochs must be >= 1; got {args.epochs}")
-  rows = [row for row in TABLES[args.table] if re.search(args.only, row.name)]
+  # Rows that are one together are chosen together, since one alone would be taken for all.
+  rows = [row for row in TABLES[args.table] if re.search(args.only, row.together or row.name)]
   if not rows:
     parser.error(f"--only must match a row of {args.table}; got {args.only!r}")
   # Runs that others start from come with them, and before them.

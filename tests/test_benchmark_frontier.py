@@ -163,6 +163,16 @@ def test_nets_of_a_set_each_are_one_row_together(frontier):
   assert list(finished[0]["sets"]) == ["a", "b"]
 
 
+def test_rows_that_are_one_together_are_chosen_together(frontier, monkeypatch):
+  table = [frontier.Row(f"{name} alone", frontier.RIVAL, "c", together="both") for name in "ab"]
+  monkeypatch.setitem(frontier.TABLES, "made", table)
+  monkeypatch.setattr(sys, "argv", ["frontier.py", "made", "--only=both"])
+  assert frontier.parse()[1] == table
+  monkeypatch.setattr(sys, "argv", ["frontier.py", "made", "--only=a alone"])
+  with pytest.raises(SystemExit):
+    frontier.parse()
+
+
 def test_times_are_those_of_the_compiled_and_the_ungated_program(frontier, monkeypatch, tmp_path):
   program = lambda strategy, seconds, chosen=False: {
     "part": None,
