@@ -311,7 +311,7 @@ def _set_share(share: str) -> Mapping[str, Any]:
   """
   return {
     "model.gate.threshold": "quantile",
-    "model.gate.share": float(share),
+    "model.gate.share": _convert(float, share),
     "model.gate.normalise": 2.0,
     "model.gate.weighted": True,
     "model.gate.noise_scale": 0.0,
@@ -390,8 +390,8 @@ def apply_variants(
   earlier = {} if variants else _EARLIER
   variants = variants or _VARIANTS
   items = [item for item in (arg or "").split(",") if item]
-  # `gates` comes first, since other variants change fields that it sets; the rest keep their order.
-  for item in sorted(items, key=lambda item: not item.startswith("gates=")):
+  # The rest keep their order.
+  for item in sorted(items, key=_place_of):
     name, found, value = item.partition("=")
     variant = variants.get(name) or earlier.get(name)
     if not found or variant is None:
@@ -406,6 +406,13 @@ def apply_variants(
       raise ValueError(f"the variant {name} {error}") from error
     config.update_from_flattened_dict(fields)
   return config
+
+
+def _place_of(item: str) -> int:
+  """Returns the place of a variant among those of a config."""
+  name, _, _ = item.partition("=")
+  # Other variants change fields that `gates` sets; `importance` changes some of `share`, `equal`.
+  return {"gates": -1, "importance": 1}.get(name, 0)
 
 
 def _fields_of(variant: Any, value: str) -> Mapping[str, Any]:

@@ -141,6 +141,11 @@ def test_a_network_begins_by_importance_as_a_variant_says():
   get_config = importlib.import_module("configs.cifar10_resnet20").get_config
   model = get_config("share=0.5,importance=prior").model
   assert (model.gating, model.importance.form, model.dense_first.form) == ("channel", "prior", None)
+  # Whatever the order of variants.
+  for share in ("share=0.5", "equal=0.5"):
+    first, last = get_config(f"importance=prior,{share}"), get_config(f"{share},importance=prior")
+    assert first.to_dict() == last.to_dict()
+    assert first.model.dense_first.form is None
   pruned = get_config("importance=prune,inner=0.5,teacher=0.5")
   assert (pruned.model.gating, pruned.model.inner_width) == ("none", 0.5)
   assert pruned.loss.distillation.coefficient == 0.5
