@@ -390,7 +390,6 @@ def apply_variants(
   earlier = {} if variants else _EARLIER
   variants = variants or _VARIANTS
   items = [item for item in (arg or "").split(",") if item]
-  # The rest keep their order.
   for item in sorted(items, key=_place_of):
     name, found, value = item.partition("=")
     variant = variants.get(name) or earlier.get(name)
@@ -409,7 +408,7 @@ def apply_variants(
 
 
 def _place_of(item: str) -> int:
-  """Returns the place of a variant among those of a config."""
+  """Returns the place of a variant; those of one place keep the order in which they are given."""
   name, _, _ = item.partition("=")
   # Other variants change fields that `gates` sets; `importance` changes some of `share`, `equal`.
   return {"gates": -1, "importance": 1}.get(name, 0)
