@@ -17,8 +17,9 @@ from gating_jax.layers.gate import is_gate_path
 from gating_jax.models import resnets
 from gating_jax.models.pretrained import IMAGENET_MEAN
 from gating_jax.models.resnets import NamedResNet
-from gating_jax.training import rundir, steps
+from gating_jax.training import outlines, rundir, steps
 from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training.outlines import Outline
 from tests.helpers import tiny
 from tests.helpers.runs import without_reports
 
@@ -175,6 +176,9 @@ PRIOR = {
   "model.importance.images": 20,
   "loss.distillation.coefficient": 0.5,
 }
+UNGATED = {"model.gating": "none", "loss.regulariser": "none"}
+COMPARED = {**UNGATED, "loss.distillation.coefficient": 0.5}
+DIGITS = tuple("0123456789")
 
 
 def test_gates_begin_with_the_importance_of_a_file(config, tmp_path, capsys):
@@ -225,6 +229,25 @@ def test_a_teacher_of_other_classes_or_an_unfinished_run_is_refused(config, tmp_
   made.loss.distillation.teacher = str(tmp_path)
   with pytest.raises(rundir.RunDirError, match="teacher must name a finished run; .* holds none"):
     teacher.load_teacher(classification.build(made))
+
+
+@pytest.mark.parametrize(
+  ("changes", "names", "shape", "message"),
+  [
+    ({}, DIGITS[::-1], (8, 8, 1), "with the classes of the data, in their order; class 0 of the "),
+    ({}, DIGITS[:9], (8, 8, 1), r"class 9 of the data is '9', and that of \S+ is None"),
+    ({}, DIGITS, (16, 16, 1), r"on images of shape \(8, 8, 1\); .* have shape \(16, 16, 1\)"),
+  ],
+)
+def test_a_run_on_other_data_is_no_teacher(config, tmp_path, changes, names, shape, message):
+  made = config(**{**COMPARED, "loss.distillation.teacher": str(tmp_path)})
+  mine, theirs = (Outline(512, of, size) for of, size in ((DIGITS, (8, 8, 1)), (names, shape)))
+  kept = config(**{**UNGATED, **changes})
+  (tmp_path / "config.json").write_text(kept.to_json())
+  (tmp_path / "result.json").write_text("{}")
+  outlines.write_outlines(tmp_path, [theirs, theirs])
+  with pytest.raises(ValueError, match=f"^loss.distillation.teacher must name a run .*{message}"):
+    teacher.load_teacher(build.build(made, outlines=[mine, mine]))
 
 
 @pytest.mark.parametrize(
