@@ -101,7 +101,7 @@ class Experiment:
 
   def competing(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the logits that are compared: with a head a set, those of an image's own set."""
-    if _scope_of(self.config) == "source":
+    if scope_of(self.config) == "source":
       return logits_of_source(logits, labels, np.asarray(self.class_sources))
     return logits
 
@@ -170,7 +170,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     return experiment
   class_sources = tuple(unions.class_sources(data.name, experiment.test.class_names).tolist())
   objective = experiment.objective
-  if _scope_of(config) == "source":
+  if scope_of(config) == "source":
     own = functools.partial(fit_sources, class_sources=class_sources)
     objective = dataclasses.replace(objective, fit=own)
   return dataclasses.replace(
@@ -181,7 +181,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
   )
 
 
-def _scope_of(config: Config) -> str:
+def scope_of(config: Config) -> str:
   """Returns which classes compete in the cross-entropy: `all`, or those of the `source`."""
   # Older configs have no such field.
   return config.loss.get("scope") or "all"
@@ -726,7 +726,7 @@ def _check_equal_macs(model: Config) -> None:
 
 def _check_union(config: Config) -> None:
   """Raises a ValueError where a setting of unions is wrong, or goes with no union."""
-  data, model, scope = config.data, config.model, _scope_of(config)
+  data, model, scope = config.data, config.model, scope_of(config)
   one_of("loss.scope", scope, SCOPES)
   per_set = data.get("images_per_set")
   if not unions.is_union(data.name):

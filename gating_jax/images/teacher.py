@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import user_path
-from gating_jax.images.build import Experiment, build
+from gating_jax.images.build import Experiment, build, scope_of
 from gating_jax.models.pretrained import load_pretrained, names_weights
 from gating_jax.models.summary import model_summary
 from gating_jax.terminal import say
@@ -60,8 +60,8 @@ def load_teacher(experiment: Experiment, *, quiet: bool = False) -> Teacher | No
     quiet: whether nothing is said of it.
   Raises:
     RunDirError, FileNotFoundError: there is no such run, it is not finished, or there is no file.
-    ValueError: the teacher is of other classes or of another order of them, of other images, or no
-      classifier.
+    ValueError: the teacher is of other classes, of another order of them, with a head a set, of
+      other images, or no classifier.
   """
   config = experiment.config
   if experiment.objective.distillation is None:
@@ -109,6 +109,12 @@ def _of_run(source: str, experiment: Experiment) -> Teacher:
     raise ValueError(
       f"loss.distillation.teacher must name a run of {config.experiment}; {source} is of "
       f"{theirs.experiment}"
+    )
+  # Its outputs for classes of other sets were never trained.
+  if scope_of(theirs) != "all":
+    raise ValueError(
+      "loss.distillation.teacher must name a run whose classes all compete; that of "
+      f"{source} has loss.scope={scope_of(theirs)!r}"
     )
   for name in ("mean", "std"):
     if theirs.data[name] != config.data[name]:

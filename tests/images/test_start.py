@@ -237,6 +237,12 @@ def test_a_teacher_of_other_classes_or_an_unfinished_run_is_refused(config, tmp_
     ({}, DIGITS[::-1], (8, 8, 1), "with the classes of the data, in their order; class 0 of the "),
     ({}, DIGITS[:9], (8, 8, 1), r"class 9 of the data is '9', and that of \S+ is None"),
     ({}, DIGITS, (16, 16, 1), r"on images of shape \(8, 8, 1\); .* have shape \(16, 16, 1\)"),
+    (
+      {"data.name": "union(digits)", "loss.scope": "source"},
+      DIGITS,
+      (8, 8, 1),
+      "whose classes all compete; that of .* has loss.scope='source'",
+    ),
   ],
 )
 def test_a_run_on_other_data_is_no_teacher(config, tmp_path, changes, names, shape, message):

@@ -9,7 +9,7 @@ import pytest
 
 from configs import union, worlds
 from gating_jax.data import unions
-from gating_jax.images import build, classification
+from gating_jax.images import build, classification, export
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.models import resnets
 from gating_jax.models.summary import model_summary, solve_share
@@ -99,6 +99,16 @@ def test_a_share_of_pairs_of_gates_is_solved_too():
 def test_a_setting_that_fits_no_union_is_named(variants, changes, message):
   with pytest.raises(ValueError, match=message):
     built(variants, **changes)
+
+
+def test_an_export_is_scored_among_the_classes_of_its_result():
+  # The most likely class of a scene is a digit; of those of scenes, it is its own.
+  outputs = np.zeros((1, 30), np.float32)
+  outputs[0, [3, 14]] = 2, 1
+  right = {}
+  for heads in ("", ",heads=source"):
+    right[heads] = export._count_right(built(f"row=ungated{heads}"), outputs, np.array([14]))
+  assert right == {"": 0, ",heads=source": 1}
 
 
 @pytest.mark.slow
