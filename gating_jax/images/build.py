@@ -192,17 +192,25 @@ def _count_training(config: Config) -> int:
   data = config.data
   names = settings.feature_names(data)
   if unions.is_union(data.name):
-    return _shares(config).per_epoch
+    opened = unions.open_union(data.name, data.train_split, data.data_dir, *names)
+    return _shares(config, opened.sizes).per_epoch
   return image_sets.count_images(data.name, data.train_split, data.data_dir, *names)
 
 
-def _shares(config: Config) -> image_sets.EqualShares:
-  """Returns how the sets of a union come into batches."""
-  data = config.data
-  opened = unions.open_union(
-    data.name, data.train_split, data.data_dir, *settings.feature_names(data)
-  )
-  return unions.shares_of(opened.sizes, data.get("images_per_set"))
+def _shares(config: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
+  """Returns how the sets of a union come into batches, by the numbers of their images."""
+  return unions.shares_of(sizes, config.data.get("images_per_set"))
+
+
+def _sizes(config: Config, opened: image_sets.Images | streaming.Stream) -> list[int]:
+  """Returns the number of images of each set of an opened union."""
+  if isinstance(opened, streaming.Stream):
+    union: Any = opened.source
+    return list(union.sizes)
+  name = config.data.name
+  # Every image that is in memory has a class.
+  of_images = unions.class_sources(name, opened.class_names)[opened.labels]
+  return np.bincount(of_images, minlength=len(unions.source_names(name))).tolist()
 
 
 def assemble(
@@ -515,26 +523,26 @@ def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | 
   """Opens a split of the data, in memory or on disk."""
   data = config.data
   image, label = settings.feature_names(data)
-  shares = None
-  # A test has every image of a union once.
-  if training and unions.is_union(data.name):
-    shares = _shares(config)
+  opened: image_sets.Images | streaming.Stream
   if data.loader == "resident":
-    images = image_sets.load(data.name, split, data.data_dir, data.image_size, image, label)
-    return dataclasses.replace(images, shares=shares)
-  stream = streaming.open_stream(
-    data.name,
-    split,
-    data.data_dir,
-    image_size=data.image_size,
-    seed=config.seed,
-    workers=data.workers,
-    # Random crops are for training; test images are cropped at their centre.
-    crop_area=data.crop_area if training else None,
-    image=image,
-    label=label,
-  )
-  return dataclasses.replace(stream, shares=shares)
+    opened = image_sets.load(data.name, split, data.data_dir, data.image_size, image, label)
+  else:
+    opened = streaming.open_stream(
+      data.name,
+      split,
+      data.data_dir,
+      image_size=data.image_size,
+      seed=config.seed,
+      workers=data.workers,
+      # Random crops are for training; test images are cropped at their centre.
+      crop_area=data.crop_area if training else None,
+      image=image,
+      label=label,
+    )
+  # A test has every image of a union once.
+  if not (training and unions.is_union(data.name)):
+    return opened
+  return dataclasses.replace(opened, shares=_shares(config, _sizes(config, opened)))
 
 
 def check_config(

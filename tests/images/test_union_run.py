@@ -9,6 +9,7 @@ import pytest
 
 from configs import union, worlds
 from gating_jax.data import unions
+from gating_jax.data.image_sets import EqualShares
 from gating_jax.images import build, classification, export
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.models import resnets
@@ -133,8 +134,13 @@ def tiny_config(**changes):
 def test_a_run_on_a_union_says_what_became_of_each_set(tmp_path, monkeypatch):
   monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   runs.without_reports(monkeypatch)
-  whole = unions.open_union
-  monkeypatch.setattr(unions, "open_union", lambda *given: _Few(whole(*given)))
+  whole, opened = unions.open_union, []
+
+  def few(name, split, *given):
+    opened.append(split)
+    return _Few(whole(name, split, *given))
+
+  monkeypatch.setattr(unions, "open_union", few)
   said = runs.said(classification, tiny_config(), tmp_path, "train")
   result = json.loads((tmp_path / "result.json").read_text())
   assert list(result["sets"]) == ["digits", "turned_digits"]
@@ -144,8 +150,11 @@ def test_a_run_on_a_union_says_what_became_of_each_set(tmp_path, monkeypatch):
   assert 0 <= result["mean_set_overlap"] <= 1
   for text in ("set turned_digits", "mean over sets", "gates that two sets share"):
     assert text in said
+  opened.clear()
   train = build.build(tiny_config()).open_train()
-  assert train.shares.per_set == 16
+  assert train.shares == EqualShares(sizes=(24, 24), per_set=16)
+  # To count the images of an epoch, to test, and to train.
+  assert opened == ["train", "test", "train"]
 
 
 class _Few:
