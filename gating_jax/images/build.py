@@ -198,7 +198,17 @@ def _count_training(config: Config) -> int:
 
 
 def _shares(config: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
-  """Returns how the sets of a union come into batches, by the numbers of their images."""
+  """Returns how the sets of a union come into batches, by the numbers of their images.
+
+  Raises:
+    ValueError: a set has no image, of which no batch could have its share.
+  """
+  for name, size in zip(unions.source_names(config.data.name), sizes, strict=True):
+    if not size:
+      raise ValueError(
+        "data.train_split must have images of every set of a union; got "
+        f"{config.data.train_split!r}, which has none of {name}"
+      )
   return unions.shares_of(sizes, config.data.get("images_per_set"))
 
 

@@ -160,16 +160,24 @@ def test_a_run_on_a_union_says_what_became_of_each_set(tmp_path, monkeypatch):
 class _Few:
   """The first examples of each set, so that tests take no time."""
 
-  def __init__(self, union, count=24):
-    self.class_names, self.shape, self.sizes = union.class_names, union.shape, (count, count)
-    first = (0, union.sizes[0])
-    self._examples = [union[start + i] for start in first for i in range(count)]
+  def __init__(self, union, sizes=(24, 24)):
+    self.class_names, self.shape, self.sizes = union.class_names, union.shape, sizes
+    self._examples = []
+    for first, size in zip((0, union.sizes[0]), sizes, strict=True):
+      self._examples += [union[first + i] for i in range(size)]
 
   def __len__(self):
     return len(self._examples)
 
   def __getitem__(self, index):
     return self._examples[index]
+
+
+def test_a_union_with_an_empty_set_is_refused(monkeypatch):
+  whole = unions.open_union
+  monkeypatch.setattr(unions, "open_union", lambda *given: _Few(whole(*given), (24, 0)))
+  with pytest.raises(ValueError, match="data.train_split must have .*; got 'train'.* turned_digits"):
+    build.build(tiny_config())
 
 
 @pytest.mark.slow
