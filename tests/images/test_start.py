@@ -1,9 +1,11 @@
 """Trainings that start from files of weights, and freeze layers at first."""
 
+import dataclasses
 import importlib
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from flax import traverse_util
 
 from gating_jax import ResNet, load_pretrained, save_pretrained
+from gating_jax.data.image_sets import EqualShares, Images
 from gating_jax.images import build, classification, start, teacher
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.layers.gate import is_gate_path
@@ -199,6 +202,16 @@ def test_gates_begin_with_the_importance_of_a_file(config, tmp_path, capsys):
   updates, _ = jax.jit(built.optimiser.update)(few, built.optimiser.init(few), few)
   for path, value in flat(updates).items():
     assert (value != 0).any() != (path[0] == "stage1_block1" and is_gate_path(path)), path
+
+
+def test_importance_is_of_sets_in_equal_shares(config):
+  pixels = np.concatenate([np.zeros((4, 2, 2, 1)), np.ones((96, 2, 2, 1))]).astype(np.uint8)
+  train = Images(pixels, np.zeros(100, np.int32), ("a",), EqualShares((4, 96), per_set=96))
+  experiment = SimpleNamespace(config=config(**PRIOR), normalise=lambda pixels: pixels)
+  assert start._read_images(experiment, train).mean() == 0.5
+  # Of other sets, evenly.
+  alone = dataclasses.replace(train, shares=None)
+  assert start._read_images(experiment, alone).mean() == 0.95
 
 
 @pytest.mark.slow
