@@ -174,6 +174,7 @@ class _Few:
 
 
 def test_a_union_with_an_empty_set_is_refused(monkeypatch):
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   whole = unions.open_union
   monkeypatch.setattr(unions, "open_union", lambda *given: _Few(whole(*given), (24, 0)))
   with pytest.raises(ValueError, match="data.train_split must have .*; got 'train'.* turned_digits"):
