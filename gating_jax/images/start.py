@@ -223,10 +223,10 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
   # On the host: each process computes the same, alone.
   variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
   found = units.unit_importance(experiment.model, variables, images)
-  gate = settings.gate_settings(experiment.config.model.gate)
-  share = (
-    gate.share if experiment.share is None else min(1.0, float(np.asarray(experiment.share(0))))
-  )
+  # That of the network, where the config leaves it to be solved for.
+  share = experiment.model.gate.share
+  if experiment.share is not None:
+    share = min(1.0, float(np.asarray(experiment.share(0))))
   static = tuple(section.get("static_layers") or ())
   for is_static in (False, True):
     # Gates of static layers keep the gain 0, and stay the same for all images.

@@ -204,6 +204,25 @@ def test_gates_begin_with_the_importance_of_a_file(config, tmp_path, capsys):
     assert (value != 0).any() != (path[0] == "stage1_block1" and is_gate_path(path)), path
 
 
+def test_thresholds_begin_at_the_share_that_is_solved_for(config, monkeypatch):
+  changes = {"model.gate.share": None, "model.inner_width": 4.0, "model.equal_inner_width": 2.0}
+  made = config(**{**PRIOR, **changes, "model.init_from": "runs/dense"})
+  data = Outline(512, DIGITS, (8, 8, 1))
+  built = build.build(made, outlines=[data, data])
+  begun = []
+
+  def begin(variables, units, *, share, **others):
+    begun.append(share)
+    return variables
+
+  monkeypatch.setattr(start.units, "unit_importance", lambda *given: [])
+  monkeypatch.setattr(start.units, "with_prior", begin)
+  start._with_prior(built, steps.TrainState(0, {}, {}, ()), None)
+  # Of static gates, and of others.
+  assert begun == [built.model.gate.share] * 2
+  assert 0.3 < begun[0] < 0.5
+
+
 def test_importance_is_of_sets_in_equal_shares(config):
   pixels = np.concatenate([np.zeros((4, 2, 2, 1)), np.ones((96, 2, 2, 1))]).astype(np.uint8)
   train = Images(pixels, np.zeros(100, np.int32), ("a",), EqualShares((4, 96), per_set=96))
