@@ -271,6 +271,9 @@ class Family(SideBySide):
     """Returns the milliseconds of each row's first finished seed, by name."""
     found = {}
     for row in rows:
+      # Several nets together have no time of their own.
+      if row.together:
+        continue
       seed = next((seed for seed in seeds if results[row.name, seed] is not None), None)
       if seed is None:
         continue
@@ -306,13 +309,11 @@ class Family(SideBySide):
     ]
     if self.args.data:
       command.append(f"--config.data.data_dir={self.args.data.resolve()}")
-    file = folder / "result.json"
-    done = self.has_time() and self._call(folder, command) and file.exists()
-    if not done:
+    if not self.finish(folder, command):
       self.tell(f"NOT DONE: {row.name}, seed {seed}; see {folder}.txt")
       return None
     self.tell(f"done: {row.name}, seed {seed}")
-    result = json.loads(file.read_text())
+    result = json.loads((folder / "result.json").read_text())
     if "sets" in result:
       result |= {"accuracy": result["mean_set_accuracy"], "macs": result["mean_set_macs"]}
     return result | {"training": training_accuracy(folder)}

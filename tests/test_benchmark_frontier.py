@@ -142,6 +142,44 @@ def test_what_is_missing_is_named_and_the_rest_is_written(frontier, taken, monke
   assert not (tmp_path / "made.png").exists()
 
 
+def test_results_are_read_when_time_is_up(frontier, taken, tmp_path):
+  args = argparse.Namespace(out=tmp_path, table="made", jobs=1, minutes=1, epochs=None, data=None)
+  rows = frontier.TABLES["made"][:1]
+  frontier.Family(args, []).run(rows, [0])
+  (command,) = taken
+  (tmp_path / "made" / "narrow-0.txt").write_text(f"{' '.join(command)}\nits output\n")
+  args.minutes = 0
+  assert frontier.Family(args, []).run(rows, [0])["narrow", 0]["accuracy"] == 0.5
+  # That of another config is not.
+  assert frontier.Family(args, ["--config.seed=3"]).run(rows, [0]) == {("narrow", 0): None}
+  assert len(taken) == 1
+
+
+def test_a_job_ends_with_the_program_that_waits_for_it(frontier, monkeypatch, tmp_path):
+  import side_by_side
+
+  ended = []
+
+  class Job:
+    def wait(self, timeout=None):
+      # As the handler of SIGTERM does.
+      if not ended:
+        sys.exit(143)
+
+    def poll(self):
+      return None
+
+    def terminate(self):
+      ended.append(self)
+
+  monkeypatch.setattr(side_by_side.subprocess, "Popen", lambda *_, **__: Job())
+  family = side_by_side.SideBySide(jobs=1, minutes=1)
+  with pytest.raises(SystemExit):
+    family._call(tmp_path / "run", ["job"])
+  assert len(ended) == 1
+  assert not family.running
+
+
 def test_nets_of_a_set_each_are_one_row_together(frontier):
   rows = [frontier.Row(name, frontier.RIVAL, "c", together="both") for name in ("a", "b")]
   run = lambda name, accuracy, macs: {
@@ -196,10 +234,13 @@ def test_times_are_those_of_the_compiled_and_the_ungated_program(frontier, monke
 
   monkeypatch.setattr(frontier.Family, "_call", call)
   args = argparse.Namespace(out=tmp_path, table="made", jobs=1, minutes=1)
-  rows = frontier.TABLES["made"][:1]
+  # Of several nets together, no time is shown.
+  part = frontier.Row("a alone", frontier.RIVAL, "c", together="both")
+  rows = [frontier.TABLES["made"][0], part]
+  results = {("narrow", 0): None, ("narrow", 1): {}, ("a alone", 0): {}}
   family = frontier.Family(args, [])
   for _ in range(2):
-    found = family.time_rows(rows, [0, 1], {("narrow", 0): None, ("narrow", 1): {}})
+    found = family.time_rows(rows, [0, 1], results)
   assert found == {"narrow": {"1 image at a time": {"compiled": 4, "ungated": 2}}}
   assert len(calls) == 1
   assert calls[0][-1] == "--mode=compile"
