@@ -362,12 +362,37 @@ _VARIANTS = {
   "context": setting("model.gate.context"),
   "importance": _begin_by_importance,
   "teacher": setting("loss.distillation.coefficient", float),
+  # Of unions of sets.
+  "images": setting("data.images_per_set", int),
+  "heads": setting("loss.scope"),
 }
 # Earlier variants, which old commands still use.
 _EARLIER = {
   "l0": _VARIANTS["sparsity"],
   "gating": setting("model.gating"),
 }
+
+
+def take_variants(arg: str | None, defaults: Mapping[str, str]) -> tuple[dict[str, str], str]:
+  """Splits off the variants that a config file reads itself.
+
+  Args:
+    arg: variants as `name=value`, joined by commas; None or empty for none.
+    defaults: names of those that are split off, each with its value where `arg` lacks it.
+  Returns:
+    The values of these by name, and all other variants, joined by commas.
+
+  >>> take_variants("row=told,epochs=3", {"row": "recipe", "sets": "digits"})
+  ({'row': 'told', 'sets': 'digits'}, 'epochs=3')
+  """
+  found, others = dict(defaults), []
+  for item in (arg or "").split(","):
+    name, _, value = item.partition("=")
+    if name in found:
+      found[name] = value
+    else:
+      others.append(item)
+  return found, ",".join(others)
 
 
 def apply_variants(

@@ -132,18 +132,7 @@ def get_config(arg: str = ""):
   config.optim.gate_weight_decay = config.optim.weight_decay
   config.eval_every = 1.0
   # Rows and sets come first, since other variants change fields that they set.
-  found = {"row": "recipe", "sets": _SETS}
-  items = []
-  for item in (arg or "").split(","):
-    name, _, value = item.partition("=")
-    if name in found:
-      found[name] = value
-    elif name == "images":
-      config.data.images_per_set = int(value)
-    elif name == "heads":
-      config.loss.scope = value
-    else:
-      items.append(item)
+  found, others = common.take_variants(arg, {"row": "recipe", "sets": _SETS})
   config.update_from_flattened_dict(_choose_row(found["row"]))
   config.update_from_flattened_dict(_name_sets(found["sets"], found["row"] in _TOLD))
-  return common.apply_variants(config, ",".join(items))
+  return common.apply_variants(config, others)

@@ -238,6 +238,8 @@ def test_unknown_variant_is_refused(variant):
     ("epochs=three", "the variant epochs must be a whole number; got 'three'"),
     ("sparsity=much", "the variant sparsity must be a number; got 'much'"),
     ("budget=half", "the variant budget must be a number; got 'half'"),
+    ("share=half", "the variant share must be a number; got 'half'"),
+    ("images=few", "the variant images must be a whole number; got 'few'"),
     ("gates=chanel", "the variant gates must be one of .*; got 'chanel'. Did you mean 'channel'"),
     ("epoch=3", "a variant must be one of .*; got 'epoch=3'. Did you mean epochs=3"),
   ],
