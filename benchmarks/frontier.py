@@ -4,8 +4,8 @@
         [--epochs=N] [--jobs=1] [--only=REGEX] [--minutes=N] [--times] [--FIELD=VALUE ...]
 
 TABLE: `worlds`, `union` (made sets, which need no files), `union4` (four real ones) or `cifar10`.
-A table is a list of rows: the family, which are ungated nets of several widths; rivals without
-gates, such as squeeze-and-excitation; gated nets of about the MACs of one of the family; and an
+A table is a list of rows: the family, which are ungated nets of several widths; baselines, such as
+squeeze-and-excitation or static gates; gated nets of about the MACs of one of the family; and an
 ungated net with the channels, and so about the parameters, of the gated ones. All are trained on
 the same data for the same epochs, with each seed. A row of one net for each set of a union has as
 much training in all, and each of its nets has the classes of its own set alone. Accuracy and MACs
@@ -21,7 +21,7 @@ What a row has, with its standard error over seeds:
 
     gain      its accuracy, less that of the family at its MACs and its seed: between two widths,
               accuracy is linear in log MACs; no number beyond the narrowest and the widest
-    over      its gain, less that of a rival
+    over      its gain, less that of a baseline
     capture   gain / gain of the net of equal parameters: how much of what the parameters are worth
               the net has at a fraction of their MACs; in tests and in training
 
@@ -50,10 +50,10 @@ from gating_jax.timing import UNGATED as UNGATED_PROGRAM
 from gating_jax.training.journal import read_json
 
 # Kinds of rows, with their names in pictures, colours and markers.
-FAMILY, RIVAL, PARAMETERS, GATED = "family", "rival", "parameters", "gated"
+FAMILY, BASELINE, PARAMETERS, GATED = "family", "baseline", "parameters", "gated"
 LOOKS = {
   FAMILY: ("ungated", "#4c78a8", "o"),
-  RIVAL: ("without gates", "#e0823d", "^"),
+  BASELINE: ("baseline", "#e0823d", "^"),
   PARAMETERS: ("ungated, as many parameters", "#8c8c8c", "D"),
   GATED: ("gated", "#2a9d6f", "s"),
 }
@@ -118,10 +118,10 @@ def of_config(file, widths, sets=""):
 
   rows = [Row(f"ungated, {w}", FAMILY, config("ungated", w)) for w in widths]
   rows += [
-    Row("squeeze-excite", RIVAL, config("scale")),
+    Row("squeeze-excite", BASELINE, config("scale")),
     # Mixing costs MACs, so that about as many leave fewer channels.
-    Row("mixed kernels", RIVAL, config("kernels", middle - 1)),
-    Row("told by biases", RIVAL, config("bias")),
+    Row("mixed kernels", BASELINE, config("kernels", middle - 1)),
+    Row("told by biases", BASELINE, config("bias")),
     Row("all open", PARAMETERS, config("all_open")),
     Row("recipe", GATED, config("recipe")),
     Row("recipe, told", GATED, config("told")),
@@ -143,7 +143,7 @@ def of_union(widths, sets, more=""):
   rows = of_config(file, widths, f"sets={'+'.join(sets)},{more}")
   for name in sets:
     config = f"{file}:row=ungated,sets={name},{more}width={middle / 16:g}"
-    rows.append(Row(f"{name} alone", RIVAL, config, together="a net a set"))
+    rows.append(Row(f"{name} alone", BASELINE, config, together="a net a set"))
   return rows
 
 
@@ -168,11 +168,11 @@ TABLES = {
       Row(f"ungated, width {w:g}", FAMILY, f"{CIFAR},gates=none,width={w:g}")
       for w in (0.25, 0.35, 0.5, 0.71)
     ],
-    Row("squeeze-excite", RIVAL, f"{CIFAR},gates=scale,width=0.35"),
-    Row("mixed kernels", RIVAL, f"{CIFAR},gates=kernels,width=0.35"),
+    Row("squeeze-excite", BASELINE, f"{CIFAR},gates=scale,width=0.35"),
+    Row("mixed kernels", BASELINE, f"{CIFAR},gates=kernels,width=0.35"),
     Row(
       "static, to 27 %",
-      RIVAL,
+      BASELINE,
       f"{CIFAR},gates=static,width=0.35,inner=4,budget=0.27,noise=0.25,noise_to=0",
       BUDGET,
     ),
@@ -410,7 +410,7 @@ def summarise(row, results):
 
 
 def compare(rows):
-  """Adds to each row its gains over the family, over rivals, and its capture."""
+  """Adds to each row its gains over the family, over baselines, and its capture."""
   family = [row for row in rows if row["kind"] == FAMILY]
   for row in rows:
     if row["kind"] == FAMILY:
@@ -424,9 +424,9 @@ def compare(rows):
     if row["kind"] != GATED:
       continue
     row["over"] = {}
-    for rival in rows:
-      if rival["kind"] == RIVAL:
-        row["over"][rival["name"]] = difference(row, rival, family)
+    for baseline in rows:
+      if baseline["kind"] == BASELINE:
+        row["over"][baseline["name"]] = difference(row, baseline, family)
     # What the net of equal parameters has more than the family at the MACs of this one.
     row["capture"] = capture(row, by_name.get(row["wide"]), family, "accuracy")
     row["training_capture"] = capture(row, by_name.get(row["wide"]), family, "training")
@@ -464,10 +464,11 @@ def expect(macs, seed, family, measure):
   return None
 
 
-def difference(row, rival, family):
-  """Returns the gains of a row less those of a rival, over the seeds that both have."""
+def difference(row, baseline, family):
+  """Returns the gains of a row less those of a baseline, over the seeds that both have."""
   own = dict(zip(row["seeds"], gains(row, family, lambda r: r["accuracy"]), strict=True))
-  other = dict(zip(rival["seeds"], gains(rival, family, lambda r: r["accuracy"]), strict=True))
+  theirs = gains(baseline, family, lambda r: r["accuracy"])
+  other = dict(zip(baseline["seeds"], theirs, strict=True))
   found = []
   for seed in row["seeds"]:
     both = (own[seed], other.get(seed))
@@ -515,9 +516,9 @@ def table_of(rows):
     ]
     lines.append(f"| {' | '.join(cells)} |")
   for row in rows:
-    for rival, gain in row.get("over", {}).items():
+    for baseline, gain in row.get("over", {}).items():
       if gain is not None:
-        lines.append(f"\n{row['name']} over {rival}: {points(gain, sign=True)}")
+        lines.append(f"\n{row['name']} over {baseline}: {points(gain, sign=True)}")
   return "\n".join([*lines, *set_lines(rows)])
 
 

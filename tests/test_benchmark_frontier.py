@@ -30,7 +30,7 @@ def frontier(monkeypatch):
   table = [
     row("narrow", frontier.FAMILY, "c:width=1"),
     row("wide", frontier.FAMILY, "c:width=4"),
-    row("scale", frontier.RIVAL, "c"),
+    row("scale", frontier.BASELINE, "c"),
     row("open", frontier.PARAMETERS, "c"),
     row("gates", frontier.GATED, "c", ("a.b=1",), wide="open", start="narrow"),
   ]
@@ -181,7 +181,7 @@ def test_a_job_ends_with_the_program_that_waits_for_it(frontier, monkeypatch, tm
 
 
 def test_nets_of_a_set_each_are_one_row_together(frontier):
-  rows = [frontier.Row(name, frontier.RIVAL, "c", together="both") for name in ("a", "b")]
+  rows = [frontier.Row(name, frontier.BASELINE, "c", together="both") for name in ("a", "b")]
   run = lambda name, accuracy, macs: {
     "accuracy": accuracy,
     "macs": macs,
@@ -202,7 +202,7 @@ def test_nets_of_a_set_each_are_one_row_together(frontier):
 
 
 def test_rows_that_are_one_together_are_chosen_together(frontier, monkeypatch):
-  table = [frontier.Row(f"{name} alone", frontier.RIVAL, "c", together="both") for name in "ab"]
+  table = [frontier.Row(f"{name} alone", frontier.BASELINE, "c", together="both") for name in "ab"]
   monkeypatch.setitem(frontier.TABLES, "made", table)
   monkeypatch.setattr(sys, "argv", ["frontier.py", "made", "--only=both"])
   assert frontier.parse()[1] == table
@@ -235,7 +235,7 @@ def test_times_are_those_of_the_compiled_and_the_ungated_program(frontier, monke
   monkeypatch.setattr(frontier.Family, "_call", call)
   args = argparse.Namespace(out=tmp_path, table="made", jobs=1, minutes=1)
   # Of several nets together, no time is shown.
-  part = frontier.Row("a alone", frontier.RIVAL, "c", together="both")
+  part = frontier.Row("a alone", frontier.BASELINE, "c", together="both")
   rows = [frontier.TABLES["made"][0], part]
   results = {("narrow", 0): None, ("narrow", 1): {}, ("a alone", 0): {}}
   family = frontier.Family(args, [])
