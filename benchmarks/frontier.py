@@ -371,14 +371,37 @@ def milliseconds(folder):
 
 
 def spread(values):
-  """Returns values, their mean and its standard error over seeds; None without values."""
-  values = [value for value in values if value is not None]
-  if not values:
+  """Returns values by place of seed, their mean and its standard error; None without any value.
+
+  Args:
+    values: of each seed of a row; None for a seed without one, which the mean leaves out.
+  """
+  known = [value for value in values if value is not None]
+  if not known:
     return None
   error = None
-  if len(values) > 1:
-    error = statistics.stdev(values) / math.sqrt(len(values))
-  return {"values": values, "mean": statistics.fmean(values), "standard_error": error}
+  if len(known) > 1:
+    error = statistics.stdev(known) / math.sqrt(len(known))
+  return {"values": values, "mean": statistics.fmean(known), "standard_error": error}
+
+
+def of_seed(row, measure, seed):
+  """Returns the value of a row's seed; None where it has none.
+
+  Args:
+    row: as `summarise` returns it.
+    measure: from a row to a `spread`.
+    seed: of a run.
+  """
+  values = measure(row)
+  if values is None or seed not in row["seeds"]:
+    return None
+  return values["values"][row["seeds"].index(seed)]
+
+
+def macs_of(row):
+  """Returns the `spread` of a row's MACs."""
+  return row["macs"]
 
 
 def summarise(row, results):
@@ -441,10 +464,10 @@ def gains(row, family, measure):
     measure: from a row to the `spread` of what is compared.
   """
   found = []
-  for i, seed in enumerate(row["seeds"]):
-    expected = expect(row["macs"]["values"][i], seed, family, measure)
-    own = measure(row)
-    found.append(None if None in (expected, own) else own["values"][i] - expected)
+  for seed in row["seeds"]:
+    expected = expect(of_seed(row, macs_of, seed), seed, family, measure)
+    own = of_seed(row, measure, seed)
+    found.append(None if None in (expected, own) else own - expected)
   return found
 
 
@@ -452,10 +475,9 @@ def expect(macs, seed, family, measure):
   """Returns what the family has at these MACs and this seed; None beyond its widths."""
   curve = []
   for member in family:
-    values = measure(member)
-    if values is not None and seed in member["seeds"]:
-      i = member["seeds"].index(seed)
-      curve.append((math.log(member["macs"]["values"][i]), values["values"][i]))
+    value = of_seed(member, measure, seed)
+    if value is not None:
+      curve.append((math.log(of_seed(member, macs_of, seed)), value))
   curve.sort()
   at = math.log(macs)
   for (x0, y0), (x1, y1) in itertools.pairwise(curve):
@@ -478,14 +500,20 @@ def difference(row, baseline, family):
 
 def capture(row, wide, family, key):
   """Returns the fraction of the gain of equal parameters that a row has, both at its MACs."""
-  if wide is None or wide[key] is None or row[key] is None:
+  if wide is None:
     return None
+
+  def measure(r):
+    """Returns what is compared."""
+    return r[key]
+
   own, most = [], []
-  for i, seed in enumerate(row["seeds"]):
-    expected = expect(row["macs"]["values"][i], seed, family, lambda r: r[key])
-    if expected is not None and seed in wide["seeds"]:
-      own.append(row[key]["values"][i] - expected)
-      most.append(wide[key]["values"][wide["seeds"].index(seed)] - expected)
+  for seed in row["seeds"]:
+    expected = expect(of_seed(row, macs_of, seed), seed, family, measure)
+    gained, possible = of_seed(row, measure, seed), of_seed(wide, measure, seed)
+    if None not in (expected, gained, possible):
+      own.append(gained - expected)
+      most.append(possible - expected)
   if not most or not sum(most):
     return None
   return sum(own) / sum(most)

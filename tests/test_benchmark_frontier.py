@@ -115,6 +115,33 @@ def test_gains_are_over_the_family_at_equal_macs_and_of_the_same_seed(
   assert (tmp_path / "made.png").stat().st_size > 1000
 
 
+def test_values_stay_with_their_seeds_where_some_have_none(frontier):
+  def row(kind, macs, training):
+    return {
+      "name": kind,
+      "kind": kind,
+      "seeds": [0, 1],
+      "wide": "parameters",
+      "sets": {},
+      "macs": frontier.spread([macs, macs]),
+      "accuracy": frontier.spread([0.5, 0.5]),
+      "training": frontier.spread(training),
+    }
+
+  gated = row(frontier.GATED, 200, [0.7, 0.8])
+  rows = [
+    # One run left no lines of training.
+    row(frontier.FAMILY, 100, [None, 0.6]),
+    row(frontier.FAMILY, 400, [0.3, 0.8]),
+    row(frontier.PARAMETERS, 800, [None, 0.9]),
+    gated,
+  ]
+  frontier.compare(rows)
+  assert gated["training_gain"]["values"] == [None, pytest.approx(0.1)]
+  assert gated["training_gain"]["mean"] == pytest.approx(0.1)
+  assert gated["training_capture"] == pytest.approx(0.1 / 0.2)
+
+
 def test_runs_have_their_seed_data_and_start(frontier, taken, monkeypatch, tmp_path):
   options = [f"--out={tmp_path}", "--seeds=1", f"--data={tmp_path}", "--optim.batch_size=8"]
   run(frontier, monkeypatch, "made", "--only=gates", *options)
