@@ -45,9 +45,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from side_by_side import COMMAND, SideBySide, field_flags, folder_name, training_accuracy
 
 from gating_jax.analysis.outcomes import OUTCOMES
-from gating_jax.reports import page, timings
+from gating_jax.reports import measured_times, page
 from gating_jax.timing import UNGATED as UNGATED_PROGRAM
-from gating_jax.training.journal import read_json
 
 # Kinds of rows, with their names in pictures, colours and markers.
 FAMILY, BASELINE, PARAMETERS, GATED = "family", "baseline", "parameters", "gated"
@@ -278,7 +277,7 @@ class Family(SideBySide):
       if seed is None:
         continue
       folder = self.folder(row, seed)
-      if not (folder / timings.TIMES_FILE).exists() and self.has_time():
+      if not (folder / measured_times.TIMES_FILE).exists() and self.has_time():
         self._call(folder, [*COMMAND, f"--workdir={folder}", "--mode=compile"])
       found[row.name] = milliseconds(folder)
     return found
@@ -354,7 +353,7 @@ def join(results):
 
 def milliseconds(folder):
   """Returns the times of a run by title, compiled and ungated; None where it was not timed."""
-  times = timings.parse_times(read_json(folder / timings.TIMES_FILE))
+  times = measured_times.read_times(folder)
   if times is None:
     return None
   found = {}
