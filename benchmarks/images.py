@@ -284,7 +284,8 @@ class Job(SideBySide):
     self.tell(outcome)
     if not done:
       return None
-    return json.loads((folder / "result.json").read_text()) | {"training": training_accuracy(folder)}
+    result = json.loads((folder / "result.json").read_text())
+    return result | {"training": training_accuracy(folder)}
 
   def _folder(self, name, seed):
     """Returns the run directory of a row and seed."""
