@@ -42,6 +42,7 @@ class Stream:
     workers: number of processes that decode; 0 for threads of this process.
     image, label: names of the features that hold them.
     shares: as in `image_sets.Images`.
+    central_fraction: fraction of the shorter side that the central crop keeps.
   """
 
   source: Sequence[dict[str, Any]]
@@ -53,6 +54,7 @@ class Stream:
   image: str = tfds.IMAGE
   label: str = tfds.LABEL
   shares: image_sets.EqualShares | None = None
+  central_fraction: float = _EVAL_FRACTION
 
   def __len__(self) -> int:
     return len(self.source)
@@ -128,7 +130,7 @@ class Stream:
       image = random_resized_crop(image, size, smallest_area=self.crop_area, rng=rng)
     # Without a crop, images of the right size are not resampled.
     elif image.shape[:2] != size:
-      image = central_crop(image, size)
+      image = central_crop(image, size, self.central_fraction)
     return image, np.int32(example[self.label])
 
 
@@ -162,6 +164,9 @@ def open_stream(
   Raises:
     ValueError: the digits, a crop area out of range, or images of unknown size and no `image_size`.
   """
+  # Imported at its first use, since one of its sets imports this module.
+  from gating_jax.data import unions
+
   if name == image_sets.DIGITS:
     raise ValueError(
       "data.loader must be 'resident' for digits: they are not on disk; got 'streaming'"
@@ -185,6 +190,8 @@ def open_stream(
     workers=workers,
     image=image,
     label=label,
+    # The rule of pictures of unions: the largest square in the middle.
+    central_fraction=1.0 if unions.is_union(name) else _EVAL_FRACTION,
   )
 
 
@@ -212,13 +219,15 @@ def random_resized_crop(
   return central_crop(image, size)
 
 
-def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def central_crop(
+  image: np.ndarray, size: tuple[int, int], fraction: float = _EVAL_FRACTION
+) -> np.ndarray:
   """Resizes the middle of an image to `size`.
 
-  The middle has `size`'s aspect, and 7/8 of the sides of the largest such part.
+  The middle has `size`'s aspect, and `fraction` of the sides of the largest such part.
   """
   height, width = image.shape[:2]
-  scale = min(height / size[0], width / size[1]) * _EVAL_FRACTION
+  scale = min(height / size[0], width / size[1]) * fraction
   # Fractions of a pixel are kept: Pillow resizes any box.
   h, w = scale * size[0], scale * size[1]
   left, top = (width - w) / 2, (height - h) / 2

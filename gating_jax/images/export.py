@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gating_jax import config_files
@@ -410,7 +411,7 @@ def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
 
   # Batches are of `BATCH_SIZE` images, which `observe` takes one by one: labels stay in step.
   for x, outputs, logits in observe(net, inputs()):
-    correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
+    correct += _count_right(experiment, outputs, labels.pop())
     macs = costs.macs(net, shape, [z > 0 for z in logits])
     # A network without gates has one number for all images.
     executed += np.broadcast_to(macs, len(x)).sum()
@@ -426,8 +427,14 @@ def _accuracy(experiment: Experiment, answer: Callable[[Any], Any]) -> float:
   """Computes the accuracy of the answers for all test images."""
   right = 0
   for x, labels in _batches(experiment, experiment.test):
-    right += int(np.sum(np.argmax(np.asarray(answer(x)), axis=1) == labels))
+    right += _count_right(experiment, answer(x), labels)
   return right / len(experiment.test)
+
+
+def _count_right(experiment: Experiment, outputs: Any, labels: Any) -> int:
+  """Counts the images that are classified rightly, among the classes that compete in tests."""
+  competing = experiment.competing(jnp.asarray(outputs), jnp.asarray(labels))
+  return int(np.sum(np.argmax(np.asarray(competing), axis=1) == np.asarray(labels)))
 
 
 def _milliseconds(

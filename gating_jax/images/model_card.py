@@ -150,7 +150,10 @@ def _head(model: str, data: str, accuracy: float) -> str:
 
 def _rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns the table of metrics."""
-  rows = [("accuracy", format_percent(card["accuracy"], 2))]
+  # With a head a set, the score is among the classes of an image's own set.
+  known = card["config"].get("loss", {}).get("scope") == "source"
+  accuracy = "accuracy, the set of each image known" if known else "accuracy"
+  rows = [(accuracy, format_percent(card["accuracy"], 2))]
   if "accuracy_as_trained" in card:
     rows.append(("accuracy as trained", format_percent(card["accuracy_as_trained"], 2)))
   rows += [
