@@ -175,8 +175,8 @@ def _part(graph: _Graph, part: Part, x: _Map, shared: dict[str, str], logits: li
     found = _head(graph, part.head, x, shared)
     # Scales decide on nothing.
     logits += found if part.groups else []
-    for group, of_group in zip(groups, found, strict=True):
-      gates = _gates(graph, part.head, of_group)
+    for group, of_group, shift in zip(groups, found, part.head.shifts(), strict=True):
+      gates = _gates(graph, of_group, shift, scales=part.head.scales)
       masks.append(graph.add("Unsqueeze", _expand(graph, group, gates), _integers(*_PIXELS)))
     if part.output_gate:
       output_mask = masks.pop()
@@ -320,14 +320,14 @@ def _glance(graph: _Graph, conv: Conv, x: _Map) -> str:
   return graph.add("ReduceMean", graph.add("Relu", y.name), axes=_PIXELS, keepdims=0)
 
 
-def _gates(graph: _Graph, head: Head, logits: str) -> str:
-  """Adds the gates, or scales, of a group's logits, `[N, U]` both."""
-  if head.scales:
+def _gates(graph: _Graph, logits: str, shift: Any, *, scales: bool) -> str:
+  """Adds the gates, or scales, of a group's logits, `[N, U]` both; `shift` is the group's own."""
+  if scales:
     return graph.add("Mul", graph.add("Sigmoid", logits), _number(2))
   is_open = graph.add("Greater", logits, _number(0))
-  if head.shift is None:
+  if shift is None:
     return graph.add("Cast", is_open, to=1)  # to float32
-  shifted = graph.add("Add", logits, np.asarray(head.shift, np.float32))
+  shifted = graph.add("Add", logits, np.asarray(shift, np.float32))
   weights = graph.add("Mul", graph.add("Sigmoid", shifted), _number(2))
   return graph.add("Where", is_open, weights, _number(0))
 

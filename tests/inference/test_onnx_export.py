@@ -1,5 +1,7 @@
 """ONNX models of folded networks, run by onnxruntime."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,12 +11,20 @@ from gating_jax.inference.analysing import analyse, prune
 from gating_jax.inference.folding import fold
 from gating_jax.inference.onnx_export import load_onnx, to_onnx
 from gating_jax.inference.quantising import quantise
-from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
+from gating_jax.layers.blocks import Bottleneck
+from gating_jax.models.resnets import ResNet
+from tests.helpers.gated_models import MODELS, RECIPE, SHAPE, images, random_variables
 
 pytest.importorskip("onnxruntime")
 run = jax.jit(folded.run)
+# The recipe with a prior: each gate of a block's two groups has a shift of its own.
+PRIOR = dataclasses.replace(RECIPE, prior=True)
+KINDS = {
+  **MODELS,
+  "prior": ResNet(3, (1,), Bottleneck, features=4, gating="channel", gate=PRIOR),
+}
 # Parts, gates and contexts of each kind; most are slow.
-FEW = ("bottleneck", "recipe", "weighted outputs")
+FEW = ("bottleneck", "prior", "weighted outputs")
 MORE = (
   *("basic", "blocks", "dilated", "feature map", "vgg", "thresholds", "weighted vgg"),
   *("scaled outputs", "static weights"),
@@ -34,7 +44,7 @@ def assert_alike(program, net, x):
 
 @pytest.mark.parametrize("name", EACH)
 def test_it_computes_what_the_network_does(name):
-  net = fold(MODELS[name], random_variables(MODELS[name]))
+  net = fold(KINDS[name], random_variables(KINDS[name]))
   program = load_onnx(to_onnx(net, SHAPE))
   assert_alike(program, net, images(5))
   # Some gates are open and some are closed.
