@@ -23,7 +23,7 @@ from absl import flags
 from gating_jax.data import image_sets, tfds
 
 # Fraction of the shorter side that the central crop keeps: 224 of 256, as is usual on ImageNet.
-_EVAL_FRACTION = 0.875
+EVAL_FRACTION = 0.875
 # Pools of workers that read ahead at present.
 _POOLS: list[Any] = []
 
@@ -218,7 +218,7 @@ def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   The middle has `size`'s aspect, and 7/8 of the sides of the largest such part.
   """
   height, width = image.shape[:2]
-  scale = min(height / size[0], width / size[1]) * _EVAL_FRACTION
+  scale = min(height / size[0], width / size[1]) * EVAL_FRACTION
   # Fractions of a pixel are kept: Pillow resizes any box.
   h, w = scale * size[0], scale * size[1]
   left, top = (width - w) / 2, (height - h) / 2

@@ -11,9 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gating_jax.data import image_sets, streaming
 from gating_jax.reports.text import format_percent
 
-# 20 lines of code that need no more than JAX and two readers.
+# Needs no more than JAX and two readers.
 LOADER = '''\
 """Runs this network: `python load.py IMAGE ...` says the class of each image.
 
@@ -26,11 +27,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 FOLDER = Path(__file__).parent
 CONFIG = json.loads((FOLDER / "config.json").read_text("utf-8"))
+HEIGHT, WIDTH, CHANNELS = CONFIG["input_shape"]
 
 
 def load(folder=FOLDER):
@@ -39,10 +41,24 @@ def load(folder=FOLDER):
   return lambda images: jax.jit(program.call)(weights, images)
 
 
+def resize(image):
+  box, fraction = None, CONFIG["crop_fraction"]
+  if fraction and image.size != (WIDTH, HEIGHT):
+    # The middle, of the proportions that the network takes.
+    width = fraction * min(image.width, image.height * WIDTH / HEIGHT)
+    height = fraction * min(image.height, image.width * HEIGHT / WIDTH)
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    box = (left, top, left + width, top + height)
+  return image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=box)
+
+
 def prepare(file):
-  height, width, channels = CONFIG["input_shape"]
-  image = Image.open(file).convert("L" if channels == 1 else "RGB").resize((width, height))
-  pixels = np.float32(image).reshape(height, width, channels) / 255
+  image = ImageOps.exif_transpose(Image.open(file))
+  if image.mode[0] == "I":
+    # 16 bits become 8; Pillow would cut them off.
+    image = Image.fromarray(np.uint8(np.round(np.array(image) / 257)))
+  image = resize(image.convert("L" if CHANNELS == 1 else "RGB"))
+  pixels = np.float32(image).reshape(HEIGHT, WIDTH, CHANNELS) / 255
   return (pixels - np.float32(CONFIG["mean"])) / np.float32(CONFIG["std"])
 
 
@@ -73,8 +89,9 @@ python load.py picture.png
 ```
 
 `load.py` has the 20 lines that read `program.stablehlo` and `weights.safetensors`.
-`config.json` says how images are prepared: {height} x {width} pixels of {channels}, divided by 255,
-minus `mean`, over `std`. {onnx}`card.json` has all settings, and the SHA-256 of each file.
+`config.json` says how images are prepared: {crop} becomes {height} x {width} pixels of {channels},
+divided by 255, minus `mean`, over `std`. {onnx}`card.json` has all settings, and the SHA-256 of
+each file.
 """
 
 
@@ -96,7 +113,7 @@ def hub_files(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dic
 
 def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[str, Any]:
   """Returns what a program needs to prepare images and to name classes."""
-  model, labels = card["config"]["model"], {}
+  model, data, labels = card["config"]["model"], card["config"]["data"], {}
   for i, name in enumerate(card["class_names"]):
     labels[str(i)] = name
   return {
@@ -104,10 +121,19 @@ def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[
     "architecture": model["name"],
     "gating": model["gating"],
     "input_shape": list(input_shape),
+    # Of the middle of an image that is resized, as test images are; null for the whole image.
+    "crop_fraction": _crop_fraction(data),
     "mean": card["mean"],
     "std": card["std"],
     "id2label": labels,
   }
+
+
+def _crop_fraction(data: Mapping[str, Any]) -> float | None:
+  """Returns the fraction of its largest middle part that a test image keeps; None for all of it."""
+  if data["loader"] == "streaming":
+    return streaming.EVAL_FRACTION
+  return 1.0 if image_sets.keeps_proportions(data["name"]) else None
 
 
 def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> str:
@@ -124,11 +150,20 @@ def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> str:
     step=card["step"],
     images=f"{data['name']}, {card['device']}",
     rows="\n".join(f"| {name} | {value} |" for name, value in _rows(card)),
+    crop=_describe_crop(_crop_fraction(data)),
     height=height,
     width=width,
     channels="grey" if channels == 1 else f"{channels} colours",
     onnx=onnx,
   )
+
+
+def _describe_crop(fraction: float | None) -> str:
+  """Describes the part of an image that is resized."""
+  if fraction is None:
+    return "the whole image"
+  part = "the largest part of these proportions in the middle"
+  return part if fraction == 1 else f"{format_percent(fraction, 1)} of the sides of {part}"
 
 
 def _head(model: str, data: str, accuracy: float) -> str:

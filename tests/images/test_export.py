@@ -12,8 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from gating_jax.data import image_sets
+from gating_jax.data import image_sets, streaming
 from gating_jax.images import classification, export
+from gating_jax.images.model_card import hub_files
 from gating_jax.inference.export import load_exported
 from gating_jax.inference.onnx_export import load_onnx
 from gating_jax.models import resnets
@@ -136,6 +137,44 @@ def test_an_export_is_a_folder_for_a_model_hub(exported, tmp_path, monkeypatch, 
   assert metrics == [{"type": "accuracy", "value": pytest.approx(card["accuracy"], abs=1e-6)}]
   assert f"| accuracy | {100 * card['accuracy']:.2f} % |" in page
   assert f"| one image in JAX | {card['milliseconds']['1']:.2f} ms |" in page
+
+
+def card_of(*, model=(), data=(), **facts):
+  """Facts that an export's page has."""
+  of_model = {"name": "tiny", "gating": "channel", **dict(model)}
+  of_data = {"name": "folder", "data_dir": "/data/flowers", "loader": "resident", **dict(data)}
+  return {
+    "config": {"model": of_model, "data": of_data},
+    "step": 22,
+    "class_names": ["a", "b"],
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.25] * 3,
+    "device": "cpu",
+    "weights": "float32",
+    "accuracy": 0.75,
+    "macs": 100,
+    "executed_macs": 60.0,
+    "milliseconds": {"1": 0.5},
+    **facts,
+  }
+
+
+@pytest.mark.parametrize("loader", ["resident", "streaming"])
+def test_an_export_prepares_a_photograph_as_the_test_does(tmp_path, loader):
+  rng, turned = np.random.default_rng(0), Image.Exif()
+  turned[0x0112] = 6
+  Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(tmp_path / "a.png", exif=turned)
+  Image.fromarray(rng.integers(0, 65536, (50, 30), np.uint16)).save(tmp_path / "deep.png")
+  table = tmp_path / "images.csv"
+  table.write_text("path,label,split\na.png,a,test\ndeep.png,b,test\n")
+  opened = {"resident": image_sets.load, "streaming": streaming.open_stream}[loader]
+  pixels, _ = opened("folder", "test", str(table), image_size=16).read(np.arange(2))
+  card = card_of(data={"loader": loader})
+  for name, content in hub_files(card, (16, 16, 3)).items():
+    (tmp_path / name).write_bytes(content)
+  prepare = runpy.run_path(str(tmp_path / "load.py"))["prepare"]
+  found = [prepare(tmp_path / name) for name in ("a.png", "deep.png")]
+  np.testing.assert_allclose(found, (pixels / 255 - card["mean"]) / 0.25, atol=1e-5)
 
 
 def test_where_skipping_is_no_faster_no_program_that_skips_is_written(
