@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gating_jax.checks import few, printable, user_path
+from gating_jax.cores import usable_cores
 from gating_jax.data import features
 from gating_jax.terminal import progress_bar, warn
 
@@ -36,8 +37,6 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _CHANNELS = 3
 # Of images without a split of their own, this fraction is for tests.
 _TEST_FRACTION = 0.2
-# More threads than cores gain nothing: Pillow decodes without Python's lock.
-_THREADS = os.cpu_count() or 1
 
 
 class Entry(NamedTuple):
@@ -255,7 +254,8 @@ def _split_of(path: bytes) -> str:
 def _readable(entries: Sequence[Entry], root: Path) -> list[Entry]:
   """Returns the entries whose files can be decoded; names and counts the others."""
   readable, faulty = [], []
-  with ThreadPoolExecutor(_THREADS) as pool:
+  # More threads than cores gain nothing: Pillow decodes without Python's lock.
+  with ThreadPoolExecutor(usable_cores()) as pool:
     faults = pool.map(_fault_of, [entry.file for entry in entries])
     checked = zip(entries, faults, strict=True)
     for entry, fault in progress_bar(

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from gating_jax.checks import few, printable
+from gating_jax.cores import usable_cores
 from gating_jax.data.array_cache import ArrayCache
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import (
@@ -140,7 +141,7 @@ class VideoFolder(VideoSet):
     They are then known in `unreadable`. A fault that only decoding shows is named when it does.
     """
     faults = {}
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
       checked = zip(self.names, pool.map(_fault_of, self._files), strict=True)
       for name, fault in progress_bar(
         checked, total=len(self), desc="checking the videos", leave=False

@@ -11,13 +11,13 @@ Reference: the operators of ONNX, version 17.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gating_jax.checks import shown
+from gating_jax.cores import usable_cores
 from gating_jax.extras import naming_extra
 from gating_jax.inference.compiled import check_image_shape
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer, Part
@@ -108,7 +108,7 @@ def load_onnx(data: bytes) -> Callable[[Any], tuple[np.ndarray, tuple[np.ndarray
   import onnxruntime
 
   options = onnxruntime.SessionOptions()
-  options.intra_op_num_threads = len(os.sched_getaffinity(0))
+  options.intra_op_num_threads = usable_cores()
   # Otherwise its threads keep spinning and slow down whatever runs next.
   options.add_session_config_entry("session.force_spinning_stop", "1")
   session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
