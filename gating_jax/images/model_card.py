@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from gating_jax.data import image_sets, streaming
+from gating_jax.data import folders, image_sets, streaming, unions
+from gating_jax.images.build import EXITS
 from gating_jax.reports.text import format_percent
+from gating_jax.timing import MASKED
 
 # Needs no more than JAX and two readers.
 LOADER = '''\
@@ -77,7 +80,7 @@ _PAGE = """\
 # {title}
 
 A network for images of {classes} classes, trained and exported by gating_jax: a {model} with
-`gating={gating}`, checkpoint of step {step:,}. Gates decide for each image which units run.
+`gating={gating}`, checkpoint of step {step:,}. {behaviour}
 
 | measured on {images} | |
 |---|---|
@@ -141,14 +144,16 @@ def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> str:
   model, data = card["config"]["model"], card["config"]["data"]
   height, width, channels = input_shape
   onnx = "`model.onnx` is the same network for onnxruntime and others. " if "onnx" in card else ""
+  images = _name_of_images(data)
   return _PAGE.format(
-    head=_head(model["name"], data["name"], card["accuracy"]),
-    title=f"{model['name']} on {data['name']}",
+    head=_head(model["name"], images, card["accuracy"]),
+    title=f"{model['name']} on {images}{_kind(card)}",
     classes=len(card["class_names"]),
     model=model["name"],
     gating=model["gating"],
     step=card["step"],
-    images=f"{data['name']}, {card['device']}",
+    behaviour=_behaviour(card),
+    images=f"{images}, {card['device']}",
     rows="\n".join(f"| {name} | {value} |" for name, value in _rows(card)),
     crop=_describe_crop(_crop_fraction(data)),
     height=height,
@@ -156,6 +161,45 @@ def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> str:
     channels="grey" if channels == 1 else f"{channels} colours",
     onnx=onnx,
   )
+
+
+def _name_of_images(data: Mapping[str, Any]) -> str:
+  """Returns the name of the data set; that of its folder, without the folders above, if any."""
+  name = data["name"]
+  if name == folders.FOLDER:
+    return Path(data["data_dir"]).name or name
+  return " + ".join(unions.source_names(name)) if unions.is_union(name) else name
+
+
+def _skips(card: Mapping[str, Any]) -> bool:
+  """Returns whether the program leaves out what is closed, in any of its parts."""
+  return bool(set(card.get("strategies", ())) - {MASKED})
+
+
+def _has_exits(card: Mapping[str, Any]) -> bool:
+  """Returns whether images may leave the network early."""
+  return card["config"]["model"]["gating"] == EXITS
+
+
+def _kind(card: Mapping[str, Any]) -> str:
+  """Returns the end of a title, which tells the exports of a run apart."""
+  if card.get("weights") == "int8":
+    return ", 8-bit weights"
+  return ", skipping closed units" if _skips(card) and not _has_exits(card) else ""
+
+
+def _behaviour(card: Mapping[str, Any]) -> str:
+  """Says in a sentence what the program computes for an image."""
+  if _has_exits(card):
+    if _skips(card):
+      return "An image leaves at the first exit that is sure of it."
+    return "The first exit that is sure of an image answers, but all of the network is computed."
+  # Also where static gates are pruned away.
+  if card["executed_macs"] >= card["macs"]:
+    return "It computes the same units for each image."
+  if _skips(card):
+    return "Gates decide for each image which units run."
+  return "Gates decide for each image which units are used: closed ones are multiplied by 0."
 
 
 def _describe_crop(fraction: float | None) -> str:

@@ -159,6 +159,33 @@ def card_of(*, model=(), data=(), **facts):
   }
 
 
+SKIPS = {"strategies": ["switch", "masked"]}
+EXITS = {"model": {"gating": "exits"}}
+
+
+@pytest.mark.parametrize(
+  ("facts", "title", "behaviour"),
+  [
+    ({}, "tiny on flowers", "which units are used: closed ones are multiplied by 0."),
+    ({"weights": "int8"}, "tiny on flowers, 8-bit weights", "are multiplied by 0."),
+    (SKIPS, "tiny on flowers, skipping closed units", "Gates decide for each image which units run"),
+    ({"strategies": ["masked"]}, "tiny on flowers", "closed ones are multiplied by 0."),
+    (
+      {"model": {"gating": "none"}, "executed_macs": 100.0, "data": {"name": "cifar10"}},
+      "tiny on cifar10",
+      "It computes the same units for each image.",
+    ),
+    ({**EXITS, "strategies": ["exit_dispatch"]}, "tiny on flowers", "An image leaves at the first"),
+    ({**EXITS, "strategies": ["masked"]}, "tiny on flowers", "but all of the network is computed."),
+    ({"data": {"name": "union(mnist,folder:/a/b)"}}, "tiny on mnist + b", "Gates decide"),
+  ],
+)
+def test_the_page_of_an_export_says_what_it_is_and_does(facts, title, behaviour):
+  page = hub_files(card_of(**facts), (8, 8, 3))["README.md"].decode()
+  assert f"\n# {title}\n" in page
+  assert behaviour in page
+
+
 @pytest.mark.parametrize("loader", ["resident", "streaming"])
 def test_an_export_prepares_a_photograph_as_the_test_does(tmp_path, loader):
   rng, turned = np.random.default_rng(0), Image.Exif()
