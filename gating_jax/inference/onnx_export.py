@@ -19,7 +19,7 @@ import numpy as np
 from gating_jax.checks import shown
 from gating_jax.cores import usable_cores
 from gating_jax.extras import naming_extra
-from gating_jax.inference.compiled import check_image_shape
+from gating_jax.inference.compiled import check_image_shape, check_images
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer, Part
 from gating_jax.inference.grafting import GraftedNet
 from gating_jax.inference.quantising import check_float
@@ -94,6 +94,9 @@ def load_onnx(data: bytes) -> Callable[[Any], tuple[np.ndarray, tuple[np.ndarray
   It takes as many threads as the process may use processors.
 
   Raises:
+    TypeError: `data` is of another type than bytes; the path of a file, for example.
+    ValueError: it holds no such model. The function raises it for images of another shape than the
+      model takes, or in integers.
     ModuleNotFoundError: the package `onnxruntime` is not installed.
 
   >>> import jax, jax.numpy as jnp
@@ -107,15 +110,27 @@ def load_onnx(data: bytes) -> Callable[[Any], tuple[np.ndarray, tuple[np.ndarray
   """
   import onnxruntime
 
+  rule = "the bytes of a model, as of to_onnx(net, input_shape)"
+  arguments.instance("data", data, bytes, rule)
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = usable_cores()
   # Otherwise its threads keep spinning and slow down whatever runs next.
   options.add_session_config_entry("session.force_spinning_stop", "1")
-  session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+  try:
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+  # onnxruntime raises errors of many types, which have no common one.
+  except Exception as error:
+    raise ValueError(f"data must be {rule}; onnxruntime cannot read it: {error}") from None
+  inputs = {each.name: each.shape for each in session.get_inputs()}
+  if inputs.keys() != {_INPUT}:
+    raise ValueError(f"data must be {rule}; it takes {', '.join(inputs)}")
+  # The first is the number of images.
+  shape = inputs[_INPUT][1:]
 
   def run(images: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Computes the outputs and the gate logits."""
-    results: list[Any] = list(session.run(None, {_INPUT: np.asarray(images, np.float32)}))
+    x = np.asarray(check_images("images", images, shape))
+    results: list[Any] = list(session.run(None, {_INPUT: x}))
     outputs, *logits = results
     return outputs, tuple(logits)
 

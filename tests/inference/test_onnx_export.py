@@ -82,3 +82,17 @@ def test_what_cannot_be_an_onnx_model_is_named():
     to_onnx(net, (8, 8, 1))
   with pytest.raises(ValueError, match="net must have float32 kernels"):
     to_onnx(quantise(net), SHAPE)
+
+
+def test_what_an_onnx_model_cannot_take_is_named():
+  model = MODELS["ungated"]
+  data = to_onnx(fold(model, random_variables(model)), SHAPE)
+  program = load_onnx(data)
+  with pytest.raises(ValueError, match="images must be network inputs in floating point"):
+    program(np.zeros((1, *SHAPE), np.uint8))
+  with pytest.raises(ValueError, match=r"images must be \[N, 9, 8, 3\]; got shape \(9, 8, 3\)"):
+    program(np.zeros(SHAPE, np.float32))
+  with pytest.raises(TypeError, match="data must be the bytes of a model, as of to_onnx"):
+    load_onnx("model.onnx")
+  with pytest.raises(ValueError, match=r"data must be .*; onnxruntime cannot read it: "):
+    load_onnx(data[: len(data) // 2])
