@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gating_jax.checks import shown
+from gating_jax.checks import first_line, shown
 from gating_jax.cores import usable_cores
 from gating_jax.extras import naming_extra
 from gating_jax.inference.compiled import check_image_shape, check_images
@@ -120,7 +120,8 @@ def load_onnx(data: bytes) -> Callable[[Any], tuple[np.ndarray, tuple[np.ndarray
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
   # onnxruntime raises errors of many types, which have no common one.
   except Exception as error:
-    raise ValueError(f"data must be {rule}; onnxruntime cannot read it: {error}") from None
+    reason = first_line(error)
+    raise ValueError(f"data must be {rule}; onnxruntime cannot read it: {reason}") from None
   inputs = {each.name: each.shape for each in session.get_inputs()}
   if inputs.keys() != {_INPUT}:
     raise ValueError(f"data must be {rule}; it takes {', '.join(inputs)}")
