@@ -79,9 +79,10 @@ def export_run(
 ) -> None:
   """Writes the exports into the run directory, all or none, and prints a summary.
 
-  One has float32 weights, and an ONNX model where the package `onnx` is installed; one int8
-  weights; a third one skips closed units, where that is faster for one image at a time. A network
-  with early exits has one export, for one image at a time. Each has the files of a model hub.
+  One has float32 weights, and an ONNX model where the package `onnx` is installed, which is tested
+  and timed where `onnxruntime` is; one int8 weights; a third one skips closed units, where that is
+  faster for one image at a time. A network with early exits has one export, for one image at a
+  time. Each has the files of a model hub.
 
   Args:
     experiment: the experiment of the run.
@@ -202,7 +203,7 @@ def _write(
         folder / FOLDERS[name],
         input_shape=analysis.input_shape,
         card=card,
-        files=files | hub_files(card, analysis.input_shape),
+        files=files | hub_files(card, analysis.input_shape, has_onnx=ONNX_FILE in files),
       )
       # Read back: the export adds the sizes of its files to the card.
       table.append(_row(name, candidate.score, export.load_exported(path).card))

@@ -98,15 +98,18 @@ each file.
 """
 
 
-def hub_files(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[str, bytes]:
+def hub_files(
+  card: Mapping[str, Any], input_shape: tuple[int, int, int], *, has_onnx: bool = False
+) -> dict[str, bytes]:
   """Returns the further files of an export, by name.
 
   Args:
     card: the facts that the export's own card has.
     input_shape: `(H, W, D)` of an image.
+    has_onnx: whether the export has an ONNX model, too.
   """
   config = json.dumps(_config(card, input_shape), indent=2, allow_nan=False)
-  page = _page(card, input_shape)
+  page = _page(card, input_shape, has_onnx)
   return {
     "config.json": config.encode(),
     "README.md": page.encode(),
@@ -139,11 +142,11 @@ def _crop_fraction(data: Mapping[str, Any]) -> float | None:
   return 1.0 if image_sets.keeps_proportions(data["name"]) else None
 
 
-def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> str:
+def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int], has_onnx: bool) -> str:
   """Returns the page that a hub shows."""
   model, data = card["config"]["model"], card["config"]["data"]
   height, width, channels = input_shape
-  onnx = "`model.onnx` is the same network for onnxruntime and others. " if "onnx" in card else ""
+  onnx = "`model.onnx` is the same network for onnxruntime and others. " if has_onnx else ""
   images = _name_of_images(data)
   return _PAGE.format(
     head=_head(model["name"], images, card["accuracy"]),

@@ -186,6 +186,13 @@ def test_the_page_of_an_export_says_what_it_is_and_does(facts, title, behaviour)
   assert behaviour in page
 
 
+@pytest.mark.parametrize("has_onnx", [False, True])
+def test_the_page_names_the_onnx_model_where_it_is_there(has_onnx):
+  # Also where onnxruntime is not installed, which would have timed it.
+  page = hub_files(card_of(), (8, 8, 3), has_onnx=has_onnx)["README.md"].decode()
+  assert ("model.onnx" in page) == has_onnx
+
+
 @pytest.mark.parametrize("loader", ["resident", "streaming"])
 def test_an_export_prepares_a_photograph_as_the_test_does(tmp_path, loader):
   rng, turned = np.random.default_rng(0), Image.Exif()
