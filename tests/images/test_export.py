@@ -299,6 +299,9 @@ def test_what_is_said(exported):
     assert words in text
   size = (workdir / "export_int8" / "weights.safetensors").stat().st_size
   assert f"{size:,}" in text
+  end = text.partition("Exported the checkpoint")[2]
+  assert re.search(r"export/model\.onnx +\d+\.\d\d %, .* ms .*in onnxruntime\n", end)
+  assert f"next: python {workdir / 'export' / 'load.py'} IMAGE  " in end
 
 
 def test_an_export_is_not_written_over(exported, config):
