@@ -91,7 +91,7 @@ pip install jax flatbuffers safetensors pillow
 python load.py picture.png
 ```
 
-`load.py` has the 20 lines that read `program.stablehlo` and `weights.safetensors`.
+`load.py` reads `program.stablehlo` and `weights.safetensors`, and runs them on image files.
 `config.json` says how images are prepared: {crop} becomes {height} x {width} pixels of {channels},
 divided by 255, minus `mean`, over `std`. {onnx}`card.json` has all settings, and the SHA-256 of
 each file.
