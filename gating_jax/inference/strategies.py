@@ -127,11 +127,11 @@ class PartBatch:
       inputs: as in `costs.part_macs`.
       opened: the same; but a block's shortcut is computed whole in any case.
     """
-    return costs.program_macs(self.part, self.shape, inputs, opened=opened)
+    return costs.computed_macs(self.part, self.shape, inputs, opened=opened)
 
   def total(self, inputs: Any = None, opened: Sequence[Any] = ()) -> float:
     """Computes `macs` summed over the examples."""
-    return costs.total_macs(self.macs(inputs, opened), self.count)
+    return costs.macs_over_examples(self.macs(inputs, opened), self.count)
 
   def padded(self, is_open: np.ndarray) -> int:
     """Returns the number of examples that `for_open` computes for the open ones of `[N]`."""
@@ -580,12 +580,12 @@ def cluster_macs(batch: PartBatch) -> float:
   masks = list(map(np.asarray, part.masks(batch.gates)))
   whole = [np.arange(group.width) for group in part.inner_groups]
   # The shortcut runs for all; an example waits until a set covers what it opens.
-  total = costs.total_macs(costs.shortcut_macs(part, batch.shape).macs, batch.count)
+  total = costs.macs_over_examples(costs.shortcut_macs(part, batch.shape).macs, batch.count)
   waiting = np.ones(batch.count, bool)
   for kept in [*_channel_sets(part, batch.context), whole]:
     taken = waiting & np.asarray(are_covered(masks, select_channels(masks, kept)))
     branch = costs.branch_macs(part, batch.shape, opened=[index.size for index in kept])
-    total += costs.total_macs(branch, batch.padded(taken))
+    total += costs.macs_over_examples(branch, batch.padded(taken))
     waiting &= ~taken
   return total
 
