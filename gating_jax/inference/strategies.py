@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ from gating_jax.inference.folded import (
   output_groups,
   walk,
 )
+from gating_jax.lazy import lazy_names
 from gating_jax.ops import native_kernels, pallas_kernels
 from gating_jax.ops.compaction import bucket_sizes, example_sizes
 from gating_jax.timing import MASKED
@@ -788,4 +789,11 @@ def account(
     heads=heads,
     outer=net.outer_macs(),
     glance=costs.glance_macs(net),
+  )
+
+
+if not TYPE_CHECKING:
+  # It was here before.
+  __getattr__, __dir__ = lazy_names(
+    __name__, {"gating_jax.inference.costs": ("exit_dispatch_macs",)}
   )
