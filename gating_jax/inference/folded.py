@@ -407,7 +407,7 @@ class FoldedNet:
 
   @property
   def has_classes(self) -> bool:
-    """Returns whether the last axis of the outputs is that of classes."""
+    """Returns whether the largest of the last axis of the outputs is the answer."""
     return self.classifier is not None
 
   def outer_macs(self) -> int:

@@ -125,7 +125,7 @@ class GraftedNet(FoldedNet):
 
   @property
   def has_classes(self) -> bool:
-    """Returns True: the outputs are those of the model, which ends with its classifier."""
+    """Returns True: the largest output counts as the answer, whatever it means to the model."""
     return True
 
   def outer_macs(self) -> int:
