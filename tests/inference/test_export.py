@@ -237,11 +237,20 @@ def test_nothing_is_left_of_an_export_that_fails(net, tmp_path, monkeypatch):
     ({"card": {"files": {}}}, "card must not name files"),
     ({"card": {"accuracy": float("nan")}}, "card must be of JSON values"),
     ({"card": {"accuracy": object()}}, "card must be of JSON values"),
+    ({"files": {"": b""}}, "files must have names of their own, without folders; got ''"),
+    ({"files": {"..": b""}}, "without folders; got '..'"),
+    ({"files": {"card.json": b"{}"}}, "without folders; got 'card.json'"),
   ],
 )
 def test_bad_arguments_are_named(net, tmp_path, options, message):
   with pytest.raises(ValueError, match=message):
     export_model(net, tmp_path / "net", **{"input_shape": SHAPE, "platforms": ("cpu",), **options})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_further_files_must_be_bytes(net, tmp_path):
+  with pytest.raises(TypeError, match=r"files\['notes.txt'\] must be bytes.*; got 'text'"):
+    export_model(net, tmp_path / "net", input_shape=SHAPE, files={"notes.txt": "text"})
   assert list(tmp_path.iterdir()) == []
 
 
