@@ -85,7 +85,7 @@ class FromNNX(nn.Module):
     for place, layer in found:
       # Others run by their own code.
       if _is_usual(layer) and held.has_own(place, layer):
-        layers[id(layer)] = _linen_layer(layer, _scope_of(scope, place))
+        layers[id(layer)] = _make_linen_layer(layer, _scope_of(scope, place))
         # nnx's own assignment would take the class for an attribute.
         object.__setattr__(layer, "__class__", _ROUTED[type(layer)])
     has_keys = train and self.has_rng(_STREAM)
@@ -170,7 +170,7 @@ def _is_usual(layer: nnx.Module) -> bool:
   return all(getattr(layer, name, usual) is usual for name, usual in _USUAL.items())
 
 
-def _linen_layer(layer: nnx.Module, scope: Scope) -> nn.Module:
+def _make_linen_layer(layer: nnx.Module, scope: Scope) -> nn.Module:
   """Returns Linen's layer with the settings of NNX's, and with the parameters of the scope."""
   kind, settings = _LAYERS[type(layer)], {}
   # Functions are the usual ones, and each call says the mode.
@@ -200,7 +200,7 @@ class _Routes:
 _routes: contextvars.ContextVar[_Routes | None] = contextvars.ContextVar("routes", default=None)
 
 
-def _linen_layer_of(layer: nnx.Module) -> nn.Module | None:
+def _find_route(layer: nnx.Module) -> nn.Module | None:
   """Returns the layer that runs in place of one; None inside of JAX's or NNX's transformations.
 
   These call copies of layers, or the layers themselves while variables of Linen are out of reach.
@@ -216,7 +216,7 @@ class _RoutedConv(nnx.Conv):
 
   def __call__(self, inputs: Any, *others: Any, **kwargs: Any) -> Any:
     """Convolves; further arguments are those of NNX alone."""
-    linen = None if others or kwargs else _linen_layer_of(self)
+    linen = None if others or kwargs else _find_route(self)
     return super().__call__(inputs, *others, **kwargs) if linen is None else linen(inputs)
 
 
@@ -225,7 +225,7 @@ class _RoutedLinear(nnx.Linear):
 
   def __call__(self, inputs: Any, *others: Any, **kwargs: Any) -> Any:
     """Applies the layer; further arguments are those of NNX alone."""
-    linen = None if others or kwargs else _linen_layer_of(self)
+    linen = None if others or kwargs else _find_route(self)
     return super().__call__(inputs, *others, **kwargs) if linen is None else linen(inputs)
 
 
@@ -234,7 +234,7 @@ class _RoutedBatchNorm(nnx.BatchNorm):
 
   def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
     """Normalises, by the running averages where the call says so or else the layer."""
-    linen = _linen_layer_of(self)
+    linen = _find_route(self)
     if linen is None:
       return super().__call__(x, use_running_average, mask=mask)
     # What the call says comes first, as in NNX.
