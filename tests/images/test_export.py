@@ -171,7 +171,7 @@ EXITS = {"model": {"gating": "exits"}}
   [
     ({}, "tiny on flowers", "which units are used: closed ones are multiplied by 0."),
     ({"weights": "int8"}, "tiny on flowers, 8-bit weights", "are multiplied by 0."),
-    (SKIPS, "tiny on flowers, skipping closed units", "Gates decide for each image which units run"),
+    (SKIPS, "tiny on flowers, skipping closed units", "for each image which units run."),
     ({"strategies": ["masked"]}, "tiny on flowers", "closed ones are multiplied by 0."),
     (
       {"model": {"gating": "none"}, "executed_macs": 100.0, "data": {"name": "cifar10"}},
