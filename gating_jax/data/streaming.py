@@ -23,7 +23,7 @@ from absl import flags
 from gating_jax.data import image_sets, tfds
 
 # Fraction of the shorter side that the central crop keeps: 224 of 256, as is usual on ImageNet.
-_EVAL_FRACTION = 0.875
+EVAL_FRACTION = 0.875
 # Pools of workers that read ahead at present.
 _POOLS: list[Any] = []
 
@@ -54,7 +54,7 @@ class Stream:
   image: str = tfds.IMAGE
   label: str = tfds.LABEL
   shares: image_sets.EqualShares | None = None
-  central_fraction: float = _EVAL_FRACTION
+  central_fraction: float = EVAL_FRACTION
 
   def __len__(self) -> int:
     return len(self.source)
@@ -191,7 +191,7 @@ def open_stream(
     image=image,
     label=label,
     # The rule of pictures of unions: the largest square in the middle.
-    central_fraction=1.0 if unions.is_union(name) else _EVAL_FRACTION,
+    central_fraction=1.0 if unions.is_union(name) else EVAL_FRACTION,
   )
 
 
@@ -220,7 +220,7 @@ def random_resized_crop(
 
 
 def central_crop(
-  image: np.ndarray, size: tuple[int, int], fraction: float = _EVAL_FRACTION
+  image: np.ndarray, size: tuple[int, int], fraction: float = EVAL_FRACTION
 ) -> np.ndarray:
   """Resizes the middle of an image to `size`.
 
