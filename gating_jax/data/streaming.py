@@ -164,9 +164,6 @@ def open_stream(
   Raises:
     ValueError: the digits, a crop area out of range, or images of unknown size and no `image_size`.
   """
-  # Imported at its first use, since one of its sets imports this module.
-  from gating_jax.data import unions
-
   if name == image_sets.DIGITS:
     raise ValueError(
       "data.loader must be 'resident' for digits: they are not on disk; got 'streaming'"
@@ -190,9 +187,17 @@ def open_stream(
     workers=workers,
     image=image,
     label=label,
-    # The rule of pictures of unions: the largest square in the middle.
-    central_fraction=1.0 if unions.is_union(name) else EVAL_FRACTION,
+    central_fraction=central_fraction(name),
   )
+
+
+def central_fraction(name: str) -> float:
+  """Returns the fraction of its largest middle part that a test image of a set keeps."""
+  # Imported at its first use, since one of its sets imports this module.
+  from gating_jax.data import unions
+
+  # The rule of pictures of unions: the largest square in the middle.
+  return 1.0 if unions.is_union(name) else EVAL_FRACTION
 
 
 def random_resized_crop(

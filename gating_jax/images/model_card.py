@@ -138,7 +138,7 @@ def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[
 def _crop_fraction(data: Mapping[str, Any]) -> float | None:
   """Returns the fraction of its largest middle part that a test image keeps; None for all of it."""
   if data["loader"] == "streaming":
-    return streaming.EVAL_FRACTION
+    return streaming.central_fraction(data["name"])
   return 1.0 if image_sets.keeps_proportions(data["name"]) else None
 
 
