@@ -46,7 +46,7 @@ COPIED = (
   "README.md",
 )
 FAST = "not slow and not real_data"
-TIMEOUT = 300  # seconds
+TIMEOUT = 900  # seconds; the first run, without a mutant, has the tests of all of them
 KILLED, SURVIVED, ERROR = "killed", "survived", "error"
 
 
