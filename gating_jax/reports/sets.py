@@ -85,9 +85,7 @@ def _terms(*, known: bool, gated: bool) -> list[tuple[str, str]]:
     ("95 % interval", "range that other test images of the same set would give"),
   ]
   if not known:
-    terms.append(
-      ("set recognised (%)", "test images that are taken for a class of their own set")
-    )
+    terms.append(("set recognised (%)", "test images that are taken for a class of their own set"))
   terms += [
     ("MACs", "multiply-accumulates of an image of the set, mean, gate networks included"),
     ("of ungated (%)", "the same as a fraction of those with every unit and no gate networks"),
