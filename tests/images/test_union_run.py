@@ -10,7 +10,7 @@ import pytest
 from configs import union, worlds
 from gating_jax.data import unions
 from gating_jax.data.image_sets import EqualShares
-from gating_jax.images import build, classification, export
+from gating_jax.images import build, classification, export, model_card
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.models import resnets
 from gating_jax.models.summary import model_summary, solve_share
@@ -110,6 +110,8 @@ def test_an_export_is_scored_among_the_classes_of_its_result():
   for heads in ("", ",heads=source"):
     right[heads] = export._count_right(built(f"row=ungated{heads}"), outputs, np.array([14]))
   assert right == {"": 0, ",heads=source": 1}
+  card = {"accuracy": 0.5, "macs": 2, "executed_macs": 1.0, "config": {"loss": {"scope": "source"}}}
+  assert model_card._rows(card)[0] == ("accuracy, the set of each image known", "50.00 %")
 
 
 @pytest.mark.slow
