@@ -4,8 +4,8 @@
         [--epochs=N] [--jobs=1] [--only=REGEX] [--minutes=N] [--times] [--FIELD=VALUE ...]
 
 TABLE: `worlds`, `union` (made sets, which need no files), `union4` (four real ones) or `cifar10`.
-A table is a list of rows: the family, which are ungated nets of several widths; rivals without
-gates, such as squeeze-and-excitation; gated nets of about the MACs of one of the family; and an
+A table is a list of rows: the family, which are ungated nets of several widths; baselines, such as
+squeeze-and-excitation or static gates; gated nets of about the MACs of one of the family; and an
 ungated net with the channels, and so about the parameters, of the gated ones. All are trained on
 the same data for the same epochs, with each seed. A row of one net for each set of a union has as
 much training in all, and each of its nets has the classes of its own set alone. Accuracy and MACs
@@ -21,7 +21,7 @@ What a row has, with its standard error over seeds:
 
     gain      its accuracy, less that of the family at its MACs and its seed: between two widths,
               accuracy is linear in log MACs; no number beyond the narrowest and the widest
-    over      its gain, less that of a rival
+    over      its gain, less that of a baseline
     capture   gain / gain of the net of equal parameters: how much of what the parameters are worth
               the net has at a fraction of their MACs; in tests and in training
 
@@ -45,15 +45,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from side_by_side import COMMAND, SideBySide, field_flags, folder_name, training_accuracy
 
 from gating_jax.analysis.outcomes import OUTCOMES
-from gating_jax.reports import page, timings
+from gating_jax.reports import measured_times, page
 from gating_jax.timing import UNGATED as UNGATED_PROGRAM
-from gating_jax.training.journal import read_json
 
 # Kinds of rows, with their names in pictures, colours and markers.
-FAMILY, RIVAL, PARAMETERS, GATED = "family", "rival", "parameters", "gated"
+FAMILY, BASELINE, PARAMETERS, GATED = "family", "baseline", "parameters", "gated"
 LOOKS = {
   FAMILY: ("ungated", "#4c78a8", "o"),
-  RIVAL: ("without gates", "#e0823d", "^"),
+  BASELINE: ("baseline", "#e0823d", "^"),
   PARAMETERS: ("ungated, as many parameters", "#8c8c8c", "D"),
   GATED: ("gated", "#2a9d6f", "s"),
 }
@@ -107,7 +106,7 @@ def of_config(file, widths, sets=""):
   Args:
     file: of the config.
     widths: of the ungated nets, in sixteenths: channels of the first stage. The middle one is that
-      of all other rows.
+      of all other rows but that of mixed kernels.
     sets: variants of all rows.
   """
   middle = widths[len(widths) // 2]
@@ -118,8 +117,10 @@ def of_config(file, widths, sets=""):
 
   rows = [Row(f"ungated, {w}", FAMILY, config("ungated", w)) for w in widths]
   rows += [
-    Row("squeeze-excite", RIVAL, config("scale")),
-    Row("told by biases", RIVAL, config("bias")),
+    Row("squeeze-excite", BASELINE, config("scale")),
+    # Mixing costs MACs, so that about as many leave fewer channels.
+    Row("mixed kernels", BASELINE, config("kernels", middle - 1)),
+    Row("told by biases", BASELINE, config("bias")),
     Row("all open", PARAMETERS, config("all_open")),
     Row("recipe", GATED, config("recipe")),
     Row("recipe, told", GATED, config("told")),
@@ -141,7 +142,7 @@ def of_union(widths, sets, more=""):
   rows = of_config(file, widths, f"sets={'+'.join(sets)},{more}")
   for name in sets:
     config = f"{file}:row=ungated,sets={name},{more}width={middle / 16:g}"
-    rows.append(Row(f"{name} alone", RIVAL, config, together="a net a set"))
+    rows.append(Row(f"{name} alone", BASELINE, config, together="a net a set"))
   return rows
 
 
@@ -166,10 +167,11 @@ TABLES = {
       Row(f"ungated, width {w:g}", FAMILY, f"{CIFAR},gates=none,width={w:g}")
       for w in (0.25, 0.35, 0.5, 0.71)
     ],
-    Row("squeeze-excite", RIVAL, f"{CIFAR},gates=scale,width=0.35"),
+    Row("squeeze-excite", BASELINE, f"{CIFAR},gates=scale,width=0.35"),
+    Row("mixed kernels", BASELINE, f"{CIFAR},gates=kernels,width=0.35"),
     Row(
       "static, to 27 %",
-      RIVAL,
+      BASELINE,
       f"{CIFAR},gates=static,width=0.35,inner=4,budget=0.27,noise=0.25,noise_to=0",
       BUDGET,
     ),
@@ -225,14 +227,15 @@ def parse():
   parser.add_argument("--epochs", type=int, help="of every run; by default the config's own")
   parser.add_argument("--seeds", default="0,1,2")
   parser.add_argument("--jobs", type=int, default=1)
-  parser.add_argument("--only", default="", help="of the names of rows")
+  parser.add_argument("--only", default="", help="of the names of rows, as the table has them")
   parser.add_argument("--minutes", type=float, default=math.inf)
   parser.add_argument("--times", action="store_true", help="also time the first seed of each row")
   args, options = parser.parse_known_args()
   flags = field_flags(parser, options, OURS)
   if args.epochs is not None and args.epochs < 1:
     parser.error(f"--epochs must be >= 1; got {args.epochs}")
-  rows = [row for row in TABLES[args.table] if re.search(args.only, row.name)]
+  # Rows that are one together are chosen together, since one alone would be taken for all.
+  rows = [row for row in TABLES[args.table] if re.search(args.only, row.together or row.name)]
   if not rows:
     parser.error(f"--only must match a row of {args.table}; got {args.only!r}")
   # Runs that others start from come with them, and before them.
@@ -267,11 +270,14 @@ class Family(SideBySide):
     """Returns the milliseconds of each row's first finished seed, by name."""
     found = {}
     for row in rows:
+      # Several nets together have no time of their own.
+      if row.together:
+        continue
       seed = next((seed for seed in seeds if results[row.name, seed] is not None), None)
       if seed is None:
         continue
       folder = self.folder(row, seed)
-      if not (folder / timings.TIMES_FILE).exists() and self.has_time():
+      if not (folder / measured_times.TIMES_FILE).exists() and self.has_time():
         self._call(folder, [*COMMAND, f"--workdir={folder}", "--mode=compile"])
       found[row.name] = milliseconds(folder)
     return found
@@ -302,13 +308,11 @@ class Family(SideBySide):
     ]
     if self.args.data:
       command.append(f"--config.data.data_dir={self.args.data.resolve()}")
-    file = folder / "result.json"
-    done = self.has_time() and self._call(folder, command) and file.exists()
-    if not done:
+    if not self.finish(folder, command):
       self.tell(f"NOT DONE: {row.name}, seed {seed}; see {folder}.txt")
       return None
     self.tell(f"done: {row.name}, seed {seed}")
-    result = json.loads(file.read_text())
+    result = json.loads((folder / "result.json").read_text())
     if "sets" in result:
       result |= {"accuracy": result["mean_set_accuracy"], "macs": result["mean_set_macs"]}
     return result | {"training": training_accuracy(folder)}
@@ -349,7 +353,7 @@ def join(results):
 
 def milliseconds(folder):
   """Returns the times of a run by title, compiled and ungated; None where it was not timed."""
-  times = timings.parse_times(read_json(folder / timings.TIMES_FILE))
+  times = measured_times.read_times(folder)
   if times is None:
     return None
   found = {}
@@ -366,14 +370,37 @@ def milliseconds(folder):
 
 
 def spread(values):
-  """Returns values, their mean and its standard error over seeds; None without values."""
-  values = [value for value in values if value is not None]
-  if not values:
+  """Returns values by place of seed, their mean and its standard error; None without any value.
+
+  Args:
+    values: of each seed of a row; None for a seed without one, which the mean leaves out.
+  """
+  known = [value for value in values if value is not None]
+  if not known:
     return None
   error = None
-  if len(values) > 1:
-    error = statistics.stdev(values) / math.sqrt(len(values))
-  return {"values": values, "mean": statistics.fmean(values), "standard_error": error}
+  if len(known) > 1:
+    error = statistics.stdev(known) / math.sqrt(len(known))
+  return {"values": values, "mean": statistics.fmean(known), "standard_error": error}
+
+
+def of_seed(row, measure, seed):
+  """Returns the value of a row's seed; None where it has none.
+
+  Args:
+    row: as `summarise` returns it.
+    measure: from a row to a `spread`.
+    seed: of a run.
+  """
+  values = measure(row)
+  if values is None or seed not in row["seeds"]:
+    return None
+  return values["values"][row["seeds"].index(seed)]
+
+
+def macs_of(row):
+  """Returns the `spread` of a row's MACs."""
+  return row["macs"]
 
 
 def summarise(row, results):
@@ -405,7 +432,7 @@ def summarise(row, results):
 
 
 def compare(rows):
-  """Adds to each row its gains over the family, over rivals, and its capture."""
+  """Adds to each row its gains over the family, over baselines, and its capture."""
   family = [row for row in rows if row["kind"] == FAMILY]
   for row in rows:
     if row["kind"] == FAMILY:
@@ -419,9 +446,9 @@ def compare(rows):
     if row["kind"] != GATED:
       continue
     row["over"] = {}
-    for rival in rows:
-      if rival["kind"] == RIVAL:
-        row["over"][rival["name"]] = difference(row, rival, family)
+    for baseline in rows:
+      if baseline["kind"] == BASELINE:
+        row["over"][baseline["name"]] = difference(row, baseline, family)
     # What the net of equal parameters has more than the family at the MACs of this one.
     row["capture"] = capture(row, by_name.get(row["wide"]), family, "accuracy")
     row["training_capture"] = capture(row, by_name.get(row["wide"]), family, "training")
@@ -436,10 +463,10 @@ def gains(row, family, measure):
     measure: from a row to the `spread` of what is compared.
   """
   found = []
-  for i, seed in enumerate(row["seeds"]):
-    expected = expect(row["macs"]["values"][i], seed, family, measure)
-    own = measure(row)
-    found.append(None if None in (expected, own) else own["values"][i] - expected)
+  for seed in row["seeds"]:
+    expected = expect(of_seed(row, macs_of, seed), seed, family, measure)
+    own = of_seed(row, measure, seed)
+    found.append(None if None in (expected, own) else own - expected)
   return found
 
 
@@ -447,10 +474,9 @@ def expect(macs, seed, family, measure):
   """Returns what the family has at these MACs and this seed; None beyond its widths."""
   curve = []
   for member in family:
-    values = measure(member)
-    if values is not None and seed in member["seeds"]:
-      i = member["seeds"].index(seed)
-      curve.append((math.log(member["macs"]["values"][i]), values["values"][i]))
+    value = of_seed(member, measure, seed)
+    if value is not None:
+      curve.append((math.log(of_seed(member, macs_of, seed)), value))
   curve.sort()
   at = math.log(macs)
   for (x0, y0), (x1, y1) in itertools.pairwise(curve):
@@ -459,10 +485,11 @@ def expect(macs, seed, family, measure):
   return None
 
 
-def difference(row, rival, family):
-  """Returns the gains of a row less those of a rival, over the seeds that both have."""
+def difference(row, baseline, family):
+  """Returns the gains of a row less those of a baseline, over the seeds that both have."""
   own = dict(zip(row["seeds"], gains(row, family, lambda r: r["accuracy"]), strict=True))
-  other = dict(zip(rival["seeds"], gains(rival, family, lambda r: r["accuracy"]), strict=True))
+  theirs = gains(baseline, family, lambda r: r["accuracy"])
+  other = dict(zip(baseline["seeds"], theirs, strict=True))
   found = []
   for seed in row["seeds"]:
     both = (own[seed], other.get(seed))
@@ -472,14 +499,20 @@ def difference(row, rival, family):
 
 def capture(row, wide, family, key):
   """Returns the fraction of the gain of equal parameters that a row has, both at its MACs."""
-  if wide is None or wide[key] is None or row[key] is None:
+  if wide is None:
     return None
+
+  def measure(r):
+    """Returns what is compared."""
+    return r[key]
+
   own, most = [], []
-  for i, seed in enumerate(row["seeds"]):
-    expected = expect(row["macs"]["values"][i], seed, family, lambda r: r[key])
-    if expected is not None and seed in wide["seeds"]:
-      own.append(row[key]["values"][i] - expected)
-      most.append(wide[key]["values"][wide["seeds"].index(seed)] - expected)
+  for seed in row["seeds"]:
+    expected = expect(of_seed(row, macs_of, seed), seed, family, measure)
+    gained, possible = of_seed(row, measure, seed), of_seed(wide, measure, seed)
+    if None not in (expected, gained, possible):
+      own.append(gained - expected)
+      most.append(possible - expected)
   if not most or not sum(most):
     return None
   return sum(own) / sum(most)
@@ -510,9 +543,9 @@ def table_of(rows):
     ]
     lines.append(f"| {' | '.join(cells)} |")
   for row in rows:
-    for rival, gain in row.get("over", {}).items():
+    for baseline, gain in row.get("over", {}).items():
       if gain is not None:
-        lines.append(f"\n{row['name']} over {rival}: {points(gain, sign=True)}")
+        lines.append(f"\n{row['name']} over {baseline}: {points(gain, sign=True)}")
   return "\n".join([*lines, *set_lines(rows)])
 
 

@@ -277,15 +277,15 @@ class Job(SideBySide):
     ]
     if self.args.data:
       command.append(f"--config.data.data_dir={self.args.data.resolve()}")
-    file = folder / "result.json"
-    done = self.has_time() and self._call(folder, command) and file.exists()
+    done = self.finish(folder, command)
     outcome = f"done: {name}, seed {seed}"
     if not done:
       outcome = f"NOT DONE: {name}, seed {seed}; see {folder}.txt"
     self.tell(outcome)
     if not done:
       return None
-    return json.loads(file.read_text()) | {"training": training_accuracy(folder)}
+    result = json.loads((folder / "result.json").read_text())
+    return result | {"training": training_accuracy(folder)}
 
   def _folder(self, name, seed):
     """Returns the run directory of a row and seed."""

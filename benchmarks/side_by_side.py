@@ -61,6 +61,17 @@ class SideBySide:
     with self.lock:
       print(text, flush=True)
 
+  def finish(self, folder, command):
+    """Finishes a run while there is time, and returns whether it has its result.
+
+    Without time for the job, which compares configs, a result counts where this command began the
+    run.
+    """
+    result = folder / "result.json"
+    if self.has_time() and self._call(folder, command):
+      return result.exists()
+    return not self.has_time() and result.exists() and _began(folder, command)
+
   def _call(self, folder, command):
     """Runs a job and returns True on success.
 
@@ -77,11 +88,23 @@ class SideBySide:
       try:
         process.wait(None if left == float("inf") else max(0, left))
       except subprocess.TimeoutExpired:
-        # It saves its state.
-        process.terminate()
-        process.wait()
-      self.running.discard(process)
+        pass
+      finally:
+        # Time is up, or a signal ends this program; the job saves its state.
+        if process.poll() is None:
+          process.terminate()
+          process.wait()
+        self.running.discard(process)
     return process.returncode == 0
+
+
+def _began(folder, command):
+  """Returns whether a run was begun by a command, the first line of its output."""
+  file = Path(f"{folder}.txt")
+  if not file.exists():
+    return False
+  with file.open() as output:
+    return output.readline() == f"{' '.join(map(str, command))}\n"
 
 
 def folder_name(name):

@@ -311,7 +311,7 @@ def _set_share(share: str) -> Mapping[str, Any]:
   """
   return {
     "model.gate.threshold": "quantile",
-    "model.gate.share": float(share),
+    "model.gate.share": _convert(float, share),
     "model.gate.normalise": 2.0,
     "model.gate.weighted": True,
     "model.gate.noise_scale": 0.0,
@@ -362,12 +362,37 @@ _VARIANTS = {
   "context": setting("model.gate.context"),
   "importance": _begin_by_importance,
   "teacher": setting("loss.distillation.coefficient", float),
+  # Of unions of sets.
+  "images": setting("data.images_per_set", int),
+  "heads": setting("loss.scope"),
 }
 # Earlier variants, which old commands still use.
 _EARLIER = {
   "l0": _VARIANTS["sparsity"],
   "gating": setting("model.gating"),
 }
+
+
+def take_variants(arg: str | None, defaults: Mapping[str, str]) -> tuple[dict[str, str], str]:
+  """Splits off the variants that a config file reads itself.
+
+  Args:
+    arg: variants as `name=value`, joined by commas; None or empty for none.
+    defaults: names of those that are split off, each with its value where `arg` lacks it.
+  Returns:
+    The values of these by name, and all other variants, joined by commas.
+
+  >>> take_variants("row=told,epochs=3", {"row": "recipe", "sets": "digits"})
+  ({'row': 'told', 'sets': 'digits'}, 'epochs=3')
+  """
+  found, others = dict(defaults), []
+  for item in (arg or "").split(","):
+    name, _, value = item.partition("=")
+    if name in found:
+      found[name] = value
+    else:
+      others.append(item)
+  return found, ",".join(others)
 
 
 def apply_variants(
@@ -390,8 +415,7 @@ def apply_variants(
   earlier = {} if variants else _EARLIER
   variants = variants or _VARIANTS
   items = [item for item in (arg or "").split(",") if item]
-  # `gates` comes first, since other variants change fields that it sets; the rest keep their order.
-  for item in sorted(items, key=lambda item: not item.startswith("gates=")):
+  for item in sorted(items, key=_place_of):
     name, found, value = item.partition("=")
     variant = variants.get(name) or earlier.get(name)
     if not found or variant is None:
@@ -406,6 +430,13 @@ def apply_variants(
       raise ValueError(f"the variant {name} {error}") from error
     config.update_from_flattened_dict(fields)
   return config
+
+
+def _place_of(item: str) -> int:
+  """Returns the place of a variant; those of one place keep the order in which they are given."""
+  name, _, _ = item.partition("=")
+  # Other variants change fields that `gates` sets; `importance` changes some of `share`, `equal`.
+  return {"gates": -1, "importance": 1}.get(name, 0)
 
 
 def _fields_of(variant: Any, value: str) -> Mapping[str, Any]:

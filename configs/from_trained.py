@@ -92,13 +92,8 @@ def _choose(name, value, choices):
 
 def get_config(arg: str = ""):
   """Returns the config, with the variants in `arg`."""
-  chosen, items = {"task": "worlds", "row": "dense", "macs": "50", "dense": "runs/dense"}, []
-  for item in (arg or "").split(","):
-    name, _, value = item.partition("=")
-    if name in chosen:
-      chosen[name] = value
-    else:
-      items.append(item)
+  defaults = {"task": "worlds", "row": "dense", "macs": "50", "dense": "runs/dense"}
+  chosen, others = common.take_variants(arg, defaults)
   task = _choose("task", chosen["task"], tuple(_EPOCHS))
   row = _choose("row", chosen["row"], ROWS)
   macs = int(_choose("macs", chosen["macs"], tuple(map(str, _MACS))))
@@ -117,6 +112,6 @@ def get_config(arg: str = ""):
     config.model.init_from = chosen["dense"]
   if row.startswith("narrow"):
     config.loss.distillation.teacher = chosen["dense"]
-  config = common.apply_variants(config, ",".join(items))
+  config = common.apply_variants(config, others)
   config.eval_every = max(1.0, config.optim.epochs / 10)
   return config

@@ -32,6 +32,7 @@ Variants, joined by commas after a colon: those of configs/cifar10_resnet20.py, 
 | `random` | gates drawn by chance |
 | `ungated`, `all_open` | no gates, as wide as the MACs, and with all of the gated rows' channels |
 | `scale` | ungated, channels scaled by squeeze-and-excitation; 4 % more MACs |
+| `kernels` | ungated, of width 5, each convolution a mixture of 4 kernels, weighed by context |
 | `bias` | ungated, told the set by a bias for each set and channel |
 | `oracle` | told the set; a fixed random set of open channels for each |
 | `told` | the recipe, whose gates are told the set |
@@ -77,6 +78,12 @@ _ROWS = {
   "ungated": _UNGATED,
   "all_open": {**_UNGATED, "model.inner_width": 4.0},
   "scale": {"model.gating": "scale", "model.gate.context": "glance+pooled"},
+  "kernels": {
+    "model.gating": "kernels",
+    "model.gate.context": "glance+pooled",
+    # Mixing costs a MAC for each number of all kernels.
+    "model.width": 5 / 16,
+  },
   "bias": {"model.gating": "bias"},
   "oracle": {**_EQUAL, "model.gate.context": "assigned"},
   "told": _recipe("told"),
@@ -125,18 +132,7 @@ def get_config(arg: str = ""):
   config.optim.gate_weight_decay = config.optim.weight_decay
   config.eval_every = 1.0
   # Rows and sets come first, since other variants change fields that they set.
-  found = {"row": "recipe", "sets": _SETS}
-  items = []
-  for item in (arg or "").split(","):
-    name, _, value = item.partition("=")
-    if name in found:
-      found[name] = value
-    elif name == "images":
-      config.data.images_per_set = int(value)
-    elif name == "heads":
-      config.loss.scope = value
-    else:
-      items.append(item)
+  found, others = common.take_variants(arg, {"row": "recipe", "sets": _SETS})
   config.update_from_flattened_dict(_choose_row(found["row"]))
   config.update_from_flattened_dict(_name_sets(found["sets"], found["row"] in _TOLD))
-  return common.apply_variants(config, ",".join(items))
+  return common.apply_variants(config, others)

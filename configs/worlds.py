@@ -129,11 +129,6 @@ def get_config(arg: str = ""):
   config.optim.gate_weight_decay = config.optim.weight_decay
   config.eval_every = 1.0
   # A row comes first, since other variants change fields that it sets.
-  row, items = "recipe", []
-  for item in (arg or "").split(","):
-    if item.startswith("row="):
-      row = item.removeprefix("row=")
-    else:
-      items.append(item)
-  config.update_from_flattened_dict(_choose_row(row))
-  return common.apply_variants(config, ",".join(items))
+  found, others = common.take_variants(arg, {"row": "recipe"})
+  config.update_from_flattened_dict(_choose_row(found["row"]))
+  return common.apply_variants(config, others)

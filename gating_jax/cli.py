@@ -71,7 +71,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _main(argv: list[str]) -> int:
   """Checks the flags, runs the mode and returns the exit status."""
-  if message := command_flags.misused(argv):
+  if message := command_flags.find_misuse(argv):
     _say(f"error: {message}")
     return 2
   logging.set_verbosity(logging.WARNING)

@@ -201,7 +201,7 @@ def _unknown_field(argv: list[str]) -> str | None:
   return None
 
 
-def misused(argv: list[str]) -> str | None:
+def find_misuse(argv: list[str]) -> str | None:
   """Returns the error for valid flags in an invalid combination; None where they fit together."""
   if len(argv) > 1:
     hint = ""

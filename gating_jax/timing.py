@@ -5,7 +5,6 @@ Contenders take turns, so that drifts of the machine affect all of them alike.
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+
+from gating_jax.cores import usable_cores
 
 # Ways to run a whole network, in this order: everything is computed, closed units too; everything,
 # without gates; each part in its fastest way; a heavy net on chosen segments only; images leave at
@@ -53,8 +54,7 @@ def device() -> str:
     ]
   except OSError:
     names = []
-  # A container or a batch queue often grants fewer cores than the machine has.
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  cores = usable_cores()
   return (
     f"cpu: {', '.join([*names[:1], platform.machine()])}, {cores} core{'' if cores == 1 else 's'}"
   )

@@ -46,7 +46,7 @@ COPIED = (
   "README.md",
 )
 FAST = "not slow and not real_data"
-TIMEOUT = 300  # seconds
+TIMEOUT = 900  # seconds; the first run, without a mutant, has the tests of all of them
 KILLED, SURVIVED, ERROR = "killed", "survived", "error"
 
 
@@ -736,6 +736,8 @@ def run_tests(folder: Path, tests: Sequence[str]) -> Run:
     TimeoutError: if they take longer than `TIMEOUT`.
   """
   said = folder / "said"
+  # Of the run before: a process that dies at once says nothing.
+  said.unlink(missing_ok=True)
   process = FORKSERVER.Process(target=_run_pytest, args=(folder, said, tests))
   process.start()
   process.join(TIMEOUT)
@@ -743,7 +745,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> Run:
     process.kill()
     process.join()
     raise TimeoutError
-  return Run(process.exitcode, said.read_text())
+  return Run(process.exitcode, said.read_text() if said.exists() else "")
 
 
 def _run_pytest(folder: Path, said: Path, tests: Sequence[str]) -> None:

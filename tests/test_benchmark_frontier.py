@@ -30,7 +30,7 @@ def frontier(monkeypatch):
   table = [
     row("narrow", frontier.FAMILY, "c:width=1"),
     row("wide", frontier.FAMILY, "c:width=4"),
-    row("scale", frontier.RIVAL, "c"),
+    row("scale", frontier.BASELINE, "c"),
     row("open", frontier.PARAMETERS, "c"),
     row("gates", frontier.GATED, "c", ("a.b=1",), wide="open", start="narrow"),
   ]
@@ -85,7 +85,7 @@ def test_every_row_of_every_table_is_a_config(frontier):
       assert config.optim.epochs == 2
       if row.together:
         assert config.data.name == f"union({row.name.removesuffix(' alone')})"
-      ungated = config.model.gating in ("none", "scale", "bias") or "static" in row.name
+      ungated = config.model.gating in ("none", "scale", "bias", "kernels") or "static" in row.name
       assert ungated == (row.kind != frontier.GATED)
       assert row.wide in names
 
@@ -115,6 +115,33 @@ def test_gains_are_over_the_family_at_equal_macs_and_of_the_same_seed(
   assert (tmp_path / "made.png").stat().st_size > 1000
 
 
+def test_values_stay_with_their_seeds_where_some_have_none(frontier):
+  def row(kind, macs, training):
+    return {
+      "name": kind,
+      "kind": kind,
+      "seeds": [0, 1],
+      "wide": "parameters",
+      "sets": {},
+      "macs": frontier.spread([macs, macs]),
+      "accuracy": frontier.spread([0.5, 0.5]),
+      "training": frontier.spread(training),
+    }
+
+  gated = row(frontier.GATED, 200, [0.7, 0.8])
+  rows = [
+    # One run left no lines of training.
+    row(frontier.FAMILY, 100, [None, 0.6]),
+    row(frontier.FAMILY, 400, [0.3, 0.8]),
+    row(frontier.PARAMETERS, 800, [None, 0.9]),
+    gated,
+  ]
+  frontier.compare(rows)
+  assert gated["training_gain"]["values"] == [None, pytest.approx(0.1)]
+  assert gated["training_gain"]["mean"] == pytest.approx(0.1)
+  assert gated["training_capture"] == pytest.approx(0.1 / 0.2)
+
+
 def test_runs_have_their_seed_data_and_start(frontier, taken, monkeypatch, tmp_path):
   options = [f"--out={tmp_path}", "--seeds=1", f"--data={tmp_path}", "--optim.batch_size=8"]
   run(frontier, monkeypatch, "made", "--only=gates", *options)
@@ -142,8 +169,46 @@ def test_what_is_missing_is_named_and_the_rest_is_written(frontier, taken, monke
   assert not (tmp_path / "made.png").exists()
 
 
+def test_results_are_read_when_time_is_up(frontier, taken, tmp_path):
+  args = argparse.Namespace(out=tmp_path, table="made", jobs=1, minutes=1, epochs=None, data=None)
+  rows = frontier.TABLES["made"][:1]
+  frontier.Family(args, []).run(rows, [0])
+  (command,) = taken
+  (tmp_path / "made" / "narrow-0.txt").write_text(f"{' '.join(command)}\nits output\n")
+  args.minutes = 0
+  assert frontier.Family(args, []).run(rows, [0])["narrow", 0]["accuracy"] == 0.5
+  # That of another config is not.
+  assert frontier.Family(args, ["--config.seed=3"]).run(rows, [0]) == {("narrow", 0): None}
+  assert len(taken) == 1
+
+
+def test_a_job_ends_with_the_program_that_waits_for_it(frontier, monkeypatch, tmp_path):
+  import side_by_side
+
+  ended = []
+
+  class Job:
+    def wait(self, timeout=None):
+      # As the handler of SIGTERM does.
+      if not ended:
+        sys.exit(143)
+
+    def poll(self):
+      return None
+
+    def terminate(self):
+      ended.append(self)
+
+  monkeypatch.setattr(side_by_side.subprocess, "Popen", lambda *_, **__: Job())
+  family = side_by_side.SideBySide(jobs=1, minutes=1)
+  with pytest.raises(SystemExit):
+    family._call(tmp_path / "run", ["job"])
+  assert len(ended) == 1
+  assert not family.running
+
+
 def test_nets_of_a_set_each_are_one_row_together(frontier):
-  rows = [frontier.Row(name, frontier.RIVAL, "c", together="both") for name in ("a", "b")]
+  rows = [frontier.Row(name, frontier.BASELINE, "c", together="both") for name in ("a", "b")]
   run = lambda name, accuracy, macs: {
     "accuracy": accuracy,
     "macs": macs,
@@ -161,6 +226,16 @@ def test_nets_of_a_set_each_are_one_row_together(frontier):
   assert finished[0]["macs"] == 20
   assert finished[0]["params"] == 10
   assert list(finished[0]["sets"]) == ["a", "b"]
+
+
+def test_rows_that_are_one_together_are_chosen_together(frontier, monkeypatch):
+  table = [frontier.Row(f"{name} alone", frontier.BASELINE, "c", together="both") for name in "ab"]
+  monkeypatch.setitem(frontier.TABLES, "made", table)
+  monkeypatch.setattr(sys, "argv", ["frontier.py", "made", "--only=both"])
+  assert frontier.parse()[1] == table
+  monkeypatch.setattr(sys, "argv", ["frontier.py", "made", "--only=a alone"])
+  with pytest.raises(SystemExit):
+    frontier.parse()
 
 
 def test_times_are_those_of_the_compiled_and_the_ungated_program(frontier, monkeypatch, tmp_path):
@@ -186,10 +261,13 @@ def test_times_are_those_of_the_compiled_and_the_ungated_program(frontier, monke
 
   monkeypatch.setattr(frontier.Family, "_call", call)
   args = argparse.Namespace(out=tmp_path, table="made", jobs=1, minutes=1)
-  rows = frontier.TABLES["made"][:1]
+  # Of several nets together, no time is shown.
+  part = frontier.Row("a alone", frontier.BASELINE, "c", together="both")
+  rows = [frontier.TABLES["made"][0], part]
+  results = {("narrow", 0): None, ("narrow", 1): {}, ("a alone", 0): {}}
   family = frontier.Family(args, [])
   for _ in range(2):
-    found = family.time_rows(rows, [0, 1], {("narrow", 0): None, ("narrow", 1): {}})
+    found = family.time_rows(rows, [0, 1], results)
   assert found == {"narrow": {"1 image at a time": {"compiled": 4, "ungated": 2}}}
   assert len(calls) == 1
   assert calls[0][-1] == "--mode=compile"

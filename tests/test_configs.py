@@ -141,6 +141,11 @@ def test_a_network_begins_by_importance_as_a_variant_says():
   get_config = importlib.import_module("configs.cifar10_resnet20").get_config
   model = get_config("share=0.5,importance=prior").model
   assert (model.gating, model.importance.form, model.dense_first.form) == ("channel", "prior", None)
+  # Whatever the order of variants.
+  for share in ("share=0.5", "equal=0.5"):
+    first, last = get_config(f"importance=prior,{share}"), get_config(f"{share},importance=prior")
+    assert first.to_dict() == last.to_dict()
+    assert first.model.dense_first.form is None
   pruned = get_config("importance=prune,inner=0.5,teacher=0.5")
   assert (pruned.model.gating, pruned.model.inner_width) == ("none", 0.5)
   assert pruned.loss.distillation.coefficient == 0.5
@@ -233,6 +238,8 @@ def test_unknown_variant_is_refused(variant):
     ("epochs=three", "the variant epochs must be a whole number; got 'three'"),
     ("sparsity=much", "the variant sparsity must be a number; got 'much'"),
     ("budget=half", "the variant budget must be a number; got 'half'"),
+    ("share=half", "the variant share must be a number; got 'half'"),
+    ("images=few", "the variant images must be a whole number; got 'few'"),
     ("gates=chanel", "the variant gates must be one of .*; got 'chanel'. Did you mean 'channel'"),
     ("epoch=3", "a variant must be one of .*; got 'epoch=3'. Did you mean epochs=3"),
   ],

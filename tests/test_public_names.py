@@ -50,18 +50,30 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
 
 
 @pytest.mark.parametrize(
-  ("former", "today", "name"),
+  ("former", "today", "names"),
   [
-    ("checks", "extras", "missing_extra"),
-    ("checks", "former_names", "former_keyword"),
-    ("inference.folded", "inference.costs", "macs"),
-    ("models.columns", "models.summary", "column_macs"),
-    ("reports.timings", "reports.measured_times", "time_number"),
+    ("checks", "extras", "EXTRAS missing_extra naming_extra require_extra"),
+    ("checks", "former_names", "former_keyword former_positional"),
+    (
+      "inference.folded",
+      "inference.costs",
+      "Cost macs macs_by_part exit_macs stage_macs glance_macs head_macs opened_of open_channels "
+      "part_macs branch_macs shortcut_macs",
+    ),
+    ("inference.strategies", "inference.costs", "exit_dispatch_macs"),
+    ("models.columns", "models.summary", "ColumnMacs column_macs"),
+    (
+      "reports.timings",
+      "reports.measured_times",
+      "Times parse_times time_number times_section",
+    ),
   ],
 )
-def test_a_name_that_moved_is_also_found_in_its_former_module(former, today, name):
+def test_names_that_moved_are_also_found_in_their_former_module(former, today, names):
   places = [importlib.import_module(f"gating_jax.{module}") for module in (former, today)]
-  assert getattr(places[0], name) is getattr(places[1], name)
+  for name in names.split():
+    assert getattr(places[0], name) is getattr(places[1], name)
+    assert name in dir(places[0])
 
 
 def test_former_keywords_and_attributes_warn_and_work():

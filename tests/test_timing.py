@@ -1,8 +1,11 @@
 """Contenders are timed in turns."""
 
+import os
+
 import pytest
 
 from gating_jax import timing
+from gating_jax.cores import usable_cores
 
 
 @pytest.mark.parametrize(("settle", "calls"), [(False, "ababab"), (True, "abaabbaabb")])
@@ -22,3 +25,14 @@ def test_each_first_call_and_each_turn_is_told():
   contenders = {"a": note("a"), "b": note("b")}
   timing.race(contenders, 2, on_start=note("start"), on_turn=note("turn"))
   assert called == ["a", "start", "b", "start", "a", "b", "turn", "a", "b", "turn"]
+
+
+def test_cores_are_those_of_the_process_or_else_all(monkeypatch):
+  monkeypatch.setattr(os, "cpu_count", lambda: 7)
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3}, raising=False)
+  assert usable_cores() == 2
+  # As on macOS and Windows.
+  monkeypatch.delattr(os, "sched_getaffinity")
+  assert usable_cores() == 7
+  monkeypatch.setattr(os, "cpu_count", lambda: None)
+  assert usable_cores() == 1

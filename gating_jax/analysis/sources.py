@@ -36,6 +36,7 @@ def score_sources(
   class_sources: np.ndarray,
   *,
   ungated_macs: int,
+  known: bool = False,
 ) -> dict[str, Any]:
   """Returns the entries of a result about its sources.
 
@@ -44,10 +45,11 @@ def score_sources(
     names: S names.
     class_sources: `[K]` number of the source of each class.
     ungated_macs: of the network with every gate open, without gate networks.
+    known: whether the source of an image was known, so that only its own classes competed.
   Returns:
-    `sets`, by name: `images`, `accuracy` with its interval, `recognised`, the fraction of images
-      that are taken for a class of their own source, `macs` and `mac_ratio`, and with gates
-      `mean_open`, the fraction of open ones;
+    `sets`, by name: `images`, `accuracy` with its interval, `macs` and `mac_ratio`; unless sources
+      are known `recognised`, the fraction of images that are taken for a class of their own source;
+      and with gates `mean_open`, the fraction of open ones;
     `mean_set_accuracy` and `mean_set_macs`, the means over sources, whatever their numbers of
       images;
     with gates `set_overlap`, `[S, S]` of `open_overlap`, `mean_set_overlap` over pairs of sources,
@@ -75,10 +77,11 @@ def score_sources(
       "images": images,
       "accuracy": correct / images,
       **scores.interval_entries("accuracy", scores.fraction_interval(correct, images)),
-      "recognised": float(np.mean(of_predicted[own] == source)),
       "macs": macs,
       "mac_ratio": macs / ungated_macs,
     }
+    if not known:
+      sets[name]["recognised"] = float(np.mean(of_predicted[own] == source))
   found: dict[str, Any] = {
     "sets": sets,
     "mean_set_accuracy": float(np.mean(accuracies)),

@@ -19,7 +19,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,8 @@ import numpy as np
 
 from gating_jax.checks import few, printable, user_path
 from gating_jax.data import features
-from gating_jax.terminal import progress_bar, warn
+from gating_jax.data.faults import find_faults
+from gating_jax.terminal import warn
 
 # The name of such a set in configs.
 FOLDER = "folder"
@@ -36,8 +36,6 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _CHANNELS = 3
 # Of images without a split of their own, this fraction is for tests.
 _TEST_FRACTION = 0.2
-# More threads than cores gain nothing: Pillow decodes without Python's lock.
-_THREADS = os.cpu_count() or 1
 
 
 class Entry(NamedTuple):
@@ -254,17 +252,19 @@ def _split_of(path: bytes) -> str:
 
 def _readable(entries: Sequence[Entry], root: Path) -> list[Entry]:
   """Returns the entries whose files can be decoded; names and counts the others."""
+  faults = find_faults(
+    [entry.file for entry in entries],
+    lambda file: read_picture(file.read_bytes()),
+    f"checking the images of {root.name}",
+    # Pillow's own words show the address of an object.
+    describe=lambda error: type(error).__name__,
+  )
   readable, faulty = [], []
-  with ThreadPoolExecutor(_THREADS) as pool:
-    faults = pool.map(_fault_of, [entry.file for entry in entries])
-    checked = zip(entries, faults, strict=True)
-    for entry, fault in progress_bar(
-      checked, total=len(entries), desc=f"checking the images of {root.name}", leave=False
-    ):
-      if fault is None:
-        readable.append(entry)
-      else:
-        faulty.append(f"{entry.file} ({fault})")
+  for entry, fault in zip(entries, faults, strict=True):
+    if fault is None:
+      readable.append(entry)
+    else:
+      faulty.append(f"{entry.file} ({fault})")
   if faulty:
     warn(
       "%s: %d of %d images cannot be read and are left out: %s",
@@ -274,13 +274,3 @@ def _readable(entries: Sequence[Entry], root: Path) -> list[Entry]:
       few(faulty),
     )
   return readable
-
-
-def _fault_of(file: Path) -> str | None:
-  """Returns why a file cannot be decoded; None if it can."""
-  try:
-    read_picture(file.read_bytes())
-  # Pillow raises errors of many types for damaged files.
-  except Exception as error:
-    return type(error).__name__
-  return None

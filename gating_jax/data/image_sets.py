@@ -132,9 +132,7 @@ def load(
     """Resizes `[H, W, D]` if a size is asked for."""
     if not image_size:
       return pixels
-    # Images of a folder have any shape, and keep their proportions.
-    keeps = name == folders.FOLDER or _unions().is_union(name)
-    box = _central_square(pixels) if keeps else None
+    box = _central_square(pixels) if keeps_proportions(name) else None
     return resize(pixels, (image_size, image_size), box)
 
   if name in MADE:
@@ -177,6 +175,17 @@ def open_images(name: str, split: str, data_dir: str | None, image: str, label: 
   if name == folders.FOLDER:
     return folders.open_folder(data_dir, split, image, label)
   return tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
+
+
+def keeps_proportions(name: str) -> bool:
+  """Returns whether images of a set are cut to a square before `load` resizes them.
+
+  Those of a folder or a union have any shape.
+
+  >>> keeps_proportions("folder"), keeps_proportions("cifar10")
+  (True, False)
+  """
+  return name == folders.FOLDER or _unions().is_union(name)
 
 
 def _central_square(pixels: np.ndarray) -> tuple[float, float, float, float]:

@@ -23,7 +23,7 @@ from absl import flags
 from gating_jax.data import image_sets, tfds
 
 # Fraction of the shorter side that the central crop keeps: 224 of 256, as is usual on ImageNet.
-_EVAL_FRACTION = 0.875
+EVAL_FRACTION = 0.875
 # Pools of workers that read ahead at present.
 _POOLS: list[Any] = []
 
@@ -42,6 +42,7 @@ class Stream:
     workers: number of processes that decode; 0 for threads of this process.
     image, label: names of the features that hold them.
     shares: as in `image_sets.Images`.
+    central_fraction: fraction of the shorter side that the central crop keeps.
   """
 
   source: Sequence[dict[str, Any]]
@@ -53,6 +54,7 @@ class Stream:
   image: str = tfds.IMAGE
   label: str = tfds.LABEL
   shares: image_sets.EqualShares | None = None
+  central_fraction: float = EVAL_FRACTION
 
   def __len__(self) -> int:
     return len(self.source)
@@ -128,7 +130,7 @@ class Stream:
       image = random_resized_crop(image, size, smallest_area=self.crop_area, rng=rng)
     # Without a crop, images of the right size are not resampled.
     elif image.shape[:2] != size:
-      image = central_crop(image, size)
+      image = central_crop(image, size, self.central_fraction)
     return image, np.int32(example[self.label])
 
 
@@ -185,7 +187,17 @@ def open_stream(
     workers=workers,
     image=image,
     label=label,
+    central_fraction=central_fraction(name),
   )
+
+
+def central_fraction(name: str) -> float:
+  """Returns the fraction of its largest middle part that a test image of a set keeps."""
+  # Imported at its first use, since one of its sets imports this module.
+  from gating_jax.data import unions
+
+  # The rule of pictures of unions: the largest square in the middle.
+  return 1.0 if unions.is_union(name) else EVAL_FRACTION
 
 
 def random_resized_crop(
@@ -212,13 +224,15 @@ def random_resized_crop(
   return central_crop(image, size)
 
 
-def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def central_crop(
+  image: np.ndarray, size: tuple[int, int], fraction: float = EVAL_FRACTION
+) -> np.ndarray:
   """Resizes the middle of an image to `size`.
 
-  The middle has `size`'s aspect, and 7/8 of the sides of the largest such part.
+  The middle has `size`'s aspect, and `fraction` of the sides of the largest such part.
   """
   height, width = image.shape[:2]
-  scale = min(height / size[0], width / size[1]) * _EVAL_FRACTION
+  scale = min(height / size[0], width / size[1]) * fraction
   # Fractions of a pixel are kept: Pillow resizes any box.
   h, w = scale * size[0], scale * size[1]
   left, top = (width - w) / 2, (height - h) / 2

@@ -16,7 +16,6 @@ import collections
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from gating_jax.checks import few, printable
 from gating_jax.data.array_cache import ArrayCache
+from gating_jax.data.faults import find_faults
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import (
   VIDEO_SUFFIXES,
@@ -33,7 +33,7 @@ from gating_jax.data.videos import (
   find_file,
   timed_starts,
 )
-from gating_jax.terminal import progress_bar, warn
+from gating_jax.terminal import warn
 
 # Formats of self-contained files: no playlists, no texts or patterns that name other files.
 _CONTAINERS = (
@@ -139,14 +139,16 @@ class VideoFolder(VideoSet):
 
     They are then known in `unreadable`. A fault that only decoding shows is named when it does.
     """
+    found = find_faults(
+      self._files,
+      _open_film,
+      "checking the videos",
+      describe=lambda error: str(error) or type(error).__name__,
+    )
     faults = {}
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-      checked = zip(self.names, pool.map(_fault_of, self._files), strict=True)
-      for name, fault in progress_bar(
-        checked, total=len(self), desc="checking the videos", leave=False
-      ):
-        if fault is not None:
-          faults[name] = fault
+    for name, fault in zip(self.names, found, strict=True):
+      if fault is not None:
+        faults[name] = fault
     self.unreadable |= faults
     if faults:
       named = [printable(f"{name} ({fault})") for name, fault in faults.items()]
@@ -163,16 +165,6 @@ class VideoFolder(VideoSet):
       self._files[index], self._segments, length=self._frames, size=self._size, rng=rng
     )
     return Segments({"clips": clips}, np.ones(self._segments, bool), middles)
-
-
-def _fault_of(path: Path) -> str | None:
-  """Returns why a film cannot be opened; None if it can."""
-  try:
-    _open_film(path)
-  # A damaged file makes FFmpeg raise errors of many types.
-  except Exception as error:
-    return str(error) or type(error).__name__
-  return None
 
 
 def require_av() -> None:

@@ -101,7 +101,7 @@ class Experiment:
 
   def competing(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the logits that are compared: with a head a set, those of an image's own set."""
-    if _scope_of(self.config) == "source":
+    if scope_of(self.config) == "source":
       return logits_of_source(logits, labels, np.asarray(self.class_sources))
     return logits
 
@@ -170,7 +170,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     return experiment
   class_sources = tuple(unions.class_sources(data.name, experiment.test.class_names).tolist())
   objective = experiment.objective
-  if _scope_of(config) == "source":
+  if scope_of(config) == "source":
     own = functools.partial(fit_sources, class_sources=class_sources)
     objective = dataclasses.replace(objective, fit=own)
   return dataclasses.replace(
@@ -181,7 +181,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
   )
 
 
-def _scope_of(config: Config) -> str:
+def scope_of(config: Config) -> str:
   """Returns which classes compete in the cross-entropy: `all`, or those of the `source`."""
   # Older configs have no such field.
   return config.loss.get("scope") or "all"
@@ -192,17 +192,35 @@ def _count_training(config: Config) -> int:
   data = config.data
   names = settings.feature_names(data)
   if unions.is_union(data.name):
-    return _shares(config).per_epoch
+    opened = unions.open_union(data.name, data.train_split, data.data_dir, *names)
+    return _shares(config, opened.sizes).per_epoch
   return image_sets.count_images(data.name, data.train_split, data.data_dir, *names)
 
 
-def _shares(config: Config) -> image_sets.EqualShares:
-  """Returns how the sets of a union come into batches."""
-  data = config.data
-  opened = unions.open_union(
-    data.name, data.train_split, data.data_dir, *settings.feature_names(data)
-  )
-  return unions.shares_of(opened.sizes, data.get("images_per_set"))
+def _shares(config: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
+  """Returns how the sets of a union come into batches, by the numbers of their images.
+
+  Raises:
+    ValueError: a set has no image, of which no batch could have its share.
+  """
+  for name, size in zip(unions.source_names(config.data.name), sizes, strict=True):
+    if not size:
+      raise ValueError(
+        "data.train_split must have images of every set of a union; got "
+        f"{config.data.train_split!r}, which has none of {name}"
+      )
+  return unions.shares_of(sizes, config.data.get("images_per_set"))
+
+
+def _sizes(config: Config, opened: image_sets.Images | streaming.Stream) -> list[int]:
+  """Returns the number of images of each set of an opened union."""
+  if isinstance(opened, streaming.Stream):
+    union: Any = opened.source
+    return list(union.sizes)
+  name = config.data.name
+  # Every image that is in memory has a class.
+  of_images = unions.class_sources(name, opened.class_names)[opened.labels]
+  return np.bincount(of_images, minlength=len(unions.source_names(name))).tolist()
 
 
 def assemble(
@@ -515,26 +533,26 @@ def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | 
   """Opens a split of the data, in memory or on disk."""
   data = config.data
   image, label = settings.feature_names(data)
-  shares = None
-  # A test has every image of a union once.
-  if training and unions.is_union(data.name):
-    shares = _shares(config)
+  opened: image_sets.Images | streaming.Stream
   if data.loader == "resident":
-    images = image_sets.load(data.name, split, data.data_dir, data.image_size, image, label)
-    return dataclasses.replace(images, shares=shares)
-  stream = streaming.open_stream(
-    data.name,
-    split,
-    data.data_dir,
-    image_size=data.image_size,
-    seed=config.seed,
-    workers=data.workers,
-    # Random crops are for training; test images are cropped at their centre.
-    crop_area=data.crop_area if training else None,
-    image=image,
-    label=label,
-  )
-  return dataclasses.replace(stream, shares=shares)
+    opened = image_sets.load(data.name, split, data.data_dir, data.image_size, image, label)
+  else:
+    opened = streaming.open_stream(
+      data.name,
+      split,
+      data.data_dir,
+      image_size=data.image_size,
+      seed=config.seed,
+      workers=data.workers,
+      # Random crops are for training; test images are cropped at their centre.
+      crop_area=data.crop_area if training else None,
+      image=image,
+      label=label,
+    )
+  # A test has every image of a union once.
+  if not (training and unions.is_union(data.name)):
+    return opened
+  return dataclasses.replace(opened, shares=_shares(config, _sizes(config, opened)))
 
 
 def check_config(
@@ -655,6 +673,7 @@ def _check_together(config: Config) -> None:
   _check_opening(config)
   _check_equal_macs(model)
   _check_union(config)
+  _check_told(config)
   _check_kernels(model)
   _check_importance(config)
   _check_teacher(config)
@@ -725,7 +744,7 @@ def _check_equal_macs(model: Config) -> None:
 
 def _check_union(config: Config) -> None:
   """Raises a ValueError where a setting of unions is wrong, or goes with no union."""
-  data, model, scope = config.data, config.model, _scope_of(config)
+  data, model, scope = config.data, config.model, scope_of(config)
   one_of("loss.scope", scope, SCOPES)
   per_set = data.get("images_per_set")
   if not unions.is_union(data.name):
@@ -752,6 +771,21 @@ def _check_union(config: Config) -> None:
     raise ValueError(
       f"data.name must be a {unions.TOLD}(...) where model.sources is set; got {data.name!r}"
     )
+
+
+def _check_told(config: Config) -> None:
+  """Raises a ValueError where normalisation would change the number of an image's source."""
+  data = config.data
+  # Older configs have no such field.
+  if not config.model.get("sources"):
+    return
+  for name, last, text in (("mean", 0.0, "0"), ("std", 1 / 255, "1/255")):
+    values = data[name]
+    if len(values) < 2 or not math.isclose(values[-1], last, rel_tol=1e-3):
+      raise ValueError(
+        f"data.{name} must hold a number for each channel, and {text} for the last, where "
+        f"model.sources is set: that channel is the number of the source; got {tuple(values)}"
+      )
 
 
 def _check_kernels(model: Config) -> None:

@@ -24,7 +24,7 @@ from gating_jax.config_files import Config
 from gating_jax.data import augment, folders, image_sets, streaming
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
-from gating_jax.images.build import EXITS, Experiment, build
+from gating_jax.images.build import EXITS, Experiment, build, scope_of
 from gating_jax.images.start import check_can_start, check_start, start_from
 from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
@@ -156,6 +156,7 @@ class Classification(runner.Programme):
       experiment.source_names,
       np.asarray(experiment.class_sources),
       ungated_macs=experiment.counts.macs,
+      known=scope_of(self.config) == "source",
     )
 
   def _list_untrained(self, train: Any) -> dict[str, Any]:

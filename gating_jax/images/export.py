@@ -8,16 +8,15 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gating_jax import config_files
 from gating_jax.checks import quoted
 from gating_jax.images.build import Experiment
 from gating_jax.images.model_card import hub_files
@@ -79,9 +78,10 @@ def export_run(
 ) -> None:
   """Writes the exports into the run directory, all or none, and prints a summary.
 
-  One has float32 weights, and an ONNX model where the package `onnx` is installed; one int8
-  weights; a third one skips closed units, where that is faster for one image at a time. A network
-  with early exits has one export, for one image at a time. Each has the files of a model hub.
+  One has float32 weights, and an ONNX model where the package `onnx` is installed, which is tested
+  and timed where `onnxruntime` is; one int8 weights; a third one skips closed units, where that is
+  faster for one image at a time. A network with early exits has one export, for one image at a
+  time. Each has the files of a model hub.
 
   Args:
     experiment: the experiment of the run.
@@ -96,13 +96,16 @@ def export_run(
   with rundir.staged(run_dir.path, tuple(FOLDERS.values())) as folder:
     write = _write_exits if isinstance(experiment.model, EarlyExitNet) else _write
     trained = write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
-    rows = []
+    paths, rows = [], []
     for name in FOLDERS.values():
-      if (folder / name).exists():
-        card = export.load_exported(folder / name).card
-        rows.append((str(run_dir.path / name), _summary(card)))
-  paths = [path for path, _ in rows]
-  say(f"\nwritten: {', '.join(paths)}")
+      if not (folder / name).exists():
+        continue
+      card, path = export.load_exported(folder / name).card, run_dir.path / name
+      paths.append(path)
+      rows.append((str(path), _summary(card)))
+      if (folder / name / ONNX_FILE).exists():
+        rows.append((str(path / ONNX_FILE), _onnx_summary(card)))
+  say(f"\nwritten: {', '.join(map(str, paths))}")
   rows.append(("trained net", _as_compiled(run_dir, step, trained)))
   say(
     conclusion.closing_text(
@@ -115,25 +118,30 @@ def export_run(
 
 def _summary(card: Mapping[str, Any]) -> str:
   """Summarises an export in a line."""
-  parts = [format_percent(card["accuracy"], 2), f"{card['executed_macs']:,.0f} MACs per image"]
-  for size, time in card["milliseconds"].items():
-    parts.append(f"{time:.2f} ms" + ("" if size == "1" else f" for {size} images"))
-  return ", ".join(parts)
+  macs = f"{card['executed_macs']:,.0f} MACs per image"
+  return ", ".join([format_percent(card["accuracy"], 2), macs, *_times(card)])
 
 
-def _load_command(path: str) -> str:
-  """Returns a command that runs an export.
+def _onnx_summary(card: Mapping[str, Any]) -> str:
+  """Summarises the ONNX model of an export in a line."""
+  measured = card.get("onnx")
+  if measured is None:
+    return "neither tested nor timed, since onnxruntime is not installed"
+  accuracy = format_percent(measured["accuracy"], 2)
+  return f"{', '.join([accuracy, *_times(measured)])} in onnxruntime"
 
-  Where the repository is at hand, the command is its example, which does not need this package.
-  Otherwise it loads the export by this package.
-  """
-  example = config_files.folder().parent / "docs" / "examples" / "load_exported.py"
-  if example.is_file():
-    return f"python {quoted(str(example))} {quoted(path)}    (runs it without this package)"
-  return (
-    f"python -c {shlex.quote(f'import gating_jax; print(gating_jax.load_exported({path!r}))')}    "
-    "(loads it)"
-  )
+
+def _times(measured: Mapping[str, Any]) -> list[str]:
+  """Returns the times of each batch size as text."""
+  times = []
+  for size, time in measured["milliseconds"].items():
+    times.append(f"{time:.2f} ms" + ("" if size == "1" else f" for {size} images"))
+  return times
+
+
+def _load_command(path: Path) -> str:
+  """Returns a command that runs an export on an image file."""
+  return f"python {quoted(str(path / 'load.py'))} IMAGE    # its class, without this package"
 
 
 def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> str:
@@ -202,7 +210,7 @@ def _write(
         folder / FOLDERS[name],
         input_shape=analysis.input_shape,
         card=card,
-        files=files | hub_files(card, analysis.input_shape),
+        files=files | hub_files(card, analysis.input_shape, has_onnx=ONNX_FILE in files),
       )
       # Read back: the export adds the sizes of its files to the card.
       table.append(_row(name, candidate.score, export.load_exported(path).card))
@@ -410,7 +418,7 @@ def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
 
   # Batches are of `BATCH_SIZE` images, which `observe` takes one by one: labels stay in step.
   for x, outputs, logits in observe(net, inputs()):
-    correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
+    correct += _count_right(experiment, outputs, labels.pop())
     macs = costs.macs(net, shape, [z > 0 for z in logits])
     # A network without gates has one number for all images.
     executed += np.broadcast_to(macs, len(x)).sum()
@@ -426,8 +434,14 @@ def _accuracy(experiment: Experiment, answer: Callable[[Any], Any]) -> float:
   """Computes the accuracy of the answers for all test images."""
   right = 0
   for x, labels in _batches(experiment, experiment.test):
-    right += int(np.sum(np.argmax(np.asarray(answer(x)), axis=1) == labels))
+    right += _count_right(experiment, answer(x), labels)
   return right / len(experiment.test)
+
+
+def _count_right(experiment: Experiment, outputs: Any, labels: Any) -> int:
+  """Counts the images that are classified rightly, among the classes that compete in tests."""
+  competing = experiment.competing(jnp.asarray(outputs), jnp.asarray(labels))
+  return int(np.sum(np.argmax(np.asarray(competing), axis=1) == np.asarray(labels)))
 
 
 def _milliseconds(

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from gating_jax.data import folders, image_sets, streaming, unions
+from gating_jax.images.build import EXITS
 from gating_jax.reports.text import format_percent
+from gating_jax.timing import MASKED
 
-# 20 lines of code that need no more than JAX and two readers.
+# Needs no more than JAX and two readers.
 LOADER = '''\
 """Runs this network: `python load.py IMAGE ...` says the class of each image.
 
@@ -26,11 +30,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 FOLDER = Path(__file__).parent
 CONFIG = json.loads((FOLDER / "config.json").read_text("utf-8"))
+HEIGHT, WIDTH, CHANNELS = CONFIG["input_shape"]
 
 
 def load(folder=FOLDER):
@@ -39,10 +44,24 @@ def load(folder=FOLDER):
   return lambda images: jax.jit(program.call)(weights, images)
 
 
+def resize(image):
+  box, fraction = None, CONFIG["crop_fraction"]
+  if fraction and image.size != (WIDTH, HEIGHT):
+    # The middle, of the proportions that the network takes.
+    width = fraction * min(image.width, image.height * WIDTH / HEIGHT)
+    height = fraction * min(image.height, image.width * HEIGHT / WIDTH)
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    box = (left, top, left + width, top + height)
+  return image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=box)
+
+
 def prepare(file):
-  height, width, channels = CONFIG["input_shape"]
-  image = Image.open(file).convert("L" if channels == 1 else "RGB").resize((width, height))
-  pixels = np.float32(image).reshape(height, width, channels) / 255
+  image = ImageOps.exif_transpose(Image.open(file))
+  if image.mode[0] == "I":
+    # 16 bits become 8; Pillow would cut them off.
+    image = Image.fromarray(np.uint8(np.round(np.array(image) / 257)))
+  image = resize(image.convert("L" if CHANNELS == 1 else "RGB"))
+  pixels = np.float32(image).reshape(HEIGHT, WIDTH, CHANNELS) / 255
   return (pixels - np.float32(CONFIG["mean"])) / np.float32(CONFIG["std"])
 
 
@@ -61,7 +80,7 @@ _PAGE = """\
 # {title}
 
 A network for images of {classes} classes, trained and exported by gating_jax: a {model} with
-`gating={gating}`, checkpoint of step {step:,}. Gates decide for each image which units run.
+`gating={gating}`, checkpoint of step {step:,}. {behaviour}
 
 | measured on {images} | |
 |---|---|
@@ -72,21 +91,25 @@ pip install jax flatbuffers safetensors pillow
 python load.py picture.png
 ```
 
-`load.py` has the 20 lines that read `program.stablehlo` and `weights.safetensors`.
-`config.json` says how images are prepared: {height} x {width} pixels of {channels}, divided by 255,
-minus `mean`, over `std`. {onnx}`card.json` has all settings, and the SHA-256 of each file.
+`load.py` reads `program.stablehlo` and `weights.safetensors`, and runs them on image files.
+`config.json` says how images are prepared: {crop} becomes {height} x {width} pixels of {channels},
+divided by 255, minus `mean`, over `std`. {onnx}`card.json` has all settings, and the SHA-256 of
+each file.
 """
 
 
-def hub_files(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[str, bytes]:
+def hub_files(
+  card: Mapping[str, Any], input_shape: tuple[int, int, int], *, has_onnx: bool = False
+) -> dict[str, bytes]:
   """Returns the further files of an export, by name.
 
   Args:
     card: the facts that the export's own card has.
     input_shape: `(H, W, D)` of an image.
+    has_onnx: whether the export has an ONNX model, too.
   """
   config = json.dumps(_config(card, input_shape), indent=2, allow_nan=False)
-  page = _page(card, input_shape)
+  page = _page(card, input_shape, has_onnx)
   return {
     "config.json": config.encode(),
     "README.md": page.encode(),
@@ -96,7 +119,7 @@ def hub_files(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dic
 
 def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[str, Any]:
   """Returns what a program needs to prepare images and to name classes."""
-  model, labels = card["config"]["model"], {}
+  model, data, labels = card["config"]["model"], card["config"]["data"], {}
   for i, name in enumerate(card["class_names"]):
     labels[str(i)] = name
   return {
@@ -104,31 +127,90 @@ def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[
     "architecture": model["name"],
     "gating": model["gating"],
     "input_shape": list(input_shape),
+    # Of the middle of an image that is resized, as test images are; null for the whole image.
+    "crop_fraction": _crop_fraction(data),
     "mean": card["mean"],
     "std": card["std"],
     "id2label": labels,
   }
 
 
-def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> str:
+def _crop_fraction(data: Mapping[str, Any]) -> float | None:
+  """Returns the fraction of its largest middle part that a test image keeps; None for all of it."""
+  if data["loader"] == "streaming":
+    return streaming.central_fraction(data["name"])
+  return 1.0 if image_sets.keeps_proportions(data["name"]) else None
+
+
+def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int], has_onnx: bool) -> str:
   """Returns the page that a hub shows."""
   model, data = card["config"]["model"], card["config"]["data"]
   height, width, channels = input_shape
-  onnx = "`model.onnx` is the same network for onnxruntime and others. " if "onnx" in card else ""
+  onnx = "`model.onnx` is the same network for onnxruntime and others. " if has_onnx else ""
+  images = _name_of_images(data)
   return _PAGE.format(
-    head=_head(model["name"], data["name"], card["accuracy"]),
-    title=f"{model['name']} on {data['name']}",
+    head=_head(model["name"], images, card["accuracy"]),
+    title=f"{model['name']} on {images}{_kind(card)}",
     classes=len(card["class_names"]),
     model=model["name"],
     gating=model["gating"],
     step=card["step"],
-    images=f"{data['name']}, {card['device']}",
+    behaviour=_behaviour(card),
+    images=f"{images}, {card['device']}",
     rows="\n".join(f"| {name} | {value} |" for name, value in _rows(card)),
+    crop=_describe_crop(_crop_fraction(data)),
     height=height,
     width=width,
     channels="grey" if channels == 1 else f"{channels} colours",
     onnx=onnx,
   )
+
+
+def _name_of_images(data: Mapping[str, Any]) -> str:
+  """Returns the name of the data set; that of its folder, without the folders above, if any."""
+  name = data["name"]
+  if name == folders.FOLDER:
+    return Path(data["data_dir"]).name or name
+  return " + ".join(unions.source_names(name)) if unions.is_union(name) else name
+
+
+def _skips(card: Mapping[str, Any]) -> bool:
+  """Returns whether the program leaves out what is closed, in any of its parts."""
+  return bool(set(card.get("strategies", ())) - {MASKED})
+
+
+def _has_exits(card: Mapping[str, Any]) -> bool:
+  """Returns whether images may leave the network early."""
+  return card["config"]["model"]["gating"] == EXITS
+
+
+def _kind(card: Mapping[str, Any]) -> str:
+  """Returns the end of a title, which tells the exports of a run apart."""
+  if card.get("weights") == "int8":
+    return ", 8-bit weights"
+  return ", skipping closed units" if _skips(card) and not _has_exits(card) else ""
+
+
+def _behaviour(card: Mapping[str, Any]) -> str:
+  """Says in a sentence what the program computes for an image."""
+  if _has_exits(card):
+    if _skips(card):
+      return "An image leaves at the first exit that is sure of it."
+    return "The first exit that is sure of an image answers, but all of the network is computed."
+  # Also where static gates are pruned away.
+  if card["executed_macs"] >= card["macs"]:
+    return "It computes the same units for each image."
+  if _skips(card):
+    return "Gates decide for each image which units run."
+  return "Gates decide for each image which units are used: closed ones are multiplied by 0."
+
+
+def _describe_crop(fraction: float | None) -> str:
+  """Describes the part of an image that is resized."""
+  if fraction is None:
+    return "the whole image"
+  part = "the largest part of these proportions in the middle"
+  return part if fraction == 1 else f"{format_percent(fraction, 1)} of the sides of {part}"
 
 
 def _head(model: str, data: str, accuracy: float) -> str:
@@ -150,7 +232,10 @@ def _head(model: str, data: str, accuracy: float) -> str:
 
 def _rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns the table of metrics."""
-  rows = [("accuracy", format_percent(card["accuracy"], 2))]
+  # With a head a set, the score is among the classes of an image's own set.
+  known = card["config"].get("loss", {}).get("scope") == "source"
+  accuracy = "accuracy, the set of each image known" if known else "accuracy"
+  rows = [(accuracy, format_percent(card["accuracy"], 2))]
   if "accuracy_as_trained" in card:
     rows.append(("accuracy as trained", format_percent(card["accuracy_as_trained"], 2)))
   rows += [

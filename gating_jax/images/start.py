@@ -20,6 +20,7 @@ from flax import traverse_util
 from gating_jax.analysis import importance as units
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
+from gating_jax.data import image_sets
 from gating_jax.images.build import PRIOR, PRUNE, Experiment, build
 from gating_jax.layers.gate import GateSettings, is_gate_path
 from gating_jax.models.pretrained import (
@@ -161,9 +162,16 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
 
 
 def _read_images(experiment: Experiment, train: Any) -> jax.Array:
-  """Reads training images, evenly spaced in their set, as the network takes them."""
+  """Reads training images as the network takes them, evenly spaced in their set.
+
+  Of a union they are the first of training, of which all sets have equal shares.
+  """
   count = experiment.config.model.importance.images or _IMPORTANCE_IMAGES
-  index = np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)
+  if train.shares is None:
+    index = np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)
+  else:
+    count = min(count, train.in_epoch)
+    index = image_sets.batch_indices(experiment.config.seed, 0, count, train.shares)
   pixels, _ = train.read(index)
   return experiment.normalise(pixels)
 
@@ -215,10 +223,10 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
   # On the host: each process computes the same, alone.
   variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
   found = units.unit_importance(experiment.model, variables, images)
-  gate = settings.gate_settings(experiment.config.model.gate)
-  share = (
-    gate.share if experiment.share is None else min(1.0, float(np.asarray(experiment.share(0))))
-  )
+  # That of the network, where the config leaves it to be solved for.
+  share = experiment.model.gate.share
+  if experiment.share is not None:
+    share = min(1.0, float(np.asarray(experiment.share(0))))
   static = tuple(section.get("static_layers") or ())
   for is_static in (False, True):
     # Gates of static layers keep the gain 0, and stay the same for all images.

@@ -5,6 +5,7 @@ Reference: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural netwo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import user_path
-from gating_jax.config_files import Config
-from gating_jax.images.build import Experiment, build
+from gating_jax.images.build import Experiment, build, scope_of
 from gating_jax.models.pretrained import load_pretrained, names_weights
 from gating_jax.models.summary import model_summary
 from gating_jax.terminal import say
@@ -60,14 +60,15 @@ def load_teacher(experiment: Experiment, *, quiet: bool = False) -> Teacher | No
     quiet: whether nothing is said of it.
   Raises:
     RunDirError, FileNotFoundError: there is no such run, it is not finished, or there is no file.
-    ValueError: the teacher is of other classes, of images of other colours, or no classifier.
+    ValueError: the teacher is of other classes, of another order of them, with a head a set, of
+      other images, or no classifier.
   """
   config = experiment.config
   if experiment.objective.distillation is None:
     return None
   # The network that this one starts from, unless another is named.
   source = config.loss.distillation.teacher or config.model.init_from
-  teacher = _of_file(source, experiment) if names_weights(source) else _of_run(source, config)
+  teacher = _of_file(source, experiment) if names_weights(source) else _of_run(source, experiment)
   image = jax.ShapeDtypeStruct((1, *experiment.test.shape), jnp.float32)
   try:
     logits = jax.eval_shape(teacher.teach, teacher.variables, image)
@@ -95,8 +96,9 @@ def _of_file(source: str, experiment: Experiment) -> Teacher:
   return Teacher(model, variables, float(counts.macs), None)
 
 
-def _of_run(source: str, config: Config) -> Teacher:
+def _of_run(source: str, experiment: Experiment) -> Teacher:
   """Loads a teacher from a run directory."""
+  config = experiment.config
   run_dir = RunDir(user_path(source))
   result = run_dir.result() if run_dir.exists() else None
   # One that still trains would teach otherwise after a restart.
@@ -108,6 +110,12 @@ def _of_run(source: str, config: Config) -> Teacher:
       f"loss.distillation.teacher must name a run of {config.experiment}; {source} is of "
       f"{theirs.experiment}"
     )
+  # Its outputs for classes of other sets were never trained.
+  if scope_of(theirs) != "all":
+    raise ValueError(
+      "loss.distillation.teacher must name a run whose classes all compete; that of "
+      f"{source} has loss.scope={scope_of(theirs)!r}"
+    )
   for name in ("mean", "std"):
     if theirs.data[name] != config.data[name]:
       raise ValueError(
@@ -115,6 +123,7 @@ def _of_run(source: str, config: Config) -> Teacher:
         f"{source} has {theirs.data[name]}"
       )
   built = build(theirs, outlines.read_outlines(run_dir.path))
+  _check_same_data(source, built, experiment)
   like = jax.eval_shape(
     lambda: steps.init_state(built.model, built.optimiser, theirs.seed, built.test.shape)
   )
@@ -124,3 +133,20 @@ def _of_run(source: str, config: Config) -> Teacher:
   _, state = found
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   return Teacher(built.model, jax.device_get(variables), result["macs"], result["accuracy"])
+
+
+def _check_same_data(source: str, theirs: Experiment, mine: Experiment) -> None:
+  """Raises a ValueError unless a run's outputs are of the same classes, for images of one shape."""
+  # Names of files of weights are unknown; those of runs are kept.
+  names = itertools.zip_longest(mine.test.class_names, theirs.test.class_names)
+  for place, (own, other) in enumerate(names):
+    if own != other:
+      raise ValueError(
+        "loss.distillation.teacher must name a run with the classes of the data, in their order; "
+        f"class {place} of the data is {own!r}, and that of {source} is {other!r}"
+      )
+  if theirs.test.shape != mine.test.shape:
+    raise ValueError(
+      f"loss.distillation.teacher must name a run on images of shape {mine.test.shape}; those of "
+      f"{source} have shape {theirs.test.shape}"
+    )

@@ -203,8 +203,9 @@ class PruningEffect(NamedTuple):
       opened, and some ungated one closed.
     difference: largest absolute difference of outputs on affected images, and on all others, where
       it is rounding.
-    changed: fraction of images for which another output is the largest, at some place where a model
-      of one's own has outputs at several; 0 where the outputs are no classes.
+    changed: fraction of images for which another output is the largest. Of a `GatedModel` that is
+      the largest of the last axis, whatever it means, and at any place where there are several. 0
+      for a `ResNet` or a `VGG` without a classifier, and for one number per image.
   """
 
   images: int
@@ -266,7 +267,7 @@ def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> 
     gap_others = max(gap_others, float(gap[~moved].max(initial=0.0)))
     total, affected = total + len(x), affected + int(moved.sum())
     if net.has_classes and before.ndim > 1:
-      # A model of one's own may have classes at each of several places.
+      # A model of one's own may have outputs at each of several places.
       other = before.argmax(-1) != after.argmax(-1)
       changed += int(other.reshape(len(x), -1).any(axis=1).sum())
   if not total:

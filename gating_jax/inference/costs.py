@@ -125,9 +125,13 @@ def gate_network_macs(net: FoldedNet) -> int:
   return sum(map(head_macs, net.parts)) + glance_macs(net)
 
 
-def total_macs(macs: Any, count: int) -> float:
-  """Returns the multiply-accumulates of `count` examples, of `[N]` or of one for each of them."""
-  return float(np.sum(macs) if np.ndim(macs) else count * macs)
+def macs_over_examples(per_example: Any, count: int) -> float:
+  """Returns the multiply-accumulates of `count` examples, from `[N]` or from one for each.
+
+  >>> macs_over_examples(np.array([2, 3]), 2), macs_over_examples(2, 3)
+  (5.0, 6.0)
+  """
+  return float(np.sum(per_example) if np.ndim(per_example) else count * per_example)
 
 
 def opened_of(part: Part, gates: Sequence[Any]) -> list[Any]:
@@ -165,10 +169,10 @@ def part_macs(part: Part, shape: Shape, inputs: Any = None, *, opened: Sequence[
   return Cost(shortcut.shape, shortcut.macs + branch_macs(part, shape, inputs, opened=opened))
 
 
-def program_macs(
+def computed_macs(
   part: Part, shape: Shape, inputs: Any = None, *, opened: Sequence[Any] = ()
 ) -> Any:
-  """Computes the multiply-accumulates of `part_macs`, but a block's shortcut is computed whole."""
+  """Computes the MACs of a program for a part: those of `part_macs`, but a shortcut is whole."""
   if isinstance(part, Layer):
     return part_macs(part, shape, inputs, opened=opened).macs
   return shortcut_macs(part, shape).macs + branch_macs(part, shape, inputs, opened=opened)
@@ -245,7 +249,7 @@ class MacRatios(NamedTuple):
   computed: Mapping[str, float]
 
   @classmethod
-  def to_dense(cls, dense: float, *, opened: float, computed: Mapping[str, float]) -> MacRatios:
+  def relative_to(cls, dense: float, *, opened: float, computed: Mapping[str, float]) -> MacRatios:
     """Divides MACs by those of every unit without gates."""
     return cls(opened / dense, {name: macs / dense for name, macs in computed.items()})
 
@@ -275,7 +279,7 @@ class Account:
     dense = self.dense[part]
     if not dense:
       return MacRatios(1.0, dict.fromkeys(self.computed[part], 1.0))
-    return MacRatios.to_dense(dense, opened=self.opened[part], computed=self.computed[part])
+    return MacRatios.relative_to(dense, opened=self.opened[part], computed=self.computed[part])
 
   def net_ratios(self, programs: Mapping[str, Sequence[str]]) -> MacRatios:
     """Returns the ratios of whole programs, with gate networks and what is in no part.
@@ -285,7 +289,7 @@ class Account:
     dense = sum(self.dense) + self.outer
     opened = sum(self.opened) + sum(self.heads) + self.glance + self.outer
     computed = {name: self.program_macs(names) for name, names in programs.items()}
-    return MacRatios.to_dense(dense, opened=opened, computed=computed)
+    return MacRatios.relative_to(dense, opened=opened, computed=computed)
 
   def program_macs(self, names: Sequence[str]) -> float:
     """Returns the MACs that a whole program computes, from the strategies of its parts."""
@@ -332,7 +336,7 @@ def exit_ratios(
   """
   # Padding depends on the images that share a batch, so MACs are counted batch by batch.
   gathered = [exit_dispatch_macs(net, input_shape, stay, buckets) for stay in stays]
-  return MacRatios.to_dense(
+  return MacRatios.relative_to(
     int(macs(without_exits, input_shape)),
     opened=float(np.mean(exit_macs(net, input_shape, np.concatenate(stays)))),
     computed={MASKED: exit_macs(net, input_shape), EXIT_DISPATCH: statistics.mean(gathered)},

@@ -130,9 +130,12 @@ def export_model(
   arguments.instance("directory", directory, (str, os.PathLike), "a path")
   arguments.instance("card", card, Mapping, "a mapping of names to JSON values")
   arguments.instance("files", files, Mapping, "a mapping of names to bytes")
-  for name in files:
-    if name in (PROGRAM, WEIGHTS, CARD) or Path(name).name != name:
+  for name, content in files.items():
+    arguments.instance("files: a name", name, str, "a text")
+    # `Path` takes the last two for names.
+    if name in (PROGRAM, WEIGHTS, CARD, "", "..") or Path(name).name != name:
       raise ValueError(f"files must have names of their own, without folders; got {name!r}")
+    arguments.instance(f"files[{name!r}]", content, bytes, "bytes, the content of a file")
   # A Flax module is callable, too, but not without its variables.
   if isinstance(model, nn.Module):
     raise TypeError(f"model must be folded first, by fold(model, variables); got {shown(model)}")

@@ -169,9 +169,7 @@ class Head:
     logits = hidden @ self.logits + self.logits_bias[None]
     # Adds 0, or NaN where the ReLU has hidden that the input is not finite.
     logits += 0 * jnp.sum(context, axis=1, keepdims=True)
-    # One Dense layer gives the logits of all groups in their order.
-    ends = np.cumsum([group.gates for group in self.groups])
-    return tuple(jnp.split(logits, ends[:-1], axis=1))
+    return tuple(self._split(logits))
 
   def gates(self, logits: Gates) -> Gates:
     """Maps the logits of each group to its gates or scales, `[N, U]` both.
@@ -182,15 +180,23 @@ class Head:
       return tuple(2 * jax.nn.sigmoid(z) for z in logits)
     if self.shift is None:
       return tuple(threshold_gate(z) for z in logits)
-    shifts = [self.shift] * len(logits)
-    if self.shift.ndim:
-      ends = np.cumsum([group.gates for group in self.groups])
-      shifts = jnp.split(self.shift, ends[:-1])
     gates = []
-    for z, shift in zip(logits, shifts, strict=True):
+    for z, shift in zip(logits, self.shifts(), strict=True):
       # A choice and not a product: NaN must not reach a closed gate.
       gates.append(jnp.where(z > 0, 2 * jax.nn.sigmoid(z + shift), 0))
     return tuple(gates)
+
+  def shifts(self) -> Sequence[Any]:
+    """Returns the `shift` of each group: a number, `[U]` numbers, or None."""
+    if self.shift is None or not self.shift.ndim:
+      return [self.shift] * len(self.groups)
+    return self._split(self.shift)
+
+  def _split(self, numbers: Array) -> list[Array]:
+    """Splits the last axis, of the gates of all groups, into those of each."""
+    # One Dense layer makes the gates of all groups in their order.
+    ends = np.cumsum([group.gates for group in self.groups])
+    return jnp.split(numbers, ends[:-1], axis=-1)
 
   def _context(self, x: Array, shared: Shared) -> Array:
     """Maps `[N, H, W, D]` to the context, `[N, numbers]`."""
@@ -401,7 +407,7 @@ class FoldedNet:
 
   @property
   def has_classes(self) -> bool:
-    """Returns whether the last axis of the outputs is that of classes."""
+    """Returns whether the largest of the last axis of the outputs is the answer."""
     return self.classifier is not None
 
   def outer_macs(self) -> int:

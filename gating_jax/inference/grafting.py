@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gating_jax.checks import few
 from gating_jax.inference.folded import FoldedNet, Shape
 from gating_jax.layers.gated_model import LAYERS, GatedModel, check_pairs, mode_of
-from gating_jax.layers.mac_trace import kernel_calls, total_macs
+from gating_jax.layers.mac_trace import kernel_calls, sum_macs
 from gating_jax.layers.pair_search import CALLS, find_pairs
 from gating_jax.types import Array, Path
 
@@ -125,7 +125,7 @@ class GraftedNet(FoldedNet):
 
   @property
   def has_classes(self) -> bool:
-    """Returns True: the outputs are those of the model, which ends with its classifier."""
+    """Returns True: the largest output counts as the answer, whatever it means to the model."""
     return True
 
   def outer_macs(self) -> int:
@@ -208,7 +208,7 @@ def find_chains(model: GatedModel, variables: Mapping[str, Any], shape: Shape) -
     chains.append(tuple(chain))
     layers += [each.path for each in chain]
     ends.append(len(layers) - 1)
-  outer = total_macs(kernels, lambda path: path not in layers)
+  outer = sum_macs(kernels, lambda path: path not in layers)
   graft = Graft(inner, tuple(layers), tuple(starts), tuple(ends), shape, outer)
   return Chains(tuple(chains), graft)
 

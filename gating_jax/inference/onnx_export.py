@@ -11,15 +11,15 @@ Reference: the operators of ONNX, version 17.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gating_jax.checks import shown
+from gating_jax.checks import first_line, shown
+from gating_jax.cores import usable_cores
 from gating_jax.extras import naming_extra
-from gating_jax.inference.compiled import check_image_shape
+from gating_jax.inference.compiled import check_image_shape, check_images
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer, Part
 from gating_jax.inference.grafting import GraftedNet
 from gating_jax.inference.quantising import check_float
@@ -94,6 +94,9 @@ def load_onnx(data: bytes) -> Callable[[Any], tuple[np.ndarray, tuple[np.ndarray
   It takes as many threads as the process may use processors.
 
   Raises:
+    TypeError: `data` is of another type than bytes; the path of a file, for example.
+    ValueError: it holds no such model. The function raises it for images of another shape than the
+      model takes, or in integers.
     ModuleNotFoundError: the package `onnxruntime` is not installed.
 
   >>> import jax, jax.numpy as jnp
@@ -107,15 +110,28 @@ def load_onnx(data: bytes) -> Callable[[Any], tuple[np.ndarray, tuple[np.ndarray
   """
   import onnxruntime
 
+  rule = "the bytes of a model, as of to_onnx(net, input_shape)"
+  arguments.instance("data", data, bytes, rule)
   options = onnxruntime.SessionOptions()
-  options.intra_op_num_threads = len(os.sched_getaffinity(0))
+  options.intra_op_num_threads = usable_cores()
   # Otherwise its threads keep spinning and slow down whatever runs next.
   options.add_session_config_entry("session.force_spinning_stop", "1")
-  session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+  try:
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+  # onnxruntime raises errors of many types, which have no common one.
+  except Exception as error:
+    reason = first_line(error)
+    raise ValueError(f"data must be {rule}; onnxruntime cannot read it: {reason}") from None
+  inputs = {each.name: each.shape for each in session.get_inputs()}
+  if inputs.keys() != {_INPUT}:
+    raise ValueError(f"data must be {rule}; it takes {', '.join(inputs)}")
+  # The first is the number of images.
+  shape = inputs[_INPUT][1:]
 
   def run(images: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Computes the outputs and the gate logits."""
-    results: list[Any] = list(session.run(None, {_INPUT: np.asarray(images, np.float32)}))
+    x = np.asarray(check_images("images", images, shape))
+    results: list[Any] = list(session.run(None, {_INPUT: x}))
     outputs, *logits = results
     return outputs, tuple(logits)
 
@@ -175,8 +191,8 @@ def _part(graph: _Graph, part: Part, x: _Map, shared: dict[str, str], logits: li
     found = _head(graph, part.head, x, shared)
     # Scales decide on nothing.
     logits += found if part.groups else []
-    for group, of_group in zip(groups, found, strict=True):
-      gates = _gates(graph, part.head, of_group)
+    for group, of_group, shift in zip(groups, found, part.head.shifts(), strict=True):
+      gates = _gates(graph, of_group, shift, scales=part.head.scales)
       masks.append(graph.add("Unsqueeze", _expand(graph, group, gates), _integers(*_PIXELS)))
     if part.output_gate:
       output_mask = masks.pop()
@@ -320,14 +336,14 @@ def _glance(graph: _Graph, conv: Conv, x: _Map) -> str:
   return graph.add("ReduceMean", graph.add("Relu", y.name), axes=_PIXELS, keepdims=0)
 
 
-def _gates(graph: _Graph, head: Head, logits: str) -> str:
-  """Adds the gates, or scales, of a group's logits, `[N, U]` both."""
-  if head.scales:
+def _gates(graph: _Graph, logits: str, shift: Any, *, scales: bool) -> str:
+  """Adds the gates, or scales, of a group's logits, `[N, U]` both; `shift` is the group's own."""
+  if scales:
     return graph.add("Mul", graph.add("Sigmoid", logits), _number(2))
   is_open = graph.add("Greater", logits, _number(0))
-  if head.shift is None:
+  if shift is None:
     return graph.add("Cast", is_open, to=1)  # to float32
-  shifted = graph.add("Add", logits, np.asarray(head.shift, np.float32))
+  shifted = graph.add("Add", logits, np.asarray(shift, np.float32))
   weights = graph.add("Mul", graph.add("Sigmoid", shifted), _number(2))
   return graph.add("Where", is_open, weights, _number(0))
 

@@ -325,7 +325,7 @@ class _Network(NamedTuple):
     # Segments per video that `segments` computes, padding included.
     sizes = fitting_capacities(self.capacities, valid.size)
     taken = sum(pieces_for(int(np.sum(gates > 0)), sizes)) / len(valid)
-    return MacRatios.to_dense(
+    return MacRatios.relative_to(
       dense,
       opened=float(opened),
       computed={

@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ from gating_jax.inference.folded import (
   output_groups,
   walk,
 )
+from gating_jax.lazy import lazy_names
 from gating_jax.ops import native_kernels, pallas_kernels
 from gating_jax.ops.compaction import bucket_sizes, example_sizes
 from gating_jax.timing import MASKED
@@ -127,11 +128,11 @@ class PartBatch:
       inputs: as in `costs.part_macs`.
       opened: the same; but a block's shortcut is computed whole in any case.
     """
-    return costs.program_macs(self.part, self.shape, inputs, opened=opened)
+    return costs.computed_macs(self.part, self.shape, inputs, opened=opened)
 
   def total(self, inputs: Any = None, opened: Sequence[Any] = ()) -> float:
     """Computes `macs` summed over the examples."""
-    return costs.total_macs(self.macs(inputs, opened), self.count)
+    return costs.macs_over_examples(self.macs(inputs, opened), self.count)
 
   def padded(self, is_open: np.ndarray) -> int:
     """Returns the number of examples that `for_open` computes for the open ones of `[N]`."""
@@ -580,12 +581,12 @@ def cluster_macs(batch: PartBatch) -> float:
   masks = list(map(np.asarray, part.masks(batch.gates)))
   whole = [np.arange(group.width) for group in part.inner_groups]
   # The shortcut runs for all; an example waits until a set covers what it opens.
-  total = costs.total_macs(costs.shortcut_macs(part, batch.shape).macs, batch.count)
+  total = costs.macs_over_examples(costs.shortcut_macs(part, batch.shape).macs, batch.count)
   waiting = np.ones(batch.count, bool)
   for kept in [*_channel_sets(part, batch.context), whole]:
     taken = waiting & np.asarray(are_covered(masks, select_channels(masks, kept)))
     branch = costs.branch_macs(part, batch.shape, opened=[index.size for index in kept])
-    total += costs.total_macs(branch, batch.padded(taken))
+    total += costs.macs_over_examples(branch, batch.padded(taken))
     waiting &= ~taken
   return total
 
@@ -788,4 +789,11 @@ def account(
     heads=heads,
     outer=net.outer_macs(),
     glance=costs.glance_macs(net),
+  )
+
+
+if not TYPE_CHECKING:
+  # It was here before.
+  __getattr__, __dir__ = lazy_names(
+    __name__, {"gating_jax.inference.costs": ("exit_dispatch_macs",)}
   )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.layers.gate import GATE_NAME, GateHead, GateSettings
-from gating_jax.layers.mac_trace import kernel_calls, total_macs
+from gating_jax.layers.mac_trace import kernel_calls, sum_macs
 from gating_jax.ops import arguments
 from gating_jax.types import Array, GateRecord, Records
 
@@ -68,7 +68,7 @@ class Experts(nn.Module):
       # Experts can be any modules, so their MACs are counted while they are traced.
       with kernel_calls() as calls:
         own = expert(x, train)
-      macs.append(total_macs(calls))
+      macs.append(sum_macs(calls))
       # g_e expert_e(x), one gate per example whatever the output's rank.
       gate = gates[:, e].reshape(-1, *[1] * (own.ndim - 1))
       parts.append(gate.astype(own.dtype) * own)

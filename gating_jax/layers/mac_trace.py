@@ -70,11 +70,11 @@ def kernel_calls() -> Iterator[list[Call]]:
     yield calls
 
 
-def total_macs(calls: Iterable[Call], where: Callable[[Path], bool] | None = None) -> int:
+def sum_macs(calls: Iterable[Call], where: Callable[[Path], bool] | None = None) -> int:
   """Returns the MACs per example of the calls, or of those whose path fulfils a condition.
 
   >>> calls = [Call(("conv",), macs=12, inputs=3), Call(("dense",), macs=8, inputs=0)]
-  >>> total_macs(calls), total_macs(calls, lambda path: path == ("dense",))
+  >>> sum_macs(calls), sum_macs(calls, lambda path: path == ("dense",))
   (20, 8)
   """
   return sum(call.macs for call in calls if where is None or where(call.path))

@@ -23,6 +23,8 @@ def from_nnx(model: nnx.Module) -> nn.Module:
   `init` returns the model's values as they are now, whatever the key. They have the model's names:
   `nnx.Param`s in the collection `params`, `nnx.BatchStat`s in `batch_stats`, others in that of
   their type. Layers in a list have its indices, as in `"blocks/0/conv"`. The model stays as it is.
+  A layer that shares a variable with another, or has a kernel of another type than `nnx.Param`,
+  runs as in the model, but cannot be gated.
 
   Called with `train=True`, it runs as after `model.train()`, otherwise as after `model.eval()`.
   Its random numbers come from the stream `dropout` in training.

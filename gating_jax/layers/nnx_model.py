@@ -32,6 +32,14 @@ _Place = tuple[Any, ...]
 _STREAM = "dropout"
 # Linen's name of the number of channels that a layer makes, and NNX's.
 _RENAMED = {"features": "out_features"}
+# Types of a layer's variables, by name.
+_VARIABLES = {
+  "kernel": nnx.Param,
+  "bias": nnx.Param,
+  "scale": nnx.Param,
+  "mean": nnx.BatchStat,
+  "var": nnx.BatchStat,
+}
 # Settings with which an NNX layer computes what Linen's does.
 _USUAL = {
   "promote_dtype": dtypes.promote_dtype,
@@ -65,17 +73,21 @@ class FromNNX(nn.Module):
     model = nnx.merge(self.source.graph, self.source.state, copy=True)
     model.train() if train else model.eval()
     held = _Held(scope)
-    streams, layers = [], {}
+    streams, found, layers = [], [], {}
     nodes: list[tuple[_Place, Any]] = list(nnx.iter_graph(model))
     for place, node in nodes:
       if isinstance(node, nnx.RngStream):
         streams.append(node)
-      elif type(node) in _LAYERS and _is_usual(node):
-        layers[id(node)] = _linen_layer(node, _at(scope, place))
-        # nnx's own assignment would take the class for an attribute.
-        object.__setattr__(node, "__class__", _ROUTED[type(node)])
+      elif type(node) in _LAYERS:
+        found.append((place, node))
       elif isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
         held.fill(place, node)
+    for place, layer in found:
+      # Others run by their own code.
+      if _is_usual(layer) and held.has_own(place, layer):
+        layers[id(layer)] = _make_linen_layer(layer, _scope_of(scope, place))
+        # nnx's own assignment would take the class for an attribute.
+        object.__setattr__(layer, "__class__", _ROUTED[type(layer)])
     has_keys = train and self.has_rng(_STREAM)
     if has_keys:
       _reseed(streams, self.make_rng(_STREAM))
@@ -101,15 +113,31 @@ class _Held:
     self._scope = scope
     # Of each variable: Linen's, and the value that it had before the call.
     self._pairs: list[tuple[nnx.Variable, str, _Place, Any]] = []
+    # By the identity of a variable: the place whose value it has, the first of several.
+    self._places: dict[int, _Place] = {}
 
   def fill(self, place: _Place, variable: nnx.Variable) -> None:
     """Gives a variable the value of the scope; on `init` the scope takes the variable's."""
     collection = variable_name_from_type(type(variable), allow_register=True)
-    owner = _at(self._scope, place[:-1])
+    owner = _scope_of(self._scope, place[:-1])
     own = variable.get_value()
     value = owner.variable(collection, str(place[-1]), lambda: own).value
     variable.set_value(value)
     self._pairs.append((variable, collection, place, variable.get_value()))
+    self._places[id(variable)] = place
+
+  def has_own(self, place: _Place, layer: nnx.Module) -> bool:
+    """Returns whether a layer's variables have the usual types and its own place.
+
+    Linen's layer would not find others, such as a kernel that two layers share, and make new ones.
+    """
+    for name, kind in _VARIABLES.items():
+      variable = getattr(layer, name, None)
+      if variable is None:
+        continue
+      if type(variable) is not kind or self._places.get(id(variable)) != (*place, name):
+        return False
+    return True
 
   def write_back(self) -> None:
     """Puts values that the model has changed into the scope."""
@@ -119,10 +147,11 @@ class _Held:
         continue
       # Linen, too, drops what is sown where nobody asks for it.
       if collection != "intermediates" or self._scope.is_mutable_collection(collection):
-        _at(self._scope, place[:-1]).put_variable(collection, str(place[-1]), value)
+        owner = _scope_of(self._scope, place[:-1])
+        owner.put_variable(collection, str(place[-1]), value)
 
 
-def _at(scope: Scope, place: _Place) -> Scope:
+def _scope_of(scope: Scope, place: _Place) -> Scope:
   """Returns the scope of a place in a model."""
   for name in place:
     scope = scope.push(str(name), reuse=True)
@@ -141,7 +170,7 @@ def _is_usual(layer: nnx.Module) -> bool:
   return all(getattr(layer, name, usual) is usual for name, usual in _USUAL.items())
 
 
-def _linen_layer(layer: nnx.Module, scope: Scope) -> nn.Module:
+def _make_linen_layer(layer: nnx.Module, scope: Scope) -> nn.Module:
   """Returns Linen's layer with the settings of NNX's, and with the parameters of the scope."""
   kind, settings = _LAYERS[type(layer)], {}
   # Functions are the usual ones, and each call says the mode.
@@ -171,7 +200,7 @@ class _Routes:
 _routes: contextvars.ContextVar[_Routes | None] = contextvars.ContextVar("routes", default=None)
 
 
-def _linen_layer_of(layer: nnx.Module) -> nn.Module | None:
+def _find_route(layer: nnx.Module) -> nn.Module | None:
   """Returns the layer that runs in place of one; None inside of JAX's or NNX's transformations.
 
   These call copies of layers, or the layers themselves while variables of Linen are out of reach.
@@ -187,7 +216,7 @@ class _RoutedConv(nnx.Conv):
 
   def __call__(self, inputs: Any, *others: Any, **kwargs: Any) -> Any:
     """Convolves; further arguments are those of NNX alone."""
-    linen = None if others or kwargs else _linen_layer_of(self)
+    linen = None if others or kwargs else _find_route(self)
     return super().__call__(inputs, *others, **kwargs) if linen is None else linen(inputs)
 
 
@@ -196,7 +225,7 @@ class _RoutedLinear(nnx.Linear):
 
   def __call__(self, inputs: Any, *others: Any, **kwargs: Any) -> Any:
     """Applies the layer; further arguments are those of NNX alone."""
-    linen = None if others or kwargs else _linen_layer_of(self)
+    linen = None if others or kwargs else _find_route(self)
     return super().__call__(inputs, *others, **kwargs) if linen is None else linen(inputs)
 
 
@@ -205,7 +234,7 @@ class _RoutedBatchNorm(nnx.BatchNorm):
 
   def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
     """Normalises, by the running averages where the call says so or else the layer."""
-    linen = _linen_layer_of(self)
+    linen = _find_route(self)
     if linen is None:
       return super().__call__(x, use_running_average, mask=mask)
     # What the call says comes first, as in NNX.

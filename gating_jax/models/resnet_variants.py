@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gating_jax.layers.context import NOTHING_SHARED, Shared
 from gating_jax.layers.conv import ConvNorm
 from gating_jax.layers.experts import Experts
-from gating_jax.layers.mac_trace import kernel_calls, total_macs
+from gating_jax.layers.mac_trace import kernel_calls, sum_macs
 from gating_jax.models.resnets import ResNet, StagePlan
 from gating_jax.ops import confidence
 from gating_jax.ops.relaxations import threshold_gate
@@ -74,7 +74,7 @@ class EarlyExitNet(ResNet):
         x, _ = self._stage(x, train, stage)
         is_last = stage.number == len(self.blocks)
         answers.append(self._head(x) if is_last else self._exit(stage.number)(x, train))
-      macs.append(total_macs(calls))
+      macs.append(sum_macs(calls))
     answers = jnp.stack(answers, axis=1)
     # The exits are trained by their own losses; a penalty on the records must not change them.
     stay = confidence.stay_logits(jax.lax.stop_gradient(answers[:, :-1]), self.threshold)

@@ -22,7 +22,7 @@ from flax import traverse_util
 from gating_jax.checks import shown
 from gating_jax.former_names import former_keyword
 from gating_jax.layers.gate import is_gate_path
-from gating_jax.layers.mac_trace import Call, kernel_calls, total_macs
+from gating_jax.layers.mac_trace import Call, kernel_calls, sum_macs
 from gating_jax.models.columns import Column, output_shapes, trace_column
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import arguments
@@ -133,7 +133,7 @@ def _count(trace: _Trace) -> ModelCounts:
   """Returns the counts of a traced model."""
   # Keyed by whether the path is that of a gate network.
   params = {True: 0, False: 0}
-  gate_macs = total_macs(trace.calls, is_gate_path)
+  gate_macs = sum_macs(trace.calls, is_gate_path)
   leaves: dict[Path, Any] = traverse_util.flatten_dict(trace.variables.get("params", {}))
   for path, leaf in leaves.items():
     params[is_gate_path(path)] += math.prod(leaf.shape)
@@ -142,7 +142,7 @@ def _count(trace: _Trace) -> ModelCounts:
     params=params[False],
     gate_params=params[True],
     gates=sum(gates),
-    macs=total_macs(trace.calls) - gate_macs,
+    macs=sum_macs(trace.calls) - gate_macs,
     gate_macs=gate_macs,
     # A network without gates has no records.
     gated=gated_macs(trace.records) if trace.records else 0,
@@ -430,8 +430,8 @@ def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int
     before = [(j, 1, *h) for h in (*inner, last)]
   with kernel_calls() as calls:
     trace_column(column, shape, before)
-  head = total_macs(calls, _is_classifier)
-  layers = total_macs(calls) - head
+  head = sum_macs(calls, _is_classifier)
+  layers = sum_macs(calls) - head
   # The trace sees convolutions and dense layers. An adapter's V is an einsum, counted here: a 1x1
   # convolution of the J columns' channels.
   for height, width, channels in inner:

@@ -103,15 +103,19 @@ def shared_among(macs: int, *, inputs: int | None = None, outputs: int | None = 
     macs: MACs per example of the whole layer.
     inputs, outputs: number of the channels that share them: the input channels, the output
       channels or, with both, the pairs of them.
+  Raises:
+    ValueError: neither is given.
 
   >>> shared_among(72, outputs=4), shared_among(72, inputs=2, outputs=4).per_pair
   (ConvMacs(per_input=0, per_output=18, per_pair=0), 9)
   """
-  if inputs is None:
-    return ConvMacs(0, macs // (outputs or 1), 0)
-  if outputs is None:
+  if inputs is not None and outputs is not None:
+    return ConvMacs(0, 0, macs // (inputs * outputs))
+  if inputs is not None:
     return ConvMacs(macs // inputs, 0, 0)
-  return ConvMacs(0, 0, macs // (inputs * outputs))
+  if outputs is not None:
+    return ConvMacs(0, macs // outputs, 0)
+  raise ValueError("inputs or outputs must be the number of channels that share; got neither")
 
 
 class UnitMacs(NamedTuple):

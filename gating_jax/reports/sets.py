@@ -12,16 +12,6 @@ from typing import Any
 from gating_jax.reports import page
 from gating_jax.reports.text import format_percent, plain
 
-_TERMS = (
-  ("set", "one of those that the union is made of"),
-  ("accuracy (%)", "test images of the set whose most likely class, among all, is the true one"),
-  ("95 % interval", "range that other test images of the same set would give"),
-  ("set recognised (%)", "test images that are taken for a class of their own set"),
-  ("MACs", "multiply-accumulates of an image of the set, mean, gate networks included"),
-  ("of ungated (%)", "the same as a fraction of those with every unit and no gate networks"),
-  ("open gates (%)", "mean over the gates and the set's test images"),
-)
-
 
 def set_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns rows of name and value: one for each set of a union, then what its gates share."""
@@ -49,20 +39,20 @@ def sets_section(result: Mapping[str, Any]) -> list[page.Section]:
   if not sets:
     return []
   gated = "set_overlap" in result
-  header = [title for title, _ in _TERMS if gated or title != "open gates (%)"]
+  # With a head a set, none of its images is taken for a class of another.
+  known = all("recognised" not in entry for entry in sets.values())
   rows = []
   for name, entry in sets.items():
     low, high = format_percent(entry["accuracy_low"], 1), format_percent(entry["accuracy_high"], 1)
-    row = [
-      plain(name, 30),
-      _points(entry["accuracy"], 2),
-      f"{low} to {high}",
-      _points(entry["recognised"], 1),
-      f"{entry['macs']:,.0f}",
-      _points(entry["mac_ratio"], 1),
-    ]
-    rows.append([*row, _points(entry["mean_open"], 1)] if gated else row)
-  terms = [term for term in _TERMS if term[0] in header]
+    row = [plain(name, 30), _points(entry["accuracy"], 2), f"{low} to {high}"]
+    if not known:
+      row.append(_points(entry["recognised"], 1))
+    row += [f"{entry['macs']:,.0f}", _points(entry["mac_ratio"], 1)]
+    if gated:
+      row.append(_points(entry["mean_open"], 1))
+    rows.append(row)
+  terms = _terms(known=known, gated=gated)
+  header = [title for title, _ in terms]
   parts = [page.Table(header, rows, terms=terms)]
   text = ""
   if gated and len(sets) == len(result["set_overlap"]) > 1:
@@ -76,6 +66,33 @@ def sets_section(result: Mapping[str, Any]) -> list[page.Section]:
       overlaps.append([plain(name, 30), *[_points(value, 1) for value in line]])
     parts.append(page.Table(["set", *[plain(name, 30) for name in sets]], overlaps))
   return [page.Section("Sets of the union", text, parts)]
+
+
+def _terms(*, known: bool, gated: bool) -> list[tuple[str, str]]:
+  """Returns the columns of the table of sets, each with its definition.
+
+  Args:
+    known: whether the set of an image is known, so that its own classes alone compete.
+    gated: whether the network has gates.
+  """
+  competing = "those of the set, which is known" if known else "all"
+  terms = [
+    ("set", "one of those that the union is made of"),
+    (
+      "accuracy (%)",
+      f"test images of the set whose most likely class, among {competing}, is the true one",
+    ),
+    ("95 % interval", "range that other test images of the same set would give"),
+  ]
+  if not known:
+    terms.append(("set recognised (%)", "test images that are taken for a class of their own set"))
+  terms += [
+    ("MACs", "multiply-accumulates of an image of the set, mean, gate networks included"),
+    ("of ungated (%)", "the same as a fraction of those with every unit and no gate networks"),
+  ]
+  if gated:
+    terms.append(("open gates (%)", "mean over the gates and the set's test images"))
+  return terms
 
 
 def _points(fraction: float, digits: int) -> str:

@@ -537,8 +537,8 @@ _MEANINGS = {
   "gates conditional": "Gates that the image decides: open for some images and closed for others.",
   "mean fraction of open gates": "Fraction of gates that are open, mean over gates and test "
   "images.",
-  "set ": "The accuracy among the classes of all sets, the MACs of an image and the fraction of "
-  "open gates, on the test images of this set alone.",
+  "set ": "The accuracy among the classes of all sets, or with a head a set among its own; the "
+  "MACs of an image and the fraction of open gates; on the test images of this set alone.",
   "mean over sets": "Means of the accuracies and of the MACs of the sets, whatever their sizes: "
   "as in training, where all have equal shares.",
   "gates that two sets share": "Sum over gates of the smaller of two sets' open rates, over that "

@@ -14,9 +14,9 @@ MACS = np.array([10.0, 20.0, 30.0, 50.0, 70.0])
 RATES = np.array([[1.0, 0.5], [0.0, 0.0], [0.0, 1.0], [np.nan, np.nan]])
 
 
-def score(**changes):
+def score(known=False, **changes):
   outcomes = ImageOutcomes(LABELS, PREDICTED, MACS, **changes)
-  return score_sources(outcomes, ["a", "b", "c"], SOURCES, ungated_macs=100)
+  return score_sources(outcomes, ["a", "b", "c"], SOURCES, ungated_macs=100, known=known)
 
 
 def test_each_source_has_the_score_and_cost_of_its_own_images():
@@ -29,6 +29,8 @@ def test_each_source_has_the_score_and_cost_of_its_own_images():
   assert found["mean_set_accuracy"] == pytest.approx(2 / 3)
   assert found["mean_set_macs"] == 40
   assert "set_overlap" not in found
+  # A known source is not recognised.
+  assert "recognised" not in score(known=True)["sets"]["a"]
 
 
 def test_gates_of_sources_are_those_of_their_images():

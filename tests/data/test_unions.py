@@ -109,6 +109,10 @@ def test_sets_of_tfds_and_folders_are_brought_to_one_size(files):
   stream = streaming.open_stream(name, "train;test;test", str(files / "tfds"), image_size=4)
   assert stream.shape == (4, 4, 3)
   assert stream.read(np.array([5, 6]))[1].tolist() == [2, 2]
+  # Both loaders keep the largest square in the middle.
+  pixels, labels = stream.read(np.arange(len(images)))
+  np.testing.assert_array_equal(pixels, images.pixels)
+  np.testing.assert_array_equal(labels, images.labels)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +120,7 @@ def test_sets_of_tfds_and_folders_are_brought_to_one_size(files):
   [
     ("union()", "train", r"must be a union of sets, such as .*; got 'union\(\)'"),
     ("union(digits,union(worlds))", "train", "must be a union of sets"),
+    ("union(union_told(digits,worlds),digits)", "train", "must be a union of sets"),
     ("union(digits,digits)", "train", "different names; got 'digits' and 'digits'"),
     (MADE, "train;test;train", "must be one, or one for each of its 2 sets, .*'train;test;train'"),
     (MADE, "all", "data split of digits must be 'train' or 'test'; got 'all'"),

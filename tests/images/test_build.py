@@ -157,6 +157,7 @@ def test_what_a_backbone_does_not_have_is_refused():
       "model.dense_first: form must be one of cosine, held, linear; got 'sine'",
     ),
     ({"model.sources": -1}, "model.sources must be None or >= 0; got -1"),
+    ({"model.sources": 2}, "data.mean must hold a number for each channel, and 0 for the last"),
     ({"model.sources": 2, "model.name": "vgg8"}, "model.sources must be None where model.name is"),
     (
       {"model.gating": "bias", "loss.regulariser": "none"},

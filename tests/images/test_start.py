@@ -1,9 +1,11 @@
 """Trainings that start from files of weights, and freeze layers at first."""
 
+import dataclasses
 import importlib
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,14 +13,16 @@ import pytest
 from flax import traverse_util
 
 from gating_jax import ResNet, load_pretrained, save_pretrained
+from gating_jax.data.image_sets import EqualShares, Images
 from gating_jax.images import build, classification, start, teacher
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models import resnets
 from gating_jax.models.pretrained import IMAGENET_MEAN
 from gating_jax.models.resnets import NamedResNet
-from gating_jax.training import rundir, steps
+from gating_jax.training import outlines, rundir, steps
 from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training.outlines import Outline
 from tests.helpers import tiny
 from tests.helpers.runs import without_reports
 
@@ -175,6 +179,9 @@ PRIOR = {
   "model.importance.images": 20,
   "loss.distillation.coefficient": 0.5,
 }
+UNGATED = {"model.gating": "none", "loss.regulariser": "none"}
+COMPARED = {**UNGATED, "loss.distillation.coefficient": 0.5}
+DIGITS = tuple("0123456789")
 
 
 def test_gates_begin_with_the_importance_of_a_file(config, tmp_path, capsys):
@@ -195,6 +202,35 @@ def test_gates_begin_with_the_importance_of_a_file(config, tmp_path, capsys):
   updates, _ = jax.jit(built.optimiser.update)(few, built.optimiser.init(few), few)
   for path, value in flat(updates).items():
     assert (value != 0).any() != (path[0] == "stage1_block1" and is_gate_path(path)), path
+
+
+def test_thresholds_begin_at_the_share_that_is_solved_for(config, monkeypatch):
+  changes = {"model.gate.share": None, "model.inner_width": 4.0, "model.equal_inner_width": 2.0}
+  made = config(**{**PRIOR, **changes, "model.init_from": "runs/dense"})
+  data = Outline(512, DIGITS, (8, 8, 1))
+  built = build.build(made, outlines=[data, data])
+  begun = []
+
+  def begin(variables, units, *, share, **others):
+    begun.append(share)
+    return variables
+
+  monkeypatch.setattr(start.units, "unit_importance", lambda *given: [])
+  monkeypatch.setattr(start.units, "with_prior", begin)
+  start._with_prior(built, steps.TrainState(0, {}, {}, ()), None)
+  # Of static gates, and of others.
+  assert begun == [built.model.gate.share] * 2
+  assert 0.3 < begun[0] < 0.5
+
+
+def test_importance_is_of_sets_in_equal_shares(config):
+  pixels = np.concatenate([np.zeros((4, 2, 2, 1)), np.ones((96, 2, 2, 1))]).astype(np.uint8)
+  train = Images(pixels, np.zeros(100, np.int32), ("a",), EqualShares((4, 96), per_set=96))
+  experiment = SimpleNamespace(config=config(**PRIOR), normalise=lambda pixels: pixels)
+  assert start._read_images(experiment, train).mean() == 0.5
+  # Of other sets, evenly.
+  alone = dataclasses.replace(train, shares=None)
+  assert start._read_images(experiment, alone).mean() == 0.95
 
 
 @pytest.mark.slow
@@ -225,6 +261,31 @@ def test_a_teacher_of_other_classes_or_an_unfinished_run_is_refused(config, tmp_
   made.loss.distillation.teacher = str(tmp_path)
   with pytest.raises(rundir.RunDirError, match="teacher must name a finished run; .* holds none"):
     teacher.load_teacher(classification.build(made))
+
+
+@pytest.mark.parametrize(
+  ("changes", "names", "shape", "message"),
+  [
+    ({}, DIGITS[::-1], (8, 8, 1), "with the classes of the data, in their order; class 0 of the "),
+    ({}, DIGITS[:9], (8, 8, 1), r"class 9 of the data is '9', and that of \S+ is None"),
+    ({}, DIGITS, (16, 16, 1), r"on images of shape \(8, 8, 1\); .* have shape \(16, 16, 1\)"),
+    (
+      {"data.name": "union(digits)", "loss.scope": "source"},
+      DIGITS,
+      (8, 8, 1),
+      "whose classes all compete; that of .* has loss.scope='source'",
+    ),
+  ],
+)
+def test_a_run_on_other_data_is_no_teacher(config, tmp_path, changes, names, shape, message):
+  made = config(**{**COMPARED, "loss.distillation.teacher": str(tmp_path)})
+  mine, theirs = (Outline(512, of, size) for of, size in ((DIGITS, (8, 8, 1)), (names, shape)))
+  kept = config(**{**UNGATED, **changes})
+  (tmp_path / "config.json").write_text(kept.to_json())
+  (tmp_path / "result.json").write_text("{}")
+  outlines.write_outlines(tmp_path, [theirs, theirs])
+  with pytest.raises(ValueError, match=f"^loss.distillation.teacher must name a run .*{message}"):
+    teacher.load_teacher(build.build(made, outlines=[mine, mine]))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 
 from configs import union, worlds
 from gating_jax.data import unions
-from gating_jax.images import build, classification
+from gating_jax.data.image_sets import EqualShares
+from gating_jax.images import build, classification, export, model_card
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.models import resnets
 from gating_jax.models.summary import model_summary, solve_share
@@ -19,6 +20,7 @@ from tests.helpers import runs, tiny, tiny_cli
 
 SETS = ("digits", "digit_scenes", "turned_digits")
 CLASSES = tuple(f"{name}/{digit}" for name in SETS for digit in range(10))
+UNGATED = ("ungated", "all_open", "scale", "kernels")
 
 
 def built(variants, **changes):
@@ -35,7 +37,7 @@ def ungated():
 
 
 @pytest.mark.thin(6)
-@pytest.mark.parametrize("row", sorted(set(union._ROWS) - {"ungated", "all_open", "scale"}))
+@pytest.mark.parametrize("row", sorted(set(union._ROWS) - set(UNGATED)))
 def test_rows_have_the_macs_of_the_ungated_one(row, ungated):
   experiment = built(f"row={row}")
   counts, gate = experiment.counts, experiment.model.gate
@@ -44,6 +46,11 @@ def test_rows_have_the_macs_of_the_ungated_one(row, ungated):
   assert macs == pytest.approx(ungated.macs, rel=1e-9)
   if experiment.share is not None:
     assert float(experiment.share(10**6)) == pytest.approx(share)
+
+
+def test_mixed_kernels_cost_about_as_much_as_the_ungated_row(ungated):
+  counts = built("row=kernels").counts
+  assert counts.macs + counts.gate_macs == pytest.approx(ungated.macs, rel=0.06)
 
 
 def test_the_share_of_a_row_follows_the_size_of_its_net():
@@ -83,6 +90,8 @@ def test_a_share_of_pairs_of_gates_is_solved_too():
     ("", {"model.equal_inner_width": 9.0}, "^model.equal_inner_width: macs must be above .* most"),
     ("row=told", {"model.sources": 2}, "model.sources must be 3, the number of sets .*; got 2"),
     ("", {"model.sources": 3}, r"data.name must be a union_told\(...\) where model.sources"),
+    ("row=told", {"data.mean": (0.45,)}, "data.mean must hold a number .* 0 for the last, where"),
+    ("row=told", {"data.std": (0.25,) * 4}, "data.std must hold a number .* 1/255 for the last"),
     ("", {"data.images_per_set": 0}, "data.images_per_set must be None or >= 1; got 0"),
     ("heads=own", {}, "loss.scope must be one of"),
     ("", {"data.name": "digits"}, "data.images_per_set must be None unless data.name is a union"),
@@ -91,6 +100,18 @@ def test_a_share_of_pairs_of_gates_is_solved_too():
 def test_a_setting_that_fits_no_union_is_named(variants, changes, message):
   with pytest.raises(ValueError, match=message):
     built(variants, **changes)
+
+
+def test_an_export_is_scored_among_the_classes_of_its_result():
+  # The most likely class of a scene is a digit; of those of scenes, it is its own.
+  outputs = np.zeros((1, 30), np.float32)
+  outputs[0, [3, 14]] = 2, 1
+  right = {}
+  for heads in ("", ",heads=source"):
+    right[heads] = export._count_right(built(f"row=ungated{heads}"), outputs, np.array([14]))
+  assert right == {"": 0, ",heads=source": 1}
+  card = {"accuracy": 0.5, "macs": 2, "executed_macs": 1.0, "config": {"loss": {"scope": "source"}}}
+  assert model_card._rows(card)[0] == ("accuracy, the set of each image known", "50.00 %")
 
 
 @pytest.mark.slow
@@ -115,8 +136,13 @@ def tiny_config(**changes):
 def test_a_run_on_a_union_says_what_became_of_each_set(tmp_path, monkeypatch):
   monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   runs.without_reports(monkeypatch)
-  whole = unions.open_union
-  monkeypatch.setattr(unions, "open_union", lambda *given: _Few(whole(*given)))
+  whole, opened = unions.open_union, []
+
+  def few(name, split, *given):
+    opened.append(split)
+    return _Few(whole(name, split, *given))
+
+  monkeypatch.setattr(unions, "open_union", few)
   said = runs.said(classification, tiny_config(), tmp_path, "train")
   result = json.loads((tmp_path / "result.json").read_text())
   assert list(result["sets"]) == ["digits", "turned_digits"]
@@ -126,23 +152,35 @@ def test_a_run_on_a_union_says_what_became_of_each_set(tmp_path, monkeypatch):
   assert 0 <= result["mean_set_overlap"] <= 1
   for text in ("set turned_digits", "mean over sets", "gates that two sets share"):
     assert text in said
+  opened.clear()
   train = build.build(tiny_config()).open_train()
-  assert train.shares.per_set == 16
+  assert train.shares == EqualShares(sizes=(24, 24), per_set=16)
+  # To count the images of an epoch, to test, and to train.
+  assert opened == ["train", "test", "train"]
 
 
 class _Few:
   """The first examples of each set, so that tests take no time."""
 
-  def __init__(self, union, count=24):
-    self.class_names, self.shape, self.sizes = union.class_names, union.shape, (count, count)
-    first = (0, union.sizes[0])
-    self._examples = [union[start + i] for start in first for i in range(count)]
+  def __init__(self, union, sizes=(24, 24)):
+    self.class_names, self.shape, self.sizes = union.class_names, union.shape, sizes
+    self._examples = []
+    for first, size in zip((0, union.sizes[0]), sizes, strict=True):
+      self._examples += [union[first + i] for i in range(size)]
 
   def __len__(self):
     return len(self._examples)
 
   def __getitem__(self, index):
     return self._examples[index]
+
+
+def test_a_union_with_an_empty_set_is_refused(monkeypatch):
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
+  whole = unions.open_union
+  monkeypatch.setattr(unions, "open_union", lambda *given: _Few(whole(*given), (24, 0)))
+  with pytest.raises(ValueError, match="data.train_split must have .* none of turned_digits"):
+    build.build(tiny_config())
 
 
 @pytest.mark.slow

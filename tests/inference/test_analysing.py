@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gating_jax.inference import folded
+from gating_jax.inference import costs, folded
 from gating_jax.inference.analysing import _in_blocks, _union, analyse, observe, pruning_error
 from gating_jax.inference.conditional import ungated
 from gating_jax.inference.folded import Group
@@ -65,11 +65,11 @@ def test_batches_say_the_same_as_one_array(size, analysis):
 def test_macs_of_each_way(analysis, gates):
   net, macs = analysis.net, analysis.macs
   heads = sum(p.head.hidden.size + p.head.logits.size for p in net.parts if p.head)
-  assert macs["masked"] == folded.macs(net, SHAPE) == macs["ungated"] + heads
-  assert macs["executed"] == pytest.approx(folded.macs(net, SHAPE, gates).mean())
+  assert macs["masked"] == costs.macs(net, SHAPE) == macs["ungated"] + heads
+  assert macs["executed"] == pytest.approx(costs.macs(net, SHAPE, gates).mean())
   assert macs["switch of 4"] == macs["masked"]  # no layer has more than 16 channels
   whole = [np.repeat(g.any(axis=1, keepdims=True), g.shape[1], axis=1) for g in gates]
-  assert macs["blocks of 16"] == pytest.approx(folded.macs(net, SHAPE, whole).mean())
+  assert macs["blocks of 16"] == pytest.approx(costs.macs(net, SHAPE, whole).mean())
   union = [
     np.concatenate(
       [
@@ -80,7 +80,7 @@ def test_macs_of_each_way(analysis, gates):
     )
     for g in gates
   ]
-  assert macs["union of 8"] == pytest.approx(folded.macs(net, SHAPE, union).mean())
+  assert macs["union of 8"] == pytest.approx(costs.macs(net, SHAPE, union).mean())
   assert macs["executed"] < macs["union of 8"] < macs["masked"]
   assert analysis.mac_rows()[0] == {"strategy": "ungated", "macs": macs["ungated"], "ratio": 1.0}
 
@@ -90,10 +90,10 @@ def test_a_weighted_unit_counts_as_one_and_the_glance_with_the_gate_networks():
   net = fold(model, random_variables(model))
   found = analyse(net, None, np.asarray(images(20))).macs
   gates = [np.asarray(z) > 0 for z in folded.run(net, images(20))[1]]
-  assert found["executed"] == pytest.approx(folded.macs(net, SHAPE, gates).mean())
-  heads = sum(map(folded.head_macs, net.parts)) + folded.glance_macs(net)
+  assert found["executed"] == pytest.approx(costs.macs(net, SHAPE, gates).mean())
+  heads = sum(map(costs.head_macs, net.parts)) + costs.glance_macs(net)
   assert found["masked"] - found["ungated"] == heads
-  assert found["ungated"] == folded.macs(ungated(net), SHAPE)
+  assert found["ungated"] == costs.macs(ungated(net), SHAPE)
 
 
 def test_units_of_blocks_and_unions():

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gating_jax.inference import exits
+from gating_jax.inference.costs import exit_macs
 from gating_jax.inference.exits import EXIT_DISPATCH, MASKED, compile_exits, fold_exits
-from gating_jax.inference.folded import exit_macs
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.summary import model_summary

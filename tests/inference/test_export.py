@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gating_jax.inference import export, folded
+from gating_jax.inference import costs, export, folded
 from gating_jax.inference.analysing import analyse, prune
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exits import compile_exits
@@ -57,7 +57,7 @@ def test_what_is_loaded_computes_the_same_for_any_number_of_images(net, tmp_path
     None,
     ["a", "b", "c"],
   )
-  assert card["dense_macs"] == folded.macs(net, SHAPE)
+  assert card["dense_macs"] == costs.macs(net, SHAPE)
   assert card["parameters"] == sum(x.size for x in jax.tree.leaves(net))
   for name, said in card["files"].items():
     data = (path / name).read_bytes()
@@ -106,7 +106,7 @@ def test_a_net_with_weights_is_exported_for_any_number_of_images(name, tmp_path)
   assert ("glance.conv.kernel" in loaded.weights) == (of.glance is not None)
   for count in (1, 5):
     assert_same(loaded(np.asarray(images(count))), run(of, images(count)))
-  assert loaded.card["dense_macs"] == folded.macs(of, SHAPE)
+  assert loaded.card["dense_macs"] == costs.macs(of, SHAPE)
 
 
 def test_a_program_with_exits_is_exported(tmp_path):
@@ -237,11 +237,20 @@ def test_nothing_is_left_of_an_export_that_fails(net, tmp_path, monkeypatch):
     ({"card": {"files": {}}}, "card must not name files"),
     ({"card": {"accuracy": float("nan")}}, "card must be of JSON values"),
     ({"card": {"accuracy": object()}}, "card must be of JSON values"),
+    ({"files": {"": b""}}, "files must have names of their own, without folders; got ''"),
+    ({"files": {"..": b""}}, "without folders; got '..'"),
+    ({"files": {"card.json": b"{}"}}, "without folders; got 'card.json'"),
   ],
 )
 def test_bad_arguments_are_named(net, tmp_path, options, message):
   with pytest.raises(ValueError, match=message):
     export_model(net, tmp_path / "net", **{"input_shape": SHAPE, "platforms": ("cpu",), **options})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_further_files_must_be_bytes(net, tmp_path):
+  with pytest.raises(TypeError, match=r"files\['notes.txt'\] must be bytes.*; got 'text'"):
+    export_model(net, tmp_path / "net", input_shape=SHAPE, files={"notes.txt": "text"})
   assert list(tmp_path.iterdir()) == []
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.inference import folded
+from gating_jax.inference import costs, folded
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folding import fold
 from gating_jax.inference.pruning import apply_pruning, find_static_units
@@ -39,10 +39,10 @@ def test_the_same_outputs_gates_and_macs(model):
     np.testing.assert_allclose(of_net, of_record.logits, rtol=1e-3, atol=1e-3)
   assert not gates or 0 < np.mean(np.concatenate(gates, axis=1) > 0) < 1
   counts = model_summary(model, SHAPE)
-  assert folded.macs(net, SHAPE) == counts.macs + counts.gate_macs
+  assert costs.macs(net, SHAPE) == counts.macs + counts.gate_macs
   if records:
     np.testing.assert_array_equal(
-      folded.macs(net, SHAPE, gates), counts.always_macs + executed_macs(records)
+      costs.macs(net, SHAPE, gates), counts.always_macs + executed_macs(records)
     )
 
 
@@ -178,7 +178,7 @@ def test_the_glance_is_computed_once(monkeypatch):
   jax.eval_shape(lambda net, x: folded.run(net, x), net, images())
   assert calls == [images().shape]
   # 3 x 3 windows at 4 x 4 places, from 3 channels to 8.
-  assert folded.glance_macs(net) == 9 * 16 * 3 * 8
+  assert costs.glance_macs(net) == 9 * 16 * 3 * 8
 
 
 @pytest.mark.parametrize("name", ["static", "static layers"])
@@ -189,7 +189,7 @@ def test_what_static_gates_close_is_gone(name):
   closed = sum(int(np.sum(np.asarray(r.gates) == 0)) for r in records)
   assert closed > 0
   net, counts = fold(model, variables), model_summary(model, SHAPE)
-  assert folded.macs(net, SHAPE) == counts.always_macs + executed_macs(records)[0]
+  assert costs.macs(net, SHAPE) == counts.always_macs + executed_macs(records)[0]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_what_static_gates_close_in_a_chain_is_gone(closed):
     (second, 3),
   )
   height, width, _ = SHAPE
-  assert folded.macs(net, SHAPE) == (
+  assert costs.macs(net, SHAPE) == (
     9 * height * width * 3 * first + 9 * (height // 2) * (width // 2) * first * second + 3 * second
   )
 

@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from gating_jax import GatedModel, find_pairs, shift_thresholds
-from gating_jax.inference import folded
+from gating_jax.inference import costs, folded
 from gating_jax.inference.analysing import analyse, prune, pruning_error
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.export import export_model, load_exported
@@ -90,9 +90,9 @@ def test_the_same_outputs_gates_and_macs():
   gates = [record.gates for record in records]
   assert all(0 < g.mean() < 1 for g in gates)
   counts = model_summary(gated, SHAPE)
-  assert folded.macs(net, SHAPE) == counts.macs + counts.gate_macs
+  assert costs.macs(net, SHAPE) == counts.macs + counts.gate_macs
   np.testing.assert_array_equal(
-    folded.macs(net, SHAPE, gates), counts.always_macs + np.asarray(executed_macs(records))
+    costs.macs(net, SHAPE, gates), counts.always_macs + np.asarray(executed_macs(records))
   )
 
 
@@ -171,11 +171,11 @@ def test_it_is_pruned_quantised_and_exported(tmp_path):
   np.testing.assert_allclose(y, expected, atol=0.1 * np.abs(expected).max())
   analysis = analyse(net, None, images())
   small = prune(analysis, multiple=1)
-  assert folded.macs(small, SHAPE) < folded.macs(net, SHAPE)
+  assert costs.macs(small, SHAPE) < costs.macs(net, SHAPE)
   assert_near(jax.jit(folded.run)(small, images())[0], expected)
   export_model(small, tmp_path / "out", input_shape=SHAPE)
   loaded = load_exported(tmp_path / "out")
-  assert loaded.card["dense_macs"] == folded.macs(small, SHAPE)
+  assert loaded.card["dense_macs"] == costs.macs(small, SHAPE)
   assert_near(loaded(images())[0], expected)
 
 
@@ -280,7 +280,7 @@ def test_images_of_another_shape_are_refused():
     fold(gated, variables)
   net = fold(gated, variables, images())
   with pytest.raises(ValueError, match=r"must have the shape \(9, 8, 3\), .* got \(8, 8, 3\)"):
-    folded.macs(net, (8, 8, 3))
+    costs.macs(net, (8, 8, 3))
   with pytest.raises(ValueError, match="images must have 3 channels, .* got 1"):
     analyse(net, None, images()[..., :1])
   with pytest.raises(ValueError, match=r"params/head/kernel of shape \(5, 3\); got \(4, 3\)"):

@@ -1,5 +1,7 @@
 """ONNX models of folded networks, run by onnxruntime."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,12 +11,20 @@ from gating_jax.inference.analysing import analyse, prune
 from gating_jax.inference.folding import fold
 from gating_jax.inference.onnx_export import load_onnx, to_onnx
 from gating_jax.inference.quantising import quantise
-from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
+from gating_jax.layers.blocks import Bottleneck
+from gating_jax.models.resnets import ResNet
+from tests.helpers.gated_models import MODELS, RECIPE, SHAPE, images, random_variables
 
 pytest.importorskip("onnxruntime")
 run = jax.jit(folded.run)
+# The recipe with a prior: each gate of a block's two groups has a shift of its own.
+PRIOR = dataclasses.replace(RECIPE, prior=True)
+KINDS = {
+  **MODELS,
+  "prior": ResNet(3, (1,), Bottleneck, features=4, gating="channel", gate=PRIOR),
+}
 # Parts, gates and contexts of each kind; most are slow.
-FEW = ("bottleneck", "recipe", "weighted outputs")
+FEW = ("bottleneck", "prior", "weighted outputs")
 MORE = (
   *("basic", "blocks", "dilated", "feature map", "vgg", "thresholds", "weighted vgg"),
   *("scaled outputs", "static weights"),
@@ -34,7 +44,7 @@ def assert_alike(program, net, x):
 
 @pytest.mark.parametrize("name", EACH)
 def test_it_computes_what_the_network_does(name):
-  net = fold(MODELS[name], random_variables(MODELS[name]))
+  net = fold(KINDS[name], random_variables(KINDS[name]))
   program = load_onnx(to_onnx(net, SHAPE))
   assert_alike(program, net, images(5))
   # Some gates are open and some are closed.
@@ -72,3 +82,17 @@ def test_what_cannot_be_an_onnx_model_is_named():
     to_onnx(net, (8, 8, 1))
   with pytest.raises(ValueError, match="net must have float32 kernels"):
     to_onnx(quantise(net), SHAPE)
+
+
+def test_what_an_onnx_model_cannot_take_is_named():
+  model = MODELS["ungated"]
+  data = to_onnx(fold(model, random_variables(model)), SHAPE)
+  program = load_onnx(data)
+  with pytest.raises(ValueError, match="images must be network inputs in floating point"):
+    program(np.zeros((1, *SHAPE), np.uint8))
+  with pytest.raises(ValueError, match=r"images must be \[N, 9, 8, 3\]; got shape \(9, 8, 3\)"):
+    program(np.zeros(SHAPE, np.float32))
+  with pytest.raises(TypeError, match="data must be the bytes of a model, as of to_onnx"):
+    load_onnx("model.onnx")
+  with pytest.raises(ValueError, match=r"data must be .*; onnxruntime cannot read it: "):
+    load_onnx(data[: len(data) // 2])

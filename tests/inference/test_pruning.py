@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gating_jax.inference import folded, pruning
+from gating_jax.inference import costs, folded, pruning
 from gating_jax.inference.analysing import analyse, prune
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer
@@ -62,7 +62,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
   )
   assert not equal_where_it_must(net, choices, images(12)).any()
   equal_where_it_must(net, choices, images(6, seed=data.draw(st.integers(1, 3))))
-  assert folded.macs(pruning.apply_pruning(net, choices), SHAPE) <= folded.macs(net, SHAPE)
+  assert costs.macs(pruning.apply_pruning(net, choices), SHAPE) <= costs.macs(net, SHAPE)
 
 
 @pytest.mark.thin(4)
@@ -73,7 +73,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
     opened, pruning.find_static_units(opened, folded_nets.count_gates(opened, images(4)))
   )
   assert heads_of(small) == []
-  assert folded.macs(small, SHAPE) == folded.macs(opened, SHAPE) - sum(
+  assert costs.macs(small, SHAPE) == costs.macs(opened, SHAPE) - sum(
     h.hidden.size + h.logits.size for h in heads_of(opened)
   )
   closed = everywhere(folded_net(name), CLOSED)
@@ -85,7 +85,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   for old, new in blocks:
     assert new.head is None
     assert new.convs == () if old.layer_gate else new.convs[-1].kernel.shape[2] == 0
-    assert folded.macs(FoldedNet((new,)), (8, 8, 4)) <= (
+    assert costs.macs(FoldedNet((new,)), (8, 8, 4)) <= (
       new.project.kernel.size * 64 if new.project else 0
     )
   np.testing.assert_allclose(
@@ -106,7 +106,7 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
       *inner, outer = new.groups
       assert outer == old.groups[-1]
       assert all(group.gates == 0 for group in inner)
-    assert folded.macs(small, SHAPE) < folded.macs(net, SHAPE)
+    assert costs.macs(small, SHAPE) < costs.macs(net, SHAPE)
     run = compile_conditional(
       small, input_shape=SHAPE, batch_size=2, calibration=images(4), repeats=1
     )
@@ -241,8 +241,8 @@ def test_pruning_twice_changes_nothing_more():
   analysis = analyse(folded_net("bottleneck"), None, images(20))
   once = prune(analysis, multiple=2)
   twice = prune(analyse(once, None, images(20)), multiple=2)
-  assert folded.macs(once, SHAPE) < folded.macs(analysis.net, SHAPE)
-  assert folded.macs(twice, SHAPE) == folded.macs(once, SHAPE)
+  assert costs.macs(once, SHAPE) < costs.macs(analysis.net, SHAPE)
+  assert costs.macs(twice, SHAPE) == costs.macs(once, SHAPE)
 
 
 def test_features_of_a_vgg_keep_their_channels_and_order():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.inference import folded
+from gating_jax.inference import costs, folded
 from gating_jax.inference.folded import Conv, FoldedNet, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.quantising import Int8, dequantise, quantise
@@ -45,7 +45,7 @@ def test_no_weight_moves_by_more_than_half_a_step_and_gate_networks_not_at_all(n
     )
     + 1
   )
-  assert folded.macs(small, SHAPE) == folded.macs(net, SHAPE)
+  assert costs.macs(small, SHAPE) == costs.macs(net, SHAPE)
   y, z = run(net, images(3))[0], run(jax.jit(dequantise)(small), images(3))[0]
   assert 0 < np.abs(y - z).max() < 0.2 * np.abs(y).max()
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.inference import conditional, folded
+from gating_jax.inference import conditional, costs, folded
 from gating_jax.inference.analysing import gates_of
 from gating_jax.inference.folded import Group
 from gating_jax.inference.strategies import (
@@ -57,7 +57,7 @@ def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatc
       said = STRATEGIES[strategy].macs(PartBatch(part, context, shape, gates, before, count))
       assert said == pytest.approx(sum(given), rel=1e-12)
       compared += 1
-    shape, _ = folded.part_macs(part, shape)
+    shape, _ = costs.part_macs(part, shape)
   assert compared
 
 
@@ -93,7 +93,7 @@ def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
       batch = PartBatch(part, context, shape, gates, before, 5)
       assert STRATEGIES["native"].macs(batch) == sum(given)
       compared += 1
-    shape, _ = folded.part_macs(part, shape)
+    shape, _ = costs.part_macs(part, shape)
   assert compared
 
 
@@ -120,8 +120,8 @@ def test_ratios_of_parts_and_of_whole_programs():
   indices = np.array([[0, 2], [3, 5]])
   batches = [[g[index] for g in gates] for index in indices]
   found = account(of, SHAPE, batches, strategies=strategies, contexts=contexts, size=2)
-  heads = [folded.head_macs(part) for part in of.parts]
-  dense = folded.macs_by_part(conditional.ungated(of), SHAPE)
+  heads = [costs.head_macs(part) for part in of.parts]
+  dense = costs.macs_by_part(conditional.ungated(of), SHAPE)
   assert found.dense == dense
   opened, computed = found.part_ratios(1)
   assert computed["masked"] == 1
@@ -136,4 +136,4 @@ def test_ratios_of_parts_and_of_whole_programs():
   saved = found.computed[1]["masked"] - found.computed[1]["native"]
   assert computed["mixed"] == pytest.approx(computed["masked"] - saved / total)
   gates = [context.gates[0][indices.ravel()] for context in contexts[1:]]
-  assert opened == pytest.approx(folded.macs(of, SHAPE, gates).mean() / total)
+  assert opened == pytest.approx(costs.macs(of, SHAPE, gates).mean() / total)

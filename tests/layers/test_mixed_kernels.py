@@ -23,7 +23,7 @@ NET = ResNet(3, (1,), features=4, gating="kernels", kernels=3, gate=GateSettings
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_each_example_is_convolved_with_its_own_mixture(dilation):
   conv = MixedConv(2, features=3, window=(3, 3), stride=(2, 2), dilation=dilation)
-  mix = jnp.asarray([[1.0, 0.0], [0.25, 0.75], [0.5, 0.5]])
+  mix = jnp.asarray([[1.0, 0.0], [0.25, 0.75], [0.5, 0.5]], jnp.float32)
   variables = conv.init(jax.random.key(0), X, mix)
   kernel = np.asarray(variables["params"]["kernel"])
   # Each kernel begins as that of a convolution, of a fan-in of 18.

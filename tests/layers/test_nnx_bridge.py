@@ -184,6 +184,30 @@ def test_layers_inside_of_transformations_run_but_have_no_gates():
     GatedModel(linen, (("first", "inner"),)).init(jax.random.key(0), x)
 
 
+class FrozenKernel(nnx.Variable):
+  pass
+
+
+def test_shared_and_frozen_kernels_are_those_of_the_model():
+  class Tied(nnx.Module):
+    def __init__(self, rngs):
+      self.first, self.second = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)
+      self.second.kernel = self.first.kernel
+      self.third = nnx.Linear(3, 2, rngs=rngs)
+      self.third.kernel = FrozenKernel(self.third.kernel.get_value())
+
+    def __call__(self, x):
+      return self.third(nnx.relu(self.second(nnx.relu(self.first(x)))))
+
+  model, x = Tied(nnx.Rngs(0)), IMAGES[:, 0, 0]
+  linen = from_nnx(model)
+  variables = linen.init(jax.random.key(1), x)
+  np.testing.assert_array_equal(linen.apply(variables, x), model(x))
+  kernels = {path for path in traverse_util.flatten_dict(variables) if path[-1] == "kernel"}
+  assert {path[1:] for path in kernels} == {("first", "kernel"), ("third", "kernel")}
+  assert variables["params"]["third"].keys() == {"bias"}
+
+
 def test_what_is_no_model_of_nnx_is_refused():
   for other in (SmallCNN, nn.Dense(3), lambda x: x):
     with pytest.raises(TypeError, match="model must be an instance of a Flax NNX module"):

@@ -16,6 +16,7 @@ from gating_jax.ops.macs import (
   gated_macs,
   mac_fraction,
   plain_conv,
+  shared_among,
 )
 from gating_jax.types import GateRecord
 
@@ -58,6 +59,12 @@ def test_the_coefficients_of_a_convolution_give_its_macs():
   space, time = plain_conv((1, 3, 3), (1, 4, 6, 6, 5)), plain_conv((3, 1, 1), (1, 2, 6, 6, 8))
   both = conv_macs((1, 3, 3, 7, 5), (1, 4, 6, 6, 5)) + conv_macs((3, 1, 1, 5, 8), (1, 2, 6, 6, 8))
   assert factorised_conv(space, time, 5).total(inputs=7, outputs=8) == both
+
+
+def test_channels_that_share_macs_must_be_given():
+  assert shared_among(72, inputs=4) == ConvMacs(18, 0, 0)
+  with pytest.raises(ValueError, match="inputs or outputs must be the number .*; got neither"):
+    shared_among(72)
 
 
 def test_a_channel_counts_once_where_it_is_made_and_where_it_is_read():

@@ -41,6 +41,16 @@ def test_the_page_has_a_table_of_sets_and_one_of_the_gates_they_share():
   (section,) = sets.sets_section(UNGATED)
   (table,) = section.parts
   assert len(table.header) == len(table.rows[0]) == len(table.terms) == 6
+  assert "among all," in dict(table.terms)["accuracy (%)"]
+
+
+def test_with_a_head_a_set_only_its_own_classes_compete_and_none_is_recognised():
+  entry = {key: value for key, value in ENTRY.items() if key != "recognised"}
+  (section,) = sets.sets_section({"sets": {"a": entry}, **MEANS})
+  (table,) = section.parts
+  assert table.header == ["set", "accuracy (%)", "95 % interval", "MACs", "of ungated (%)"]
+  assert table.rows == [["a", "50.00", "45.0 % to 55.0 %", "1,234", "25.0"]]
+  assert "among those of the set," in dict(table.terms)["accuracy (%)"]
 
 
 def test_a_result_without_sets_has_no_rows_and_no_section():

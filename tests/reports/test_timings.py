@@ -6,7 +6,7 @@ import pytest
 from gating_jax.inference.compiled import Timing
 from gating_jax.inference.conditional import CompiledConditional
 from gating_jax.inference.exits import CompiledExits
-from gating_jax.reports import conclusion, frame, page, timings
+from gating_jax.reports import conclusion, frame, measured_times, page, timings
 from gating_jax.training import rundir
 
 
@@ -128,8 +128,8 @@ def test_the_time_of_tasks_is_the_mean_over_tasks_of_single_images():
     for i in (1, 3)
     for n in ("1 image", "64 images")
   }
-  found = timings.time_number(
-    timings.parse_times({"step": 1, "device": "d", "timings": measured}), "image"
+  found = measured_times.time_number(
+    measured_times.parse_times({"step": 1, "device": "d", "timings": measured}), "image"
   )
   assert (found.value, found.baseline) == ("2 ms", "ungated: 4 ms")
   assert "mean over 2 tasks" in found.meaning
@@ -137,7 +137,7 @@ def test_the_time_of_tasks_is_the_mean_over_tasks_of_single_images():
 
 def one_image(step, pixels=None):
   rows = [row(0.001, "switch", chosen=True), row(0.002, "ungated")]
-  return timings.parse_times(
+  return measured_times.parse_times(
     {"step": step, "device": "d", "pixels": pixels, "timings": {"1 image at a time": rows}}
   )
 
