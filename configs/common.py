@@ -12,6 +12,15 @@ from ml_collections import config_dict
 from gating_jax.checks import near
 from gating_jax.config_files import Config
 
+# Gates that open a share of units: normalised logits, the most open of a batch, without noise, and
+# open ones weighted.
+RECIPE = {
+  "model.gate.normalise": 2.0,
+  "model.gate.threshold": "quantile",
+  "model.gate.weighted": True,
+  "model.gate.noise_scale": 0.0,
+}
+
 
 def opening() -> dict[str, Any]:
   """Returns the fields of channel gates that say how they open; None for thresholds of 0."""
@@ -310,11 +319,8 @@ def _set_share(share: str) -> Mapping[str, Any]:
   normalised gates decay, since their kernels would only grow.
   """
   return {
-    "model.gate.threshold": "quantile",
+    **RECIPE,
     "model.gate.share": _convert(float, share),
-    "model.gate.normalise": 2.0,
-    "model.gate.weighted": True,
-    "model.gate.noise_scale": 0.0,
     "model.dense_first.form": "cosine",
     "optim.gate_weight_decay": 5e-4,
     "loss.regulariser": "none",

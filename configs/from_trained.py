@@ -52,11 +52,8 @@ def _gated(task, macs):
   return {
     "model.gating": "channel",
     "model.gate.context": "glance+pooled",
-    "model.gate.normalise": 2.0,
-    "model.gate.threshold": "quantile",
+    **common.RECIPE,
     "model.gate.share": _SHARES[task][macs],
-    "model.gate.weighted": True,
-    "model.gate.noise_scale": 0.0,
     "model.importance.form": "prior",
   }
 

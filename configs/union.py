@@ -59,10 +59,7 @@ def _recipe(context="glance+pooled"):
   return {
     **_EQUAL,
     "model.gate.context": context,
-    "model.gate.normalise": 2.0,
-    "model.gate.threshold": "quantile",
-    "model.gate.weighted": True,
-    "model.gate.noise_scale": 0.0,
+    **common.RECIPE,
     "model.dense_first.form": "cosine",
   }
 

@@ -51,11 +51,8 @@ def _recipe(context="glance"):
   return {
     **_CHANNELS,
     "model.gate.context": context,
-    "model.gate.normalise": 2.0,
-    "model.gate.threshold": "quantile",
+    **common.RECIPE,
     "model.gate.share": _SHARES[context],
-    "model.gate.weighted": True,
-    "model.gate.noise_scale": 0.0,
     "model.dense_first.form": "cosine",
   }
 
