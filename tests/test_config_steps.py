@@ -107,6 +107,8 @@ def config(monkeypatch, tmp_path):
         "gates.threshold": 0.5,
         "router.steps": 2,
       }
+    if made.data.name == "worlds":
+      changes |= {"data.train_split": "train[:64]", "data.test_split": "test[:64]"}
     if made.experiment == "classification" and made.data.image_size:
       changes |= {"data.image_size": 8, "data.workers": 0}
     made.lock()

@@ -16,6 +16,7 @@ PAGES = ("README.md", *(path.relative_to(ROOT).as_posix() for path in DOCS))
 # Pages whose code takes long.
 LONG = (
   "devices",
+  "export",
   "extend",
   "gate_a_pretrained_net",
   "gate_your_model",
@@ -27,9 +28,10 @@ LONG = (
 )
 TRAINS = tuple(f"docs/{name}.md" for name in LONG)
 SHORT = {  # changes with which a command of the README takes seconds
-  "digits_resnet20": ("optim.epochs=1", "model.width=0.25"),
+  "digits_resnet20": ("optim.epochs=1", "model.name=resnet8", "model.width=0.25"),
   "segmentation_digits": (
     "optim.epochs=1",
+    "model.name=resnet8",
     "model.width=0.25",
     "data.train_scenes=64",
     "data.test_scenes=32",

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import ROOT, environment
 
 # All at once: what passes in the strict modes with float64 as well has the values of float32, and
-# mixes neither types nor ranks. `ops/test_modes.py` takes each mode for itself.
+# mixes neither types nor ranks.
 MODES = {
   "JAX_ENABLE_X64": "1",
   "JAX_NUMPY_DTYPE_PROMOTION": "strict",

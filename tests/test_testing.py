@@ -308,6 +308,7 @@ def test_a_loss_not_written_for_check_vma_is_checked_by_the_other_layouts():
   assert "4 devices by shard_map" in result.errors
 
 
+@pytest.mark.slow
 def test_one_real_device_is_enough():
   code = """
 import jax, jax.numpy as jnp

@@ -12,12 +12,18 @@ import numpy as np
 
 
 @contextlib.contextmanager
-def strict():
-  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+def every_mode():
+  """Turns all modes on at once.
+
+  That finds what each of them would: a number that float64 makes wider shows in the result, or
+  meets a float32, which strict promotion refuses.
+  """
+  with (
+    jax.enable_x64(True),
+    jax.numpy_dtype_promotion("strict"),
+    jax.numpy_rank_promotion("raise"),
+  ):
     yield
-
-
-MODES = {"x64": lambda: jax.enable_x64(True), "strict": strict}
 
 
 def together(calls):

@@ -48,7 +48,7 @@ def compiled(batch_size, threshold=MODEL.threshold, **changes):
   )
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 @pytest.mark.parametrize("buckets", [1, 3])
 def test_the_answers_are_those_of_the_model_for_any_number_of_images(batch_size, buckets):

@@ -76,6 +76,7 @@ def test_weights_are_no_part_of_the_program(exported, net):
   assert "parts.0.conv.kernel" in loaded.weights
 
 
+@pytest.mark.slow
 def test_int8_weights_stay_int8_in_the_file_and_in_the_argument(net, tmp_path):
   small = quantise(net)
   path = export_model(small, tmp_path / "net", input_shape=SHAPE, platforms=("cpu",))

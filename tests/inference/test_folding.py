@@ -54,7 +54,7 @@ def gates_of(net, logits):
   return found
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(9)
 @pytest.mark.parametrize("shift", [0.0, 0.4, -0.4])
 @pytest.mark.parametrize("name", ["recipe", "weighted outputs", "weighted vgg", "thresholds"])
 def test_moved_thresholds_move_the_logits_and_keep_the_weights(name, shift):

@@ -18,7 +18,7 @@ from gating_jax.inference import (
 from gating_jax.inference.analysing import analyse, prune
 from gating_jax.models.resnet_variants import EarlyExitNet
 from tests.helpers import folded_nets, gated_models
-from tests.helpers.modes import MODES, assert_same
+from tests.helpers.modes import assert_same, every_mode
 
 EXITS = EarlyExitNet(3, (1, 1), features=4)
 STRATEGIES = [(kind, name) for kind, names in folded_nets.KINDS.items() for name in names]
@@ -107,22 +107,19 @@ def usual(name):
   return numbers(CALLS[name]())
 
 
-@pytest.mark.thin(4)
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
   "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CALLS]
 )
-def test_networks_of_inference_are_the_same_in_every_mode(name, mode):
+def test_networks_of_inference_are_the_same_in_every_mode(name):
   without = usual(name)
-  with MODES[mode]():
+  with every_mode():
     assert_same(numbers(CALLS[name]()), without)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_parameters_of_float64_are_folded_to_float32(mode):
+def test_parameters_of_float64_are_folded_to_float32():
   model = gated_models.MODELS["static"]
   variables = gated_models.random_variables(model)
-  with MODES[mode]():
+  with every_mode():
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
     net = folding.fold(model, wide)
     assert {leaf.dtype for leaf in jax.tree.leaves(net)} == {np.dtype(np.float32)}
@@ -130,13 +127,12 @@ def test_parameters_of_float64_are_folded_to_float32(mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_an_export_is_the_same_in_every_mode(mode, tmp_path):
+def test_an_export_is_the_same_in_every_mode(tmp_path):
   images = jnp.asarray(folded_nets.images(3))
   net = folded_nets.net("channels")
   export.export_model(net, tmp_path / "usual", input_shape=folded_nets.SHAPE)
   without = numbers(export.load_exported(tmp_path / "usual")(images))
-  with MODES[mode]():
+  with every_mode():
     export.export_model(net, tmp_path / "mode", input_shape=folded_nets.SHAPE)
     for name in ("usual", "mode"):
       assert_same(numbers(export.load_exported(tmp_path / name)(images)), without)

@@ -17,7 +17,7 @@ from gating_jax.models.columns import Adapter
 from gating_jax.models.mobilenet import MobileNet
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.vggs import VGG
-from tests.helpers.modes import MODES, assert_same, computed, traced
+from tests.helpers.modes import assert_same, computed, every_mode, traced
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.normal(size=(4, 4, 4, 4)).astype(np.float32)
@@ -165,22 +165,19 @@ def usual(of, group):
   return of(ALL[group])
 
 
-@pytest.mark.thin(8)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("group", ALL)
-def test_layers_have_the_same_types_in_every_mode(group, mode):
+def test_layers_have_the_same_types_in_every_mode(group):
   without = usual(traced, group)
-  with MODES[mode]():
+  with every_mode():
     assert_same(traced(ALL[group]), without)
 
 
-@pytest.mark.thin(2)
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
   "group",
   [pytest.param(group, marks=() if group == "channels" else pytest.mark.slow) for group in ALL],
 )
-def test_layers_have_the_same_values_in_every_mode(group, mode):
+def test_layers_have_the_same_values_in_every_mode(group):
   without = usual(computed, group)
-  with MODES[mode]():
+  with every_mode():
     assert_same(computed(ALL[group]), without, sized_by_call=True)

@@ -172,7 +172,7 @@ def assert_near(logits, expected):
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("size", [16, 17])
 @pytest.mark.parametrize(
   ("blocks", "deep", "inner"), [((2, 1), False, None), ((1, 2), True, None), ((1, 1), True, 8)]

@@ -521,8 +521,7 @@ def both_losses(name):
 @pytest.mark.parametrize(
   "name",
   [  # a program for each form of each prior
-    pytest.param(name, marks=() if name in ("beta", "normal", "samples") else pytest.mark.slow)
-    for name in ANY_PRIOR
+    pytest.param(name, marks=() if name == "beta" else pytest.mark.slow) for name in ANY_PRIOR
   ],
 )
 @given(

@@ -26,7 +26,7 @@ from gating_jax.ops import (
 )
 from gating_jax.types import GateRecord
 from tests.helpers import spread_loss
-from tests.helpers.modes import MODES, assert_same, computed, traced
+from tests.helpers.modes import assert_same, computed, every_mode, traced
 
 N, C = 6, 4
 RANDOM = np.random.default_rng(0)
@@ -300,8 +300,13 @@ SMALL = {  # calls, and the types that they take
   "branches": (BRANCHES, (jnp.float32, jnp.bfloat16)),
   "chains": (CHAINS, (jnp.float32,)),
 }
-LARGE = {"losses": LOSSES, "parameters": PARAMETERS, "priors": PRIORS, "second derivatives": SECOND}
-GROUPS = SMALL | {name: (calls, ALL) for name, calls in LARGE.items()}
+GROUPS = {
+  **SMALL,
+  "losses": (LOSSES, ALL),
+  "parameters": (PARAMETERS, (jnp.float32, jnp.float16)),
+  "priors": (PRIORS, (jnp.float32, jnp.bfloat16)),
+  "second derivatives": (SECOND, (jnp.float32, jnp.float16)),
+}
 
 
 def values_to_compare():
@@ -320,29 +325,17 @@ def usual(of, group, dtype):
   return of(GROUPS[group][0], LOGITS.astype(dtype))
 
 
-@pytest.mark.thin(2)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-  "group",
-  [
-    "losses",
-    "priors",
-    *(
-      pytest.param(group, marks=pytest.mark.slow) for group in ("parameters", "second derivatives")
-    ),
-  ],
-)
-def test_types_are_the_same_in_every_mode(group, mode):
+@pytest.mark.parametrize("group", ["losses", "priors"])
+def test_types_are_the_same_in_every_mode(group):
   without = usual(traced, group, np.float32)
-  with MODES[mode]():
-    assert_same(traced(LARGE[group], LOGITS.astype(np.float32)), without)
+  with every_mode():
+    assert_same(traced(GROUPS[group][0], LOGITS.astype(np.float32)), without)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("group", "dtype"), values_to_compare())
-def test_values_and_types_are_the_same_in_every_mode(group, dtype, mode):
+def test_values_and_types_are_the_same_in_every_mode(group, dtype):
   without = usual(computed, group, dtype)
-  with MODES[mode]():
+  with every_mode():
     assert_same(computed(GROUPS[group][0], LOGITS.astype(dtype)), without)
 
 
@@ -372,22 +365,21 @@ def usual_over_devices(way, term, exchange):
   return jax.tree.map(np.asarray, WAYS[way](*spread_loss.problem(), term, exchange))
 
 
-@pytest.mark.thin(14)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.thin(12)
 @pytest.mark.parametrize("exchange", ecdf.EXCHANGES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("term", TERMS)
-def test_values_and_types_over_devices_are_the_same_in_every_mode(term, way, exchange, mode):
+def test_values_and_types_over_devices_are_the_same_in_every_mode(term, way, exchange):
   without = usual_over_devices(way, term, exchange)
-  with MODES[mode]():
+  with every_mode():
     found = WAYS[way](*spread_loss.problem(), term, exchange)
     assert_same(jax.tree.map(np.asarray, found), without)
 
 
-@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, every_mode])
 def test_integers_and_truth_values_have_the_loss_of_the_same_in_float32(mode):
   whole = np.round(LOGITS).astype(np.int32)
-  with MODES[mode]() if mode else contextlib.nullcontext():
+  with mode():
     for x in (whole, whole.astype(np.int8), whole > 0):
       loss = jax.jit(ecdf.cdf_matching_loss, static_argnums=1)
       found, wanted = loss(x, priors.uniform()), loss(x.astype(np.float32), priors.uniform())

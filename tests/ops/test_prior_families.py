@@ -237,6 +237,7 @@ def test_samples_make_an_interpolated_empirical_cdf():
   assert (slope[9:] > 0).all()
 
 
+@pytest.mark.slow
 def test_a_batch_equal_to_its_reference_has_no_loss_and_a_moved_one_is_drawn_back():
   x = np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32)
   np.testing.assert_allclose(to_samples(x, x), [0, 0], atol=1e-12)

@@ -16,7 +16,7 @@ def draw(path, logits):
 @pytest.mark.parametrize(
   ("examples", "gates"),
   [
-    (200, 70),
+    (20, 7),
     (1, 1),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in ((50, 1), (1, 5), (2048, 336))),
   ],

@@ -211,7 +211,7 @@ def test_coefficients_follow_the_step(step, gamma, rho):
   assert float(total) == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.75])
 @pytest.mark.parametrize(("gain", "bias"), [(0.05, 3.0), (-0.05, -3.0)])
 def test_gates_that_would_rather_be_open_or_closed_end_at_the_budget(gain, bias, budget):

@@ -63,6 +63,7 @@ def start(gating="channel"):
   return devices.replicate(tiny.state(OPTIMISER, gating))
 
 
+@pytest.mark.slow
 def test_four_steps_in_one_dispatch_equal_four_single_ones():
   single, ones = after(start(), 0, 4)
   together, four = after(start(), 0, 4, k=4)

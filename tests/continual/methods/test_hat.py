@@ -99,6 +99,7 @@ def test_a_weight_is_as_free_as_the_freer_of_its_two_ends():
   np.testing.assert_array_equal(free["layer2"]["conv"]["conv"]["bias"], [0.5, 1, 0])
 
 
+@pytest.mark.slow
 def test_unmasked_units_serve_every_task_and_a_shortcut_protects_its_input():
   records, convolutions = shapes(
     ResNet(classes=None, blocks=(1, 1), features=2, gating="all_channels", shortcut="B", gate=MASKS)

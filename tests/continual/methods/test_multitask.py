@@ -69,8 +69,7 @@ def gradients(method, learner):
   return [of(learner.params, batch_of(d)) for d in (data, data._replace(pixels=changed))]
 
 
-@pytest.mark.thin(2)
-@pytest.mark.parametrize("kind", ["gates", "norms"])
+@pytest.mark.parametrize("kind", ["norms", pytest.param("gates", marks=pytest.mark.slow)])
 def test_a_task_s_own_parts_learn_from_its_own_images_alone(kind):
   made = method(kind)
   before, after = gradients(made, tiny_tasks.learner(made))
