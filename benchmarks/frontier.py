@@ -3,7 +3,9 @@
     python benchmarks/frontier.py TABLE [--data=FOLDER] [--out=runs/frontier] [--seeds=0,1,2]
         [--epochs=N] [--jobs=1] [--only=REGEX] [--minutes=N] [--times] [--FIELD=VALUE ...]
 
-TABLE: `worlds`, `union` (made sets, which need no files), `union4` (four real ones) or `cifar10`.
+TABLE: `worlds`, `union` (made sets, which need no files), `union3` or `union4` (real ones),
+`cifar10`, or `trained_worlds` and `trained_cifar10`, whose nets come from a trained one
+(configs/from_trained.py).
 A table is a list of rows: the family, which are ungated nets of several widths; baselines, such as
 squeeze-and-excitation or static gates; gated nets of about the MACs of one of the family; and an
 ungated net with the channels, and so about the parameters, of the gated ones. All are trained on
@@ -57,7 +59,7 @@ LOOKS = {
   GATED: ("gated", "#2a9d6f", "s"),
 }
 # Fields in which runs differ.
-OURS = ("seed", "eval_every", "data.data_dir", "model.init_from")
+OURS = ("seed", "eval_every", "data.data_dir", "model.init_from", "loss.distillation.teacher")
 # Numbers of a result of which a row has the mean over seeds.
 MEANS = (
   "params",
@@ -83,10 +85,10 @@ class Row:
   Attributes:
     name: of the row.
     kind: one of `LOOKS`.
-    config: as the command takes it, with its variants.
+    config: as the command takes it, with its variants; `{start}` stands for a run directory.
     fields: of the config, `name=value`.
     wide: of a gated row, that of an ungated net with as many parameters.
-    start: the row from whose run, of the same seed, this one starts.
+    start: the row whose run, of the same seed, is that directory.
     together: the row that this one makes with others: one net for each set of a union, which have
       the accuracy, the MACs and the training of all together.
   """
@@ -146,6 +148,28 @@ def of_union(widths, sets, more=""):
   return rows
 
 
+def of_trained(task):
+  """Returns the rows of `configs/from_trained.py`.
+
+  The family are narrower nets that are trained as long as the dense one, which is their teacher.
+
+  Args:
+    task: one of the config's.
+  """
+  file = f"configs/from_trained.py:task={task}"
+  rows = [Row("dense", FAMILY, f"{file},row=dense")]
+  for macs in (70, 50, 30):
+    for kind, name, row in (
+      (FAMILY, "narrower, as long", "narrow_full"),
+      (BASELINE, "narrower", "narrow"),
+      (BASELINE, "pruned", "static"),
+      (GATED, "gated", "gated"),
+    ):
+      config = f"{file},row={row},macs={macs},dense={{start}}"
+      rows.append(Row(f"{name}, {macs} %", kind, config, wide="dense", start="dense"))
+  return rows
+
+
 CIFAR = "configs/cifar10_resnet20.py:model=resnet8,schedule=cosine,epochs=15"
 # Early in training, gates with a budget are noisy; their networks learn fast.
 BUDGET = (
@@ -159,6 +183,7 @@ TABLES = {
     Row("pooled, noise, budget", GATED, "configs/worlds.py:row=iclr2020"),
   ],
   "union": of_union((4, 5, 6, 7, 8), ("digits", "digit_scenes", "turned_digits")),
+  "union3": of_union((6, 7, 8, 9, 10), ("mnist", "cifar10", "tiny_imagenet50"), "images=64000,"),
   "union4": of_union(
     (6, 7, 8, 9, 10), ("mnist", "fashion_mnist", "cifar10", "tiny_imagenet50"), "images=64000,"
   ),
@@ -188,6 +213,8 @@ TABLES = {
       BUDGET,
     ),
   ],
+  "trained_worlds": of_trained("worlds"),
+  "trained_cifar10": of_trained("cifar10"),
 }
 
 
@@ -288,13 +315,12 @@ class Family(SideBySide):
 
   def _one(self, row, seed, start):
     """Returns the result of one run; None where it, or the run it starts from, does not finish."""
-    folder, fields = self.folder(row, seed), list(row.fields)
+    folder, config = self.folder(row, seed), row.config
     if start:
       if start.result() is None:
         return None
       first = dataclasses.replace(row, name=row.start)
-      fields.append(f"model.init_from={self.folder(first, seed)}")
-    config = row.config
+      config = config.format(start=self.folder(first, seed))
     if self.args.epochs is not None:
       config += f"{',' if ':' in config else ':'}epochs={self.args.epochs}"
     command = [
@@ -303,7 +329,7 @@ class Family(SideBySide):
       f"--workdir={folder}",
       f"--config.seed={seed}",
       "--config.eval_every=0",
-      *(f"--config.{field}" for field in fields),
+      *(f"--config.{field}" for field in row.fields),
       *self.flags,
     ]
     if self.args.data:

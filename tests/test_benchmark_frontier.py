@@ -32,7 +32,7 @@ def frontier(monkeypatch):
     row("wide", frontier.FAMILY, "c:width=4"),
     row("scale", frontier.BASELINE, "c"),
     row("open", frontier.PARAMETERS, "c"),
-    row("gates", frontier.GATED, "c", ("a.b=1",), wide="open", start="narrow"),
+    row("gates", frontier.GATED, "c:from={start}", ("a.b=1",), wide="open", start="narrow"),
   ]
   monkeypatch.setitem(frontier.TABLES, "made", table)
   return frontier
@@ -87,7 +87,7 @@ def test_every_row_of_every_table_is_a_config(frontier):
         assert config.data.name == f"union({row.name.removesuffix(' alone')})"
       ungated = config.model.gating in ("none", "scale", "bias", "kernels") or "static" in row.name
       assert ungated == (row.kind != frontier.GATED)
-      assert row.wide in names
+      assert row.kind != frontier.GATED or row.wide in names
 
 
 def test_gains_are_over_the_family_at_equal_macs_and_of_the_same_seed(
@@ -147,8 +147,7 @@ def test_runs_have_their_seed_data_and_start(frontier, taken, monkeypatch, tmp_p
   run(frontier, monkeypatch, "made", "--only=gates", *options)
   first, gated = taken
   assert "--config=c:width=1" in first
-  assert "--config=c" in gated
-  assert f"--config.model.init_from={tmp_path}/made/narrow-1" in gated
+  assert f"--config=c:from={tmp_path}/made/narrow-1" in gated
   assert {"--config.seed=1", "--config.a.b=1", "--config.optim.batch_size=8"} <= set(gated)
   assert f"--config.data.data_dir={tmp_path}" in gated
 
