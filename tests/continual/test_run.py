@@ -18,12 +18,12 @@ from gating_jax.continual import build, compile, registry, run, training
 from gating_jax.continual.method import LearnerState, Prediction, TaskTable
 from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
-from gating_jax.models import vggs
+from gating_jax.models import resnets, vggs
 from gating_jax.reports import tasks, timings
 from gating_jax.training import devices, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import read_lines
-from tests.helpers import pages, runs, tiny
+from tests.helpers import pages, runs, tiny, tiny_cli
 from tests.helpers.event_files import summaries
 from tests.helpers.loaded import loaded
 from tests.helpers.runs import announced, said
@@ -54,6 +54,7 @@ def config():
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(vggs.VGGS, "tiny", (8, vggs.POOL, 8))
+    patch.setitem(resnets.RESNETS, "tiny_resnet", tiny_cli.TINY)
     yield make
 
 
@@ -572,7 +573,7 @@ def test_every_method_is_built_and_predicts(changes, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"model.name": "resnet8", "model.width": 0.25}])
+@pytest.mark.parametrize("changes", [{}, {"model.name": "tiny_resnet"}])
 def test_a_run_grows_where_the_first_task_takes_all_there_is(
   changes, config, tmp_path, monkeypatch
 ):
@@ -692,9 +693,7 @@ def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ("method", "rehearsal"), [("gates", "generative"), ("gates", "gated_generative"), ("dgm", "none")]
-)
+@pytest.mark.parametrize(("method", "rehearsal"), [("gates", "gated_generative"), ("dgm", "none")])
 def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(
   config, tmp_path, capsys, resumable, method, rehearsal
 ):
@@ -798,7 +797,7 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "changes", [{}, {"method": "multitask_gates"}, {"model.name": "resnet8", "model.width": 0.25}]
+  "changes", [{}, {"method": "multitask_gates"}, {"model.name": "tiny_resnet"}]
 )
 def test_the_net_of_each_task_is_compiled(changes, config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(timings, "_REPEATS", 1)
