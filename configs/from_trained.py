@@ -69,6 +69,8 @@ def _gated(inner):
     **common.RECIPE,
     "model.equal_inner_width": inner,
     "model.importance.form": "prior",
+    # A short training is all that they have.
+    "optim.gate_lr_multiplier": 10.0,
   }
 
 
