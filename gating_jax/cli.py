@@ -141,10 +141,11 @@ def _run_mode() -> None:
       command_flags.COORDINATOR.value, command_flags.PROCESSES.value, command_flags.PROCESS.value
     )
   # Only now: it counts devices, after which JAX can join no job.
+  compiling = contextlib.nullcontext()
   if command_flags.SMOKE.value:
-    config = smoke.shrink(config)
+    config, compiling = smoke.shrink(config), smoke.compiling_quickly()
   # Only one process of a job prints.
-  with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
+  with compiling, contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
     module.run(config, workdir, command_flags.MODE.value)
 
 

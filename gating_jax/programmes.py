@@ -212,7 +212,7 @@ _LONG_VIDEO = ProgrammeRow(
   scores=(_ACCURACY, Score("mean average precision", "mean_average_precision", "macs")),
   noun="video",
   small={
-    "data.size": 32,
+    "data.size": 16,
     "data.segments": 8,
     "data.train_videos": 32,
     "data.test_videos": 16,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -229,13 +230,25 @@ def _read_split(path: str | Path, known: Iterable[str], table: str | Path) -> tu
   names = {}
   for line in _text_lines(path):
     if line.text not in known:
-      raise line.error(f"name a video of {table}")
+      raise line.error(f"name a video of {table}{_name_twin(line.text, known)}")
     if line.text in names:
       raise line.error("name each video once")
     names[line.text] = line
   if not names:
     raise ValueError(f"{path}: must name at least one video; it is empty")
   return tuple(names)
+
+
+def _name_twin(name: str, known: Iterable[str]) -> str:
+  """Says which known name looks the same in other characters; returns "" where none does.
+
+  A Mac may write an accent as a character of its own.
+  """
+  look = unicodedata.normalize("NFC", name)
+  for other in known:
+    if unicodedata.normalize("NFC", other) == look:
+      return f", which writes it as {ascii(other)}, not as {ascii(name)}"
+  return ""
 
 
 def read_folders(folder: str | Path, split: str) -> VideoTable:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from gating_jax import programmes
 from gating_jax.config_files import Config
-from gating_jax.data import features, folders, image_sets, scenes, unions, worlds
+from gating_jax.data import composed, features, folders, image_sets, scenes, unions, worlds
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.training import settings
 
@@ -17,8 +19,9 @@ _BATCH = 16
 _EXAMPLES = {"train": 64, "test": 32}
 # Examples of a class on average, for runs of tasks: no class is then without images.
 _OF_A_CLASS = {"train": 50, "test": 25}
-# Videos, where these are files.
-_VIDEOS = 32
+# Videos, where these are files, and frames of a segment. Gates begin with 128 concepts, for which
+# there must be as many different segments.
+_VIDEOS, _FRAMES = 24, 4
 # Pixels of a scene's longer side.
 _SIDE = 128
 # Fields of several programmes that a run's time grows with, and their largest value;
@@ -51,6 +54,7 @@ def shrink(config: Config) -> Config:
   # With `pretrained`, the first training is that of another run, and stays as it was.
   if not small.get("pretrained"):
     phases.append("pretrain")
+    _lower(small, "pretrain.segments_per_video", 1)
   for phase in phases:
     _lower(small, f"{phase}.epochs", 1)
     _lower(small, f"{phase}.batch_size", _over_devices(_BATCH))
@@ -65,6 +69,9 @@ def shrink(config: Config) -> Config:
   # Splits of videos are files; digits and made scenes are small already.
   if "layout" in small.get("data", {}):
     small.data.at_most = _VIDEOS
+    # Made segments have a fixed number of frames.
+    if small.data.name != composed.NAME:
+      _lower(small, "data.frames", _FRAMES)
   elif unions.is_union(small.get("data", {}).get("name", "")):
     _cut_union(small)
   elif small.data.get("name") in worlds.NAMES:
@@ -74,6 +81,23 @@ def shrink(config: Config) -> Config:
   elif small.data.get("name") not in (image_sets.DIGITS, folders.FOLDER, scenes.MADE):
     _cut_splits(small)
   return small.lock()
+
+
+@contextlib.contextmanager
+def compiling_quickly() -> Iterator[None]:
+  """Lets XLA leave out most optimisations: compiling programs of few steps is most of their time.
+
+  >>> with compiling_quickly():
+  ...   jax.config.read("jax_disable_most_optimizations")
+  True
+  """
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, True)
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
 
 
 def _over_devices(size: int) -> int:

@@ -133,6 +133,11 @@ def test_a_quoted_name_may_have_commas_and_quotes(tmp_path):
     ("video,label\n", "", "all.csv: must hold at least one video with a label; it has none"),
     ('video,label\n"1,a\n2,b\n', "", "line 2: must close a quoted field with a quote"),
     ("video,label\n1,a\n", "1\n2\n", "split.txt, line 2: must name a video of"),
+    (
+      "video,label\ncafe\u0301,a\n",
+      "caf\u00e9\n",
+      r"which writes it as 'cafe\u0301', not as 'caf\xe9'; got",
+    ),
     ("video,label\n1,a\n", "1\n\n1\n", "split.txt, line 3: must name each video once; got '1'"),
     ("video,label\n1,a\n", "\n", "split.txt: must name at least one video; it is empty"),
   ],

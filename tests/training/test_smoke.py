@@ -91,6 +91,22 @@ def test_scenes_and_their_parts_become_small_by_one_factor(opened):
   assert (small.data.size, small.data.crop) == ((64, 128), (48, 48))
 
 
+def test_films_become_small_and_short_and_made_videos_keep_their_frames():
+  films, made = (
+    smoke.shrink(config_of(name)).data for name in ("videos_timegate", "composed_timegate")
+  )
+  assert (films.size, films.frames, films.at_most) == (16, 4, 24)
+  assert (made.size, made.frames) == (16, 8)
+
+
+def test_programs_are_optimised_less_in_a_smoke_run_alone():
+  option = "jax_disable_most_optimizations"
+  before = jax.config.read(option)
+  with smoke.compiling_quickly():
+    assert jax.config.read(option)
+  assert jax.config.read(option) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "changes"),
