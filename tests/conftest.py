@@ -15,11 +15,15 @@ os.environ.update(QUICK | os.environ)
 import jax  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tests.helpers.lowering import share_contexts  # noqa: E402
+
 # The same examples in every run, so that a failure is caused by the change.
 # HYPOTHESIS_PROFILE=search looks for new ones.
 settings.register_profile("project", deadline=None, max_examples=25, derandomize=True)
 settings.register_profile("search", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
+
+share_contexts()
 
 MOST_MEMORY_MAPS = 20_000  # Linux grants a process 65,530; one test has needed 15,000
 MOST_MEMORY = 3 << 30  # bytes

@@ -210,7 +210,8 @@ def after_one_task(norm=True, saturate=True):
   return toys.end(method(norm), saturated(first) if saturate else first, toys.task(0))
 
 
-@pytest.mark.parametrize("norm", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [True, False])
 def test_saturated_masks_keep_the_first_task_while_the_second_is_learnt(norm):
   state = after_one_task(norm)
   used = np.asarray(state.memory.used)

@@ -138,7 +138,7 @@ def test_open_gates_cost_after_the_patience_and_every_task_pays_for_its_own():
     )
 
 
-@pytest.mark.thin(3)
+@pytest.mark.slow
 @every_kind
 def test_all_tasks_are_learnt_and_nothing_changes_shape(kind):
   made, data = method(kind), both_tasks()

@@ -561,14 +561,8 @@ def test_settings_are_checked(field, value, message):
     TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, field: value})
 
 
-@pytest.mark.parametrize(
-  ("rehearsed", "network"),
-  [
-    pytest.param(False, None, marks=pytest.mark.slow),
-    pytest.param(True, None, marks=pytest.mark.slow),
-    (True, NETWORK),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("rehearsed", "network"), [(False, None), (True, None), (True, NETWORK)])
 def test_two_devices_take_the_step_of_one(rehearsed, network):
   settings = (
     TaskClassifierSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2)
