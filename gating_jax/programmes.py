@@ -82,6 +82,9 @@ class ProgrammeRow:
     return all(config.get(field) in values for field, values in self.ungated.items())
 
 
+# Values of `model.gating` of networks that close nothing: scales, biases and mixed kernels only
+# change what is computed.
+UNGATED_NETS = ("none", "scale", "bias", "kernels")
 _ACCURACY = Score("accuracy", "accuracy", "macs")
 # Continual methods that compute the same for every image of a task.
 _UNGATED_METHODS = (
@@ -115,8 +118,7 @@ _CLASSIFICATION = ProgrammeRow(
   small={},
   field="model.gating",
   baselines=("none",),
-  # Scales, biases and mixed kernels close nothing.
-  ungated={"model.gating": ("none", "scale", "bias", "kernels")},
+  ungated={"model.gating": UNGATED_NETS},
   ignored=(
     "model.gate.",
     "model.noise.",

@@ -27,6 +27,7 @@ from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary, solve_share
 from gating_jax.models.vggs import VGGS, is_dense_name, vgg
+from gating_jax.programmes import UNGATED_NETS
 from gating_jax.training import devices, loop, optim, rundir, settings
 from gating_jax.training.objectives import (
   REDUCTIONS,
@@ -51,11 +52,10 @@ LOADERS = ("resident", "streaming")
 EXITS, EXPERTS = CLASSIFIER_GATINGS = ("exits", "experts")
 # Of an ungated network whose channels have scales: squeeze-and-excitation.
 SCALE = "scale"
-_UNGATED = ("none", SCALE, BIAS, KERNELS)
 # Of mixed kernels, where the config has none: their number, the temperature at the start, and the
 # fraction of training at which it has fallen to 1.
 _KERNEL_COUNT, _SOFTNESS, _SOFTNESS_END = 4, 30.0, 0.25
-# Uses of the importance of a trained network's units: gates begin with it, or it is pruned by it.
+# What the importance of a trained network's units is for: to begin gates with, or to prune it by.
 PRIOR, PRUNE = IMPORTANCE_FORMS = ("prior", "prune")
 # Of the loss that compares a network with its teacher, where the config has none.
 _TEMPERATURE = 4.0
@@ -80,8 +80,8 @@ class Experiment:
     share: share of gates that quantiles open, likewise.
     softness: temperature at which kernels are mixed, from step to number; None without any.
     full: the model with the whole backward pass, where its own leaves something out; else None.
-    source_names, class_sources: of a union, the names of its sets and the number of that of each
-      class; none of any other set.
+    source_names, class_sources: for a union, the names of its sets, and for each class the place of
+      its set among them; otherwise empty.
   """
 
   config: Config
@@ -662,7 +662,7 @@ def _check_together(config: Config) -> None:
     demand("model.gating", EXPERTS, "loss.regulariser is 'balance'")
   # Without gates that draw noise, the schedule would be silently ignored.
   if model.noise.final is not None and (
-    model.gating in (*_UNGATED, *CLASSIFIER_GATINGS)
+    model.gating in (*UNGATED_NETS, *CLASSIFIER_GATINGS)
     or model.gate.context == "random"
     or model.gate.relaxation == "sigmoid"
   ):
@@ -705,7 +705,7 @@ def _check_opening(config: Config) -> None:
       f"model.gating='scale'; got {gate.relaxation!r}"
     )
   scheduled = (model.get("dense_first") or {}).get("form") is not None
-  gated = model.gating not in (*_UNGATED, *CLASSIFIER_GATINGS)
+  gated = model.gating not in (*UNGATED_NETS, *CLASSIFIER_GATINGS)
   if scheduled and not (gated and gate.get("threshold") == "quantile"):
     raise ValueError(
       "model.dense_first.form must be None where no gates have quantiles for thresholds; got "
@@ -731,7 +731,7 @@ def _check_equal_macs(model: Config) -> None:
   if not 0 < inner < math.inf:
     raise ValueError(f"model.equal_inner_width must be None or a positive number; got {inner}")
   opens_a_share = gate.get("threshold") == "quantile" or gate.context in ("random", "assigned")
-  if model.gating in (*_UNGATED, *CLASSIFIER_GATINGS) or not opens_a_share:
+  if model.gating in (*UNGATED_NETS, *CLASSIFIER_GATINGS) or not opens_a_share:
     raise ValueError(
       "model.equal_inner_width must be None where no gates open a fixed share of units, by a "
       f"quantile, at random or assigned to sources; got {inner}"
@@ -915,5 +915,5 @@ def _check_budget_acts(config: Config) -> None:
       )
 
   refuse("model.gate.relaxation", ("sigmoid",))
-  refuse("model.gating", (*_UNGATED, *CLASSIFIER_GATINGS))
+  refuse("model.gating", (*UNGATED_NETS, *CLASSIFIER_GATINGS))
   refuse("loss.regulariser", set(REGULARISERS) - set(WITH_SPARSITY))

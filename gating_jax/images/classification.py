@@ -28,6 +28,7 @@ from gating_jax.images.build import EXITS, Experiment, build, scope_of
 from gating_jax.images.start import check_can_start, check_start, start_from
 from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
+from gating_jax.programmes import UNGATED_NETS
 from gating_jax.reports import classes as class_pages
 from gating_jax.reports import conclusion, frame, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
@@ -511,8 +512,7 @@ def watch_images(config: Config) -> ClosingWatch:
   """Returns the watch over classifiers and segmentation."""
   gating, gate, loss = config.model.gating, config.model.gate, config.loss
   # An exit that no image passes is not a closed gate; random gates learn nothing.
-  # Scales, biases and mixed kernels close nothing.
-  if gating in ("none", "scale", "bias", "kernels", "exits"):
+  if gating in (*UNGATED_NETS, "exits"):
     return ClosingWatch(())
   if gate.context in ("random", "assigned"):
     return ClosingWatch(())

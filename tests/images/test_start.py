@@ -184,6 +184,14 @@ COMPARED = {**UNGATED, "loss.distillation.coefficient": 0.5}
 DIGITS = tuple("0123456789")
 
 
+@pytest.mark.slow
+def test_the_network_of_a_file_is_named_where_the_config_names_another(config, tmp_path):
+  file, _ = weights(tmp_path)
+  built = classification.build(config(**{"model.name": "resnet18", "model.init_from": str(file)}))
+  with pytest.raises(ValueError, match=r"that of the network in \S+, .*; got 'resnet18'"):
+    start.check_can_start(built)
+
+
 def test_gates_begin_with_the_importance_of_a_file(config, tmp_path, capsys):
   file, _ = weights(tmp_path)
   changes = {"model.importance.gain": 0.5, "model.importance.static_layers": ("stage1",)}
