@@ -53,14 +53,6 @@ def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, backe
 
 
 PROGRAMMES = {
-  "segmentation_digits": {
-    "model.name": "tiny",
-    "data.size": "(16, 16)",
-    "data.train_scenes": 40,
-    "data.test_scenes": 8,
-    "optim.batch_size": 8,
-    "optim.epochs": 1,
-  },
   # Both nets, gate and classifier. Large, since otherwise Adam's steps would multiply rounding.
   "composed_timegate": {
     "model.light.name": "tiny",
