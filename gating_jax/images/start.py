@@ -26,10 +26,10 @@ from gating_jax.layers.gate import GateSettings, is_gate_path
 from gating_jax.models.pretrained import (
   IMAGENET_MEAN,
   IMAGENET_STD,
+  RESNET_NAMES,
   load_pretrained,
   names_weights,
 )
-from gating_jax.models.resnets import RESNETS
 from gating_jax.models.vggs import VGGS, is_dense_name
 from gating_jax.terminal import say
 from gating_jax.training import rundir, settings, steps
@@ -255,9 +255,9 @@ def _start_from_file(
   config = experiment.config
   file = user_path(config.model.init_from)
   # The name of one of torchvision's networks says more than the first shape that differs.
-  known = config.model.name in RESNETS and RESNETS[config.model.name].stem == "imagenet"
+  name = config.model.name if config.model.name in RESNET_NAMES else None
   with settings.named("model.init_from"):
-    model, variables = load_pretrained(file, config.model.name if known else None)
+    model, variables = load_pretrained(file, name)
   theirs = dict(variables["params"])
   said = [f"starting from the weights in {file}"]
   # The dense layers at the end belong to the classes and to the size of images.

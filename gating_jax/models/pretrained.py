@@ -52,7 +52,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _SUFFIXES = (".safetensors", ".npz")
 # Reading a pickle runs whatever its author wrote.
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
-_RESNET_NAMES = tuple(name for name, net in RESNETS.items() if net.stem == "imagenet")
+# Of torchvision and timm.
+RESNET_NAMES = tuple(name for name, net in RESNETS.items() if net.stem == "imagenet")
 # Convolutions before each of the five pools.
 _VGG_CONVS = {
   "vgg11": (1, 1, 2, 2, 2),
@@ -144,7 +145,7 @@ def load_pretrained(
   """
   file = user_path(path)
   if name is not None:
-    one_of("name", name, (*_RESNET_NAMES, *_VGG_NAMES))
+    one_of("name", name, (*RESNET_NAMES, *_VGG_NAMES))
   state = _read_state(file)
   shapes = {key: value.shape for key, value in state.items()}
   model = _model_of(shapes, file)
@@ -419,7 +420,7 @@ def _input_channels(model: ResNet | VGG, shapes: Mapping[str, Shape]) -> int:
 def _check_name(name: str, model: ResNet | VGG, file: FilePath) -> None:
   """Raises a ValueError unless a network, of any width, is the named one."""
   found = _description(model)
-  if name in _RESNET_NAMES:
+  if name in RESNET_NAMES:
     named = RESNETS[name]
     wanted = _describe_blocks(named.block, named.blocks)
   else:
