@@ -157,7 +157,7 @@ def of_trained(task):
     task: one of the config's.
   """
   file = f"configs/from_trained.py:task={task}"
-  rows = [Row("dense", FAMILY, f"{file},row=dense")]
+  rows = [Row("dense", FAMILY, f"{file},row=dense", wide="dense")]
   for macs in (70, 50, 30):
     for kind, name, row in (
       (FAMILY, "narrower, as long", "narrow_full"),
