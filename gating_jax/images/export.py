@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import quoted
+from gating_jax.config_files import Config
 from gating_jax.images.build import Experiment
 from gating_jax.images.model_card import hub_files
 from gating_jax.inference import costs, exits, export, folded
@@ -111,7 +112,10 @@ def export_run(
     conclusion.closing_text(
       f"Exported the checkpoint of step {step:,}, its times on {device()}.",
       rows,
-      [_load_command(paths[0]), *conclusion.next_commands(run_dir.path, ["compile"])],
+      [
+        _load_command(paths[0], experiment.config),
+        *conclusion.next_commands(run_dir.path, ["compile"]),
+      ],
     )
   )
 
@@ -139,9 +143,11 @@ def _times(measured: Mapping[str, Any]) -> list[str]:
   return times
 
 
-def _load_command(path: Path) -> str:
+def _load_command(path: Path, config: Config) -> str:
   """Returns a command that runs an export on an image file."""
-  return f"python {quoted(str(path / 'load.py'))} IMAGE    # its class, without this package"
+  number = "--set=NUMBER " if config.model.get("sources") else ""
+  script = quoted(str(path / "load.py"))
+  return f"python {script} {number}IMAGE    # its class, without this package"
 
 
 def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> str:

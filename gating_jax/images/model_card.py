@@ -21,11 +21,12 @@ from gating_jax.timing import MASKED
 LOADER = '''\
 """Runs this network: `python load.py IMAGE ...` says the class of each image.
 
+A network that is told the set of an image takes its number: `python load.py --set=1 IMAGE`.
 It needs `pip install jax flatbuffers safetensors pillow`, but not the package that trained it.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -36,6 +37,9 @@ from safetensors.numpy import load_file
 FOLDER = Path(__file__).parent
 CONFIG = json.loads((FOLDER / "config.json").read_text("utf-8"))
 HEIGHT, WIDTH, CHANNELS = CONFIG["input_shape"]
+# Number of sets, where the last channel of an image is the number of its set.
+SETS = CONFIG["sets"]
+COLOURS = CHANNELS - bool(SETS)
 
 
 def load(folder=FOLDER):
@@ -55,20 +59,27 @@ def resize(image):
   return image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=box)
 
 
-def prepare(file):
+def prepare(file, number=0):
   image = ImageOps.exif_transpose(Image.open(file))
   if image.mode[0] == "I":
     # 16 bits become 8; Pillow would cut them off.
     image = Image.fromarray(np.uint8(np.round(np.array(image) / 257)))
-  image = resize(image.convert("L" if CHANNELS == 1 else "RGB"))
-  pixels = np.float32(image).reshape(HEIGHT, WIDTH, CHANNELS) / 255
+  image = resize(image.convert("L" if COLOURS == 1 else "RGB"))
+  pixels = np.float32(image).reshape(HEIGHT, WIDTH, COLOURS)
+  if SETS:
+    pixels = np.concatenate([pixels, np.full((HEIGHT, WIDTH, 1), number, np.float32)], axis=-1)
+  pixels = pixels / 255
   return (pixels - np.float32(CONFIG["mean"])) / np.float32(CONFIG["std"])
 
 
 if __name__ == "__main__":
-  run = load()
-  for file in sys.argv[1:]:
-    logits, _ = run(prepare(file)[None])
+  parser = argparse.ArgumentParser(description="Says the class of each image.")
+  parser.add_argument("images", nargs="+", metavar="IMAGE")
+  if SETS:
+    parser.add_argument("--set", type=int, choices=range(SETS), required=True)
+  given, run = parser.parse_args(), load()
+  for file in given.images:
+    logits, _ = run(prepare(file, given.set if SETS else 0)[None])
     print(file, CONFIG["id2label"][str(int(np.argmax(logits)))])
 '''
 
@@ -88,7 +99,7 @@ A network for images of {classes} classes, trained and exported by gating_jax: a
 
 ```bash
 pip install jax flatbuffers safetensors pillow
-python load.py picture.png
+python load.py {number}picture.png
 ```
 
 `load.py` reads `program.stablehlo` and `weights.safetensors`, and runs them on image files.
@@ -132,7 +143,14 @@ def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[
     "mean": card["mean"],
     "std": card["std"],
     "id2label": labels,
+    # Number of sets, where the last channel of an image is the number of its set; else 0.
+    "sets": _count_sets(model),
   }
+
+
+def _count_sets(model: Mapping[str, Any]) -> int:
+  """Returns the number of sets of a network that is told the set of an image; 0 for others."""
+  return model.get("sources") or 0
 
 
 def _crop_fraction(data: Mapping[str, Any]) -> float | None:
@@ -146,6 +164,8 @@ def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int], has_onnx: 
   """Returns the page that a hub shows."""
   model, data = card["config"]["model"], card["config"]["data"]
   height, width, channels = input_shape
+  sets = _count_sets(model)
+  colours = channels - bool(sets)
   onnx = "`model.onnx` is the same network for onnxruntime and others. " if has_onnx else ""
   images = _name_of_images(data)
   return _PAGE.format(
@@ -161,7 +181,9 @@ def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int], has_onnx: 
     crop=_describe_crop(_crop_fraction(data)),
     height=height,
     width=width,
-    channels="grey" if channels == 1 else f"{channels} colours",
+    channels=("grey" if colours == 1 else f"{colours} colours")
+    + " and the number of the image's set" * bool(sets),
+    number="--set=0 " * bool(sets),
     onnx=onnx,
   )
 

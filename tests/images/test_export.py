@@ -214,6 +214,28 @@ def test_an_export_prepares_a_photograph_as_the_test_does(tmp_path, loader):
   np.testing.assert_allclose(found, (pixels / 255 - card["mean"]) / 0.25, atol=1e-5)
 
 
+def test_an_export_of_a_net_that_is_told_the_set_takes_its_number(tmp_path, monkeypatch):
+  card = card_of(model={"sources": 3}, mean=[0.5, 0.4, 0.3, 0.0], std=[0.25, 0.25, 0.25, 1 / 255])
+  files = hub_files(card, (8, 8, 4))
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content)
+  assert "load.py --set=0 picture.png" in files["README.md"].decode()
+  assert "8 x 8 pixels of 3 colours and the number of" in " ".join(
+    files["README.md"].decode().split()
+  )
+  Image.new("RGB", (8, 8), (200, 100, 0)).save(tmp_path / "a.png")
+  script = str(tmp_path / "load.py")
+  image = runpy.run_path(script)["prepare"](tmp_path / "a.png", 2)
+  assert image.shape == (8, 8, 4)
+  np.testing.assert_allclose(image[..., 3], 2, rtol=1e-6)
+  np.testing.assert_allclose(image[..., 0], (200 / 255 - 0.5) / 0.25, rtol=1e-6)
+  for given in ([], ["--set=3"]):
+    monkeypatch.setattr(sys, "argv", ["load.py", *given, "a.png"])
+    with pytest.raises(SystemExit) as ended:
+      runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 2
+
+
 @pytest.mark.slow
 def test_the_script_of_an_export_runs_in_a_process_of_its_own(tmp_path):
   model, card = VGG(classes=2, chain=(4,), gating="channel"), card_of()
