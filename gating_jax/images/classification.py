@@ -25,7 +25,7 @@ from gating_jax.data import augment, folders, image_sets, streaming
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import EXITS, Experiment, build, scope_of
-from gating_jax.images.start import check_can_start, check_start, start_from
+from gating_jax.images.start import check_can_start, check_start, read_weights, start_from
 from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
 from gating_jax.programmes import UNGATED_NETS
@@ -79,7 +79,10 @@ def run(config: Config, workdir: Path, mode: str) -> None:
       `compile` times programs that skip closed gates.
   """
   start = config.model.init_from if mode == "train" else None
-  if start is not None and not names_weights(start):
+  # Before data are opened, which may take minutes.
+  if start is not None and names_weights(start):
+    read_weights(config)
+  elif start is not None:
     check_start(config, with_checkpoint=not RunDir(user_path(workdir)).has_checkpoint())
   with runner.opening_data(Classification, config, workdir, mode):
     experiment = build(config)

@@ -92,6 +92,19 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
   return theirs
 
 
+def read_weights(config: Config) -> tuple[nn.Module, dict[str, Any]]:
+  """Returns the network and the variables of the file of weights that `model.init_from` names.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it has no weights of a network that is known, or of another than `model.name`.
+  """
+  # The name of one of torchvision's networks says more than the first shape that differs.
+  name = config.model.name if config.model.name in RESNET_NAMES else None
+  with settings.named("model.init_from"):
+    return load_pretrained(user_path(config.model.init_from), name)
+
+
 def _no_start(start: RunDir) -> str:
   """Returns the error for a run to start from that has no checkpoint."""
   return f"model.init_from must name a run with a checkpoint; {start.path} has none yet"
@@ -254,10 +267,7 @@ def _start_from_file(
   """
   config = experiment.config
   file = user_path(config.model.init_from)
-  # The name of one of torchvision's networks says more than the first shape that differs.
-  name = config.model.name if config.model.name in RESNET_NAMES else None
-  with settings.named("model.init_from"):
-    model, variables = load_pretrained(file, name)
+  model, variables = read_weights(config)
   theirs = dict(variables["params"])
   said = [f"starting from the weights in {file}"]
   # The dense layers at the end belong to the classes and to the size of images.

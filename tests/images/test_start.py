@@ -99,6 +99,16 @@ def test_the_classifier_is_fresh_where_the_classes_differ(config, tmp_path, caps
   )
 
 
+def test_weights_are_looked_at_before_the_data_are(tmp_path, monkeypatch):
+  monkeypatch.setattr(classification, "build", lambda _: pytest.fail("data are opened"))
+  (tmp_path / "text.npz").write_text("no weights")
+  for name, error in (("none.npz", FileNotFoundError), ("text.npz", ValueError)):
+    with pytest.raises(error, match=f"model.init_from.*{name}"):
+      classification.run(
+        config(**{"model.init_from": str(tmp_path / name)}), str(tmp_path / "run"), "train"
+      )
+
+
 def test_a_file_of_another_network_is_refused_before_a_run_begins(config, tmp_path):
   file, _ = weights(tmp_path, features=6)
   made = config(**{"model.init_from": str(file)})
