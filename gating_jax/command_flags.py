@@ -92,7 +92,7 @@ MODE = flags.DEFINE_string("mode", "train", "What to do, as above.")
 SMOKE = flags.DEFINE_bool(
   "smoke",
   False,
-  "Trains on little data for a few steps, to check in a minute or two that a config works from end "
+  "Trains on little data for a few steps, to check within a minute that a config works from end "
   "to end; needs its own run directory.",
 )
 PAGE = flags.DEFINE_string(

@@ -1,4 +1,4 @@
-"""Smoke tests of any config: little data, few steps and tasks; a run ends in a minute or two."""
+"""Smoke tests of any config: a run ends soon, with little data, few steps, tasks and layers."""
 
 from __future__ import annotations
 
@@ -32,12 +32,24 @@ _AT_MOST = {
   "log_every": 5,
   "devices.steps_per_dispatch": 1,
 }
+# Deep networks and shallow ones of their kind: programs of few layers compile in seconds.
+_SHALLOW = {
+  **dict.fromkeys((f"resnet{depth}" for depth in (14, 20, 32, 44, 56, 110)), "resnet8"),
+  **dict.fromkeys(("resnet34", "resnet50", "resnet101"), "resnet18"),
+  **dict.fromkeys((f"resnet3d{depth}" for depth in (18, 34, 50, 101)), "resnet3d10"),
+  "r2plus1d18": "r2plus1d10",
+  "i3d": "i3d_small",
+  "mobilenet": "mobilenet_small",
+  "vgg16": "vgg8",
+}
+_NAMES = ("model.name", "model.light.name", "model.heavy.name")
 
 
 def shrink(config: Config) -> Config:
   """Returns the config with less of everything that a run's time grows with.
 
-  Its model and method are unchanged. TFDS sets are opened for their splits and classes; errors are
+  A deep network becomes a shallow one of its kind, unless it starts from trained weights. Its width
+  and the method are unchanged. TFDS sets are opened for their splits and classes; errors are
   as in `data.tfds.open_tfds`.
 
   >>> from ml_collections import ConfigDict
@@ -47,6 +59,7 @@ def shrink(config: Config) -> Config:
   """
   small = config.copy_and_resolve_references().unlock()
   _shrink_scenes(small)
+  _make_shallow(small)
   row = programmes.find_row(small.get("experiment"))
   for name, most in {**_AT_MOST, **(row.small if row else {})}.items():
     _lower(small, name, most)
@@ -143,6 +156,16 @@ def _shrink_scenes(config: Config) -> None:
   for field in ("size", "crop"):
     if data[field] is not None:
       data[field] = tuple(round(factor * side) for side in data[field])
+
+
+def _make_shallow(config: Config) -> None:
+  """Names shallow networks in place of deep ones, unless trained weights are of the deep ones."""
+  if config.get("pretrained") or config.get("model", {}).get("init_from"):
+    return
+  for name in _NAMES:
+    section, field = _place(config, name)
+    if section is not None and section[field] in _SHALLOW:
+      section[field] = _SHALLOW[section[field]]
 
 
 def _cut_splits(config: Config) -> None:

@@ -6,6 +6,9 @@ import pytest
 
 from gating_jax import config_files
 from gating_jax.data import tfds
+from gating_jax.models.resnets import RESNETS
+from gating_jax.models.vggs import VGGS
+from gating_jax.models.video_backbones import HEAVY_NETS, LIGHT_NETS
 from gating_jax.training import smoke
 from gating_jax.training.rundir import flatten
 from tests.helpers import stand_ins
@@ -34,12 +37,13 @@ def config_of(name, **changes):
 
 
 @pytest.mark.parametrize("name", sorted(config_files.packaged()))
-def test_every_config_becomes_small_and_keeps_its_fields_and_model(name, opened):
+def test_every_config_becomes_small_and_keeps_its_fields_and_method(name, opened):
   given, small = (flatten(each) for each in (config_of(name), smoke.shrink(config_of(name))))
   assert small.keys() == given.keys()
   assert given == flatten(config_of(name))
   changed = {field for field in given if given[field] != small[field]}
   assert {field.split(".")[0] for field in changed} <= {
+    "model",
     "data",
     "tasks",
     "router",
@@ -54,6 +58,8 @@ def test_every_config_becomes_small_and_keeps_its_fields_and_model(name, opened)
     "eval_every",
     "devices",
   }
+  of_model = {field for field in changed if field.startswith("model.")}
+  assert of_model <= {"model.name", "model.light.name", "model.heavy.name"}
   assert small["optim.epochs"] == 1
   assert small["optim.batch_size"] <= max(16, jax.device_count())
   assert small["optim.batch_size"] % jax.device_count() == 0
@@ -97,6 +103,22 @@ def test_films_become_small_and_short_and_made_videos_keep_their_frames():
   )
   assert (films.size, films.frames, films.at_most) == (16, 4, 24)
   assert (made.size, made.frames) == (16, 8)
+
+
+def test_a_deep_network_becomes_a_shallow_one_unless_it_starts_from_trained_weights():
+  street = config_of("segmentation_cityscapes")
+  assert (street.model.name, smoke.shrink(street).model.name) == ("resnet50", "resnet18")
+  films = smoke.shrink(config_of("videos_timegate")).model
+  assert (films.light.name, films.heavy.name) == ("mobilenet_small", "resnet3d10")
+  begun = config_of("digits_resnet20", **{"model.init_from": "runs/plain"})
+  assert smoke.shrink(begun).model.name == "resnet20"
+  nets = config_of("videos_timegate", pretrained="runs/other")
+  assert smoke.shrink(nets).model == nets.model
+
+
+@pytest.mark.parametrize("name", sorted({*smoke._SHALLOW, *smoke._SHALLOW.values()}))
+def test_a_shallow_network_is_one_that_configs_can_name(name):
+  assert name in {*RESNETS, *VGGS, *LIGHT_NETS, *HEAVY_NETS}
 
 
 def test_programs_are_optimised_less_in_a_smoke_run_alone():
