@@ -159,6 +159,7 @@ _COUNTED_VIDEOS = {
   "training_unreadable": "training videos that could not be read",
   "validation_unreadable": "validation videos that could not be read",
   "copies": "test videos that are copies of training videos",
+  "validation_copies": "validation videos that are copies of training videos",
 }
 
 
@@ -564,6 +565,8 @@ _MEANINGS = {
   "videos that could not be read": "Excluded from all numbers.",
   "test videos that are copies": "Their files are those of training videos, byte for byte, so that "
   "the score says less about new videos.",
+  "validation videos that are copies": "Their files are those of training videos, byte for byte: "
+  "thresholds and the choice of the epoch say less about new videos.",
   "validation videos that could not be read": "Excluded from thresholds and from the choice of "
   "the epoch.",
   "training videos that could not be read": "Since the last start of the training; other training "

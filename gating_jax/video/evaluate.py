@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -185,22 +185,42 @@ def count_unread(videos: VideoArrays | VideoSet | None, split: str) -> dict[str,
 
 
 def count_copies(
-  train: VideoArrays | VideoSet, test: VideoArrays | VideoSet
+  train: VideoArrays | VideoSet,
+  validation: VideoArrays | VideoSet | None,
+  test: VideoArrays | VideoSet,
 ) -> dict[str, int | list[str]]:
-  """Counts the test videos whose files are those of training videos, byte for byte.
+  """Counts the videos whose files are, byte for byte, those of a split that a net learns from.
 
-  The first five are named, here and in a warning.
+  Of the test videos these are copies of training videos, held out or not; of the videos held out,
+  copies of the others. The first five are named, here and in a warning.
 
+  Args:
+    train, validation, test: the splits; None where no videos are held out.
   Returns:
     entries of a result; none for sets in memory, which have no files.
   """
   if not (isinstance(train, VideoSet) and isinstance(test, VideoSet)):
     return {}
-  copies = find_shared(train, test).by_content
+  copies = dict(_copies(train, test))
+  found: dict[str, int | list[str]] = {}
+  if isinstance(validation, VideoSet):
+    copies = dict(_copies(validation, test)) | copies
+    found |= _count_copies("validation_copies", "held-out", dict(_copies(train, validation)))
+  return _count_copies("copies", "test", copies) | found
+
+
+def _copies(one: VideoSet, other: VideoSet) -> Iterator[tuple[str, str]]:
+  """Yields the names of the second set's copies, each with the name in the first."""
+  for first, name in find_shared(one, other).by_content:
+    yield name, first
+
+
+def _count_copies(entry: str, split: str, copies: Mapping[str, str]) -> dict[str, int | list[str]]:
+  """Returns the entries of copies, by their names, and warns of them where there are any."""
   if copies:
-    pairs = [f"{own} is {other}" for other, own in copies]
-    warn("%d test videos are copies of training videos: %s", len(copies), few(pairs, _NAMED))
-  return {"copies": len(copies), "copies_names": [own for _, own in copies[:_NAMED]]}
+    pairs = [f"{name} is {first}" for name, first in copies.items()]
+    warn("%d %s videos are copies of training videos: %s", len(pairs), split, few(pairs, _NAMED))
+  return {entry: len(copies), f"{entry}_names": list(copies)[:_NAMED]}
 
 
 def _which_read(arrays: Arrays, videos: VideoArrays | VideoSet, split: str) -> np.ndarray:

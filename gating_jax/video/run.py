@@ -171,7 +171,7 @@ class LongVideo(runner.Programme):
       result |= video_evaluation.count_unread(experiment.train, video_evaluation.TRAINING)
       held = experiment.validation
       result |= video_evaluation.count_unread(held, video_evaluation.VALIDATION)
-      result |= video_evaluation.count_copies(experiment.train, experiment.test)
+      result |= video_evaluation.count_copies(experiment.train, held, experiment.test)
       # Timed once, at the end: a test during training is not slowed down by it.
       result |= self._speed(variables)
       with working("drawing the report", "up to a minute"):

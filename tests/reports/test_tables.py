@@ -353,6 +353,7 @@ ALL_OF_VIDEOS = dict(
   training_unreadable=1,
   validation_unreadable=1,
   copies=1,
+  validation_copies=1,
   missing=1,
   classes_left_out=["a"],
   videos_per_second=1.0,

@@ -226,9 +226,15 @@ def test_copies_of_training_videos_are_counted_and_named(config, tmp_path, monke
   experiment = build.build(config("features_timegate", **given))
   warned = []
   monkeypatch.setattr(evaluate, "warn", lambda message, *values: warned.append(message % values))
-  found = evaluate.count_copies(experiment.train, experiment.test)
+  found = evaluate.count_copies(experiment.train, None, experiment.test)
   assert found == {"copies": 1, "copies_names": ["video20"]}
   assert warned == ["1 test videos are copies of training videos: video20 is video3"]
+  # Of three splits each is compared with those that a net learns from before it.
+  warned.clear()
+  found = evaluate.count_copies(experiment.test, experiment.train, experiment.test)
+  assert (found["copies"], found["validation_copies"]) == (1, 1)
+  assert found["validation_copies_names"] == ["video3"]
+  assert warned[0] == "1 held-out videos are copies of training videos: video3 is video20"
 
 
 @pytest.mark.parametrize("field", ["data.table", "data.train_split", "data.test_split"])
