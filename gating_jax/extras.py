@@ -24,8 +24,8 @@ EXTRAS = {
     "tensorflow_datasets",
     "tqdm",
   ),
-  "video": ("av",),
   "export": ("flatbuffers", "onnx", "onnxruntime", "safetensors"),
+  "video": ("av", "safetensors"),
 }
 
 

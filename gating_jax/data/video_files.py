@@ -69,7 +69,7 @@ _SPLICE = 10.0
 # Seconds, to which Matroska rounds times.
 _ROUNDING = 1e-3
 # Bytes of a film's resized frames, beyond which a cache keeps clips instead.
-_LARGEST = 2**26
+_LARGEST = 2**28
 # Fraction of what a file announces; if less can be decoded, the file is damaged.
 _WHOLE = 0.9
 
