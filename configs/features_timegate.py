@@ -20,6 +20,7 @@ def get_config(arg: str = ""):
   config.data.name = "features"
   config.data.segments = 64
   config.data.validation = 0.2
+  config.eval_every = 5.0  # the epoch is chosen on the videos held out
   config.model.light.name = "features"
   config.model.heavy.name = "features"
   config.pretrain.epochs = 0  # there are no nets to train

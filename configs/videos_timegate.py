@@ -29,6 +29,7 @@ def get_config(arg: str = ""):
   config.data.size = 112
   config.data.workers = 4
   config.data.validation = 0.2
+  config.eval_every = 5.0  # the epoch is chosen on the videos held out
   # A few hundred films are learnt by heart without these. Turn off the mirror where left and right
   # matter to the labels.
   config.data.crop_padding = 8
