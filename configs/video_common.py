@@ -161,6 +161,8 @@ def video_config() -> Config:
       "devices": {"backend": "pmap", "steps_per_dispatch": 1},
       "log_every": 50,  # steps
       "eval_every": 0.0,  # epochs; 0: at the end only
+      # whether the result has videos per second, measured at the end; None: it has
+      "speed": config_dict.placeholder(bool),
       "checkpoint_every": 1.0,  # epochs
     }
   )

@@ -215,7 +215,8 @@ _LONG_VIDEO = ProgrammeRow(
   noun="video",
   small={
     "data.size": 16,
-    "data.segments": 8,
+    "data.segments": 4,
+    "model.gate.concepts": 16,
     "data.train_videos": 32,
     "data.test_videos": 16,
   },

@@ -18,16 +18,16 @@ from gating_jax.training import settings
 _BATCH = 16
 _EXAMPLES = {"train": 64, "test": 32}
 # Examples of a class on average, for runs of tasks: no class is then without images.
-_OF_A_CLASS = {"train": 50, "test": 25}
-# Videos, where these are files, and frames of a segment. Gates begin with 128 concepts, for which
-# there must be as many different segments.
+_OF_A_CLASS = {"train": 20, "test": 10}
+# Videos, where these are files, and frames of a segment. Gates need as many different segments as
+# they have concepts.
 _VIDEOS, _FRAMES = 24, 4
 # Pixels of a scene's longer side.
 _SIDE = 128
 # Fields of several programmes that a run's time grows with, and their largest value;
 # `programmes.PROGRAMMES` has those of one.
 _AT_MOST = {
-  "data.image_size": 64,
+  "data.image_size": 32,
   "data.workers": 1,
   "log_every": 5,
   "devices.steps_per_dispatch": 1,
@@ -39,27 +39,29 @@ _SHALLOW = {
   **dict.fromkeys((f"resnet3d{depth}" for depth in (18, 34, 50, 101)), "resnet3d10"),
   "r2plus1d18": "r2plus1d10",
   "i3d": "i3d_small",
-  "mobilenet": "mobilenet_small",
+  **dict.fromkeys(("mobilenet", "mobilenet_small"), "resnet8"),
   "vgg16": "vgg8",
 }
 _NAMES = ("model.name", "model.light.name", "model.heavy.name")
+# Largest width of networks of images; gates of several adjacent channels need whole blocks of them.
+_WIDTH = 0.375
 
 
 def shrink(config: Config) -> Config:
   """Returns the config with less of everything that a run's time grows with.
 
-  A deep network becomes a shallow one of its kind, unless it starts from trained weights. Its width
-  and the method are unchanged. TFDS sets are opened for their splits and classes; errors are
-  as in `data.tfds.open_tfds`.
+  A deep or wide network becomes a small one of its kind, unless it starts from trained weights. The
+  method is unchanged. TFDS sets are opened for their splits and classes; errors are as in
+  `data.tfds.open_tfds`.
 
   >>> from ml_collections import ConfigDict
   >>> config = {"data": {"name": "digits", "image_size": 224}, "optim": {"epochs": 200}}
   >>> shrink(ConfigDict(config)).to_dict()
-  {'data': {'image_size': 64, 'name': 'digits'}, 'optim': {'epochs': 1}}
+  {'data': {'image_size': 32, 'name': 'digits'}, 'optim': {'epochs': 1}}
   """
   small = config.copy_and_resolve_references().unlock()
   _shrink_scenes(small)
-  _make_shallow(small)
+  _shrink_networks(small)
   row = programmes.find_row(small.get("experiment"))
   for name, most in {**_AT_MOST, **(row.small if row else {})}.items():
     _lower(small, name, most)
@@ -71,8 +73,10 @@ def shrink(config: Config) -> Config:
   for phase in phases:
     _lower(small, f"{phase}.epochs", 1)
     _lower(small, f"{phase}.batch_size", _over_devices(_BATCH))
-  _lower(small, "optim.steps_per_task", 4)
+  _set(small, "optim.steps_per_task", 4)
   _set(small, "eval_every", 0.0)
+  # Programs that are optimised less have no speed of interest.
+  _set(small, "speed", False)
   # The first two of tasks that are listed, which have no count.
   if small.get("tasks", {}).get("classes") is not None:
     small.tasks.classes, small.tasks.count = tuple(small.tasks.classes[:2]), 0
@@ -158,14 +162,16 @@ def _shrink_scenes(config: Config) -> None:
       data[field] = tuple(round(factor * side) for side in data[field])
 
 
-def _make_shallow(config: Config) -> None:
-  """Names shallow networks in place of deep ones, unless trained weights are of the deep ones."""
+def _shrink_networks(config: Config) -> None:
+  """Makes deep networks shallow and wide ones narrow, unless they start from trained weights."""
   if config.get("pretrained") or config.get("model", {}).get("init_from"):
     return
   for name in _NAMES:
     section, field = _place(config, name)
     if section is not None and section[field] in _SHALLOW:
       section[field] = _SHALLOW[section[field]]
+  if config.get("model", {}).get("gate", {}).get("block", 1) == 1:
+    _lower(config, "model.width", _WIDTH)
 
 
 def _cut_splits(config: Config) -> None:

@@ -361,7 +361,10 @@ class LongVideo(runner.Programme):
       return video_evaluation.test_network(self.experiment, variables, video_evaluation.TEST)
 
   def _speed(self, variables: Any) -> dict[str, float]:
-    """Times the whole network, as `video.speed.speed` does."""
+    """Times the whole network, as `video.speed.speed` does, unless the config says not to."""
+    # Older configs have no such field.
+    if self.config.get("speed") is False:
+      return {}
     with working("timing runs that skip segments", "up to a minute"):
       return speed.speed(self.experiment, variables)
 

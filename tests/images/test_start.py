@@ -99,7 +99,7 @@ def test_the_classifier_is_fresh_where_the_classes_differ(config, tmp_path, caps
   )
 
 
-def test_weights_are_looked_at_before_the_data_are(tmp_path, monkeypatch):
+def test_weights_are_looked_at_before_the_data_are(config, tmp_path, monkeypatch):
   monkeypatch.setattr(classification, "build", lambda _: pytest.fail("data are opened"))
   (tmp_path / "text.npz").write_text("no weights")
   for name, error in (("none.npz", FileNotFoundError), ("text.npz", ValueError)):
