@@ -144,6 +144,8 @@ def named(section: str) -> Iterator[None]:
     yield
   except ValueError as error:
     raise ValueError(f"{section}: {error}") from error
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f"{section}: {error}") from error
 
 
 def all_numbers(values: Any) -> bool:
