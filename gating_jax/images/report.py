@@ -270,8 +270,8 @@ def _outcomes(run: ImageRun) -> page.EmbeddedPicture:
   """Draws how many test images each gate is open for, by layer."""
   return page.embed_figure(
     gate_pictures.draw_outcomes(run.gated.diagnosis, run.layer_sizes, run.layer_names),
-    f"Gates of each layer, by how many of the {len(run.images.macs):,} test {run.noun}s they are "
-    "open for.",
+    "Gates of each layer, the first on top, by how many of the "
+    f"{len(run.images.macs):,} test {run.noun}s they are open for.",
     terms=[
       ("gates of the layer", "all gates of a layer are 100 %"),
       (

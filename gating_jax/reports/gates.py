@@ -83,7 +83,9 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
   from matplotlib.figure import Figure  # imports slowly
 
   count, kinds = len(sizes), _kinds(found)
-  figure = Figure(figsize=(WIDTH, 1.7 + min(0.24 * count, _TALLEST)), layout="constrained")
+  figure = Figure(
+    figsize=(WIDTH, 1.7 + max(0.5, min(0.24 * count, _TALLEST))), layout="constrained"
+  )
   axes = figure.subplots()
   layer = np.repeat(np.arange(count), sizes)
   left = np.zeros(count)
@@ -107,7 +109,7 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
   axes.margins(y=0.01)
   axes.set_xlim(0, 100)
   axes.set_xlabel("gates of the layer (%)")
-  axes.set_ylabel("layer, the first on top")
+  axes.set_ylabel("layer")
   axes.spines[["top", "right"]].set_visible(False)
   figure.legend(
     loc="outside upper left",
