@@ -17,8 +17,8 @@ from gating_jax.checks import few
 from gating_jax.reports import page
 from gating_jax.reports.text import format_percent, plain
 
-# Classes with a row each in tables; of more, those with the lowest scores.
-_ROWS = 20
+# Classes that have a row each in tables; of more, so many with the lowest scores have one.
+_ROWS, _WORST = 20, 10
 # Classes whose names and numbers are written next to a picture of confusions.
 _NAMED = 20
 
@@ -53,7 +53,7 @@ def class_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   of_class = result.get("class_accuracy") or result.get("class_average_precision") or {}
   names = list(of_class)
   if len(names) > _ROWS:
-    names = sorted(names, key=lambda name: of_class[name])[:_ROWS]
+    names = sorted(names, key=lambda name: of_class[name])[:_WORST]
   rows = []
   for name in names:
     rows.append((f"class {plain(name, 30)}", format_percent(of_class[name], 1)))

@@ -164,6 +164,8 @@ def draw_histograms(
       interpolation="nearest",
     )
     _label_ends(panel.axes, history)
+    # Below the steps, which leave no room between them.
+    panel.axes.xaxis.labelpad = 1
     panel.axes.set_yticks([0, 1], ["0", "1"], fontsize=_FONT_SIZE)
   return figure
 
