@@ -105,7 +105,7 @@ def test_films_become_small_and_short_and_made_videos_keep_their_frames():
   assert (made.size, made.frames) == (16, 8)
 
 
-def test_a_deep_network_becomes_a_shallow_one_unless_it_starts_from_trained_weights():
+def test_a_deep_network_becomes_a_shallow_one_unless_it_starts_from_trained_weights(opened):
   street = config_of("segmentation_cityscapes")
   assert (street.model.name, smoke.shrink(street).model.name) == ("resnet50", "resnet18")
   films = smoke.shrink(config_of("videos_timegate")).model
