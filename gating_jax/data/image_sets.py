@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,8 +127,8 @@ def load(
     DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that
       prepares it.
     ValueError: an unknown split, a set without these features or with ones that hold no picture or
-      no single class per image, pictures outside the scale of their type, or images of different
-      sizes.
+      no single class per image, pictures outside the scale of their type, images of different
+      sizes, or more of them than fit in memory.
   """
 
   def fit(pixels):
@@ -143,6 +146,7 @@ def load(
   source = open_images(name, split, data_dir, image, label)
   # The first image has the shape that all must have; the array is then filled in place.
   first = fit(source[0][image])
+  _check_fits(len(source), first.shape, f"data split {split!r} of {name}")
   pixels = np.empty((len(source), *first.shape), np.uint8)
   labels = np.empty(len(source), np.int32)
   for i in progress_bar(
@@ -175,6 +179,31 @@ def open_images(name: str, split: str, data_dir: str | None, image: str, label: 
   if name == folders.FOLDER:
     return folders.open_folder(data_dir, split, image, label)
   return tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
+
+
+def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
+  """Raises a ValueError where so many images of this shape do not fit in memory."""
+  needed, available = count * math.prod(shape), _available_memory()
+  if needed > available:
+    size = "x".join(map(str, shape))
+    raise ValueError(
+      f"{name} must fit in memory: its {count:,} images of {size} are {needed / 1e9:,.1f} GB, of "
+      f"{available / 1e9:,.1f} GB that are available. Set data.loader=streaming where the config "
+      "has it, or a smaller data.image_size"
+    )
+
+
+def _available_memory() -> int:
+  """Returns the bytes of memory that this process may still take; all of it where none says so."""
+  try:
+    # With what the cache of files would give back, unlike the pages that `sysconf` calls available.
+    for line in Path("/proc/meminfo").read_text().splitlines():
+      if line.startswith("MemAvailable:"):
+        return 1024 * int(line.split()[1])
+  except OSError:
+    # Only Linux has it.
+    pass
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keeps_proportions(name: str) -> bool:
