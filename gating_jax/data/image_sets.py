@@ -107,6 +107,7 @@ def load(
   image_size: int = 0,
   image: str = tfds.IMAGE,
   label: str = tfds.LABEL,
+  in_use: Sequence[str] | None = None,
 ) -> Images:
   """Reads a whole split into memory.
 
@@ -123,6 +124,8 @@ def load(
     image_size: side in pixels that images are resized to; 0 leaves them. Of a `folder` or a union,
       the largest square in the middle of each image is resized.
     image, label: names of the features that hold them in a TFDS set.
+    in_use: of a folder, the splits that agree on the classes, which are those of their images; None
+      for all.
   Raises:
     DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that
       prepares it.
@@ -143,7 +146,7 @@ def load(
     if not image_size:
       return made
     return dataclasses.replace(made, pixels=np.stack([fit(pixels) for pixels in made.pixels]))
-  source = open_images(name, split, data_dir, image, label)
+  source = open_images(name, split, data_dir, image, label, in_use)
   # The first image has the shape that all must have; the array is then filled in place.
   first = fit(source[0][image])
   _check_fits(len(source), first.shape, f"data split {split!r} of {name}")
@@ -168,16 +171,23 @@ def load(
   return Images(pixels, labels, source.class_names)
 
 
-def open_images(name: str, split: str, data_dir: str | None, image: str, label: str) -> Any:
+def open_images(
+  name: str,
+  split: str,
+  data_dir: str | None,
+  image: str,
+  label: str,
+  in_use: Sequence[str] | None = None,
+) -> Any:
   """Opens a split of images with random access; arguments and errors are as in `load`.
 
   Returns:
     A sequence of examples, mappings with an image and a label, with `class_names` and `shape`.
   """
   if _unions().is_union(name):
-    return _unions().open_union(name, split, data_dir, image, label)
+    return _unions().open_union(name, split, data_dir, image, label, in_use)
   if name == folders.FOLDER:
-    return folders.open_folder(data_dir, split, image, label)
+    return folders.open_folder(data_dir, split, image, label, in_use)
   return tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
 
 
@@ -255,13 +265,14 @@ def count_images(
   data_dir: str | None = None,
   image: str = tfds.IMAGE,
   label: str = tfds.LABEL,
+  in_use: Sequence[str] | None = None,
 ) -> int:
   """Counts the images of a split without reading them; arguments and errors are as in `load`."""
   if name == DIGITS:
     return len(_digits(split))
   if name in MADE:
     return _worlds().count_worlds(split)
-  return len(open_images(name, split, data_dir, image, label))
+  return len(open_images(name, split, data_dir, image, label, in_use))
 
 
 @dataclasses.dataclass(frozen=True)

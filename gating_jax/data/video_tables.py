@@ -218,36 +218,46 @@ def _name_twin(name: str, known: Iterable[str]) -> str:
   return ""
 
 
-def read_folders(folder: str | Path, split: str) -> VideoTable:
+def read_folders(folder: str | Path, split: str, in_use: Sequence[str] | None = None) -> VideoTable:
   """Reads the videos, or the features, in folders of their classes.
 
       folder/train/CLASS/*.mp4, folder/test/CLASS/*.mp4     a folder for each split
       folder/CLASS/*.mp4                                    a fifth are for tests, by a hash
 
-  Files lie at any depth below their class. Hidden files and other endings are left out and counted.
+  Folders are read as those of images, see `data/folders.py`.
 
   Args:
     folder: of the classes, or of the splits.
     split: the name of a split's folder; else `train` or `test`.
+    in_use: the splits that agree on the classes, which are those of their files; None for all.
   Raises:
     ValueError: no such folder, or none of its files are of the split.
   """
   root = user_path(folder)
   if not root.is_dir():
     raise ValueError(f"data.folder must be a folder of classes; no {root} exists")
-  entries = folders.list_files(root, _FOLDER_FILES)
-  # Of all splits, so that they agree on the classes.
-  class_names = tuple(sorted({entry.label for entry in entries}))
-  own = [entry for entry in entries if entry.split == split]
+  wanted = None if in_use is None else {split, *in_use}
+  listing = folders.list_files(root, _FOLDER_FILES, sorted(wanted or ()))
+  # The names that the folders have.
+  found = folders.find_split(split, listing.splits)
+  used = None if wanted is None else {folders.find_split(name, listing.splits) for name in wanted}
+  own = [entry for entry in listing.entries if entry.split == found]
   if not own:
-    splits = sorted({entry.split for entry in entries})
+    splits = sorted({entry.split for entry in listing.entries})
+    lost = listing.outside.get(found or "", 0)
+    advice = f"; {lost} lie outside folders of classes" if lost else ""
     raise ValueError(
       f"{root} must hold files of split {split!r} ({', '.join(_FOLDER_FILES[:4])}, ...) in folders "
-      f"of their classes; it has those of {few(splits) or 'none'}"
+      f"of their classes; it has those of {few(splits) or 'none'}{advice}"
     )
+  labels = set()
+  for entry in listing.entries:
+    if used is None or entry.split in used:
+      labels.add(entry.label)
+  class_names = folders.in_class_order(labels)
   names = tuple(entry.file.relative_to(root).as_posix() for entry in own)
-  labels = _encode_labels([[entry.label] for entry in own], class_names, multi_label=False)
-  return VideoTable(names, labels, class_names)
+  encoded = _encode_labels([[entry.label] for entry in own], class_names, multi_label=False)
+  return VideoTable(names, encoded, class_names)
 
 
 def read_breakfast(
