@@ -49,8 +49,8 @@ def shrink(config: Config) -> Config:
   """Returns the config with less of everything that a run's time grows with.
 
   A deep network becomes a shallow one of its kind, unless it starts from trained weights. Its width
-  and the method are unchanged. TFDS sets are opened for their splits and classes; errors are
-  as in `data.tfds.open_tfds`.
+  and the method are unchanged. TFDS sets are opened for their splits and classes, and for tasks
+  folders are listed; errors are as in `data.tfds.open_tfds` and `data.folders.open_folder`.
 
   >>> from ml_collections import ConfigDict
   >>> config = {"data": {"name": "digits", "image_size": 224}, "optim": {"epochs": 200}}
@@ -91,7 +91,7 @@ def shrink(config: Config) -> Config:
     # Made images are as many as a split names.
     for split, count in _EXAMPLES.items():
       small.data[f"{split}_split"] = f"{split}[:{count}]"
-  elif small.data.get("name") not in (image_sets.DIGITS, folders.FOLDER, scenes.MADE):
+  elif small.data.get("name") not in (image_sets.DIGITS, scenes.MADE):
     _cut_splits(small)
   return small.lock()
 
@@ -169,8 +169,14 @@ def _make_shallow(config: Config) -> None:
 
 
 def _cut_splits(config: Config) -> None:
-  """Cuts the splits of a TFDS set to their first examples, which TFDS has shuffled."""
+  """Cuts the splits of a folder or a TFDS set to their first examples.
+
+  TFDS has shuffled its examples; those of a folder are some of each class.
+  """
   data, read = config.data, {}
+  if data.name == folders.FOLDER:
+    _cut_folder(config)
+    return
   if "tasks" in config:
     read = {settings.feature_names(data)[1]: features.ImageClass}
   for split, count in _EXAMPLES.items():
@@ -181,8 +187,18 @@ def _cut_splits(config: Config) -> None:
     data[field] = _first(data[field], count, source.dataset_info.splits)
 
 
+def _cut_folder(config: Config) -> None:
+  """Cuts the splits of a folder, before any image is opened."""
+  data = config.data
+  whole = {split: data[f"{split}_split"] for split in _EXAMPLES}
+  for split, count in _EXAMPLES.items():
+    if "tasks" in config:
+      count = _OF_A_CLASS[split] * folders.count_classes(data.data_dir, list(whole.values()))
+    data[f"{split}_split"] = folders.first_of(whole[split], count)
+
+
 def _cut_union(config: Config) -> None:
-  """Cuts the splits of the TFDS sets of a union, and the images of each set in an epoch."""
+  """Cuts the splits of the folders and TFDS sets of a union, and the images of each in an epoch."""
   data = config.data
   data.images_per_set = _EXAMPLES["train"]
   # Made sets are small already.
@@ -191,7 +207,9 @@ def _cut_union(config: Config) -> None:
     cut = []
     whole = unions.splits_of(data.name, data[f"{split}_split"])
     for part, of_part in zip(unions.parts_of(data.name), whole, strict=True):
-      if part not in kept and not part.startswith(folders.FOLDER):
+      if part.startswith(f"{folders.FOLDER}:"):
+        of_part = folders.first_of(of_part, count)
+      elif part not in kept:
         source = tfds_sets.open_tfds(part, of_part, data.data_dir, {})
         of_part = _first(of_part, count, source.dataset_info.splits)
       cut.append(of_part)
