@@ -20,7 +20,7 @@ from gating_jax.checks import one_of
 from gating_jax.config_files import Config
 from gating_jax.reports import conclusion
 from gating_jax.terminal import TRAINING, Pace, lasting, say, working
-from gating_jax.training import hosts, loop, provenance, rundir
+from gating_jax.training import hosts, loop, outlines, provenance, rundir
 from gating_jax.training.checkpoints import Checkpoint, Checkpoints, restore_newest
 from gating_jax.training.journal import Journal
 from gating_jax.training.rundir import RunDir, RunDirError
@@ -50,6 +50,11 @@ class Programme(abc.ABC):
   def model(self) -> Any:
     """Returns what is trained, as `load_run` returns it."""
     return self.experiment.model
+
+  @property
+  def class_names(self) -> Sequence[str]:
+    """Returns the names of the classes, which a run keeps from its beginning; empty for none."""
+    return ()
 
   @abc.abstractmethod
   def fresh(self) -> Any:
@@ -164,6 +169,7 @@ def run(programme: Programme, workdir: Path, mode: str) -> None:
       _train(programme, run_dir)
     return
   run_dir = rundir.existing_run(workdir, programme.config, only_tested=mode == "evaluate")
+  outlines.check_classes(run_dir.path, programme.class_names)
   if mode == "evaluate":
     _evaluate(programme, run_dir)
   elif mode == "report":
@@ -315,6 +321,8 @@ def _train(programme: Programme, run_dir: RunDir) -> None:
     say(programme.render(result))
     say(closing_lines(programme, run_dir, result, done="A finished run of"))
     return
+  if run_dir.has_progress():
+    outlines.check_classes(run_dir.path, programme.class_names)
   # Recorded under the lock, and only where training really starts.
   hosts.on_writer(provenance.record_start, run_dir.path)
   started = time.monotonic()

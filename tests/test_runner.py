@@ -2,13 +2,14 @@ import fcntl
 import importlib
 import os
 import signal
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import ml_collections
 import pytest
 
 from gating_jax import programmes, runner
-from gating_jax.training import loop
+from gating_jax.training import loop, outlines
 from gating_jax.training.rundir import RunDirError
 from tests.helpers.programmes import StandIn
 
@@ -142,3 +143,25 @@ def test_a_training_stopped_by_ctrl_c_ends_in_an_interrupt_after_its_checkpoint(
   stopped = number == signal.SIGINT or at < 3
   assert ("stopped as asked; a checkpoint is saved" in capsys.readouterr().out) == stopped
   assert (tmp_path / "checkpoints" / str(at + 1)).is_dir()
+
+
+class _WithClasses(StandIn):
+  """A programme whose data have these classes."""
+
+  class_names = ("0", "10", "2")
+
+
+def test_a_run_is_refused_where_its_data_have_other_classes_than_at_its_beginning(tmp_path):
+  written = []
+  programme = _WithClasses(CONFIG, train=written.append, test=written.append)
+  runner.run(programme, tmp_path, "train")
+  sets = [SimpleNamespace(in_epoch=3, class_names=programme.class_names)]
+  outlines.write_outlines(tmp_path, sets)
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+  for mode in ("train", "evaluate"):
+    runner.run(programme, tmp_path, mode)
+  programme.class_names = ("0", "2", "10")
+  for mode in ("train", "evaluate"):
+    with pytest.raises(RunDirError, match="Its 3 classes: 0, 10, 2; the 3 of the data: 0, 2, 10"):
+      runner.run(programme, tmp_path, mode)
+  assert len(written) == 3

@@ -214,8 +214,8 @@ def _read_tasks(config: Config) -> tuple[image_sets.Task, ...]:
 
   def load(split):
     """Reads one split."""
-    names = settings.feature_names(data)
-    return image_sets.load(data.name, split, data.data_dir, data.image_size, *names)
+    names, in_use = settings.feature_names(data), (data.train_split, data.test_split)
+    return image_sets.load(data.name, split, data.data_dir, data.image_size, *names, in_use)
 
   train, test = load(data.train_split), load(data.test_split)
   with settings.named("tasks"):

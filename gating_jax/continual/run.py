@@ -64,6 +64,11 @@ class ContinualLearning(runner.Programme):
     return self.experiment.method
 
   @property
+  def class_names(self) -> tuple[str, ...]:
+    """Returns the names of all classes, in the order of learning."""
+    return tuple(self.experiment.tasks[0].train.class_names)
+
+  @property
   def title(self) -> str:
     """Describes the method and the data set."""
     return f"{self.config.method} on {self.config.data.name}"

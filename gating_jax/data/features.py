@@ -135,26 +135,18 @@ class Picture:
     Args:
       decoded: some pictures of the set, enough that not all are dark.
     Raises:
-      ValueError: values are outside their scale; or none reaches half of white where they are whole
-        numbers other than uint8, or more than a sixteenth where they are of another type.
+      ValueError: as in `check_scale`.
     """
-    # By type: a set may mix files of 8 and of 16 bits, each with a scale of its own.
-    ranges: dict[np.dtype, list] = {}
+    ranges = []
     for pixels in decoded:
       if pixels.size:
-        ranges.setdefault(pixels.dtype, []).append([pixels.min(), pixels.max()])
-    for found in ranges.values():
-      seen = np.array(found)
-      # The extremes show whether the scale is used; they are converted as the pictures will be.
-      brightest = to_uint8(seen, self._name).max()
-      wide = seen.dtype.kind in "iu" and seen.dtype != np.uint8
-      if seen.any() and brightest <= (_HALF if wide else _DARK):
-        part = "the upper half of its scale" if wide else "more than a sixteenth of its scale"
-        raise ValueError(
-          f"{self._name} of {seen.dtype} must reach {part}, in which {white(seen.dtype)} is white; "
-          f"got {span(seen)} in {len(seen)} images, which would be too dark. Prepare the data set "
-          "with uint8 images (255 is white), or set another feature in data.image_feature"
-        )
+        ranges.append(np.array([pixels.min(), pixels.max()], pixels.dtype))
+    check_scale(
+      ranges,
+      self._name,
+      "Prepare the data set with uint8 images (255 is white), or set another feature in "
+      "data.image_feature",
+    )
 
 
 class PixelClasses:
@@ -318,6 +310,43 @@ class ImageClass:
 
 class TooLargeError(ValueError):
   """Error for a picture of more pixels than are read, such as one made to fill the memory."""
+
+
+def check_scale(ranges: Iterable[np.ndarray], name: str, advice: str) -> None:
+  """Refuses pictures that do not use the scale of their type and would be almost black.
+
+  All-black pictures fit any scale.
+
+  Args:
+    ranges: the smallest and the largest value of each picture, `[2]` of its type. Of each type a
+      sample is checked.
+    name: of the pictures, for the message.
+    advice: the end of the message.
+  Raises:
+    ValueError: values are outside their scale; or none reaches half of white where they are whole
+      numbers other than uint8, or more than a sixteenth where they are of another type.
+
+  >>> check_scale([np.array([0, 4095], np.uint16)], "pictures", "Scale them")
+  Traceback (most recent call last):
+  ValueError: pictures of uint16 must reach the upper half of its scale, in which 65535 is white; \
+  got values from 0 to 4095 in 1 images, which would be too dark. Scale them
+  """
+  # By type: a set may mix files of 8 and of 16 bits, each with a scale of its own.
+  of_type: dict[np.dtype, list] = {}
+  for extremes in ranges:
+    of_type.setdefault(extremes.dtype, []).append(extremes)
+  for found in of_type.values():
+    spread = np.unique(np.linspace(0, len(found) - 1, SAMPLE, dtype=int))
+    seen = np.array([found[place] for place in spread])
+    # The extremes show whether the scale is used; they are converted as the pictures will be.
+    brightest = to_uint8(seen, name).max()
+    wide = seen.dtype.kind in "iu" and seen.dtype != np.uint8
+    if seen.any() and brightest <= (_HALF if wide else _DARK):
+      part = "the upper half of its scale" if wide else "more than a sixteenth of its scale"
+      raise ValueError(
+        f"{name} of {seen.dtype} must reach {part}, in which {white(seen.dtype)} is white; "
+        f"got {span(seen)} in {len(seen)} images, which would be too dark. {advice}"
+      )
 
 
 def white(dtype: np.dtype) -> int:

@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +107,7 @@ def load(
   image_size: int = 0,
   image: str = tfds.IMAGE,
   label: str = tfds.LABEL,
+  in_use: Sequence[str] | None = None,
 ) -> Images:
   """Reads a whole split into memory.
 
@@ -120,12 +124,14 @@ def load(
     image_size: side in pixels that images are resized to; 0 leaves them. Of a `folder` or a union,
       the largest square in the middle of each image is resized.
     image, label: names of the features that hold them in a TFDS set.
+    in_use: of a folder, the splits that agree on the classes, which are those of their images; None
+      for all.
   Raises:
     DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that
       prepares it.
     ValueError: an unknown split, a set without these features or with ones that hold no picture or
-      no single class per image, pictures outside the scale of their type, or images of different
-      sizes.
+      no single class per image, pictures outside the scale of their type, images of different
+      sizes, or more of them than fit in memory.
   """
 
   def fit(pixels):
@@ -140,9 +146,10 @@ def load(
     if not image_size:
       return made
     return dataclasses.replace(made, pixels=np.stack([fit(pixels) for pixels in made.pixels]))
-  source = open_images(name, split, data_dir, image, label)
+  source = open_images(name, split, data_dir, image, label, in_use)
   # The first image has the shape that all must have; the array is then filled in place.
   first = fit(source[0][image])
+  _check_fits(len(source), first.shape, f"data split {split!r} of {name}")
   pixels = np.empty((len(source), *first.shape), np.uint8)
   labels = np.empty(len(source), np.int32)
   for i in progress_bar(
@@ -164,17 +171,49 @@ def load(
   return Images(pixels, labels, source.class_names)
 
 
-def open_images(name: str, split: str, data_dir: str | None, image: str, label: str) -> Any:
+def open_images(
+  name: str,
+  split: str,
+  data_dir: str | None,
+  image: str,
+  label: str,
+  in_use: Sequence[str] | None = None,
+) -> Any:
   """Opens a split of images with random access; arguments and errors are as in `load`.
 
   Returns:
     A sequence of examples, mappings with an image and a label, with `class_names` and `shape`.
   """
   if _unions().is_union(name):
-    return _unions().open_union(name, split, data_dir, image, label)
+    return _unions().open_union(name, split, data_dir, image, label, in_use)
   if name == folders.FOLDER:
-    return folders.open_folder(data_dir, split, image, label)
+    return folders.open_folder(data_dir, split, image, label, in_use)
   return tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
+
+
+def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
+  """Raises a ValueError where so many images of this shape do not fit in memory."""
+  needed, available = count * math.prod(shape), _available_memory()
+  if needed > available:
+    size = "x".join(map(str, shape))
+    raise ValueError(
+      f"{name} must fit in memory: its {count:,} images of {size} are {needed / 1e9:,.1f} GB, of "
+      f"{available / 1e9:,.1f} GB that are available. Set data.loader=streaming where the config "
+      "has it, or a smaller data.image_size"
+    )
+
+
+def _available_memory() -> int:
+  """Returns the bytes of memory that this process may still take; all of it where none says so."""
+  try:
+    # With what the cache of files would give back, unlike the pages that `sysconf` calls available.
+    for line in Path("/proc/meminfo").read_text().splitlines():
+      if line.startswith("MemAvailable:"):
+        return 1024 * int(line.split()[1])
+  except OSError:
+    # Only Linux has it.
+    pass
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keeps_proportions(name: str) -> bool:
@@ -226,13 +265,14 @@ def count_images(
   data_dir: str | None = None,
   image: str = tfds.IMAGE,
   label: str = tfds.LABEL,
+  in_use: Sequence[str] | None = None,
 ) -> int:
   """Counts the images of a split without reading them; arguments and errors are as in `load`."""
   if name == DIGITS:
     return len(_digits(split))
   if name in MADE:
     return _worlds().count_worlds(split)
-  return len(open_images(name, split, data_dir, image, label))
+  return len(open_images(name, split, data_dir, image, label, in_use))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,6 +153,7 @@ def open_stream(
   workers: int = 0,
   image: str = tfds.IMAGE,
   label: str = tfds.LABEL,
+  in_use: Sequence[str] | None = None,
 ) -> Stream:
   """Opens an image-classification set on disk; errors are as in `image_sets.load`.
 
@@ -161,6 +162,7 @@ def open_stream(
     image_size: side in pixels that images are brought to; 0 for sets whose images all have one
       size.
     seed, crop_area, workers, image, label: see `Stream`.
+    in_use: as in `image_sets.load`.
   Raises:
     ValueError: the digits, a crop area out of range, or images of unknown size and no `image_size`.
   """
@@ -170,7 +172,7 @@ def open_stream(
     )
   if crop_area is not None and not 0 < crop_area <= 1:
     raise ValueError(f"data.crop_area must be in (0, 1]; got {crop_area}")
-  source = image_sets.open_images(name, split, data_dir, image, label)
+  source = image_sets.open_images(name, split, data_dir, image, label, in_use)
   height, width, depth = source.shape
   if image_size:
     height = width = image_size

@@ -21,6 +21,7 @@ Axes: M images, S sets, H and W pixels, D channels.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from gating_jax.checks import user_path
 from gating_jax.data import folders, image_sets, scenes, tfds
 from gating_jax.data.image_sets import EqualShares, Images
 
@@ -63,6 +65,8 @@ def is_told(name: str) -> bool:
 def parts_of(name: str) -> tuple[str, ...]:
   """Returns the sets of a union as its name lists them.
 
+  The path of a folder may have commas, if that folder exists.
+
   Raises:
     ValueError: no set, or a union within it.
 
@@ -70,13 +74,31 @@ def parts_of(name: str) -> tuple[str, ...]:
   ('mnist', 'folder:/data/flowers')
   """
   found = _UNION.fullmatch(name)
-  parts = found[2].split(",") if found else []
-  parts = [part.strip() for part in parts]
+  parts = _split_at_commas(found[2]) if found else []
   if not parts or not all(parts) or any(part.startswith(_NESTED) for part in parts):
     raise ValueError(
       f"data.name must be a union of sets, such as union(mnist,cifar10); got {name!r}"
     )
   return tuple(parts)
+
+
+def _split_at_commas(text: str) -> list[str]:
+  """Returns the texts between commas; a folder takes as many as make a path that exists."""
+  parts, pieces = [], text.split(",")
+  while pieces:
+    taken = 1
+    if pieces[0].strip().startswith(_FOLDER):
+      for count in range(2, len(pieces) + 1):
+        if os.path.exists(_path_of(",".join(pieces[:count]).strip())):
+          taken = count
+    parts.append(",".join(pieces[:taken]).strip())
+    del pieces[:taken]
+  return parts
+
+
+def _path_of(part: str) -> Path:
+  """Returns the path of a folder that is part of a union."""
+  return user_path(part.removeprefix(_FOLDER))
 
 
 def source_names(name: str) -> tuple[str, ...]:
@@ -108,6 +130,8 @@ def class_sources(name: str, class_names: Sequence[str]) -> np.ndarray:
   Args:
     name: of the union.
     class_names: K names, as an opened union has them.
+  Raises:
+    ValueError: a class is of none of the sets.
 
   >>> class_sources("union(mnist,cifar10)", ("mnist/0", "mnist/1", "cifar10/cat"))
   array([0, 0, 1], dtype=int32)
@@ -116,6 +140,11 @@ def class_sources(name: str, class_names: Sequence[str]) -> np.ndarray:
   found = []
   for class_name in class_names:
     of_set = [class_name.startswith(f"{source}{_JOINT}") for source in sources]
+    if True not in of_set:
+      raise ValueError(
+        f"data.name must name the sets of all classes; {name} has none for {class_name!r}. A "
+        "folder whose path has a comma must be there, or be renamed"
+      )
     found.append(of_set.index(True))
   return np.array(found, np.int32)
 
@@ -126,6 +155,7 @@ def open_union(
   data_dir: str | None = None,
   image: str = tfds.IMAGE,
   label: str = tfds.LABEL,
+  in_use: Sequence[str] | None = None,
 ) -> UnionExamples:
   """Opens a split of every set of a union, with random access.
 
@@ -134,6 +164,7 @@ def open_union(
     split: of all sets, or those of each, joined by `;`. Made sets have `train` and `test`.
     data_dir: the TFDS folder, as in `image_sets.load`; not that of `folder:` sets.
     image, label: names of the features that hold them in TFDS sets.
+    in_use: splits of the union that agree on the classes of its folders, see `folders.open_folder`.
   Raises:
     ValueError, DatasetNotPreparedError: as in `image_sets.load`; also a number of splits that is
       not that of the sets, and pictures of other than one or three channels.
@@ -141,8 +172,9 @@ def open_union(
   parts = parts_of(name)
   splits = splits_of(name, split)
   sets = []
-  for part, of_part in zip(parts, splits, strict=True):
-    sets.append(_open_part(part, of_part, data_dir, image, label))
+  for i, (part, of_part) in enumerate(zip(parts, splits, strict=True)):
+    used = None if in_use is None else [splits_of(name, each)[i] for each in in_use]
+    sets.append(_open_part(part, of_part, data_dir, image, label, used))
   return UnionExamples(name, sets, image, label)
 
 
@@ -256,10 +288,17 @@ class _Made(Sequence):
     return {self._image: self._images.pixels[index], self._label: self._images.labels[index]}
 
 
-def _open_part(part: str, split: str, data_dir: str | None, image: str, label: str) -> Any:
+def _open_part(
+  part: str,
+  split: str,
+  data_dir: str | None,
+  image: str,
+  label: str,
+  in_use: Sequence[str] | None,
+) -> Any:
   """Opens a split of one set of a union."""
   if part.startswith(_FOLDER):
-    return folders.open_folder(part.removeprefix(_FOLDER), split, image, label)
+    return folders.open_folder(str(_path_of(part)), split, image, label, in_use)
   if part in MADE:
     return _Made(MADE[part](split), image, label)
   return image_sets.open_images(part, split, data_dir, image, label)

@@ -2,9 +2,7 @@
 
 A table has names, labels and, where known, unit actions.
 
-Text files are UTF-8, with or without a byte-order mark. Lines end at LF, CRLF or CR only. Only
-spaces and tabs surround a field: every other character, such as U+2028 or a form feed, is part of a
-name.
+Text files are read as in `data/text_files.py`.
 
 The published sets are read from the files that their authors publish. Each format is taken from
 public code that reads the set; none was checked against the set itself. Content that does not fit
@@ -20,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -28,18 +26,11 @@ import numpy as np
 
 from gating_jax.checks import few, one_of, user_path
 from gating_jax.data import folders
+from gating_jax.data.text_files import BLANKS, Line, csv_rows, text_lines
 
 SPLITS = ("train", "test")
 BREAKFAST_TEST_PERSONS = range(47, 55)
 
-# Characters that may surround a field.
-_BLANKS = " \t"
-# A field of a CSV file and what ends it. A quoted field has two quotes for each one in it; any
-# other field is taken as it is, with its quotes. `*+` never backtracks, so that no file takes long.
-_FIELD = re.compile(
-  r"""[ \t]*+(?:"(?P<quoted>[^"]*+(?:""[^"]*+)*+)"[ \t]*+|(?P<plain>(?!")[^,\n]*+))"""
-  r"""(?P<end>,|\n|\Z)"""
-)
 # Narrower than `float`, which reads `nan`, `1_0` and digits of other scripts too.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _BREAKFAST_FPS = 15
@@ -48,30 +39,6 @@ _BREAKFAST_FILES = {".avi", ".mp4", ".mkv", ".npy", ".npz"}
 _FOLDER_FILES = (
   ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".npy", ".npz"
 )  # fmt: skip
-
-
-class _Line(NamedTuple):
-  """A line of a file.
-
-  Attributes:
-    path: the file.
-    number: from 1.
-    text: without the blanks around it.
-  """
-
-  path: str | Path
-  number: int
-  text: str
-
-  def error(self, rule: str, content: str | None = None) -> ValueError:
-    """Returns the error for a line that breaks a rule.
-
-    Args:
-      rule: the rule, after "must".
-      content: the part at fault; None for the whole line. Cut to 80 characters.
-    """
-    content = self.text if content is None else content
-    return ValueError(f"{self.path}, line {self.number}: must {rule}; got {content[:80]!r}")
 
 
 class Interval(NamedTuple):
@@ -140,7 +107,7 @@ class _Label(NamedTuple):
     classes: the labels in it.
   """
 
-  line: _Line
+  line: Line
   field: str
   classes: list[str]
 
@@ -162,7 +129,7 @@ def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable
   """
   labels: dict[str, _Label] = {}
   multi_label = False
-  for line, row in _csv_rows(table, ("video", "label")):
+  for line, row in csv_rows(table, ("video", "label")):
     name, field = row["video"], row["label"]
     if not name:
       raise line.error("name a video", name)
@@ -218,7 +185,7 @@ def _parts(field: str) -> list[str]:
   """Returns the texts in a field, which are separated by semicolons, without empty ones."""
   parts = []
   for part in field.split(";"):
-    text = part.strip(_BLANKS)
+    text = part.strip(BLANKS)
     if text:
       parts.append(text)
   return parts
@@ -228,7 +195,7 @@ def _read_split(path: str | Path, known: Iterable[str], table: str | Path) -> tu
   """Returns the names in a split file, each of which the table must know."""
   # A dict keeps the order and finds a name at once.
   names = {}
-  for line in _text_lines(path):
+  for line in text_lines(path):
     if line.text not in known:
       raise line.error(f"name a video of {table}{_name_twin(line.text, known)}")
     if line.text in names:
@@ -251,36 +218,46 @@ def _name_twin(name: str, known: Iterable[str]) -> str:
   return ""
 
 
-def read_folders(folder: str | Path, split: str) -> VideoTable:
+def read_folders(folder: str | Path, split: str, in_use: Sequence[str] | None = None) -> VideoTable:
   """Reads the videos, or the features, in folders of their classes.
 
       folder/train/CLASS/*.mp4, folder/test/CLASS/*.mp4     a folder for each split
       folder/CLASS/*.mp4                                    a fifth are for tests, by a hash
 
-  Files lie at any depth below their class. Hidden files and other endings are left out and counted.
+  Folders are read as those of images, see `data/folders.py`.
 
   Args:
     folder: of the classes, or of the splits.
     split: the name of a split's folder; else `train` or `test`.
+    in_use: the splits that agree on the classes, which are those of their files; None for all.
   Raises:
     ValueError: no such folder, or none of its files are of the split.
   """
   root = user_path(folder)
   if not root.is_dir():
     raise ValueError(f"data.folder must be a folder of classes; no {root} exists")
-  entries = folders.list_files(root, _FOLDER_FILES)
-  # Of all splits, so that they agree on the classes.
-  class_names = tuple(sorted({entry.label for entry in entries}))
-  own = [entry for entry in entries if entry.split == split]
+  wanted = None if in_use is None else {split, *in_use}
+  listing = folders.list_files(root, _FOLDER_FILES, sorted(wanted or ()))
+  # The names that the folders have.
+  found = folders.find_split(split, listing.splits)
+  used = None if wanted is None else {folders.find_split(name, listing.splits) for name in wanted}
+  own = [entry for entry in listing.entries if entry.split == found]
   if not own:
-    splits = sorted({entry.split for entry in entries})
+    splits = sorted({entry.split for entry in listing.entries})
+    lost = listing.outside.get(found or "", 0)
+    advice = f"; {lost} lie outside folders of classes" if lost else ""
     raise ValueError(
       f"{root} must hold files of split {split!r} ({', '.join(_FOLDER_FILES[:4])}, ...) in folders "
-      f"of their classes; it has those of {few(splits) or 'none'}"
+      f"of their classes; it has those of {few(splits) or 'none'}{advice}"
     )
+  labels = set()
+  for entry in listing.entries:
+    if used is None or entry.split in used:
+      labels.add(entry.label)
+  class_names = folders.in_class_order(labels)
   names = tuple(entry.file.relative_to(root).as_posix() for entry in own)
-  labels = _encode_labels([[entry.label] for entry in own], class_names, multi_label=False)
-  return VideoTable(names, labels, class_names)
+  encoded = _encode_labels([[entry.label] for entry in own], class_names, multi_label=False)
+  return VideoTable(names, encoded, class_names)
 
 
 def read_breakfast(
@@ -359,7 +336,7 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
   one_of("split", split, SPLITS)
   names = {}
   path = user_path(folder) / "Charades_v1_classes.txt"
-  for line in _text_lines(path):
+  for line in text_lines(path):
     match = re.fullmatch(r"(c\d{3})[ \t]+(.+)", line.text, re.ASCII)
     if not match or match[1] in names:
       raise line.error("be a new class such as 'c000 Holding some clothes'")
@@ -368,7 +345,7 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
   index = _numbers(names)
   path = user_path(folder) / f"Charades_v1_{split}.csv"
   units, seconds = {}, []
-  for line, row in _csv_rows(path, ("id", "actions", "length")):
+  for line, row in csv_rows(path, ("id", "actions", "length")):
     if not row["id"] or row["id"] in units:
       raise line.error("name each video once", row["id"])
     intervals = []
@@ -401,7 +378,7 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
   one_of("split", split, SPLITS)
   path = user_path(folder) / "class_list.txt"
   class_names = []
-  for line in _text_lines(path):
+  for line in text_lines(path):
     number, *names = _fields(line.text)
     # The name becomes part of a path, so it must not lead elsewhere.
     single = len(names) == 1 and Path(names[0]).name == names[0]
@@ -412,7 +389,7 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
   units = {}
   for number, class_name in enumerate(class_names):
     path = user_path(folder) / "annotations" / f"{class_name}.txt"
-    for line in _text_lines(path):
+    for line in text_lines(path):
       video, start, end = _named_interval(line, line.text)
       if not video.startswith(tuple(prefix.values())):
         raise line.error(f"name a video of {' or '.join(prefix.values())}")
@@ -447,7 +424,7 @@ def _multi_label_table(
 
 def _fields(text: str) -> list[str]:
   """Splits a text at its blanks."""
-  return re.split(f"[{_BLANKS}]+", text.strip(_BLANKS))
+  return re.split(f"[{BLANKS}]+", text.strip(BLANKS))
 
 
 class _NamedInterval(NamedTuple):
@@ -458,7 +435,7 @@ class _NamedInterval(NamedTuple):
   end: float
 
 
-def _named_interval(line: _Line, text: str) -> _NamedInterval:
+def _named_interval(line: Line, text: str) -> _NamedInterval:
   """Reads a name, a start and an end, separated by blanks, from a text in a line."""
   fields = _fields(text)
   if len(fields) != 3 or not all(_NUMBER.fullmatch(field) for field in fields[1:]):
@@ -469,7 +446,7 @@ def _named_interval(line: _Line, text: str) -> _NamedInterval:
   return interval
 
 
-def _length(line: _Line, text: str) -> float:
+def _length(line: Line, text: str) -> float:
   """Returns the length in seconds, NaN where the field is empty."""
   if not text:
     return np.nan
@@ -541,7 +518,7 @@ def _with_segmentation(
 def _read_segmentation(path: Path) -> list[_NamedInterval]:
   """Reads the unit actions of a video, with their times."""
   actions = []
-  for line in _text_lines(path):
+  for line in text_lines(path):
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})[ \t]+([^ \t]+)", line.text, re.ASCII)
     if not match:
       raise line.error("be frames and a unit action, such as '1-30 SIL'")
@@ -552,86 +529,3 @@ def _read_segmentation(path: Path) -> list[_NamedInterval]:
     start, end = (first - 1) / _BREAKFAST_FPS, last / _BREAKFAST_FPS
     actions.append(_NamedInterval(match[3], start, end))
   return actions
-
-
-def _read_text(path: str | Path) -> str:
-  """Reads a UTF-8 text with LF at the ends of its lines.
-
-  Raises:
-    ValueError: a file that is not UTF-8.
-  """
-  try:
-    # Python's universal newlines turn CRLF and CR into LF, and no other character.
-    return user_path(path).read_text(encoding="utf-8-sig")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
-
-
-def _text_lines(path: str | Path) -> Iterator[_Line]:
-  """Yields each line of a text file that is not blank.
-
-  Args:
-    path: the file.
-  Raises:
-    ValueError: NUL in a line, or a file that is not UTF-8.
-  """
-  for number, text in enumerate(_read_text(path).split("\n"), 1):
-    line = _Line(path, number, text.strip(_BLANKS))
-    if "\0" in line.text:
-      raise line.error("be text, without NUL")
-    if line.text:
-      yield line
-
-
-def _csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[_Line, dict[str, str]]]:
-  """Yields `(line, {column: field})` of each row of a CSV file.
-
-  Spaces and tabs around a field, empty fields after the last column, and rows of empty fields are
-  ignored.
-
-  Args:
-    path: the file.
-    columns: columns that the header must have, each once.
-  Raises:
-    ValueError: naming file, line, rule and content.
-  """
-  rows = _csv_fields(path, _read_text(path))
-  line, header = next(rows, (_Line(path, 1, ""), []))
-  places = {}
-  for column in columns:
-    if header.count(column) != 1:
-      raise line.error(f"have the columns {','.join(columns)}")
-    places[column] = header.index(column)
-  for line, fields in rows:
-    if not any(fields):
-      continue
-    # A field too many often means an unquoted comma, which would shift the labels.
-    if max(places.values()) >= len(fields) or any(fields[len(header) :]):
-      raise line.error(f"have {len(header)} fields")
-    yield line, {column: fields[place] for column, place in places.items()}
-
-
-def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[_Line, list[str]]]:
-  """Yields `(line, fields)` of each row; the line is the row's first, its text the whole row's.
-
-  Blanks around fields and their quotes are left out.
-  """
-  start, place, number, fields = 0, 0, 1, []
-  while place < len(text) or fields:
-    match = _FIELD.match(text, place)
-    if match is None:
-      raise _Line(path, number, text[place:]).error(
-        "close a quoted field with a quote, followed by a comma or the end of the line"
-      )
-    field = match["plain"] or (match["quoted"] or "").replace('""', '"')
-    fields.append(field.strip(_BLANKS))
-    place = match.end()
-    if match["end"] == ",":
-      continue
-    line = _Line(path, number, ",".join(fields))
-    if "\0" in line.text:
-      raise line.error("be text, without NUL")
-    yield line, fields
-    # Quoted fields may hold line ends.
-    number += text.count("\n", start, place)
-    start, fields = place, []

@@ -186,6 +186,11 @@ class Classification(runner.Programme):
     return {}
 
   @property
+  def class_names(self) -> tuple[str, ...]:
+    """Returns the names of the classes."""
+    return tuple(self.experiment.test.class_names)
+
+  @property
   def title(self) -> str:
     """Describes the model and the data set."""
     model = self.config.model

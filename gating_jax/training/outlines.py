@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gating_jax.checks import few
 from gating_jax.training import hosts
 from gating_jax.training.journal import write_json
 from gating_jax.training.rundir import RunDirError, with_tuples
@@ -72,6 +73,25 @@ def read_outlines(folder: Path) -> list[Outline] | None:
     if wrong := _find_wrong_field(outline):
       raise RunDirError(f"{file} is damaged: {wrong}")
   return outlines
+
+
+def check_classes(folder: Path, class_names: Sequence[str]) -> None:
+  """Checks that a run's data have the classes with which it began, in their order.
+
+  Args:
+    folder: the run directory.
+    class_names: of the data, as they are opened now; none for data without classes.
+  Raises:
+    RunDirError: the classes are others; or as in `read_outlines`.
+  """
+  kept = read_outlines(folder)
+  if not kept or not class_names or kept[0].class_names == tuple(class_names):
+    return
+  raise RunDirError(
+    f"workdir {folder} holds a run of other classes, or of another order of them; choose another "
+    f"workdir or give it the data that it began with. Its {len(kept[0].class_names)} classes: "
+    f"{few(kept[0].class_names)}; the {len(class_names)} of the data: {few(class_names)}"
+  )
 
 
 def _outline_of(data: Any) -> dict[str, Any]:

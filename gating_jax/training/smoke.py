@@ -51,8 +51,8 @@ def shrink(config: Config) -> Config:
   """Returns the config with less of everything that a run's time grows with.
 
   A deep or wide network becomes a small one of its kind, unless it starts from trained weights. The
-  method is unchanged. TFDS sets are opened for their splits and classes; errors are as in
-  `data.tfds.open_tfds`.
+  method is unchanged. TFDS sets are opened for their splits and classes, and for tasks folders are
+  listed; errors are as in `data.tfds.open_tfds` and `data.folders.open_folder`.
 
   >>> from ml_collections import ConfigDict
   >>> config = {"data": {"name": "digits", "image_size": 224}, "optim": {"epochs": 200}}
@@ -95,7 +95,7 @@ def shrink(config: Config) -> Config:
     # Made images are as many as a split names.
     for split, count in _EXAMPLES.items():
       small.data[f"{split}_split"] = f"{split}[:{count}]"
-  elif small.data.get("name") not in (image_sets.DIGITS, folders.FOLDER, scenes.MADE):
+  elif small.data.get("name") not in (image_sets.DIGITS, scenes.MADE):
     _cut_splits(small)
   return small.lock()
 
@@ -175,8 +175,14 @@ def _shrink_networks(config: Config) -> None:
 
 
 def _cut_splits(config: Config) -> None:
-  """Cuts the splits of a TFDS set to their first examples, which TFDS has shuffled."""
+  """Cuts the splits of a folder or a TFDS set to their first examples.
+
+  TFDS has shuffled its examples; those of a folder are some of each class.
+  """
   data, read = config.data, {}
+  if data.name == folders.FOLDER:
+    _cut_folder(config)
+    return
   if "tasks" in config:
     read = {settings.feature_names(data)[1]: features.ImageClass}
   for split, count in _EXAMPLES.items():
@@ -187,8 +193,18 @@ def _cut_splits(config: Config) -> None:
     data[field] = _first(data[field], count, source.dataset_info.splits)
 
 
+def _cut_folder(config: Config) -> None:
+  """Cuts the splits of a folder, before any image is opened."""
+  data = config.data
+  whole = {split: data[f"{split}_split"] for split in _EXAMPLES}
+  for split, count in _EXAMPLES.items():
+    if "tasks" in config:
+      count = _OF_A_CLASS[split] * folders.count_classes(data.data_dir, list(whole.values()))
+    data[f"{split}_split"] = folders.first_of(whole[split], count)
+
+
 def _cut_union(config: Config) -> None:
-  """Cuts the splits of the TFDS sets of a union, and the images of each set in an epoch."""
+  """Cuts the splits of the folders and TFDS sets of a union, and the images of each in an epoch."""
   data = config.data
   data.images_per_set = _EXAMPLES["train"]
   # Made sets are small already.
@@ -197,7 +213,9 @@ def _cut_union(config: Config) -> None:
     cut = []
     whole = unions.splits_of(data.name, data[f"{split}_split"])
     for part, of_part in zip(unions.parts_of(data.name), whole, strict=True):
-      if part not in kept and not part.startswith(folders.FOLDER):
+      if part.startswith(f"{folders.FOLDER}:"):
+        of_part = folders.first_of(of_part, count)
+      elif part not in kept:
         source = tfds_sets.open_tfds(part, of_part, data.data_dir, {})
         of_part = _first(of_part, count, source.dataset_info.splits)
       cut.append(of_part)

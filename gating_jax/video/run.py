@@ -76,6 +76,11 @@ class LongVideo(runner.Programme):
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": speed.compile_run}
 
   @property
+  def class_names(self) -> tuple[str, ...]:
+    """Returns the names of the classes."""
+    return tuple(self.experiment.train.class_names)
+
+  @property
   def title(self) -> str:
     """Describes the data set and the way that segments are chosen."""
     name, selection = self.config.data.name, self.config.model.selection

@@ -166,7 +166,9 @@ def _table(data: Config, split: str) -> video_tables.VideoTable:
   if data.layout == "csv":
     return video_tables.read_table(data.table, split)
   if data.layout == "folders":
-    return video_tables.read_folders(data.folder, split)
+    fields = ("train_split", "test_split", "validation_split")
+    in_use = [data[field] for field in fields if data.get(field)]
+    return video_tables.read_folders(data.folder, split, in_use)
   if data.layout == "breakfast":
     return video_tables.read_breakfast(data.folder, split, segmentation=data.table)
   if data.layout == "charades":

@@ -174,7 +174,7 @@ def test_a_table_names_paths_labels_and_splits(tmp_path):
   assert test[0]["image"][0, 0].tolist() == [20, 10, 5]
   table.write_text("file,label\npictures/cat/0.png,tom\n")
   folders._list_images.cache_clear()
-  with pytest.raises(ValueError, match="it lacks the column path"):
+  with pytest.raises(ValueError, match="line 1: must have the columns path,label; got 'file,"):
     folders.open_folder(str(table), "train")
 
 
@@ -251,3 +251,204 @@ def test_ctrl_c_while_files_are_checked_waits_for_no_file_that_has_not_begun(mon
   with pytest.raises(KeyboardInterrupt):
     faults.find_faults([Path(str(i)) for i in range(100)], read, "checking", describe=str)
   assert 1 <= len(begun) < 50
+
+
+def opened(folder, split="train", in_use=None):
+  """Opens a split afresh."""
+  folders._list_images.cache_clear()
+  return folders.open_folder(str(folder), split, in_use=in_use)
+
+
+TABLE = '\ufeff path ,\tlabel , split\r\n a.png , cat ,train\r\n\t"b.png","dog",train,,\r\n'
+
+
+def test_blanks_marks_and_line_ends_of_a_table_change_nothing(tmp_path):
+  saved(tmp_path / "a.png")
+  saved(tmp_path / "b.png")
+  (tmp_path / "t.csv").write_bytes(TABLE.encode())
+  images = opened(tmp_path / "t.csv")
+  assert images.class_names == ("cat", "dog")
+  assert [file.name for file in images._files] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ('path,label\n"a.png,cat\nb.png,dog\n', "line 2: must close a quoted field with a quote"),
+    ("path,label\na.png,cat,dog\n", "line 2: must have 2 fields; got 'a.png,cat,dog'"),
+    ("path,label\na.png\n", "line 2: must have 2 fields; got 'a.png'"),
+    ("path,label,split,split\na.png,x,y,z\n", "must have the column split once"),
+    ("path,label\npictures\\a.png,cat\n", r"by / and not by a backslash; got 'pictures"),
+    ("path,label\na.png,c\0\n", "line 2: must be text, without NUL"),
+    ("path,label\na.png,\xff\n", "must be UTF-8 text"),
+  ],
+)
+def test_a_table_that_breaks_a_rule_is_named(tmp_path, text, message):
+  saved(tmp_path / "a.png")
+  (tmp_path / "t.csv").write_bytes(text.encode("latin-1"))
+  with pytest.raises(ValueError, match=message):
+    opened(tmp_path / "t.csv")
+
+
+def test_a_path_in_a_table_may_begin_at_home_or_have_a_backslash_of_its_own(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  saved(tmp_path / "home" / "a.png")
+  saved(tmp_path / "b\\c.png")
+  saved(tmp_path / "~d.png")
+  rows = "path,label,split\n~/a.png,x,train\nb\\c.png,y,train\n~d.png,z,train\n"
+  (tmp_path / "t.csv").write_text(rows)
+  assert opened(tmp_path / "t.csv").class_names == ("x", "y", "z")
+
+
+def test_whole_numbers_are_classes_in_their_order(tmp_path):
+  names = [str(number) for number in range(11)]
+  classes(tmp_path / "train", 1, names=names)
+  assert opened(tmp_path).class_names == tuple(names)
+  rows = [f"train/{name}/0.png,{name},train\n" for name in names]
+  (tmp_path / "t.csv").write_text("".join(["path,label,split\n", *rows]))
+  assert opened(tmp_path / "t.csv").class_names == tuple(names)
+  assert folders.in_class_order(["10", "9", "a"]) == ("10", "9", "a")
+
+
+def test_classes_and_files_are_those_of_the_splits_in_use(tmp_path, caplog):
+  classes(tmp_path / "train", 1)
+  classes(tmp_path / "test", 1, names=("cat", "fox"))
+  classes(tmp_path / "extra", 4, names=("emu",))
+  (tmp_path / "extra" / "emu" / "cut.png").write_bytes(b"")
+  with caplog.at_level(logging.WARNING):
+    train = opened(tmp_path, "train", ["train", "test"])
+    test = folders.open_folder(str(tmp_path), "test", in_use=["train", "test"])
+  assert train.class_names == test.class_names == ("cat", "dog", "fox")
+  assert "split 'train' has no image of class fox" in caplog.text
+  assert "cut.png" not in caplog.text
+  opened(tmp_path, "extra")
+  assert "cut.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("names", "asked"),
+  [
+    (("Train", "TEST"), "test"),
+    (("training", "testing"), "test"),
+    (("train", "Validation"), "val"),
+    (("train", "val"), "validation"),
+    (("train", "held_out"), "held_out"),
+  ],
+)
+def test_folders_of_splits_are_known_by_many_names(tmp_path, names, asked):
+  for name in names:
+    classes(tmp_path / name, 2)
+  train, other = (opened(tmp_path, split, ["train", asked]) for split in ("train", asked))
+  assert train.class_names == other.class_names == ("cat", "dog")
+  assert {file.relative_to(tmp_path).parts[0] for file in train._files} == {names[0]}
+  assert {file.relative_to(tmp_path).parts[0] for file in other._files} == {names[1]}
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path, caplog):
+  with caplog.at_level(logging.WARNING):
+    assert opened(classes(tmp_path / "a", 6, names=("bus", "car", "train"))).class_names == (
+      "bus",
+      "car",
+      "train",
+    )
+    saved(tmp_path / "b" / "train" / "steam" / "0.png")
+    saved(tmp_path / "b" / "bus" / "city" / "0.png")
+    assert opened(tmp_path / "b", "train").class_names == ("bus", "train")
+  assert "a: read as folders of classes" in caplog.text
+  assert "a: read as classes, and not as splits: train" in caplog.text
+
+
+def test_folders_that_may_not_be_classes_are_named(tmp_path, caplog):
+  with caplog.at_level(logging.WARNING):
+    classes(tmp_path / "zip" / "animals", 6)
+    opened(tmp_path / "zip")
+    opened(classes(tmp_path / "one" / "train", 4, names=("cat",)).parent)
+  assert "read as classes: animals, in which there are only folders: " in caplog.text
+  assert f"give {tmp_path / 'zip' / 'animals'} in its place" in caplog.text
+  assert "one/train: all files are of one class, cat" in caplog.text
+  saved(tmp_path / "flat" / "train" / "0.png")
+  saved(tmp_path / "flat" / "test" / "0.png")
+  with pytest.raises(ValueError, match="the files of test, train lie in no folder of a class"):
+    opened(tmp_path / "flat")
+
+
+def test_links_to_folders_are_followed_each_once(tmp_path):
+  root = classes(tmp_path / "set" / "train", 2)
+  saved(tmp_path / "elsewhere" / "far.png")
+  for name in ("more", "again"):
+    (root / "cat" / name).symlink_to(tmp_path / "elsewhere")
+  (root / "cat" / "loop").symlink_to(root / "cat")
+  (root / "cat" / "up").symlink_to(tmp_path / "set")
+  images = opened(tmp_path / "set")
+  assert [file.name for file in images._files] == ["0.png", "1.png", "far.png", "0.png", "1.png"]
+
+
+def test_images_outside_classes_and_in_hidden_folders_are_counted(tmp_path, caplog):
+  root = classes(tmp_path / "set" / "train", 2).parent
+  saved(root / "test" / "0.png")
+  saved(root / "test" / "1.png")
+  saved(root / "train" / "cat" / ".thumbnails" / "0.png")
+  saved(root / "train" / ".cache" / "0.png")
+  with (
+    caplog.at_level(logging.WARNING),
+    pytest.raises(ValueError, match="got 'test': test/ has 2 images outside folders of classes"),
+  ):
+    opened(root, "test")
+  assert "set/test: left out 2 files outside folders of classes" in caplog.text
+  assert "train: left out 0 files outside folders of classes and 1 in hidden" in caplog.text
+  assert "left out hidden files and other endings: 1 of hidden" in caplog.text
+  saved(tmp_path / "flat" / "0.png")
+  with pytest.raises(ValueError, match="no readable image; it has 1 images outside folders of"):
+    opened(tmp_path / "flat")
+
+
+@pytest.mark.parametrize(
+  ("top", "dtype", "shown"),
+  [
+    (1, np.uint8, "of uint8 must reach more than a sixteenth .* values from 0 to 1 in"),
+    (16, np.uint8, "of uint8 .* values from 0 to 16 in"),
+    (4095, np.uint16, "of uint16 must reach the upper half .* values from 0 to 4095 in"),
+  ],
+)
+def test_pictures_that_would_be_almost_black_are_refused(tmp_path, top, dtype, shown):
+  for i in range(2):
+    pixels = np.zeros((4, 4), dtype)
+    pixels[0, i] = top
+    saved(tmp_path / "train" / "cat" / f"{i}.png", Image.fromarray(pixels))
+  with pytest.raises(ValueError, match=f"pictures of {tmp_path} {shown} 2 images.*too dark"):
+    opened(tmp_path)
+
+
+def test_the_first_images_of_a_split_are_some_of_each_class(tmp_path):
+  root = classes(tmp_path / "train", 3, names=("cat", "dog", "emu"))
+  (root / "cat" / "2.png").write_bytes(b"")
+  part = folders.first_of("train", 4)
+  for in_use in ([part], None):
+    images = opened(tmp_path, part, in_use)
+    assert [example["label"] for example in images] == [0, 0, 1, 2]
+  assert folders.count_classes(str(tmp_path), ["train"]) == 3
+
+
+def test_files_of_a_large_set_are_decoded_once(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(folders, "_MANY", 4)
+  root = classes(tmp_path / "set", 3)
+  (root / "cat" / "2.png").write_bytes(b"")
+  decoded, decode = [], folders._decode
+  monkeypatch.setattr(folders, "_decode", lambda data: decoded.append(len(data)) or decode(data))
+
+  def count():
+    """Opens the folder; returns the number of files that are decoded, and of images."""
+    decoded.clear()
+    listed = folders._list_images
+    listed.cache_clear()
+    images = sum(map(len, listed(root, 0, None).parts.values()))
+    return len(decoded), images
+
+  # The one that cannot be read is tried again.
+  assert [count(), count()] == [(6, 5), (1, 5)]
+  saved(root / "dog" / "0.png", picture((9, 9)))
+  assert [count(), count()] == [(2, 5), (1, 5)]
+  (entry,) = (tmp_path / "cache").rglob("*.safetensors")
+  entry.write_bytes(entry.read_bytes()[:-3])
+  assert [count(), count()] == [(6, 5), (1, 5)]

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -325,3 +327,19 @@ def test_the_last_batch_is_filled_with_its_own_first_image():
   assert valid == 3
   assert pixels.ravel().tolist() == [4, 5, 6, 4]
   assert labels.tolist() == [8, 10, 12, 8]
+
+
+def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_read(monkeypatch):
+  example = {"image": np.full((2, 2, 1), 7, np.uint8), "label": 0}
+  monkeypatch.setattr(tfds, "open_tfds", lambda *_: MadeSource([example] * 3))
+  monkeypatch.setattr(image_sets, "_available_memory", lambda: 12)
+  assert len(image_sets.load("made", "train")) == 3
+  monkeypatch.setattr(image_sets, "_available_memory", lambda: 11)
+  with pytest.raises(ValueError, match="its 3 images of 2x2x1 are .* Set data.loader=streaming"):
+    image_sets.load("made", "train")
+
+
+def test_the_memory_that_is_available_is_at_most_all_of_it():
+  assert (
+    0 < image_sets._available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+  )

@@ -149,3 +149,26 @@ def test_images_without_a_class_are_of_no_other_set():
     union[2]
   with pytest.raises(ValueError, match="sets of a union must have 1 or 3 channels; y has 4"):
     unions.UnionExamples("union(x,y)", [Opened(0), Opened(0, depth=4)], "image", "label")
+
+
+def test_the_path_of_a_folder_in_a_union_may_have_commas(tmp_path):
+  for name in ("red, green,blue", "red"):
+    file = tmp_path / name / "train" / "rose" / "a.png"
+    file.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4), (200, 0, 0)).save(file)
+  name = f"union(digits,folder:{tmp_path}/red, green,blue, folder:{tmp_path}/red,worlds)"
+  assert unions.source_names(name) == ("digits", "red, green,blue", "red", "worlds")
+  folders._list_images.cache_clear()
+  part = f"union(folder:{tmp_path}/red, green,blue)"
+  assert unions.open_union(part, "train").class_names == ("red, green,blue/rose",)
+  with pytest.raises(ValueError, match="has none for 'red,blue/rose'"):
+    unions.class_sources("union(folder:/missing/red,blue)", ["red,blue/rose"])
+
+
+def test_the_classes_of_a_folder_in_a_union_are_those_of_the_splits_in_use(files):
+  place = files / "flowers" / "extra" / "lily"
+  place.mkdir(parents=True)
+  Image.new("RGB", (4, 4), (200, 0, 0)).save(place / "a.png")
+  name, splits = f"union(digits,folder:{files / 'flowers'})", ("train", "test;test")
+  union = unions.open_union(name, "train", None, "image", "label", splits)
+  assert union.class_names[10:] == ("flowers/rose",)

@@ -469,3 +469,13 @@ def test_a_class_without_its_file_is_named(tmp_path):
   (tmp_path / "annotations" / "Run.txt").unlink()
   with pytest.raises(FileNotFoundError, match="Run.txt"):
     read_multithumos(tmp_path, "train")
+
+
+def test_folders_of_videos_have_the_classes_of_the_splits_in_use_in_order(tmp_path):
+  files = ("Train/10/a.mp4", "Train/9/b.mp4", "TEST/9/c.mp4", "extra/8/d.mp4", "other/x.mp4")
+  write(tmp_path, dict.fromkeys(files, ""))
+  train = read_folders(tmp_path, "train", ["train", "test"])
+  assert (train.names, train.class_names) == (("Train/10/a.mp4", "Train/9/b.mp4"), ("9", "10"))
+  assert read_folders(tmp_path, "test").class_names == ("8", "9", "10")
+  with pytest.raises(ValueError, match="of split 'other' .*; 1 lie outside folders of classes"):
+    read_folders(tmp_path, "other")

@@ -94,6 +94,30 @@ def test_a_union_is_cut_set_by_set_and_made_sets_stay(opened):
   assert smoke.shrink(small) == small
 
 
+def write_pictures(root):
+  """Writes folders of two splits with twenty pictures in each of three classes."""
+  for split in ("train", "test"):
+    for name in ("0", "1", "2"):
+      (root / split / name).mkdir(parents=True)
+      for i in range(20):
+        (root / split / name / f"{i}.png").touch()
+  return str(root)
+
+
+def test_a_folder_is_cut_before_its_files_are_opened(tmp_path):
+  folder = {"data.name": "folder", "data.data_dir": write_pictures(tmp_path)}
+  small = smoke.shrink(config_of("digits_resnet20", **folder))
+  assert (small.data.train_split, small.data.test_split) == ("train[:64]", "test[:32]")
+  assert smoke.shrink(small) == small
+  tasks = smoke.shrink(config_of("split_digits", **folder))
+  assert (tasks.data.train_split, tasks.data.test_split) == ("train[:60]", "test[:30]")
+  assert smoke.shrink(tasks) == tasks
+  union = config_of("union", **{"data.name": f"union(digits,folder:{tmp_path})"})
+  small = smoke.shrink(union)
+  assert (small.data.train_split, small.data.test_split) == ("train;train[:64]", "test;test[:32]")
+  assert smoke.shrink(small) == small
+
+
 def test_scenes_and_their_parts_become_small_by_one_factor(opened):
   small = smoke.shrink(config_of("segmentation_cityscapes"))
   assert (small.data.size, small.data.crop) == ((64, 128), (48, 48))
