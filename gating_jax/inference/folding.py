@@ -30,7 +30,7 @@ from flax import traverse_util
 
 from gating_jax.checks import one_of, shown
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Glance, Group, Head, Layer, Part
-from gating_jax.inference.grafting import ChainLayer, GraftedNet, find_chains
+from gating_jax.inference.grafting import ChainLayer, GraftedNet, check_arguments, find_chains
 from gating_jax.layers.blocks import BIAS, GATINGS, KERNELS
 from gating_jax.layers.context import GLANCE_NAME
 from gating_jax.layers.gate import (
@@ -79,6 +79,8 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None, images: Any = No
   >>> len(net.parts), net.classifier[0].shape
   (1, (4, 3))
   """
+  # Without boxes that say how values are partitioned over devices.
+  variables = nn.meta.unbox(variables)
   if isinstance(model, GatedModel):
     return _graft(model, variables, images)
   check_foldable(model)
@@ -109,6 +111,7 @@ def _graft(model: GatedModel, variables: Mapping[str, Any] | None, images: Any) 
   if not model.pairs:
     raise ValueError("the model's pairs must be at least one; got none")
   _check_rules(_gate_rules(model.gate))
+  check_arguments(model.model)
   flat = _flat(model, variables, jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32))
   own = _without_gates(model, variables or {})
   _, height, width, channels = shape
@@ -198,7 +201,7 @@ def _flat(
 
 def _shapes(model: nn.Module, images: Any) -> dict[Path, tuple[int, ...]]:
   """Returns the shapes of a model's parameters and statistics, by path; `images` as a shape."""
-  made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+  made = jax.eval_shape(lambda x: nn.meta.unbox(model.init(jax.random.key(0), x)), images)
   flat: dict[Path, Any] = traverse_util.flatten_dict(dict(made))
   shapes = {}
   for path, leaf in flat.items():
