@@ -90,14 +90,19 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None, images: Any = No
   glance = _glance(flat)
   if isinstance(model, ResNet) and not model.pool:
     return FoldedNet(parts, pooled=False, glance=glance)
+  cells = model.pooled if isinstance(model, VGG) else 1
   if model.classes is None:
-    return FoldedNet(parts, glance=glance)
-  kernel = jnp.asarray(flat["params", "classifier", "kernel"])
-  bias = jnp.asarray(flat["params", "classifier", "bias"])
+    return FoldedNet(parts, glance=glance, cells=cells)
+  dense = []
+  for name in model.dense_names if isinstance(model, VGG) else ("classifier",):
+    kernel, bias = flat["params", name, "kernel"], flat["params", name, "bias"]
+    dense.append((jnp.asarray(kernel), jnp.asarray(bias)))
+  *hidden, classifier = dense
+  net = FoldedNet(parts, classifier, glance=glance, hidden=tuple(hidden), cells=cells)
   # Only here are the last features read by a kernel that can do without closed ones.
   if isinstance(model, VGG) and model.gating == "channel" and parts[-1].head is None:
-    parts, kernel = _without_closed_features(parts, kernel)
-  return FoldedNet(parts, (kernel, bias), glance=glance)
+    net = _without_closed_features(net)
+  return net
 
 
 def _graft(model: GatedModel, variables: Mapping[str, Any] | None, images: Any) -> GraftedNet:
@@ -297,11 +302,14 @@ def _rules_of(model: ResNet | VGG) -> list[_Rule]:
       _Rule("convolution", model.convolution, holds=model.convolution == "full", wanted="full"),
     ]
   else:
-    one_layer = "for one dense layer after the mean over pixels, as folded networks have"
-    rules += [
-      _Rule("hidden", model.hidden, holds=not model.hidden, wanted=f"() {one_layer}"),
-      _Rule("pooled", model.pooled, holds=model.pooled == 1, wanted=f"1 {one_layer}"),
-    ]
+    rules.append(
+      _Rule(
+        "max_map",
+        model.max_map,
+        holds=model.max_map is None,
+        wanted="None, as of model.clone(max_map=None), since folded networks take larger maps",
+      )
+    )
   return rules
 
 
@@ -448,20 +456,18 @@ def _gate_layer(model: VGG, flat: Mapping[Path, np.ndarray], layers: list[Layer]
   layers[i] = dataclasses.replace(layer, conv=conv)
 
 
-def _without_closed_features(
-  parts: tuple[Part, ...], classifier: jax.Array
-) -> tuple[tuple[Part, ...], jax.Array]:
-  """Removes the last layer's channels that are 0 for every input, also from the classifier.
+def _without_closed_features(net: FoldedNet) -> FoldedNet:
+  """Removes the last layer's channels that are 0 for every input, also from its reader.
 
   Static gates close such channels; no other convolution reads them.
   """
-  *before, last = parts
+  *before, last = net.parts
   assert isinstance(last, Layer)  # as all parts of a VGG
   conv = last.conv
   closed = np.all(np.asarray(conv.kernel) == 0, axis=(0, 1, 2)) & (np.asarray(conv.bias) == 0)
   kept = _at_least_one(~closed)
   last = dataclasses.replace(last, conv=conv.select(outputs=kept))
-  return (*before, last), classifier[kept]
+  return dataclasses.replace(net, parts=(*before, last)).select_features(kept)
 
 
 def _group(model, channels: int) -> Group:
