@@ -378,6 +378,7 @@ def test_prefixes_that_all_names_have_are_left_out(tmp_path):
     load_pretrained(written(longer, tmp_path / "partly.npz"))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("net", ["resnet", "vgg", "timm"])
 def test_a_file_without_a_classifier_says_how_to_go_on(tmp_path, net):
   if net == "resnet":
