@@ -53,6 +53,8 @@ from gating_jax.types import Array
 # Rows of tables and keys of files, where a pruned network is called slimmed.
 _TRAINED, _PRUNED, _INT8, _SKIPPING = "trained", "slimmed", "slimmed, int8", "slimmed, skipping"
 _ONNX, ONNX_FILE = "slimmed, onnxruntime", "model.onnx"
+# Why a network with early exits has none.
+_NO_ONNX = "not written: in an ONNX model every image would pass through all stages"
 FOLDERS = {_PRUNED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
 # The most images to calibrate on, evenly over the training set.
 CALIBRATION = 2_000
@@ -107,6 +109,8 @@ def export_run(
       if (folder / name / ONNX_FILE).exists():
         rows.append((str(path / ONNX_FILE), _onnx_summary(card)))
   say(f"\nwritten: {', '.join(map(str, paths))}")
+  if isinstance(experiment.model, EarlyExitNet):
+    rows.append((ONNX_FILE, _NO_ONNX))
   rows.append(("trained net", _as_compiled(run_dir, step, trained)))
   say(
     conclusion.closing_text(

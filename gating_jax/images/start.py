@@ -1,6 +1,7 @@
 """Trainings that start from trained parameters: of an ungated run, or of a file of weights.
 
-Gates and exits are fresh. Of a file the classifier is fresh, too, where it has other classes.
+Gates and exits are fresh. Of a file each dense layer at the end is fresh, too, that has another
+shape there, or is not there.
 
 With `model.importance` gates begin with the importance of the trained network's units for a prior,
 or a narrower network begins as the trained one pruned by it.
@@ -27,8 +28,10 @@ from gating_jax.models.pretrained import (
   IMAGENET_MEAN,
   IMAGENET_STD,
   RESNET_NAMES,
-  load_pretrained,
+  describe_named,
+  describe_network,
   names_weights,
+  read_network,
 )
 from gating_jax.models.vggs import VGGS, is_dense_name
 from gating_jax.terminal import say
@@ -39,6 +42,8 @@ from gating_jax.training.steps import TrainState
 
 # Training images from which the importance of units is taken, where the config does not say.
 _IMPORTANCE_IMAGES = 512
+# torchvision's networks of a config's names. Its VGG16 has BatchNorm.
+_THEIR_NAMES = {**{name: name for name in RESNET_NAMES}, "vgg16": "vgg16_bn"}
 
 
 def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
@@ -99,10 +104,18 @@ def read_weights(config: Config) -> tuple[nn.Module, dict[str, Any]]:
     FileNotFoundError: there is no such file.
     ValueError: it has no weights of a network that is known, or of another than `model.name`.
   """
-  # The name of one of torchvision's networks says more than the first shape that differs.
-  name = config.model.name if config.model.name in RESNET_NAMES else None
+  mine, file = config.model.name, user_path(config.model.init_from)
   with settings.named("model.init_from"):
-    return load_pretrained(user_path(config.model.init_from), name)
+    model, variables = read_network(file)
+  # The structure says more than the first shape that differs.
+  if mine in _THEIR_NAMES:
+    found, wanted = describe_network(model), describe_named(_THEIR_NAMES[mine])
+    if found != wanted:
+      raise ValueError(
+        f"model.init_from must name weights of the network of model.name={mine!r}, {wanted}; those "
+        f"in {file} are of {found}, which load_pretrained reads in Python"
+      )
+  return model, variables
 
 
 def _no_start(start: RunDir) -> str:
@@ -271,13 +284,11 @@ def _start_from_file(
   theirs = dict(variables["params"])
   said = [f"starting from the weights in {file}"]
   # The dense layers at the end belong to the classes and to the size of images.
-  fresh_head = _head_shapes(theirs) != _head_shapes(state.params)
-  if fresh_head:
-    theirs = {name: layer for name, layer in theirs.items() if not is_dense_name(name)}
-    said.append(
-      f"the classifier is fresh: the file's has the shapes {_head_text(variables['params'])}, this "
-      f"one {_head_text(state.params)}"
-    )
+  found, wanted = _dense_shapes(theirs), _dense_shapes(state.params)
+  fresh = {layer for layer, shapes in wanted.items() if shapes != found.get(layer)}
+  for layer in found.keys() - (wanted.keys() - fresh):
+    del theirs[layer]
+  said += _describe_dense(found, wanted, config.model.name)
   fresh_gates = any(is_gate_path(path) for path in traverse_util.flatten_dict(state.params))
   if fresh_gates:
     said.append("the gates are fresh")
@@ -290,7 +301,7 @@ def _start_from_file(
 
   def is_fresh(path: tuple[str, ...]) -> bool:
     """Returns whether a parameter keeps its initial value."""
-    return _is_fresh(path) or (fresh_head and is_dense_name(path[0]))
+    return _is_fresh(path) or path[0] in fresh
 
   statistics = variables.get("batch_stats", {})
   if settings.importance_form(config.model) == PRUNE:
@@ -305,23 +316,37 @@ def _start_from_file(
   return started, said
 
 
-def _head_shapes(params: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
-  """Returns the shapes of the dense layers at the end of a network, by path."""
+def _dense_shapes(params: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
+  """Returns the shapes of the parameters of each dense layer at the end of a network."""
   shapes = {}
-  flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))
-  for path, leaf in flat.items():
-    if is_dense_name(path[0]):
-      shapes[path] = tuple(leaf.shape)
+  for name, layer in params.items():
+    if is_dense_name(name):
+      shapes[name] = {variable: tuple(leaf.shape) for variable, leaf in layer.items()}
   return shapes
 
 
-def _head_text(params: Mapping[str, Any]) -> str:
-  """Returns the shapes of the dense layers' kernels as text."""
-  kernels = []
-  for path, shape in _head_shapes(params).items():
-    if path[-1] == "kernel":
-      kernels.append(" x ".join(map(str, shape)))
-  return ", ".join(kernels) or "of no dense layer"
+def _describe_dense(found: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> list[str]:
+  """Returns lines that name each dense layer which is fresh, or dropped.
+
+  Args:
+    found, wanted: shapes of those of the file, and of the network to train, by layer.
+    name: of the network to train.
+  """
+  said = []
+  for layer in sorted(found.keys() | wanted.keys()):
+    subject = f"the {layer}" if layer == "classifier" else layer
+    there = _kernel_text(found[layer]) if layer in found else "no such layer"
+    if layer not in wanted:
+      why = f"model.name={name!r} has no such layer"
+      said.append(f"{subject} of the file, {there}, is dropped: {why}")
+    elif found.get(layer) != wanted[layer]:
+      said.append(f"{subject} is fresh: {_kernel_text(wanted[layer])} here, the file has {there}")
+  return said
+
+
+def _kernel_text(shapes: Mapping[str, tuple[int, ...]]) -> str:
+  """Returns the shape of a dense layer's kernel as text."""
+  return " x ".join(map(str, shapes["kernel"]))
 
 
 def _is_fresh(path: tuple[str, ...]) -> bool:

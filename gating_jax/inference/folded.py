@@ -33,6 +33,7 @@ from gating_jax.layers.context import (
   NUMBERS_PER_CHANNEL,
   Shared,
   context_of,
+  grid_means,
   standardised_thumbnail,
 )
 from gating_jax.lazy import lazy_names
@@ -360,13 +361,17 @@ Part = Layer | Block
 class FoldedNet:
   """A network for images in evaluation.
 
-  Its parts run in order; then follow the mean over pixels and the classifier, if any. Without
-  `pooled` it ends with the last feature map. A `glance` is computed once for all gate networks.
+  Its parts run in order; then follow means over pixels, hidden dense layers with ReLU and the
+  classifier, if any. Without `pooled` it ends with the last feature map. A `glance` is computed
+  once for all gate networks.
 
   Attributes:
     parts: layers and blocks.
     classifier: kernel `[D', classes]` and bias, or None.
-    pooled: whether the mean over pixels follows the parts.
+    pooled: whether means over pixels follow the parts.
+    hidden: kernel and bias of each dense layer before the classifier.
+    cells: parts of the last map, along a side, over each of which a mean is taken; their features
+      are read as one vector, part by part.
 
   >>> net = FoldedNet(parts=(), classifier=(jnp.ones((3, 2)), jnp.zeros(2)))
   >>> outputs, gate_logits = run(net, jnp.ones((1, 4, 4, 3)))
@@ -378,6 +383,8 @@ class FoldedNet:
   classifier: tuple[Array, Array] | None = None
   pooled: bool = _static(True)
   glance: Glance | None = None
+  hidden: tuple[tuple[Array, Array], ...] = ()
+  cells: int = _static(1)
 
   def outputs(self, x: Array, run_part: Callable[[int, Array], Array]) -> Array:
     """Computes the outputs for images, each part by `run_part(its number, its input)`."""
@@ -385,7 +392,12 @@ class FoldedNet:
       x = run_part(i, x)
     if not self.pooled:
       return x
-    x = pooled(x)
+    if self.cells == 1:
+      x = pooled(x)
+    else:
+      x = grid_means(x, self.cells, precision="highest").reshape(x.shape[0], -1)
+    for kernel, bias in self.hidden:
+      x = jax.nn.relu(x @ kernel + bias[None])
     if self.classifier is not None:
       kernel, bias = self.classifier
       x = x @ kernel + bias[None]
@@ -411,11 +423,22 @@ class FoldedNet:
     return self.classifier is not None
 
   def outer_macs(self) -> int:
-    """Returns the multiply-accumulates per example of what is in no part: of the classifier."""
-    if self.classifier is None:
-      return 0
-    kernel, bias = self.classifier
-    return conv_macs(kernel.shape, (1, *bias.shape))
+    """Returns the multiply-accumulates per example of what is in no part: of dense layers."""
+    return sum(conv_macs(kernel.shape, (1, *bias.shape)) for kernel, bias in self.dense)
+
+  @property
+  def dense(self) -> tuple[tuple[Array, Array], ...]:
+    """Returns kernel and bias of every dense layer, in their order."""
+    return self.hidden if self.classifier is None else (*self.hidden, self.classifier)
+
+  def select_features(self, index: AnyArray) -> FoldedNet:
+    """Returns the network whose first dense layer reads `[K]` channels of the last map alone."""
+    (kernel, bias), *others = self.dense
+    # Rows are the channels of each part of the map.
+    parts, outputs = self.cells**2, kernel.shape[1]
+    rows = kernel.reshape(parts, kernel.shape[0] // parts, outputs)[:, index]
+    *hidden, classifier = (rows.reshape(-1, outputs), bias), *others
+    return dataclasses.replace(self, hidden=tuple(hidden), classifier=classifier)
 
 
 @jax.tree_util.register_dataclass

@@ -30,7 +30,7 @@ from flax import traverse_util
 
 from gating_jax.checks import one_of, shown
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Glance, Group, Head, Layer, Part
-from gating_jax.inference.grafting import ChainLayer, GraftedNet, find_chains
+from gating_jax.inference.grafting import ChainLayer, GraftedNet, check_arguments, find_chains
 from gating_jax.layers.blocks import BIAS, GATINGS, KERNELS
 from gating_jax.layers.context import GLANCE_NAME
 from gating_jax.layers.gate import (
@@ -79,6 +79,8 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None, images: Any = No
   >>> len(net.parts), net.classifier[0].shape
   (1, (4, 3))
   """
+  # Without boxes that say how values are partitioned over devices.
+  variables = nn.meta.unbox(variables)
   if isinstance(model, GatedModel):
     return _graft(model, variables, images)
   check_foldable(model)
@@ -88,14 +90,19 @@ def fold(model: nn.Module, variables: Mapping[str, Any] | None, images: Any = No
   glance = _glance(flat)
   if isinstance(model, ResNet) and not model.pool:
     return FoldedNet(parts, pooled=False, glance=glance)
+  cells = model.pooled if isinstance(model, VGG) else 1
   if model.classes is None:
-    return FoldedNet(parts, glance=glance)
-  kernel = jnp.asarray(flat["params", "classifier", "kernel"])
-  bias = jnp.asarray(flat["params", "classifier", "bias"])
+    return FoldedNet(parts, glance=glance, cells=cells)
+  dense = []
+  for name in model.dense_names if isinstance(model, VGG) else ("classifier",):
+    kernel, bias = flat["params", name, "kernel"], flat["params", name, "bias"]
+    dense.append((jnp.asarray(kernel), jnp.asarray(bias)))
+  *hidden, classifier = dense
+  net = FoldedNet(parts, classifier, glance=glance, hidden=tuple(hidden), cells=cells)
   # Only here are the last features read by a kernel that can do without closed ones.
   if isinstance(model, VGG) and model.gating == "channel" and parts[-1].head is None:
-    parts, kernel = _without_closed_features(parts, kernel)
-  return FoldedNet(parts, (kernel, bias), glance=glance)
+    net = _without_closed_features(net)
+  return net
 
 
 def _graft(model: GatedModel, variables: Mapping[str, Any] | None, images: Any) -> GraftedNet:
@@ -109,6 +116,7 @@ def _graft(model: GatedModel, variables: Mapping[str, Any] | None, images: Any) 
   if not model.pairs:
     raise ValueError("the model's pairs must be at least one; got none")
   _check_rules(_gate_rules(model.gate))
+  check_arguments(model.model)
   flat = _flat(model, variables, jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32))
   own = _without_gates(model, variables or {})
   _, height, width, channels = shape
@@ -198,7 +206,7 @@ def _flat(
 
 def _shapes(model: nn.Module, images: Any) -> dict[Path, tuple[int, ...]]:
   """Returns the shapes of a model's parameters and statistics, by path; `images` as a shape."""
-  made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+  made = jax.eval_shape(lambda x: nn.meta.unbox(model.init(jax.random.key(0), x)), images)
   flat: dict[Path, Any] = traverse_util.flatten_dict(dict(made))
   shapes = {}
   for path, leaf in flat.items():
@@ -294,11 +302,14 @@ def _rules_of(model: ResNet | VGG) -> list[_Rule]:
       _Rule("convolution", model.convolution, holds=model.convolution == "full", wanted="full"),
     ]
   else:
-    one_layer = "for one dense layer after the mean over pixels, as folded networks have"
-    rules += [
-      _Rule("hidden", model.hidden, holds=not model.hidden, wanted=f"() {one_layer}"),
-      _Rule("pooled", model.pooled, holds=model.pooled == 1, wanted=f"1 {one_layer}"),
-    ]
+    rules.append(
+      _Rule(
+        "max_map",
+        model.max_map,
+        holds=model.max_map is None,
+        wanted="None, as of model.clone(max_map=None), since folded networks take larger maps",
+      )
+    )
   return rules
 
 
@@ -445,20 +456,18 @@ def _gate_layer(model: VGG, flat: Mapping[Path, np.ndarray], layers: list[Layer]
   layers[i] = dataclasses.replace(layer, conv=conv)
 
 
-def _without_closed_features(
-  parts: tuple[Part, ...], classifier: jax.Array
-) -> tuple[tuple[Part, ...], jax.Array]:
-  """Removes the last layer's channels that are 0 for every input, also from the classifier.
+def _without_closed_features(net: FoldedNet) -> FoldedNet:
+  """Removes the last layer's channels that are 0 for every input, also from its reader.
 
   Static gates close such channels; no other convolution reads them.
   """
-  *before, last = parts
+  *before, last = net.parts
   assert isinstance(last, Layer)  # as all parts of a VGG
   conv = last.conv
   closed = np.all(np.asarray(conv.kernel) == 0, axis=(0, 1, 2)) & (np.asarray(conv.bias) == 0)
   kept = _at_least_one(~closed)
   last = dataclasses.replace(last, conv=conv.select(outputs=kept))
-  return (*before, last), classifier[kept]
+  return dataclasses.replace(net, parts=(*before, last)).select_features(kept)
 
 
 def _group(model, channels: int) -> Group:

@@ -14,6 +14,7 @@ Axes: N images of H x W pixels and D channels.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -177,7 +178,8 @@ def find_chains(model: GatedModel, variables: Mapping[str, Any], shape: Shape) -
     variables: of the model.
     shape: `(H, W, D)` of an image.
   Raises:
-    ValueError: pairs that are not Conv - BatchNorm - ReLU - Conv on images, each with the reason.
+    ValueError: pairs that are not Conv - BatchNorm - ReLU - Conv on images, each with the
+      reason; or a BatchNorm that does not use its running averages.
   """
   inner = model.model
   mode: dict[str, Any] = {**mode_of(inner, train=False)}
@@ -211,6 +213,22 @@ def find_chains(model: GatedModel, variables: Mapping[str, Any], shape: Shape) -
   outer = sum_macs(kernels, lambda path: path not in layers)
   graft = Graft(inner, tuple(layers), tuple(starts), tuple(ends), shape, outer)
   return Chains(tuple(chains), graft)
+
+
+def check_arguments(model: nn.Module) -> None:
+  """Raises a ValueError unless a model can be called with images and its mode alone."""
+  names = inspect.signature(type(model).__call__).parameters
+  kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  mode, needed = mode_of(model, train=False), []
+  # Those after the model itself and its images.
+  for other in list(names.values())[2:]:
+    if other.default is other.empty and other.kind not in kinds and other.name not in mode:
+      needed.append(other.name)
+  if needed:
+    raise ValueError(
+      f"model must be called with images alone to be folded; {type(model).__name__} also needs "
+      f"{few(needed)}"
+    )
 
 
 def _norms_of(model: GatedModel, calls: _Calls, image: Any) -> dict[str, Norm | None]:
@@ -286,6 +304,8 @@ class _Calls:
       return next_fun(*args, **kwargs)
     keyword = "x" if isinstance(module, nn.BatchNorm) else "inputs"
     x, *others = args or (kwargs.pop(keyword),)
+    if isinstance(module, nn.BatchNorm):
+      _check_running(module, *others, **kwargs)
     self._calls.append(_Call(number, module, jnp.shape(x)[1:]))
     y = next_fun(checkpoint_name(x, f"{_READS}{number}"), *others, **kwargs)
     return checkpoint_name(y, f"{_WRITES}{number}")
@@ -336,6 +356,18 @@ class _Calls:
   def _mark(self, kind: str, call: _Call) -> _Value:
     """Returns the marked input or output of a call."""
     return self.marks[f"{kind}{call.number}"]
+
+
+def _check_running(
+  module: nn.BatchNorm, use_running_average: bool | None = None, **others: Any
+) -> None:
+  """Raises a ValueError unless a BatchNorm uses running averages; arguments as of its call."""
+  mode = module.use_running_average if use_running_average is None else use_running_average
+  if not mode:
+    raise ValueError(
+      "model must use the running averages of BatchNorm in evaluation to be folded; "
+      f"{'/'.join(module.path)} has use_running_average={mode}"
+    )
 
 
 def _conv_layer(call: _Call) -> ChainLayer:

@@ -300,9 +300,7 @@ def _context(graph: _Graph, part: str, x: _Map, shared: dict[str, str]) -> str:
   if part in shared:
     return shared[part]
   if part == "grid":
-    # Quarter by quarter, the channels of each next to each other.
-    means = graph.add("Transpose", _grid(graph, x, GRID), perm=[0, 2, 3, 1])
-    return graph.add("Flatten", means, axis=1)
+    return _cells(graph, x, GRID)
   mean = graph.add("ReduceMean", x.name, axes=_PIXELS, keepdims=1)
   found = graph.add("Flatten", mean, axis=1)
   if part == "pooled":
@@ -313,6 +311,13 @@ def _context(graph: _Graph, part: str, x: _Map, shared: dict[str, str]) -> str:
   variance = graph.add("ReduceMean", graph.add("Mul", centred, centred), axes=_PIXELS, keepdims=0)
   deviation = graph.add("Sqrt", graph.add("Add", variance, _number(LEAST_VARIANCE)))
   return graph.add("Concat", found, deviation, axis=1)
+
+
+def _cells(graph: _Graph, x: _Map, side: int) -> str:
+  """Adds the means over the cells of a grid, `[N, S S D]`."""
+  # Cell by cell, the channels of each next to each other.
+  means = graph.add("Transpose", _grid(graph, x, side), perm=[0, 2, 3, 1])
+  return graph.add("Flatten", means, axis=1)
 
 
 def _grid(graph: _Graph, x: _Map, side: int) -> str:
@@ -362,11 +367,15 @@ def _outputs(graph: _Graph, net: FoldedNet, x: _Map) -> str:
   """Adds what follows the parts."""
   if not net.pooled:
     return graph.add("Transpose", x.name, perm=[0, 2, 3, 1])
-  mean = graph.add("ReduceMean", x.name, axes=_PIXELS, keepdims=0)
+  if net.cells == 1:
+    y = graph.add("ReduceMean", x.name, axes=_PIXELS, keepdims=0)
+  else:
+    y = _cells(graph, x, net.cells)
+  for kernel, bias in net.hidden:
+    y = graph.add("Relu", _dense(graph, y, kernel, bias))
   if net.classifier is None:
-    return mean
-  kernel, bias = net.classifier
-  return _dense(graph, mean, kernel, bias)
+    return y
+  return _dense(graph, y, *net.classifier)
 
 
 def _serialise(

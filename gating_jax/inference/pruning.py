@@ -178,14 +178,12 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
     else:
       part = _prune_block(part, own)
     parts.append(part)
-  classifier = net.classifier
-  if classifier is not None and kept is not None:
-    kernel, bias = classifier
-    classifier = (kernel[kept], bias)
+  if net.classifier is not None and kept is not None:
+    net = net.select_features(kept)
   # Without a gate network that reads it, the glance is not computed.
   heads = [part.head for part in parts if part.head is not None]
   glance = net.glance if any("glance" in head.context for head in heads) else None
-  return dataclasses.replace(net, parts=tuple(parts), classifier=classifier, glance=glance)
+  return dataclasses.replace(net, parts=tuple(parts), glance=glance)
 
 
 def _check_arguments(

@@ -66,11 +66,10 @@ def quantise(net: FoldedNet) -> FoldedNet:
   check_folded(net)
   check_float(net)
   parts = jax.tree.map(_quantise_conv, net.parts, is_leaf=_is_conv)
-  classifier = net.classifier
-  if classifier is not None:
-    kernel, bias = classifier
-    classifier = (_quantise(kernel), bias)
-  return dataclasses.replace(net, parts=parts, classifier=classifier)
+  dense = [(_quantise(kernel), bias) for kernel, bias in net.dense]
+  # A classifier is the last of them.
+  classifier = None if net.classifier is None else dense.pop()
+  return dataclasses.replace(net, parts=parts, hidden=tuple(dense), classifier=classifier)
 
 
 def dequantise(net: FoldedNet) -> FoldedNet:

@@ -34,6 +34,7 @@ from gating_jax.layers.gate import (
   check_gate_settings,
   decisions,
 )
+from gating_jax.layers.mac_trace import kernel_shape
 from gating_jax.ops import arguments
 from gating_jax.ops.macs import ConvMacs, channel_macs, conv_macs, shared_among
 from gating_jax.types import Apply, Array, GateRecord, Path, Records
@@ -78,10 +79,14 @@ class GatedModel(nn.Module):
       `"block1/conv1"`. A layer is the writer of one pair at most, and the reader of one at most.
     gate: settings of the gates.
     axis_name: mapped device axis of the batch.
+
+  Called with the model's own word for its mode, as in `gated.apply(variables, x, training=True)`,
+  gates are in the same mode.
+
   Raises:
     TypeError, ValueError: pairs that are no pairs of paths of layers, or that do not fit: the
       layers are not called once each, the writer first; the reader's last axis is not the writer's
-      channels; the message names the pair.
+      channels; the message names the pair; or modes that contradict each other.
 
   >>> import jax
   >>> class Net(nn.Module):
@@ -109,6 +114,7 @@ class GatedModel(nn.Module):
   def __call__(self, x: Any, train: bool = False, **kwargs: Any) -> tuple[Any, Records]:
     """Applies the model to x; `kwargs` are further arguments of it."""
     check_gate_settings("gate", self.gate)
+    train = _read_mode(self.model, train, kwargs)
     gates = _Pass(check_pairs(self.pairs), self.gate, self.axis_name, train)
     gates.trace, gates.depth = tracers.current_trace(), len(self.path)
     with nn.intercept_methods(gates.intercept):
@@ -160,6 +166,31 @@ def mode_of(model: nn.Module, train: bool) -> dict[str, bool]:
     if name in names:
       return {name: train == means_training}
   return {}
+
+
+def _read_mode(model: nn.Module, train: bool, given: Mapping[str, Any]) -> bool:
+  """Returns whether gates are trained.
+
+  Args:
+    model: the model.
+    train: as the gated model was called.
+    given: further arguments of the model, among them perhaps its own word for the mode.
+  Raises:
+    ValueError: they contradict each other.
+  """
+  modes = {"train": True} if train else {}
+  own, names = mode_of(model, train), inspect.signature(type(model).__call__).parameters
+  for name, means_training in _MODES.items():
+    # A second word in the model's signature is a setting, such as dropout without training.
+    if name in names and name not in own:
+      continue
+    # None stands for a mode that the model has elsewhere.
+    if given.get(name) is not None:
+      modes[name] = bool(given[name]) == means_training
+  if len({*modes.values()}) > 1:
+    said = ", ".join(f"{name}={given.get(name, True)}" for name in modes)
+    raise ValueError(f"arguments must say one mode, training or evaluation; got {said}")
+  return any(modes.values())
 
 
 class _Cost(NamedTuple):
@@ -239,7 +270,7 @@ class _Pass:
       (self._records[layer],) = gate(x, self._train)
     y = next_fun(x, *others, **kwargs)
     # After the call the kernel exists.
-    kernel = module.get_variable("params", "kernel").shape
+    kernel = kernel_shape(module)
     self._costs[layer] = _Cost(
       path=module.path,
       inputs=x.shape[-1],

@@ -31,6 +31,12 @@ class Call(NamedTuple):
   inputs: int
 
 
+def kernel_shape(module: nn.Module) -> tuple[int, ...]:
+  """Returns the shape of the kernel of a layer that runs or has run."""
+  # It may be in a box that says how it is partitioned over devices.
+  return nn.meta.unbox(module.get_variable("params", "kernel")).shape
+
+
 @contextlib.contextmanager
 def kernel_calls() -> Iterator[list[Call]]:
   """Yields a list that collects each call of an `nn.Conv`, `nn.Dense`, `nn.DenseGeneral`.
@@ -53,15 +59,15 @@ def kernel_calls() -> Iterator[list[Call]]:
     # After the call, the kernel exists and the output's shape is known.
     y, module = next_fun(*args, **kwargs), context.module
     if isinstance(module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":
-      kernel = module.get_variable("params", "kernel").shape
+      kernel = kernel_shape(module)
       inputs = kernel[-2] if isinstance(module, nn.Conv) else 0
       calls.append(Call(module.path, conv_macs(kernel, y.shape), inputs))
     if isinstance(module, MixedConv) and context.method_name == "__call__":
-      kernels = module.get_variable("params", "kernel").shape
+      kernels = kernel_shape(module)
       macs = math.prod(kernels) + conv_macs(kernels[1:], y.shape)
       calls.append(Call(module.path, macs, kernels[-2]))
     if isinstance(module, nn.DenseGeneral):
-      kernel = module.get_variable("params", "kernel").shape
+      kernel = kernel_shape(module)
       # It may have any number of axes; every entry is one multiplication per example.
       calls.append(Call(module.path, conv_macs(kernel, (1, 1)), 0))
     return y

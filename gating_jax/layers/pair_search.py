@@ -3,7 +3,8 @@
 The input and the output of every Conv and Dense layer are marked in the trace. From each output the
 search follows the channels, operation by operation, to the layers that read them. A layer can be
 gated where one other layer alone reads its channels, each in its place: nothing else may see them,
-such as a shortcut, a second layer or the model's output.
+such as a shortcut, a second layer or the model's output. Examples, too, must keep their places,
+since the gates of one would otherwise switch the channels of another.
 
 Axes: N examples, C channels of a layer.
 Reference: Molchanov et al., "Importance estimation for neural network pruning", 2019, section 3
@@ -77,7 +78,7 @@ def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
   """Finds the pairs of a Flax Linen model that a `GatedModel` can gate.
 
   Nothing is computed: the model is traced in evaluation. A pair is proposed where each channel of
-  the writer reaches one channel of one reader, and nothing else.
+  the writer reaches one channel of one reader, of the same example, and nothing else.
 
   Args:
     model: a model, called as `model(x)`; see `GatedModel`.
@@ -117,9 +118,9 @@ def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
   trace = jax.make_jaxpr(run)(variables, x)
   search = _Search()
   results = search.follow(trace.jaxpr, [frozenset()] * len(trace.jaxpr.invars))
-  for flows in results:
+  for variable, flows in zip(trace.jaxpr.outvars, results, strict=True):
     for flow in flows:
-      search.note(flow.writer, _OUTPUT, aligned=flow.axis is not None)
+      search.note(flow, _OUTPUT, len(variable.aval.shape))
   return calls.pairs(search)
 
 
@@ -195,6 +196,8 @@ class _Calls:
       return f"its channels are mixed, or not the last axis of what {reader} reads"
     if self._examples[layer] != self._examples[reader]:
       return f"{reader} reads another number of examples"
+    if search.moved.get(layer):
+      return f"examples are mixed, or change their places, before {reader} reads them"
     if len(search.sources[reader]) > 1:
       return f"{reader} reads channels of {few(sorted(search.sources[reader]), 5)} as a sum"
     return ""
@@ -207,10 +210,15 @@ class _Flow:
   Attributes:
     writer: the layer.
     axis: the axis of the value along which they are, in their order; None where they are mixed.
+    examples: the axis along which the examples are, in their order, perhaps with pixels after each;
+      None where they are mixed, or others stand in their places.
+    count: number of examples.
   """
 
   writer: str
   axis: int | None
+  examples: int | None
+  count: int
 
 
 # The channels in a value, of any number of layers.
@@ -224,6 +232,7 @@ class _Search:
     readers: layers that read the channels of a writer, by the writer.
     sources: writers whose channels a layer reads, by the reader.
     misaligned: whether a reader of a writer finds its channels elsewhere than on the last axis.
+    moved: whether a reader of a writer finds its examples elsewhere than on the first axis.
     lost: the first operation, for a writer, that could not be followed.
   """
 
@@ -231,13 +240,17 @@ class _Search:
     self.readers: dict[str, set[str]] = {}
     self.sources: dict[str, set[str]] = {}
     self.misaligned: dict[str, bool] = {}
+    self.moved: dict[str, bool] = {}
     self.lost: dict[str, str] = {}
 
-  def note(self, writer: str, reader: str, *, aligned: bool) -> None:
-    """Notes that a layer's channels are read, on the last axis if they are aligned."""
+  def note(self, flow: _Flow, reader: str, rank: int) -> None:
+    """Notes that the channels of a layer are read, in a value of so many axes."""
+    writer = flow.writer
     self.readers.setdefault(writer, set()).add(reader)
     self.sources.setdefault(reader, set()).add(writer)
+    aligned, in_place = flow.axis == rank - 1, flow.examples == 0
     self.misaligned[writer] = self.misaligned.get(writer, False) or not aligned
+    self.moved[writer] = self.moved.get(writer, False) or not in_place
 
   def follow(self, jaxpr: Any, inputs: Sequence[_Flows]) -> list[_Flows]:
     """Returns the channels in the results of a trace, given those in its inputs."""
@@ -268,35 +281,43 @@ class _Search:
     flows = []
     for place, incoming in enumerate(inputs):
       for flow in incoming:
-        flows.append(_Flow(flow.writer, self._moved(equation, place, flow)))
+        flows.append(self._moved(equation, place, flow))
     return [frozenset(flows)] * outputs
 
   def _mark(self, equation: Any, flows: _Flows) -> _Flows:
     """Returns the channels after a mark: a reader ends those that it reads, a writer begins its."""
-    mark, rank = equation.params["name"], len(equation.outvars[0].aval.shape)
+    mark, shape = equation.params["name"], equation.outvars[0].aval.shape
+    rank = len(shape)
     if mark.startswith(_READS):
       for flow in flows:
-        self.note(flow.writer, mark.removeprefix(_READS), aligned=flow.axis == rank - 1)
+        self.note(flow, mark.removeprefix(_READS), rank)
       return frozenset()
     if mark.startswith(_WRITES):
-      return frozenset([_Flow(mark.removeprefix(_WRITES), rank - 1)])
+      # A value without examples has none to move.
+      count = max(1, shape[0]) if rank > 1 else 1
+      return frozenset([_Flow(mark.removeprefix(_WRITES), rank - 1, 0, count)])
     # A name that the model itself gave.
     return flows
 
-  def _moved(self, equation: Any, place: int, flow: _Flow) -> int | None:
-    """Returns the axis of a layer's channels after an operation on one of its operands."""
-    axis, name, params = flow.axis, equation.primitive.name, equation.params
+  def _moved(self, equation: Any, place: int, flow: _Flow) -> _Flow:
+    """Returns the channels of a layer after an operation on one of its operands."""
+    name, params = equation.primitive.name, equation.params
     shape = equation.invars[place].aval.shape
     result = equation.outvars[0].aval.shape
     if name in _ELEMENTWISE:
-      return axis
-    if axis is None:
-      return None
-    move = _MOVES.get(name)
+      return flow
+    move, axis, examples = _MOVES.get(name), flow.axis, flow.examples
     if move is None:
-      self.lost.setdefault(flow.writer, name)
-      return None
-    return move(axis, params, shape, result)
+      if axis is not None:
+        self.lost.setdefault(flow.writer, name)
+      return dataclasses.replace(flow, axis=None, examples=None)
+    if axis is not None:
+      axis = move(axis, params, shape, result)
+    if examples is not None and name == "reshape":
+      examples = _examples_after_reshape(examples, shape, result, flow.count)
+    elif examples is not None:
+      examples = move(examples, params, shape, result)
+    return dataclasses.replace(flow, axis=axis, examples=examples)
 
 
 # Where an axis is after an operation: `(axis, params, shape, shape of the result)` to the axis or
@@ -319,6 +340,15 @@ def _after_reshape(axis: int, params: Mapping[str, Any], shape: Any, result: Any
   before = _product(shape[:axis])
   for place, size in enumerate(result):
     if size == shape[axis] and _product(result[:place]) == before:
+      return place
+  return None
+
+
+def _examples_after_reshape(axis: int, shape: Any, result: Any, count: int) -> int | None:
+  """Returns the axis of examples, which may be joined with the axes after it, or parted again."""
+  before = _product(shape[:axis])
+  for place, size in enumerate(result):
+    if _product(result[:place]) == before and size % count == 0:
       return place
   return None
 
@@ -346,8 +376,13 @@ def _after_pool(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -
   return axis if params["window_dimensions"][axis] == 1 and result[axis] == shape[axis] else None
 
 
+def _after_pad(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
+  """Returns an axis to which nothing is added, and from which nothing is taken."""
+  return axis if tuple(params["padding_config"][axis]) == (0, 0, 0) else None
+
+
 def _after_part(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
-  """Returns an axis that padding, slicing, reversing or joining leaves as it is."""
+  """Returns an axis that slicing or joining leaves as it is."""
   return axis if result[axis] == shape[axis] else None
 
 
@@ -370,7 +405,7 @@ _MOVES: dict[str, Callable[[int, Mapping[str, Any], Any, Any], int | None]] = {
   "reshape": _after_reshape,
   "squeeze": _after_squeeze,
   "expand_dims": _after_expand,
-  "pad": _after_part,
+  "pad": _after_pad,
   "slice": _after_part,
   "dynamic_slice": _after_part,
   "concatenate": _after_part,

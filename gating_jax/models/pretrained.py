@@ -3,8 +3,9 @@
 A file holds a state dict, arrays by the names of torchvision's modules, as safetensors or npz.
 Family, blocks, widths and classes follow from names and shapes. The names are those of ResNets with
 the ImageNet stem, which timm shares, and of VGG nets; timm's names of a VGG's dense layers are
-read, too. Our convolutions pad as torch's do, symmetrically, and BatchNorm has the same epsilon
-and the same momentum (0.9 here is 0.1 there).
+read, too. What torch puts before every name, such as `module.`, is left out. Our convolutions pad
+as torch's do, symmetrically, and BatchNorm has the same epsilon and the same momentum (0.9 here is
+0.1 there).
 
     theirs                                  ours
     conv1, bn1                              stem/conv, stem/norm
@@ -31,6 +32,7 @@ from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _SUFFIXES = (".safetensors", ".npz")
+# What torch's wrappers put before the names of all values.
+_PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
 # Reading a pickle runs whatever its author wrote.
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 # Of torchvision and timm.
@@ -62,6 +66,8 @@ _VGG_CONVS = {
   "vgg19": (2, 2, 4, 4, 4),
 }
 _VGG_NAMES = (*_VGG_CONVS, *(f"{name}_bn" for name in _VGG_CONVS))
+# Beginnings of the names of dense layers at the end, torchvision's and timm's.
+_DENSE = ("fc.", "classifier.", "pre_logits.", "head.")
 # How torch calls a variable of a layer, by its name here.
 _VARIABLES = {
   "kernel": "weight",
@@ -78,6 +84,8 @@ _TIMM_DENSE = {
   "pre_logits.fc2": "classifier.3",
   "head.fc": "classifier.6",
 }
+# Beginning of the names of timm's dense layers before the classifier.
+_TIMM_HIDDEN = "pre_logits."
 # Layers in a row of torchvision's `classifier`: dense, ReLU and dropout.
 _DENSE_STEP = 3
 # Dense layers of torchvision's VGG nets before the classifier.
@@ -109,7 +117,7 @@ class Entry(NamedTuple):
 
 @naming_extra()
 def load_pretrained(
-  path: str | os.PathLike, name: str | None = None
+  path: str | os.PathLike, name: str | None = None, *, classifier: bool = True
 ) -> tuple[ResNet | VGG, dict[str, Any]]:
   """Loads a network that torchvision or timm trained, with its weights.
 
@@ -119,20 +127,29 @@ def load_pretrained(
   `images` are `[N, H, W, 3]`, normalised as the original wants them: for torchvision's weights
   `(pixels / 255 - mean) / std` with the `IMAGENET_MEAN` and `IMAGENET_STD` of this module.
   `model.clone(gating="channel")` is the same network with gates, whose variables `init` makes. The
-  dropout of VGG nets is left out.
+  dropout of VGG nets is left out. A prefix that all names have, `module.`, `model.`, `backbone.` or
+  `_orig_mod.`, is left out, too.
+
+  Names and shapes are all that is known of the original. timm's nets that compute something else
+  with a ResNet's names, such as `resnetaa50`, `resnetblur50` and those with dilated windows, cannot
+  be told apart: their logits here are wrong. timm's VGG nets slide their dense layers over last
+  maps of more than 7 x 7 pixels; such images are refused.
 
   Args:
     path: a state dict, `.safetensors` or `.npz`, of a ResNet with the ImageNet stem (also of other
       widths and numbers of blocks) or of a VGG net.
     name: the network that it must be, such as `"resnet50"` or `"vgg16_bn"`, of any width; None for
       any.
+    classifier: False leaves out the file's classifier and what other dense layers it has, or is for
+      a file without any: outputs are then the mean of the last map over pixels, `[N, D]`.
   Returns:
     `(model, variables)`: an ungated network, and its `params` and `batch_stats` as float32 arrays
     of the host.
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: a pickle, as `.pth` is; a damaged file; another network than `name` says; or a value
-      that is missing, left over or of the wrong shape, which the message names.
+    ValueError: a pickle, as `.pth` is; a damaged file; another network than `name` says; no
+      classifier; or a value that is missing, left over or of the wrong shape, which the message
+      names.
 
   >>> import tempfile, jax
   >>> net = ResNet(3, (1, 1), features=4, stem="imagenet", shortcut="B")
@@ -143,14 +160,40 @@ def load_pretrained(
   >>> model.blocks, variables["params"]["classifier"]["kernel"].shape
   ((1, 1), (8, 3))
   """
-  file = user_path(path)
   if name is not None:
     one_of("name", name, (*RESNET_NAMES, *_VGG_NAMES))
-  state = _read_state(file)
+  arguments.instance("classifier", classifier, bool, "True or False")
+  model, variables = read_network(path, name, classifier=classifier)
+  if classifier and model.classes is None:
+    raise ValueError(
+      f"the weights in {user_path(path)} must have a classifier, {_classifier_name(model)}; they "
+      "have none, as backbones do. load_pretrained(path, classifier=False) returns the network "
+      "without one, and a run with model.init_from gives it a fresh one"
+    )
+  return model, variables
+
+
+@naming_extra()
+def read_network(
+  path: str | os.PathLike, name: str | None = None, *, classifier: bool = True
+) -> tuple[ResNet | VGG, dict[str, Any]]:
+  """Reads a network, whose `classes` are None where the file has no classifier.
+
+  Arguments, results and errors are otherwise those of `load_pretrained`.
+  """
+  file = user_path(path)
+  read = _read_state(file)
+  state = _with_torchvision_names(read)
+  if not classifier:
+    state = {key: value for key, value in state.items() if not _is_dense(key)}
   shapes = {key: value.shape for key, value in state.items()}
   model = _model_of(shapes, file)
   if name is not None:
-    _check_name(name, model, file)
+    found, wanted = describe_network(model), describe_named(name)
+    if found != wanted:
+      raise ValueError(
+        f"name must be that of the network in {file}, {found}; got {name!r}, {wanted}"
+      )
   entries = _entries_of(model, _input_channels(model, shapes))
   _check_shapes(shapes, entries, f"the weights in {file}")
   flat: dict[Path, np.ndarray] = {}
@@ -161,14 +204,18 @@ def load_pretrained(
       flat[entry.path] = flat[entry.path] - value
     else:
       flat[entry.path] = _to_ours(value, entry.pixels)
+  if isinstance(model, VGG) and model.hidden and any(key.startswith(_TIMM_HIDDEN) for key in read):
+    model = model.clone(max_map=model.pooled)
   return model, traverse_util.unflatten_dict(flat)
 
 
 @naming_extra()
-def save_pretrained(variables: Mapping[str, Any], file: str | os.PathLike) -> FilePath:
+def save_pretrained(
+  variables: Mapping[str, Any], file: str | os.PathLike, model: nn.Module | None = None
+) -> FilePath:
   """Writes the variables of an ungated network by torchvision's names.
 
-      save_pretrained(variables, "resnet50.safetensors")
+      save_pretrained(variables, "resnet50.safetensors", model)
 
   torch reads the file by `model.load_state_dict(safetensors.torch.load_file(file))`. Gates have no
   place there: fold, prune or leave them out first.
@@ -177,11 +224,13 @@ def save_pretrained(variables: Mapping[str, Any], file: str | os.PathLike) -> Fi
     variables: `params` and `batch_stats` of a `ResNet` with the ImageNet stem and shortcut B, or of
       a `VGG` with torchvision's chain and dense layers; as `load_pretrained` returns them.
     file: a path that ends in `.safetensors` or `.npz`; a file that is there is replaced.
+    model: the network. Variables do not say where a `VGG` has its pools, nor what strides a
+      `ResNet` has: without the model they are taken to be torchvision's.
   Returns:
     The path.
   Raises:
     TypeError: variables that are no mapping.
-    ValueError: another ending, or variables of a network that torchvision does not have.
+    ValueError: another ending, or variables or a model of a network that torchvision does not have.
 
   >>> import tempfile, jax
   >>> net = ResNet(3, (1,), features=4, stem="imagenet", shortcut="B")
@@ -202,13 +251,19 @@ def save_pretrained(variables: Mapping[str, Any], file: str | os.PathLike) -> Fi
       flat[path] = np.asarray(leaf, np.float32)
   state = _state_of(flat)
   shapes = {key: value.shape for key, value in state.items()}
-  model = _model_of(shapes, target)
-  if isinstance(model, VGG) and len(model.hidden) != _VGG_HIDDEN:
+  written = _model_of(shapes, target)
+  if isinstance(written, VGG) and len(written.hidden) != _VGG_HIDDEN:
     raise ValueError(
       f"variables of a VGG net must have {_VGG_HIDDEN} hidden dense layers, as torchvision's do; "
-      f"got {len(model.hidden)}"
+      f"got {len(written.hidden)}"
     )
-  entries = _entries_of(model, _input_channels(model, shapes))
+  if written.classes is None:
+    raise ValueError(
+      "variables must have a classifier, as torchvision's networks do; missing: fc.bias, fc.weight"
+    )
+  if model is not None:
+    _check_written(model, written)
+  entries = _entries_of(written, _input_channels(written, shapes))
   for entry in entries:
     if entry.absorbed:
       state[entry.name] = np.zeros(entry.shape, np.float32)
@@ -217,6 +272,28 @@ def save_pretrained(variables: Mapping[str, Any], file: str | os.PathLike) -> Fi
   _check_shapes(shapes, entries, "variables of a network of torchvision's")
   _write_state(state, target)
   return target
+
+
+def _check_written(model: nn.Module, written: ResNet | VGG) -> None:
+  """Raises a ValueError unless a model computes what a network that is written does."""
+  if type(model) is not type(written):
+    raise ValueError(f"model must be the {type(written).__name__} of the variables; got {model!r}")
+  if isinstance(model, ResNet) and model.output_stride is not None:
+    raise ValueError(
+      "model must have output_stride=None, since files of weights do not say which windows are "
+      f"dilated; got {model.output_stride}"
+    )
+  if isinstance(model, VGG):
+    found, wanted = _places_of_pools(model.chain), _places_of_pools(written.chain)
+    if found != wanted:
+      raise ValueError(
+        f"model must have its pools at torchvision's places in the chain, {wanted}; got {found}"
+      )
+
+
+def _places_of_pools(chain: Chain) -> tuple[int, ...]:
+  """Returns the places of the pools in a chain."""
+  return tuple(i for i, channels in enumerate(chain) if channels == POOL)
 
 
 def names_weights(path: str | os.PathLike) -> bool:
@@ -229,15 +306,18 @@ def names_weights(path: str | os.PathLike) -> bool:
 
 
 def _read_state(file: FilePath) -> dict[str, np.ndarray]:
-  """Returns the floating-point values of a state dict, by torchvision's names."""
+  """Returns the floating-point values of a state dict, by their names without a prefix."""
   if file.suffix.lower() in _PICKLES:
-    new = f"{file.stem}.safetensors"
+    new = file.with_suffix(".safetensors")
     raise ValueError(
       f"path must be a .safetensors or .npz file, since reading a pickle such as {file} runs what "
-      "is in it; where torch is installed, these two lines convert a state dict:\n"
-      f"  import torch, safetensors.torch; state = torch.load({file.name!r}, weights_only=True)\n"
+      "is in it; where torch is installed, these three lines convert a state dict, also one inside "
+      "of a checkpoint:\n"
+      "  import torch, safetensors.torch; state = "
+      f"torch.load({str(file)!r}, map_location='cpu', weights_only=True)\n"
+      "  state = state.get('state_dict', state.get('model', state))\n"
       "  safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, "
-      f"{new!r})"
+      f"{str(new)!r})"
     )
   if file.suffix not in _SUFFIXES:
     raise ValueError(f"path must end in {' or '.join(_SUFFIXES)}; got {file}")
@@ -245,7 +325,7 @@ def _read_state(file: FilePath) -> dict[str, np.ndarray]:
     raise FileNotFoundError(f"path must be a file of weights; there is none at {file}")
   read = _read_npz if file.suffix == ".npz" else _read_safetensors
   found = {}
-  for name, value in read(file).items():
+  for name, value in _without_prefixes(read(file)).items():
     if name.rpartition(".")[2] == _STEPS:
       continue
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -254,7 +334,17 @@ def _read_state(file: FilePath) -> dict[str, np.ndarray]:
         f"{value.dtype}"
       )
     found[name] = value
-  return _with_torchvision_names(found)
+  return found
+
+
+def _without_prefixes(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns a state dict without prefixes that all of its names have; they may be nested."""
+  names = list(state)
+  while True:
+    common = [prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in names)]
+    if not names or not common:
+      return dict(zip(names, state.values(), strict=True))
+    names = [name.removeprefix(common[0]) for name in names]
 
 
 def _read_safetensors(file: FilePath) -> dict[str, np.ndarray]:
@@ -291,9 +381,14 @@ def _read_npz(file: FilePath) -> dict[str, np.ndarray]:
 
 def _with_torchvision_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns a state dict with timm's dense layers of a VGG net as torchvision has them."""
-  # timm convolves the last map with a window of its size, which is a dense layer.
-  if not any(name.startswith("features.") for name in state):
+  # timm convolves the last map with a window of its size, which is a dense layer. Without a
+  # classifier, its last hidden layer must not pass for one.
+  is_vgg = any(name.startswith("features.") for name in state)
+  has_hidden = any(name.startswith(_TIMM_HIDDEN) for name in state)
+  if not is_vgg:
     return dict(state)
+  if has_hidden and "head.fc.weight" not in state:
+    return {name: value for name, value in state.items() if not _is_dense(name)}
   renamed = {}
   for name, value in state.items():
     layer, _, variable = name.rpartition(".")
@@ -356,7 +451,7 @@ def _resnet_of(shapes: Mapping[str, Shape]) -> ResNet:
   is_deep = any(name.endswith(".conv3.weight") for name in shapes)
   features = _size(shapes, "conv1.weight", 0)
   return ResNet(
-    classes=_size(shapes, "fc.weight", 0),
+    classes=_size(shapes, "fc.weight", 0) if any(map(_is_dense, shapes)) else None,
     blocks=blocks,
     block=Bottleneck if is_deep else BasicBlock,
     features=features,
@@ -391,7 +486,7 @@ def _vgg_of(shapes: Mapping[str, Shape]) -> VGG:
   hidden = tuple(_size(shapes, f"classifier.{number}.weight", 0) for number in dense[:-1])
   features = _size(shapes, f"classifier.{dense[0]}.weight", 1) if dense else last
   return VGG(
-    classes=_size(shapes, f"classifier.{dense[-1]}.weight", 0) if dense else 1,
+    classes=_size(shapes, f"classifier.{dense[-1]}.weight", 0) if dense else None,
     chain=tuple(chain),
     norm=norm,
     hidden=hidden,
@@ -417,32 +512,43 @@ def _input_channels(model: ResNet | VGG, shapes: Mapping[str, Shape]) -> int:
   return _size(shapes, first, 1)
 
 
-def _check_name(name: str, model: ResNet | VGG, file: FilePath) -> None:
-  """Raises a ValueError unless a network, of any width, is the named one."""
-  found = _description(model)
+def _is_dense(name: str) -> bool:
+  """Returns whether a value is of a dense layer at the end of a network."""
+  return name.startswith(_DENSE)
+
+
+def _classifier_name(model: ResNet | VGG) -> str:
+  """Returns what torchvision calls the classifier of a network."""
+  return "fc" if isinstance(model, ResNet) else f"classifier.{_DENSE_STEP * _VGG_HIDDEN}"
+
+
+def describe_named(name: str) -> str:
+  """Describes the structure of torchvision's network of a name, as `describe_network` does."""
   if name in RESNET_NAMES:
     named = RESNETS[name]
-    wanted = _describe_blocks(named.block, named.blocks)
-  else:
-    base, _, norm = name.partition("_")
-    wanted = _describe_chain(_VGG_CONVS[base], bool(norm))
-  if found != wanted:
-    raise ValueError(f"name must be that of the network in {file}, {found}; got {name!r}, {wanted}")
+    return _describe_blocks(named.block, named.blocks)
+  base, _, norm = name.partition("_")
+  return _describe_chain(_VGG_CONVS[base], bool(norm))
 
 
-def _description(model: ResNet | VGG) -> str:
+def describe_network(model: ResNet | VGG) -> str:
   """Describes the structure of a network, without its widths."""
   if isinstance(model, ResNet):
     inner = model.inner_width
     wide = "" if inner == 1 else f", {inner:g} times as wide between their convolutions"
     return _describe_blocks(model.block, model.blocks) + wide
+  return _describe_chain(_convs_before_pools(model.chain), model.norm)
+
+
+def _convs_before_pools(chain: Chain) -> tuple[int, ...]:
+  """Returns the number of convolutions before each pool of a chain, which ends with a pool."""
   counts = [0]
-  for channels in model.chain:
+  for channels in chain:
     if channels == POOL:
       counts.append(0)
     else:
       counts[-1] += 1
-  return _describe_chain(counts[:-1], model.norm)
+  return tuple(counts[:-1])
 
 
 def _describe_blocks(block: type, blocks: Sequence[int]) -> str:
@@ -471,7 +577,7 @@ def _entries_of(model: ResNet | VGG, channels: int) -> list[Entry]:
   for path, leaf in flat.items():
     name = _their_name(path, places, hidden)
     assert name is not None  # since the network is one of theirs
-    reads_map = isinstance(model, VGG) and path[1:] == (model.dense_names[0], "kernel")
+    reads_map = isinstance(model, VGG) and path[1:] == (*model.dense_names[:1], "kernel")
     entries.append(
       Entry(name, _their_shape(leaf.shape), path, pixels=model.pooled if reads_map else 1)
     )

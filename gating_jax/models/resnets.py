@@ -69,6 +69,7 @@ _IMAGENET = {
   "resnet34": _of_imagenet(block=BasicBlock, blocks=(3, 4, 6, 3)),
   "resnet50": _of_imagenet(block=Bottleneck, blocks=(3, 4, 6, 3)),
   "resnet101": _of_imagenet(block=Bottleneck, blocks=(3, 4, 23, 3)),
+  "resnet152": _of_imagenet(block=Bottleneck, blocks=(3, 8, 36, 3)),
 }
 RESNETS = {**_CIFAR, **_IMAGENET}
 

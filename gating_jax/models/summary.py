@@ -260,7 +260,8 @@ def _trace(model: nn.Module, input_shape: Any) -> _Trace:
     out, variables = model.init_with_output(jax.random.key(0), x)
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], (tuple, list))):
       raise TypeError(f"model must return (y, records), as gated networks do; got {shown(out)}")
-    return out[1], variables
+    # Without boxes that say how values are partitioned over devices.
+    return out[1], nn.meta.unbox(variables)
 
   inputs = jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32),

@@ -70,6 +70,8 @@ class VGG(nn.Module):
     hidden: widths of dense layers with ReLU before the last one, as (4096, 4096) for ImageNet.
     pooled: parts, along a side, over each of which the last feature map is averaged; 1 for the mean
       over all pixels, 7 for ImageNet. The features of all parts are read as one vector.
+    max_map: largest number of pixels, along a side, of the last feature map; None for any. It is 7
+      for timm's weights of ImageNet, whose dense layers slide over larger maps.
   Raises:
     TypeError, ValueError: when called, a field or an input of another kind or out of range.
 
@@ -95,6 +97,7 @@ class VGG(nn.Module):
   axis_name: str | None = None
   hidden: tuple[int, ...] = ()
   pooled: int = 1
+  max_map: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -125,6 +128,12 @@ class VGG(nn.Module):
         name=f"layer{number}",
       )(x, train, shared)
       records += new
+    if self.max_map is not None and max(x.shape[1:3]) > self.max_map:
+      raise ValueError(
+        f"images must leave a last feature map of at most {self.max_map} x {self.max_map} pixels, "
+        f"over more of which timm's dense layers slide; got {x.shape[1]} x {x.shape[2]}. "
+        "model.clone(max_map=None) averages over parts of larger maps, as torchvision does"
+      )
     # The mean and the logits are float32, whatever the layers compute in.
     x = x.astype(jnp.float32)
     if self.pooled == 1:

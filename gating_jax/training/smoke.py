@@ -35,7 +35,7 @@ _AT_MOST = {
 # Deep networks and shallow ones of their kind: programs of few layers compile in seconds.
 _SHALLOW = {
   **dict.fromkeys((f"resnet{depth}" for depth in (14, 20, 32, 44, 56, 110)), "resnet8"),
-  **dict.fromkeys(("resnet34", "resnet50", "resnet101"), "resnet18"),
+  **dict.fromkeys(("resnet34", "resnet50", "resnet101", "resnet152"), "resnet18"),
   **dict.fromkeys((f"resnet3d{depth}" for depth in (18, 34, 50, 101)), "resnet3d10"),
   "r2plus1d18": "r2plus1d10",
   "i3d": "i3d_small",

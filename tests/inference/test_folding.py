@@ -9,13 +9,14 @@ import pytest
 from gating_jax.inference import costs, folded
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folding import fold
-from gating_jax.inference.pruning import apply_pruning, find_static_units
+from gating_jax.inference.pruning import PruneMask, apply_pruning, find_static_units
+from gating_jax.inference.quantising import dequantise, quantise
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.layers.gate import SHUT, GateSettings, shift_thresholds
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.summary import model_summary
-from gating_jax.models.vggs import VGG
+from gating_jax.models.vggs import POOL, VGG
 from gating_jax.ops.macs import executed_macs
 from tests.helpers.folded_nets import count_gates
 from tests.helpers.gated_models import MODELS, RECIPE, SHAPE, STATIC, images, random_variables
@@ -229,6 +230,43 @@ def test_what_static_gates_close_in_a_chain_is_gone(closed):
   )
 
 
+DENSE = VGG(3, (4, POOL, 6), hidden=(7, 5), pooled=2, gating="channel", gate=GateSettings(hidden=4))
+
+
+def test_dense_layers_on_parts_of_the_last_map_are_folded():
+  variables, x = random_variables(DENSE), images(20)
+  expected, records = jax.jit(DENSE.apply)(variables, x)
+  net, size = fold(DENSE, variables), np.abs(expected).max()
+  y, _ = jax.jit(folded.run)(net, x)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4 * size)
+  counts, gates = model_summary(DENSE, SHAPE), [record.gates for record in records]
+  assert costs.macs(net, SHAPE) == counts.macs + counts.gate_macs
+  np.testing.assert_array_equal(
+    costs.macs(net, SHAPE, gates), counts.always_macs + executed_macs(records)
+  )
+  kernel, _ = net.hidden[0]
+  again, _ = dequantise(quantise(net)).hidden[0]
+  assert 0 < np.abs(kernel - again).max() < 0.01 * np.abs(kernel).max()
+  # Features that are pruned leave the rows of the first dense layer, in each part of the map.
+  removed = np.arange(6) == 1
+  choices = [PruneMask.nothing(4), PruneMask(removed, np.zeros(6, bool))]
+  pruned = apply_pruning(net, choices)
+  rows = np.asarray(kernel).reshape(2, 2, 6, 7)[:, :, ~removed].reshape(-1, 7)
+  np.testing.assert_array_equal(pruned.hidden[0][0], rows)
+  np.testing.assert_array_equal(pruned.classifier[0], net.classifier[0])
+
+
+def test_features_that_dense_layers_do_not_read_are_gone():
+  model = DENSE.clone(gate=STATIC)
+  variables = random_variables(model)
+  variables["params"]["layer2"]["gate"]["logits"] = jnp.asarray([9.0, -9, 9, -9, 9, 9], jnp.float32)
+  net = fold(model, variables)
+  assert (net.parts[-1].conv.bias.size, net.hidden[0][0].shape) == (4, (4 * 4, 7))
+  kernel = np.asarray(variables["params"]["hidden1"]["kernel"]).reshape(4, 6, 7)
+  rows = kernel[:, [0, 2, 4, 5]].reshape(-1, 7)
+  np.testing.assert_array_equal(net.hidden[0][0], rows)
+
+
 @pytest.mark.parametrize("features", [None, 3])
 def test_only_features_that_a_chain_itself_ends_with_stay(features):
   model = VGG(features, (4, 6), gating="channel", gate=STATIC)
@@ -269,6 +307,7 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
     ],
     (ResNet(3, (1,), features=4, gating="bias", sources=2), "gating must be none or that of gates"),
     (ResNet(3, (1,), features=4, sources=2), "sources must be 0, since images with"),
+    (VGG(3, (4,), pooled=7, max_map=7), r"max_map must be None, as of model.clone\(max_map=None\)"),
     (flax.linen.Dense(3), "model must be ResNet or VGG; got Dense"),
     (EarlyExitNet(3, (1, 1), features=4), "model must be ResNet or VGG; got EarlyExitNet"),
     (ExpertNet(3, (1, 1), features=4), "model must be ResNet or VGG; got ExpertNet"),

@@ -274,6 +274,50 @@ def test_dense_layers_and_other_gates_are_not_folded():
     fold(glancing, {}, images())
 
 
+class Hardwired(nn.Module):
+  """A model that is always in training."""
+
+  @nn.compact
+  def __call__(self, x):
+    norm = nn.BatchNorm(use_running_average=False, name="norm1")
+    h = nn.relu(norm(nn.Conv(4, (3, 3), name="a")(x)))
+    return nn.Conv(2, (3, 3), name="b")(h)
+
+
+class Masked(nn.Module):
+  @nn.compact
+  def __call__(self, x, mask, *, scale, train, flag=None, **others):
+    h = nn.relu(nn.Conv(4, (3, 3), name="a")(x * mask))
+    return nn.Conv(2, (3, 3), name="b")(scale * h)
+
+
+@pytest.mark.parametrize(
+  ("model", "message"),
+  [
+    (Hardwired(), "running averages of BatchNorm .*; norm1 has use_running_average=False"),
+    (Masked(), "called with images alone to be folded; Masked also needs mask, scale"),
+  ],
+)
+def test_models_that_images_alone_do_not_run_are_named(model, message):
+  gated = GatedModel(model, (("a", "b"),), GATE)
+  given = {"mask": 1.0, "scale": 2.0, "train": False} if isinstance(model, Masked) else {}
+  made = jax.eval_shape(lambda x: gated.init(jax.random.key(0), x, **given), images())
+  variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), made)
+  with pytest.raises(ValueError, match=message):
+    fold(gated, variables, images())
+
+
+def test_kernels_that_say_how_they_are_partitioned_are_folded():
+  gated, variables, _ = trained()
+  kernel = variables["params"]["chain1"]["kernel"]
+  path = ("params", "chain1", "kernel")
+  boxed = _with(variables, path, nn.Partitioned(kernel, names=(None,) * 4))
+  np.testing.assert_array_equal(
+    fold(gated, boxed, images()).parts[0].conv.kernel,
+    fold(gated, variables, images()).parts[0].conv.kernel,
+  )
+
+
 def test_images_of_another_shape_are_refused():
   gated, variables, _ = trained()
   with pytest.raises(ValueError, match=r"images must be \[N, H, W, D\], .* GatedModel; got None"):

@@ -13,6 +13,7 @@ from gating_jax.inference.onnx_export import load_onnx, to_onnx
 from gating_jax.inference.quantising import quantise
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.models.resnets import ResNet
+from gating_jax.models.vggs import POOL, VGG
 from tests.helpers.gated_models import MODELS, RECIPE, SHAPE, images, random_variables
 
 pytest.importorskip("onnxruntime")
@@ -22,9 +23,10 @@ PRIOR = dataclasses.replace(RECIPE, prior=True)
 KINDS = {
   **MODELS,
   "prior": ResNet(3, (1,), Bottleneck, features=4, gating="channel", gate=PRIOR),
+  "dense vgg": VGG(3, (4, POOL, 6), hidden=(7,), pooled=2),
 }
 # Parts, gates and contexts of each kind; most are slow.
-FEW = ("bottleneck", "prior", "weighted outputs")
+FEW = ("bottleneck", "prior", "weighted outputs", "dense vgg")
 MORE = (
   *("basic", "blocks", "dilated", "feature map", "vgg", "thresholds", "weighted vgg"),
   *("scaled outputs", "static weights"),

@@ -156,6 +156,46 @@ def test_the_pairs_of_a_model_are_found(kind):
   assert not found.refused.keys() & {writer for writer, _ in found.pairs}
 
 
+def with_examples_moved(move):
+  """A model with an operation on all examples between two layers."""
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      h = nn.relu(nn.Conv(4, (3, 3), name="a")(x))
+      return nn.Conv(2, (3, 3), name="b")(move(h))
+
+  return Model()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+  "move",
+  [
+    lambda h: jnp.roll(h, 1, axis=0),
+    lambda h: h[::-1],
+    lambda h: jnp.flip(h, 0),
+    lambda h: h - jnp.mean(h, axis=0, keepdims=True),
+    lambda h: jnp.pad(h, ((1, 0), (0, 0), (0, 0), (0, 0)))[: len(h)],
+    lambda h: jnp.flip(h.reshape(-1, 4), 0).reshape(h.shape),
+  ],
+)
+def test_layers_between_which_examples_move_are_no_pair(move, count):
+  found = find_pairs(with_examples_moved(move), IMAGES[:count])
+  assert found.pairs == ()
+  assert found.refused["a"] == "examples are mixed, or change their places, before b reads them"
+
+
+def test_layers_between_which_pixels_move_are_a_pair():
+  for move in (
+    lambda h: jnp.roll(h, 1, axis=1),
+    lambda h: h[:, ::-1] - jnp.mean(h, axis=(1, 2), keepdims=True),
+    lambda h: jnp.tanh(h.reshape(-1, 4)).reshape(h.shape),
+    lambda h: h.transpose(3, 0, 1, 2)[:, :, 1:].transpose(1, 2, 3, 0),
+  ):
+    assert find_pairs(with_examples_moved(move), IMAGES).pairs == (("a", "b"),)
+
+
 def test_what_cannot_be_gated_has_a_reason():
   refused = {kind: find_pairs(kind(), IMAGES).refused for kind in PAIRS}
   assert refused[PlainCNN] == {
@@ -316,6 +356,56 @@ def test_further_arguments_reach_the_model():
     gated.apply(
       variables, x, scale=1.0, train=True, mutable=["batch_stats"], rngs={"gate": rngs["gate"]}
     )
+
+
+class Modal(nn.Module):
+  """A model with its own word for the mode, and a setting with the name of one."""
+
+  @nn.compact
+  def __call__(self, x, training=False, deterministic=True):
+    h = nn.BatchNorm(use_running_average=not training)(nn.Dense(4, name="a")(x))
+    return nn.Dense(2, name="b")(nn.relu(h))
+
+
+def test_the_mode_of_the_model_is_that_of_its_gates():
+  x = np.ones((6, 3), np.float32)
+  gated = GatedModel(Modal(), (("a", "b"),), SMALL)
+  variables = jax.eval_shape(gated.init, jax.random.key(0), x)
+
+  def trace(**mode):
+    """Traces a pass without a key, which gates need in training alone."""
+    run = lambda variables: gated.apply(variables, x, mutable=["batch_stats"], **mode)
+    return jax.eval_shape(run, variables)
+
+  for mode in ({}, {"training": False}, {"deterministic": False}):
+    trace(**mode)
+  for mode in ({"training": True}, {"train": True, "training": True}):
+    with pytest.raises(Exception, match='needs PRNG for "gate"'):
+      trace(**mode)
+  with pytest.raises(ValueError, match="must say one mode, .*; got train=True, training=False"):
+    trace(train=True, training=False)
+
+
+class Partitioned(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    split = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    h = nn.relu(nn.Dense(4, kernel_init=split, name="a")(x))
+    return nn.Dense(2, kernel_init=split, name="b")(h)
+
+
+def test_kernels_may_say_how_they_are_partitioned():
+  x = np.ones((2, 3), np.float32)
+  assert find_pairs(Partitioned(), x).pairs == (("a", "b"),)
+  gated = GatedModel(Partitioned(), (("a", "b"),), SMALL)
+  variables = gated.init(jax.random.key(0), x)
+  assert isinstance(variables["params"]["a"]["kernel"], nn.Partitioned)
+  y, records = gated.apply(variables, x)
+  plain, _ = gated.apply(nn.meta.unbox(variables), x)
+  np.testing.assert_array_equal(y, plain)
+  assert (records[0].gates.shape, records[0].macs_per_unit) == ((2, 4), 3 + 2)
+  counts = model_summary(gated, (3,))
+  assert (counts.macs, counts.params) == (3 * 4 + 4 * 2, 3 * 4 + 4 + 4 * 2 + 2)
 
 
 @pytest.mark.parametrize(

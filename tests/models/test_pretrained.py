@@ -1,11 +1,14 @@
 """Weights of torchvision's and timm's networks, against forward passes as torch has them."""
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from jax import lax
 
@@ -13,7 +16,7 @@ from configs.common import imagenet_config
 from gating_jax import ResNet, load_pretrained, save_pretrained, vgg
 from gating_jax.layers.context import grid_means
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.pretrained import IMAGENET_MEAN, IMAGENET_STD
+from gating_jax.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, _without_prefixes
 from gating_jax.models.vggs import POOL, VGG
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "data" / "pretrained"
@@ -203,15 +206,30 @@ def test_a_vgg_net_has_the_logits_of_its_original(tmp_path, size, norm):
 def test_timm_names_the_dense_layers_of_a_vgg_net_in_its_own_way(tmp_path):
   state = vgg_state((4, POOL, 5, POOL), side=2)
   _, expected = load_pretrained(written(state, tmp_path / "theirs.npz"))
-  timm = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2"}
-  windows = {"classifier.0.weight": (6, 5, 2, 2), "classifier.3.weight": (5, 6, 1, 1)}
+  model, variables = load_pretrained(written(renamed_by_timm(state, 2), tmp_path / "timm.npz"))
+  jax.tree.map(np.testing.assert_array_equal, variables, expected)
+  # There the dense layers slide over larger maps, and means of the results are taken.
+  jax.eval_shape(model.apply, variables, images_of(8))
+  with pytest.raises(ValueError, match=r"at most 2 x 2 pixels, .* slide; got 3 x 3\. model\.clone"):
+    jax.eval_shape(model.apply, variables, images_of(12))
+  jax.eval_shape(model.clone(max_map=None).apply, variables, images_of(12))
+
+
+def renamed_by_timm(state, side):
+  """A state dict of a VGG net with the names and windows that timm has for its dense layers."""
+  timm = {
+    "classifier.0": "pre_logits.fc1",
+    "classifier.3": "pre_logits.fc2",
+    "classifier.6": "head.fc",
+  }
   renamed = {}
   for name, value in state.items():
     layer, _, variable = name.rpartition(".")
-    new = {**timm, "classifier.6": "head.fc"}.get(layer, layer)
-    renamed[f"{new}.{variable}"] = value.reshape(windows.get(name, value.shape))
-  _, variables = load_pretrained(written(renamed, tmp_path / "timm.npz"))
-  jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    if layer in ("classifier.0", "classifier.3") and variable == "weight":
+      window = side if layer == "classifier.0" else 1
+      value = value.reshape(len(value), -1, window, window)
+    renamed[f"{timm.get(layer, layer)}.{variable}"] = value
+  return renamed
 
 
 def test_parts_of_a_map_are_averaged_as_by_torch():
@@ -236,7 +254,7 @@ def test_parts_of_a_map_are_averaged_as_by_torch():
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 def test_what_is_written_is_read_again(tmp_path, state, suffix):
   model, variables = load_pretrained(written(state, tmp_path / "theirs.npz"))
-  again = save_pretrained(variables, tmp_path / f"ours{suffix}")
+  again = save_pretrained(variables, tmp_path / f"ours{suffix}", model)
   found, read = load_pretrained(again)
   assert found == model
   jax.tree.map(np.testing.assert_array_equal, read, variables)
@@ -303,12 +321,27 @@ def test_a_vgg_entry_that_does_not_fit_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["net.pth", "net.pt", "pytorch_model.bin", "net.pth.tar"])
-def test_pickles_are_refused_with_the_lines_that_convert_them(tmp_path, name):
+def test_pickles_are_refused_with_the_lines_that_convert_them(tmp_path, monkeypatch, name):
   with pytest.raises(ValueError, match="runs what is in it") as error:
     load_pretrained(tmp_path / name)
-  first, second = str(error.value).splitlines()[1:]
-  assert f"torch.load({name!r}, weights_only=True)" in first
-  compile(f"{first.strip()}\n{second.strip()}", "lines", "exec")
+  lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+  # In place of torch, which the project does without.
+  state, asked, saved = resnet_state((1,)), [], {}
+  contiguous = {key: SimpleNamespace(contiguous=lambda v=v: v) for key, v in state.items()}
+  torch, writer = ModuleType("torch"), ModuleType("safetensors.torch")
+  writer.save_file = lambda tensors, file: saved.update({file: tensors})
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  monkeypatch.setitem(sys.modules, "safetensors.torch", writer)
+  monkeypatch.setattr(safetensors, "torch", writer, raising=False)
+  for stored in (contiguous, {"epoch": 3, "state_dict": contiguous}, {"model": contiguous}):
+    torch.load = lambda file, stored=stored, **settings: asked.append((file, settings)) or stored
+    exec("\n".join(lines), {})
+    assert asked[-1][0] == str(tmp_path / name)
+    assert asked[-1][1] == {"map_location": "cpu", "weights_only": True}
+    ((file, written_state),) = saved.items()
+    assert file == str((tmp_path / name).with_suffix(".safetensors"))
+    assert written_state.keys() == state.keys()
+    saved.clear()
 
 
 def test_files_that_hold_no_network_are_refused(tmp_path):
@@ -329,6 +362,45 @@ def test_files_that_hold_no_network_are_refused(tmp_path):
     ValueError, match=r"a ResNet .* or a VGG net .* are patch_embed\.proj\.weight"
   ):
     load_pretrained(other)
+
+
+def test_prefixes_that_all_names_have_are_left_out(tmp_path):
+  state = resnet_state((1,))
+  longer = {f"_orig_mod.module.{name}": value for name, value in state.items()}
+  _, variables = load_pretrained(written(longer, tmp_path / "longer.npz"))
+  expected = state["conv1.weight"].transpose(2, 3, 1, 0)
+  np.testing.assert_array_equal(variables["params"]["stem"]["conv"]["kernel"], expected)
+  for prefix in ("model.", "backbone."):
+    kept = {prefix + name: value for name, value in state.items()}
+    assert _without_prefixes(kept).keys() == state.keys()
+  longer["loss.weight"] = np.zeros(3, np.float32)
+  with pytest.raises(ValueError, match=r"are _orig_mod\.module\.bn1\.bias, .* and 13 more"):
+    load_pretrained(written(longer, tmp_path / "partly.npz"))
+
+
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("net", ["resnet", "vgg", "timm"])
+def test_a_file_without_a_classifier_says_how_to_go_on(tmp_path, net):
+  if net == "resnet":
+    state, gone = resnet_state((1, 1)), ("fc.",)
+  else:
+    state, gone = vgg_state((4, POOL, 5, POOL), side=2), ("classifier.",)
+  whole = written(state, tmp_path / "whole.npz")
+  if net == "timm":
+    # There `num_classes=0` keeps the hidden layers.
+    state, gone = renamed_by_timm(state, 2), ("head.",)
+  kept = {name: value for name, value in state.items() if not name.startswith(gone)}
+  file = written(kept, tmp_path / "backbone.npz")
+  with pytest.raises(ValueError, match=r"have a classifier, .*, classifier=False\) returns the"):
+    load_pretrained(file)
+  model, variables = load_pretrained(file, classifier=False)
+  assert model.classes is None
+  found, same = load_pretrained(whole, classifier=False)
+  assert found == model
+  jax.tree.map(np.testing.assert_array_equal, same, variables)
+  width = {"resnet": 8, "vgg": 5, "timm": 5}[net]
+  features, _ = jax.eval_shape(model.apply, variables, images_of(16))
+  assert features.shape == (2, width)
 
 
 def test_half_precision_becomes_float32(tmp_path):
@@ -364,6 +436,22 @@ def variables_of(model, size=32):
 def test_networks_that_torchvision_does_not_have_are_not_written(tmp_path, model, message):
   with pytest.raises(ValueError, match=message):
     save_pretrained(variables_of(model), tmp_path / "net.npz")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_computes_something_else_is_not_written(tmp_path):
+  chain = (2, POOL, 2, POOL, 2, 2, POOL, 2, 2, POOL, 2, 2, POOL)
+  model = VGG(3, chain, hidden=(2, 2), pooled=2)
+  variables = variables_of(model)
+  # The same variables, with the first pool later.
+  other = model.clone(chain=(2, 2, POOL, POOL, *chain[4:]))
+  with pytest.raises(ValueError, match=r"pools at torchvision's places .* \(1, 3, .* got \(2, 3,"):
+    save_pretrained(variables, tmp_path / "other.npz", other)
+  net = ResNet(3, (1,), features=4, stem="imagenet", shortcut="B", output_stride=4)
+  with pytest.raises(ValueError, match="must have output_stride=None, .*; got 4"):
+    save_pretrained(variables_of(net), tmp_path / "other.npz", net)
+  with pytest.raises(ValueError, match="model must be the VGG of the variables; got ResNet"):
+    save_pretrained(variables, tmp_path / "other.npz", net)
   assert list(tmp_path.iterdir()) == []
 
 
