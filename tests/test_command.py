@@ -119,6 +119,29 @@ def test_a_training_that_ctrl_c_stopped_has_the_status_of_an_interrupt(tmp_path,
   assert run_command(CONFIG, f"--workdir={tmp_path}") == (130, "")
 
 
+@pytest.mark.parametrize(
+  ("error", "reason"),
+  [
+    (MemoryError("Unable to allocate 8 GiB"), "Unable to allocate 8 GiB"),
+    (MemoryError(), "MemoryError"),
+    (
+      jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nLargest buffers: ..."),
+      "RESOURCE_EXHAUSTED: Out of memory",
+    ),
+  ],
+)
+def test_a_lack_of_memory_is_named_with_what_to_lower(error, reason, tmp_path, monkeypatch):
+  def exhausted(*_):
+    raise error
+
+  monkeypatch.setattr(classification, "run", exhausted)
+  assert run_command(CONFIG, f"--workdir={tmp_path}") == (
+    1,
+    f"error: out of memory: {reason}; a smaller optim.batch_size needs less, and a data set that "
+    "does not fit is read from disk with data.loader=streaming\n",
+  )
+
+
 @pytest.mark.parametrize("arguments", [(CONFIG,), (CONFIG, "--workdir=")])
 def test_a_workdir_is_asked_for(arguments):
   assert run_command(*arguments) == (
