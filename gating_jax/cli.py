@@ -49,11 +49,8 @@ def _run_command() -> None:
     _say(command_flags.BARE)
     sys.exit(2)
   # Help and version are answered here: absl's own help lists the flags of every library.
-  if command_flags.HELP_FLAGS.intersection(given):
-    print(command_flags.help_text())
-    sys.exit(0)
-  if command_flags.VERSION_FLAGS.intersection(given):
-    print(command_flags.version_text())
+  if (text := command_flags.answer(given)) is not None:
+    print(text)
     sys.exit(0)
   # In place: ml_collections looks for overrides of fields in sys.argv.
   for place, argument in enumerate(given, start=1):
