@@ -5,6 +5,9 @@
 # --data: a TFDS folder with cifar10, as array_record; without it there are no recipes. --smoke: the smallest form.
 # PYTHON: the interpreter with jax (default: python3). WHEELS: a folder of wheels of the packages it lacks.
 set -euo pipefail
+for argument in "$@"; do
+  case "$argument" in -h | --help) sed -n '2,6s/^# //p' "$0"; exit ;; esac
+done
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python=${PYTHON:-python3}
 

@@ -19,11 +19,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from gating_jax.lazy import lazy_names
 
+if TYPE_CHECKING:
+  import zipfile
+
 # Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
 # of the letters of both.
 _CLOSE = 0.7
 # Letters of a text and elements of an array that are shown in full.
 _LONGEST, _MOST = 60, 8
+# An archive may unpack to so many times its size, or to so many bytes.
+_TIMES, _UNPACKED = 100, 2**28
 # Invisible, but needed between letters of Persian and Indian scripts and within compound emoji.
 _JOINERS = "\u200c\u200d"
 # On Linux an open folder has a numbered name here, without any pattern or separator of its own.
@@ -223,6 +228,23 @@ def check_storable(name: str, path: Path) -> None:
         f"{name} must have no {character} in its path, which the checkpoint library "
         f"takes for another character or a pattern; got {str(path.absolute())!r}"
       )
+
+
+def check_unpacked(members: Iterable[zipfile.ZipInfo], size: int) -> None:
+  """Raises a ValueError if a zip archive unpacks to far more than its own size.
+
+  Such an archive fills the memory. Measured numbers shrink by a small factor, if at all.
+
+  Args:
+    members: of the archive.
+    size: of its file, in bytes.
+  """
+  unpacked = sum(member.file_size for member in members)
+  if unpacked > max(_UNPACKED, _TIMES * size):
+    raise ValueError(
+      f"must be an archive that unpacks to at most {_TIMES} times its size; it has {size:,} bytes "
+      f"and unpacks to {unpacked:,}"
+    )
 
 
 if not TYPE_CHECKING:

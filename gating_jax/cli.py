@@ -11,12 +11,15 @@ import traceback
 from absl import app, flags, logging
 
 from gating_jax import command_flags, config_files, interrupts, programmes
-from gating_jax.checks import one_of, printable, user_path
+from gating_jax.checks import first_line, one_of, printable, user_path
 from gating_jax.command_flags import COMPARE, MODES
 from gating_jax.extras import missing_extra
 from gating_jax.terminal import is_terminal, prepare_streams
 
 __all__ = ["COMPARE", "MODES", "main"]
+
+# How an error of JAX begins where a device or the host has no memory left.
+_EXHAUSTED = "RESOURCE_EXHAUSTED"
 
 
 def main() -> None:
@@ -46,11 +49,8 @@ def _run_command() -> None:
     _say(command_flags.BARE)
     sys.exit(2)
   # Help and version are answered here: absl's own help lists the flags of every library.
-  if command_flags.HELP_FLAGS.intersection(given):
-    print(command_flags.help_text())
-    sys.exit(0)
-  if command_flags.VERSION_FLAGS.intersection(given):
-    print(command_flags.version_text())
+  if (text := command_flags.answer(given)) is not None:
+    print(text)
     sys.exit(0)
   # In place: ml_collections looks for overrides of fields in sys.argv.
   for place, argument in enumerate(given, start=1):
@@ -101,7 +101,11 @@ def _main(argv: list[str]) -> int:
     return _failed(error, 2)
   except (OSError, hosts.PeerError) as error:
     return _failed(error, 1)
+  except MemoryError as error:
+    return _failed(_memory_text(error), 1)
   except jax.errors.JaxRuntimeError as error:
+    if _EXHAUSTED in str(error):
+      return _failed(_memory_text(error), 1)
     if not command_flags.COORDINATOR.value:
       raise
     return _failed(f"JAX failed, perhaps because another process of the job ended: {error}", 1)
@@ -147,6 +151,17 @@ def _run_mode() -> None:
   # Only one process of a job prints.
   with compiling, contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
     module.run(config, workdir, command_flags.MODE.value)
+
+
+def _memory_text(error: Exception) -> str:
+  """Returns the error for memory that ran out, with the settings that need less of it."""
+  reason = first_line(error).rstrip(".")
+  text = f"out of memory: {reason}; a smaller optim.batch_size needs less"
+  config = command_flags.CONFIG.value
+  # Only images have such a loader; the config of an earlier run is not known here.
+  if config is None or "loader" in config.get("data", {}):
+    text += ", and a data set that does not fit is read from disk with data.loader=streaming"
+  return text
 
 
 def _failed(error: Exception | str, status: int) -> int:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from importlib import metadata
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -31,8 +35,9 @@ _VALUE_ERRORS = {
   r"could not convert string to float: (.+)": r"must be a number; got \1",
   r"\('Non-boolean argument to boolean flag', (.+)\)": r"must be true or false; got \1",
 }
-HELP_FLAGS = {"-h", "-help", "--help", "-?", "--helpshort"}
-VERSION_FLAGS = {"-version", "--version"}
+_HELP_FLAGS = ("h", "help", "?", "helpshort")
+# How absl writes True.
+_TRUE = ("", "true", "t", "1", "yes", "y")
 
 BARE = """\
 gating-jax trains networks that decide, per input, what they compute, and shows what they learnt.
@@ -76,6 +81,25 @@ class _ConfigParser(flags.ArgumentParser):
       raise flags.Error(str(error)) from error
 
 
+class _OrNone(flags.ArgumentParser):
+  """Parser for the value of a field, which may be None."""
+
+  def __init__(self, parser: flags.ArgumentParser):
+    self._parser = parser
+
+  def parse(self, given):
+    """Parses a value as the field's own parser does, unless it is None."""
+    return None if given == "None" else self._parser.parse(given)
+
+
+# Of flags such as --config.model.gate.share=0.5.
+for _kind, _parser in (
+  (float, flags.FloatParser()),
+  (int, flags.IntegerParser()),
+  (bool, flags.BooleanParser()),
+  (str, flags.ArgumentParser()),
+):
+  config_flags.register_flag_parser_for_type(_kind, _OrNone(_parser))
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
@@ -109,6 +133,20 @@ PROCESSES = flags.DEFINE_integer(
 PROCESS = flags.DEFINE_integer(
   "process", None, "The number of this process, from 0.", lower_bound=0
 )
+
+
+def answer(given: Sequence[str]) -> str | None:
+  """Returns the text that arguments ask for, of help or the version; None where they do not."""
+  asked = set()
+  for argument in given:
+    flag, _, value = argument.partition("=")
+    if flag.startswith("-") and value.lower() in _TRUE:
+      asked.add(flag.removeprefix("-").removeprefix("-"))
+  if "helpfull" in asked:
+    return f"{help_text()}\n\nAll flags, with those of libraries:\n{flags.FLAGS.get_help()}"
+  if asked.intersection(_HELP_FLAGS):
+    return help_text()
+  return version_text() if "version" in asked else None
 
 
 def help_text() -> str:
@@ -154,7 +192,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     ValueError: with one line for any error.
   """
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     raise ValueError(_unknown_flag(error.flagname)) from error
   except flags.Error as error:
@@ -165,6 +203,29 @@ def parse_flags(argv: list[str]) -> list[str]:
   # ml_collections raises these for a field that the config does not have.
   except (AttributeError, KeyError, TypeError) as error:
     raise ValueError(_unknown_field(argv) or str(error)) from error
+  _take_away_values()
+  return rest
+
+
+def _take_away_values() -> None:
+  """Sets fields to None that flags override by that.
+
+  Raises:
+    ValueError: a field that must have a value.
+  """
+  if CONFIG.value is None:
+    return
+  for path, value in config_flags.get_override_values(flags.FLAGS[CONFIG.name]).items():
+    # The parser of tuples makes a tuple of anything.
+    if value is not None and value != (None,):
+      continue
+    *sections, field = path.split(".")
+    holder = functools.reduce(operator.getitem, sections, CONFIG.value)
+    # Placeholders may be None; fields with a default of their own may not.
+    held = dict(holder.items(preserve_field_references=True))[field]
+    if not isinstance(held, ml_collections.FieldReference):
+      raise ValueError(f"--{CONFIG.name}.{path} must have a value; got None")
+    holder[field] = None
 
 
 def _unknown_flag(name: str) -> str:

@@ -21,7 +21,7 @@ for argument in "$@"; do
   esac
 done
 processes=${arguments[0]:-}
-arguments=("${arguments[@]:1}")
+arguments=(${arguments[@]+"${arguments[@]:1}"})  # bash below 4.4 takes an empty array for a missing one
 if [[ ! "$processes" =~ ^[1-9][0-9]*$ ]] || [ ${#arguments[@]} -eq 0 ]; then
   usage >&2
   exit 2
@@ -65,7 +65,7 @@ running() {  # whether any process still is, after so many tenths of a second
 
 # shellcheck disable=SC2329  # called by with_restarts
 run_job() {  # returns the status of the process that failed first, or 2 where any ended with that
-  local port i pid status ended='' failed=0 left=$processes
+  local port i pid status failed=0 left=$processes
   port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
   pids=()
   for ((i = 0; i < processes; i++)); do
@@ -74,12 +74,19 @@ run_job() {  # returns the status of the process that failed first, or 2 where a
     pids+=($!)
   done
   if [ "$stopping" ]; then kill -TERM "${pids[@]}"; fi
+  # Looked at in turns: bash below 5.1 cannot wait for whichever process ends first and say which it was.
   while [ "$left" -gt 0 ] && [ "$failed" -eq 0 ]; do
-    wait -n -p ended
-    status=$?
-    if [ -z "${ended:-}" ]; then continue; fi  # a signal to this script ended the wait
-    left=$((left - 1))
-    failed=$status
+    sleep 0.2
+    left=0
+    for pid in "${pids[@]}"; do
+      if kill -0 "$pid" 2> /dev/null; then
+        left=$((left + 1))
+        continue
+      fi
+      wait "$pid" 2> /dev/null
+      status=$?
+      if [ "$failed" -eq 0 ]; then failed=$status; fi
+    done
   done
   if [ "$failed" -eq 0 ]; then return 0; fi
   echo "launch: a process of the job ended with status $failed; ending the others" >&2

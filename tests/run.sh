@@ -6,6 +6,11 @@
 #                mutations; GATING_JAX_DATA_DIR names a TFDS folder for the tests on real data
 #   --optimised  the programs that users run: with all of XLA's optimisations, which take longer to compile
 set -euo pipefail
+
+# Help may be asked for anywhere, and starts nothing.
+for argument in "$@"; do
+  case "$argument" in -h | --help) sed -n '2,7s/^# //p' "$0"; exit ;; esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 tier=fast

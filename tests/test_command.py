@@ -19,7 +19,7 @@ from gating_jax import cli, config_files, programmes
 from gating_jax.images import classification
 from gating_jax.models import resnets
 from gating_jax.reports import timings
-from gating_jax.training import hosts, loop, provenance, smoke
+from gating_jax.training import hosts, loop, provenance, rundir, smoke
 from tests.helpers import ROOT, environment, tiny_cli
 from tests.helpers.command import run_command
 
@@ -38,6 +38,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
     ("--config.loss.sparsity.kind=l2", "must be one of budget, l0, macs, target_rate; got 'l2'"),
     ("--config.optim.epochs=ten", "config.optim.epochs=ten: must be a whole number; got 'ten'\n"),
     ("--config.model.width=wide", "model.width=wide: must be a number; got 'wide'\n"),
+    ("--config.optim.epochs=None", "--config.optim.epochs must have a value; got None\n"),
     ("--config.data.flip=maybe", "data.flip=maybe: must be true or false; got 'maybe'\n"),
     ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
     ("--mode=trian", r"--mode must be one of .*report.*; got 'trian'. Did you mean 'train'\?"),
@@ -75,6 +76,23 @@ def test_a_wrong_argument_is_named_before_anything_is_compiled(
   assert "Traceback" not in said
   assert "Finished XLA compilation" not in caplog.text
   assert not (tmp_path / "new").exists()
+
+
+def test_fields_are_set_back_to_none_by_flags(tmp_path, monkeypatch):
+  found = []
+  monkeypatch.setattr(classification, "run", lambda config, *_: found.append(config))
+  set_back = (
+    "model.gate.share",
+    "model.gate.weighted",
+    "model.dense_first.form",
+    "model.sources",
+    "optim.frozen_layers",
+  )
+  flags = [f"--config.{name}=None" for name in set_back]
+  status, said = run_command(f"{CONFIG}:share=0.5", f"--workdir={tmp_path}", *flags)
+  assert (status, said) == (0, "")
+  values = rundir.flatten(found[0])
+  assert [values[name] for name in set_back] == [None] * len(set_back)
 
 
 _INTERRUPTED = """
@@ -119,6 +137,29 @@ def test_a_training_that_ctrl_c_stopped_has_the_status_of_an_interrupt(tmp_path,
   assert run_command(CONFIG, f"--workdir={tmp_path}") == (130, "")
 
 
+@pytest.mark.parametrize(
+  ("error", "reason"),
+  [
+    (MemoryError("Unable to allocate 8 GiB"), "Unable to allocate 8 GiB"),
+    (MemoryError(), "MemoryError"),
+    (
+      jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nLargest buffers: ..."),
+      "RESOURCE_EXHAUSTED: Out of memory",
+    ),
+  ],
+)
+def test_a_lack_of_memory_is_named_with_what_to_lower(error, reason, tmp_path, monkeypatch):
+  def exhausted(*_):
+    raise error
+
+  monkeypatch.setattr(classification, "run", exhausted)
+  assert run_command(CONFIG, f"--workdir={tmp_path}") == (
+    1,
+    f"error: out of memory: {reason}; a smaller optim.batch_size needs less, and a data set that "
+    "does not fit is read from disk with data.loader=streaming\n",
+  )
+
+
 @pytest.mark.parametrize("arguments", [(CONFIG,), (CONFIG, "--workdir=")])
 def test_a_workdir_is_asked_for(arguments):
   assert run_command(*arguments) == (
@@ -154,7 +195,10 @@ def test_the_bare_command_says_in_three_lines_where_to_begin():
   )
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("-h",), (CONFIG, "--workdir=x", "--help")])
+@pytest.mark.parametrize(
+  "arguments",
+  [("--help",), ("-h",), (CONFIG, "--workdir=x", "--help"), ("--help=true",), ("--helpshort=1",)],
+)
 def test_help_has_an_example_of_each_programme_all_modes_configs_and_flags(arguments):
   status, said = run_command(*arguments)
   assert status == 0
@@ -165,6 +209,14 @@ def test_help_has_an_example_of_each_programme_all_modes_configs_and_flags(argum
   assert named == set(programmes.PROGRAMMES)
   assert all(f"--mode={mode}" in said for mode in cli.MODES)
   assert "--coordinator: " in said
+
+
+def test_the_full_help_begins_like_the_help_and_has_the_flags_of_libraries():
+  status, said = run_command("--helpfull")
+  assert status == 0
+  assert said.startswith(run_command("--help")[1].rstrip("\n"))
+  assert "--config.model.gating" not in said
+  assert "absl.logging:" in said
 
 
 def test_the_version_is_that_of_the_project():

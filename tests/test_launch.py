@@ -199,6 +199,8 @@ def test_processes_that_do_not_find_each_other_are_an_error_of_the_job(monkeypat
     ("quickstart.sh", ("elsewhere",)),
     ("setup.sh", ()),
     ("restarts.sh", ()),
+    ("../tests/run.sh", ("--slow",)),
+    ("../benchmarks/accelerator.sh", ("--smoke",)),
   ],
 )
 def test_help_of_a_launcher_starts_nothing(script, arguments, option, tmp_path):
@@ -350,6 +352,28 @@ def test_what_a_restart_may_mend_is_started_again_so_many_times(
   assert told.returncode == status
   assert (tmp_path / "runs").read_text().count("run") == runs
   assert told.stderr.count("restarting from its newest checkpoint") == runs - 1
+
+
+@pytest.mark.parametrize(("statuses", "expected"), [((0, 3), 3), ((1, 2), 2)])
+def test_a_local_job_has_the_status_of_the_process_that_failed(tmp_path, statuses, expected):
+  program = tmp_path / "program"
+  lines = [
+    f'case "$*" in *--process={i}) exit {status};; esac' for i, status in enumerate(statuses)
+  ]
+  program.write_text("\n".join(["#!/bin/sh", *lines]))
+  program.chmod(0o755)
+  script = ROOT / "launch" / "local.sh"
+  told = subprocess.run(
+    ["bash", str(script), "2", "--workdir=x"],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={**os.environ, "GATING_JAX": str(program)},
+  )
+  assert told.returncode == expected
+  assert told.stderr.startswith("launch: a process of the job ended with status ")
+  # Bash has this from version 4.3 or 5.1 on; that of macOS is 3.2.
+  assert "wait -n" not in script.read_text()
 
 
 def test_shellcheck_finds_nothing_in_the_shell_scripts():

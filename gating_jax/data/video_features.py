@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import math
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
-from gating_jax.checks import few
+from gating_jax.checks import check_unpacked, few
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import (
   FEATURE_SUFFIXES,
@@ -135,7 +136,7 @@ def read_features(path: Path) -> np.ndarray:
   Returns:
     `[T, ...]` float32.
   Raises:
-    ValueError: no such array.
+    ValueError: no such array, or an archive that unpacks to far more than its own size.
     OSError: a file that cannot be read.
   """
   with open(path, "rb") as file:
@@ -156,6 +157,8 @@ def _read_only_member(file: BinaryIO) -> np.ndarray:
   with np.load(file, allow_pickle=False) as archive:
     if len(archive.files) != 1:
       raise ValueError(f"must hold one array; got {sorted(archive.files)}")
+    # Their sizes first: a small archive may unpack to more than memory holds.
+    check_unpacked(archive.zip.infolist(), os.fstat(file.fileno()).st_size)
     (name,) = archive.zip.namelist()
     with archive.zip.open(name) as member:
       return _read_array(member)

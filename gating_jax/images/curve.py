@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from gating_jax.data import image_sets
 from gating_jax.images.build import Experiment
+from gating_jax.images.compile import check_compilable
 from gating_jax.layers.gate import shift_thresholds
 from gating_jax.reports import conclusion
 from gating_jax.terminal import say, working
@@ -103,4 +104,7 @@ def curve_run(
     value = f"{100 * point.accuracy:.2f} %, {point.macs:,.0f} MACs ({100 * point.mac_ratio:.1f} %)"
     rows.append((f"thresholds {point.shift:+.1f}", value))
   done = f"Traced accuracy against MACs of the checkpoint of step {step:,}, in {file}."
-  say(conclusion.closing_text(done, rows))
+  # Both fold the network, which not all can be.
+  refused = conclusion.refusal(check_compilable, experiment.model)
+  commands = conclusion.next_commands(run_dir.path, () if refused else ("compile", "export"))
+  say(conclusion.closing_text(done, rows, commands))

@@ -188,10 +188,10 @@ class Head:
     return tuple(gates)
 
   def shifts(self) -> Sequence[Any]:
-    """Returns the `shift` of each group: a number, `[U]` numbers, or None."""
+    """Returns the `shift` of each group: a number, `[1, U]` numbers for `[N, U]`, or None."""
     if self.shift is None or not self.shift.ndim:
       return [self.shift] * len(self.groups)
-    return self._split(self.shift)
+    return self._split(self.shift[None])
 
   def _split(self, numbers: Array) -> list[Array]:
     """Splits the last axis, of the gates of all groups, into those of each."""

@@ -100,7 +100,7 @@ def mixture(scores: Array, top_k: int | None) -> tuple[Array, Array]:
       raise ValueError(f"top_k must be None or in 1 .. {count}, the number of experts; got {top_k}")
   if top_k is None or top_k == count:
     # log(p_e / (1 - p_e)) = s_e - log sum over the others of exp(s), without forming 1 - p_e.
-    others = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, scores[..., None, :])
+    others = jnp.where(jnp.eye(count, dtype=bool)[None], -jnp.inf, scores[:, None])
     return scores - jax.nn.logsumexp(others, axis=-1), probs
   # One score more than are chosen: the first that does not count.
   best, index = jax.lax.top_k(scores, top_k + 1)

@@ -523,16 +523,16 @@ class ChannelGate(nn.Module):
     weighing = None
     if s.prior:
       # The prior only opens: a unit that all examples open is the one of the network without gates.
-      weighing, prior = self._parameter(GAIN, z) * z, self._parameter(PRIOR, z)
-      z = weighing + prior
+      weighing = self._parameter(GAIN, z) * z
+      z = weighing + self._parameter(PRIOR, z)
     if s.threshold == "quantile":
       z = z - self._quantile(z, counts, train)
     relative = jnp.where(counts, z, logits)
     return relative, relative if weighing is None else jnp.where(counts, weighing, logits)
 
   def _parameter(self, name: str, z: Array) -> Array:
-    """Returns a parameter of each gate, `[units]`, that is learnt from 0."""
-    return self.param(name, nn.initializers.zeros, z.shape[-1:], jnp.float32)
+    """Returns a parameter of each gate that is learnt from 0, as `[1, units]` for `[N, units]`."""
+    return self.param(name, nn.initializers.zeros, z.shape[-1:], jnp.float32)[None]
 
   def _shifted(self, logits: Array, train: bool) -> Array:
     """Returns the logits of evaluation relative to a threshold that has been moved, if it has."""
@@ -653,7 +653,10 @@ class KernelWeights(nn.Module):
     self, x: Array, train: bool = False, shared: Shared = NOTHING_SHARED
   ) -> tuple[Array, ...]:
     head = GateHead(self.convolutions * self.kernels, self.settings, self.axis_name, name="head")
-    logits = head(x, train, shared) / self.get_variable(NOISE, _SOFTNESS, 1.0)
+    softness = self.get_variable(NOISE, _SOFTNESS, 1.0)
+    # A softness of any floating type leaves the weights in float32.
+    logits, softness = arguments.aligned(head(x, train, shared), softness)
+    logits = logits / softness
     weights = []
     for z in jnp.split(logits, self.convolutions, axis=-1):
       weights.append(jax.nn.softmax(z, axis=-1))

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from gating_jax.checks import few, first_line, one_of, printable, user_path
+from gating_jax.checks import check_unpacked, few, first_line, one_of, printable, user_path
 from gating_jax.extras import naming_extra
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import is_gate_path
@@ -366,13 +366,24 @@ def _read_safetensors(file: FilePath) -> dict[str, np.ndarray]:
 
 def _read_npz(file: FilePath) -> dict[str, np.ndarray]:
   """Returns the arrays of an npz file, none of which may be a pickle."""
-  faults = (BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError)
+  # An array whose header claims more than memory holds is a damaged one, too.
+  faults = (
+    BadZipFile,
+    zlib.error,
+    ValueError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    MemoryError,
+  )
   try:
     loaded = np.load(file, allow_pickle=False)
     # A single array would be a file of NumPy, too.
     if not isinstance(loaded, np.lib.npyio.NpzFile):
       raise ValueError("it holds a single array")
     with loaded:
+      assert loaded.zip is not None  # as long as it is open
+      check_unpacked(loaded.zip.infolist(), file.stat().st_size)
       # A file in it that is no array comes as bytes.
       return {name: np.asarray(loaded[name]) for name in loaded.files}
   except faults as error:

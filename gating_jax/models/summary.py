@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from flax.errors import FlaxError
 
-from gating_jax.checks import shown
+from gating_jax.checks import first_line, shown
 from gating_jax.former_names import former_keyword
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.layers.mac_trace import Call, kernel_calls, sum_macs
@@ -117,10 +118,11 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
   Args:
     model: a module called as `model(x)` that returns `(y, records)`.
     input_shape: shape of one example: `(H, W, D)` of an image or `(F, H, W, D)` of a clip; or a
-      tree of such tuples, for a model that takes a tree of arrays.
-
+      tree of such tuples, for a model that takes a tree of arrays. Without the axis of the batch:
+      a model of clips would take its size for a number of frames.
   Raises:
     TypeError: no module, one that returns something else, or a shape of another kind.
+    ValueError: a shape that the model does not take.
 
   >>> from gating_jax.models.resnets import resnet
   >>> model_summary(resnet("resnet20", classes=10), (32, 32, 3)).macs
@@ -166,7 +168,7 @@ def solve_share(model: nn.Module, input_shape: Any, macs: float) -> float:
   Returns:
     the share, in (0, 1].
   Raises:
-    ValueError: no gates, or MACs that no share in (0, 1] has.
+    ValueError: no gates, MACs that no share in (0, 1] has, or a shape as in `model_summary`.
     TypeError: as in `model_summary`.
 
   >>> from gating_jax.models.resnets import resnet
@@ -270,7 +272,16 @@ def _trace(model: nn.Module, input_shape: Any) -> _Trace:
   )
   # The trace is abstract: only shapes are computed.
   with kernel_calls() as calls:
-    records, variables = jax.eval_shape(init, inputs)
+    try:
+      records, variables = jax.eval_shape(init, inputs)
+    except (TypeError, ValueError, FlaxError) as error:
+      # Models name the shape of a whole batch, which the caller has not given.
+      if "shape" not in str(error):
+        raise
+      raise ValueError(
+        "input_shape must be that of one example which the model takes, without the axis of the "
+        f"batch; got {input_shape}: {first_line(error)}"
+      ) from error
   return _Trace(calls, records, variables)
 
 

@@ -9,6 +9,7 @@ types is an error, as is one on two ranks with `jax_numpy_rank_promotion='raise'
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
@@ -271,6 +272,22 @@ def aligned(x: Array, *parameters: Any) -> tuple[Any, ...]:
     else:
       result.append(_at_rank(jnp.asarray(parameter, x.dtype), rank))
   return tuple(result)
+
+
+def one_dtype(*arrays: AnyArray) -> tuple[Any, ...]:
+  """Returns floating-point arrays in the widest of their types.
+
+  Sums of both then have that type in every mode of JAX. Arrays of NumPy alone stay as they are.
+
+  >>> [x.dtype for x in one_dtype(jnp.ones(2), jnp.ones(2, jnp.bfloat16))]
+  [dtype('float32'), dtype('float32')]
+  """
+  dtypes = {np.dtype(x.dtype) for x in arrays}
+  if len(dtypes) == 1 or all(isinstance(x, np.ndarray) for x in arrays):
+    return arrays
+  dtype = functools.reduce(np.promote_types, dtypes)
+  # Without `jax_enable_x64`, float64 of NumPy becomes float32.
+  return tuple(jnp.asarray(x, jax.dtypes.canonicalize_dtype(dtype)) for x in arrays)
 
 
 def _at_rank(x: Array, rank: int) -> Array:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gating_jax.checks import one_of
@@ -50,10 +51,15 @@ def empirical_cdf(x: AnyArray, axis: int = 0) -> Array:
   x = lax.stop_gradient(jnp.moveaxis(x, axis, 0))
   source, tied = ranking.argsort(x)
   first, last = ranking.tie_bounds(tied)
-  # The mean of the ranks first + 1 .. last + 1 of a run of ties.
-  rank = ((first + last) / 2 + 1).astype(x.dtype)
+  rank = _mean_rank(first, last, x.dtype)
   level = ranking.unsort(rank / jnp.asarray(x.shape[0] + 1, x.dtype), source)
   return jnp.moveaxis(jnp.where(jnp.isnan(x).any(axis=0), jnp.nan, level), 0, axis)
+
+
+def _mean_rank(first: Array, last: Array, dtype: np.dtype) -> Array:
+  """Computes the mean of the ranks first + 1 .. last + 1 of each run of ties, in a real type."""
+  # The sum of both places would exceed int32 beyond 2**30 values.
+  return first.astype(dtype) + ((last - first).astype(dtype) / 2 + 1)
 
 
 @ranking.reverse_mode_only

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gating_jax.ops import arguments
-from gating_jax.ops.arguments import float_dtype, number_as
+from gating_jax.ops.arguments import float_dtype, number_as, one_dtype
 from gating_jax.types import AnyArray, Array, GateRecord, Records
 
 
@@ -288,7 +288,7 @@ def _wide(x: AnyArray) -> Any:
 
 def _macs(records: Records, open_units: Sequence[Array]) -> Array:
   """Computes the MACs of each example from the open units `[N]` of each record."""
-  costs = []
+  open_units, costs = one_dtype(*open_units), []
   for i, record in enumerate(records):
     # The sum over l of the equation; in floats, since a count can exceed the range of int32.
     costs.append(open_units[i] * float(record.macs_per_unit))

@@ -23,7 +23,7 @@ from jax.scipy.special import entr
 
 from gating_jax.former_names import former_keyword, former_positional
 from gating_jax.ops import arguments, collectives
-from gating_jax.ops.arguments import as_float
+from gating_jax.ops.arguments import as_float, one_dtype
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, mac_fraction
 from gating_jax.types import AnyArray, Array, GateRecord, Records
 
@@ -86,7 +86,6 @@ def target_rate_loss(
   gaps = []
   for layer in _checked_layers("gates", gates, "gates"):
     rate = collectives.batch_mean(unweighted(layer), axis_name)
-    # Layers may differ in type, and the target takes that of each.
     gaps.append(jnp.sum(jnp.square(rate - jnp.asarray(target, rate.dtype))))
   return functools.reduce(operator.add, gaps)
 
@@ -202,7 +201,7 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
     probs = collectives.batch_mean(record.probs, axis_name)
     # C sum_c f_c P_c of the equation.
     terms.append(probs.shape[-1] * jnp.sum(share / jnp.sum(share) * probs))
-  return functools.reduce(operator.add, terms)
+  return functools.reduce(operator.add, one_dtype(*terms))
 
 
 def mac_loss(records: Records) -> Array:
@@ -267,6 +266,8 @@ def mac_budget_loss(
   records = checked_records(records, "gates", "probs", with_examples=True)
   expected = collectives.batch_mean(expected_macs(records), axis_name)
   executed = collectives.batch_mean(executed_macs(records), axis_name)
+  # Probabilities and gates may differ in type.
+  expected, executed = one_dtype(expected, executed)
   # The value of `executed`, with the gradient of `expected`.
   mean = expected + lax.stop_gradient(executed - expected)
   share = mac_fraction(records, mean, never_gated_macs=never_gated_macs)
@@ -321,7 +322,7 @@ def closed_share(
 def _checked_layers(name: str, layers: Layers, field: str) -> tuple[Array, ...]:
   """Returns the layers as a tuple of arrays `[N, C]`, which are that field of records.
 
-  They have floating types of at least 32 bits, for sums over layers.
+  They have one floating type of at least 32 bits, for sums over layers.
   """
   layers = arguments.items(name, layers, "one [N, C] array per layer")
   if not layers:
@@ -331,4 +332,4 @@ def _checked_layers(name: str, layers: Layers, field: str) -> tuple[Array, ...]:
     arguments.real_array(f"{name}[{i}]", layer)
     if np.ndim(layer) < 2 or np.shape(layer)[0] == 0:
       raise ValueError(f"{name}[{i}] must be [N, C] with N >= 1; got shape {np.shape(layer)}")
-  return tuple(as_float(layer) for layer in layers)
+  return one_dtype(*map(as_float, layers))

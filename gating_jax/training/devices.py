@@ -7,6 +7,7 @@ them. For the caller both look as on one device: there is no leading device axis
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gating_jax.checks import one_of
+from gating_jax.checks import one_of, shown
 from gating_jax.ops import arguments
 from gating_jax.ops.collectives import mean_over_devices
 
@@ -139,11 +140,15 @@ def value_and_grad_over_devices(
       Terms of the whole batch, such as `batch_shaping_loss(..., axis_name=axis_name)`, may be part
       of it.
     axis_name: the mapped axis, or axes, over which the batch is spread; None for one device.
-    argnums: as in `jax.value_and_grad`; these arguments must be the same on all devices.
+    argnums: as in `jax.value_and_grad`; these arguments are given by position, and must be the same
+      on all devices.
     has_aux: whether `loss` returns `(scalar, aux)`.
   Returns:
     a function of `loss`'s arguments. As `jax.value_and_grad`, it returns `(value, gradient)`, the
     same on all devices, or `((value, aux), gradient)`, in which `aux` is each device's own.
+  Raises:
+    TypeError: a loss that is no function, or `argnums` of another kind.
+    ValueError: when called, fewer arguments by position than `argnums` says.
 
   >>> local = lambda w, x: jnp.mean((w - x) ** 2)
   >>> over_devices = jax.vmap(
@@ -155,9 +160,10 @@ def value_and_grad_over_devices(
   [10. 10.] [-6. -6.]
   """
   arguments.function("loss", loss)
+  positions = _checked_positions(argnums)
+  wanted = positions if isinstance(argnums, Sequence) else positions[0]
   if axis_name is None:
-    return jax.value_and_grad(loss, argnums, has_aux)
-  positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    return jax.value_and_grad(loss, wanted, has_aux)
 
   def on_this_device(*args, **kwargs):
     """Returns the loss, a scalar, of this device's own examples."""
@@ -165,13 +171,18 @@ def value_and_grad_over_devices(
     # A loss that is averaged already would give each device a part of the gradient only.
     return (_own_copy(out[0], axis_name), out[1]) if has_aux else _own_copy(out, axis_name)
 
-  differentiate = jax.value_and_grad(on_this_device, argnums, has_aux)
+  differentiate = jax.value_and_grad(on_this_device, wanted, has_aux)
 
   def over_devices(*args, **kwargs):
     """Returns value and gradient, each the mean over devices."""
     args = list(args)
     # Copied on each device, so that JAX does not sum the gradient (check_vma=True).
     for position in positions:
+      if not -len(args) <= position < len(args):
+        raise ValueError(
+          "argnums must be positions of arguments that are not given by keyword, of which there "
+          f"are {len(args)}; got {position}"
+        )
       args[position] = _own_copy(args[position], axis_name)
     value, gradient = differentiate(*args, **kwargs)
     # Both equations above: means over devices.
@@ -182,6 +193,17 @@ def value_and_grad_over_devices(
     return mean_over_devices((value, gradient), axis_name)
 
   return over_devices
+
+
+def _checked_positions(argnums: int | Sequence[int]) -> tuple[int, ...]:
+  """Returns the positions of arguments; raises a TypeError unless they are whole numbers."""
+  several = argnums if isinstance(argnums, Sequence) else (argnums,)
+  try:
+    # Accepts the integers of NumPy as well, and no float.
+    return tuple(operator.index(position) for position in several)
+  except TypeError:
+    rule = "a whole number, the position of an argument, or several"
+    raise TypeError(f"argnums must be {rule}; got {shown(argnums)}") from None
 
 
 def _own_copy(tree: Any, axis_name: Hashable) -> Any:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from gating_jax import checks
 from gating_jax.data.video_features import read_features
 
 
@@ -62,3 +63,13 @@ def test_an_archive_of_two_arrays_is_refused(tmp_path):
   np.savez(tmp_path / "a.npz", x=np.zeros((1, 1)), y=np.zeros((1, 1)))
   with pytest.raises(ValueError, match=r"must hold one array; got \['x', 'y'\]"):
     read_features(tmp_path / "a.npz")
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(checks, "_UNPACKED", 1000)
+  np.savez_compressed(tmp_path / "zeros.npz", np.zeros((1000, 100)))
+  np.savez_compressed(tmp_path / "short.npz", np.zeros((10, 10)))
+  unpacked = 1000 * 100 * 8 + 128  # the header included
+  with pytest.raises(ValueError, match=f"at most 100 times its size; .* unpacks to {unpacked:,}$"):
+    read_features(tmp_path / "zeros.npz")
+  assert read_features(tmp_path / "short.npz").shape == (10, 10)

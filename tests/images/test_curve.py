@@ -37,6 +37,9 @@ def test_one_net_has_a_curve_of_macs_and_a_file_of_it(made, tmp_path, capsys):
   for point in points:
     assert f"{point['macs']:,.0f} MACs" in printed
     assert point["mac_ratio"] == pytest.approx(point["macs"] / experiment.counts.macs)
+  last = printed.rstrip("\n").split("\n\n")[-1]
+  assert last.count("\n") < 12
+  assert f"\nnext: gating-jax --workdir={tmp_path} --mode=compile" in last
   none = curve.trace_curve(experiment, variables, [0.0])
   assert next(none)._asdict() == points[curve.SHIFTS.index(0.0)]
 

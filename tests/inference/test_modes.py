@@ -16,6 +16,7 @@ from gating_jax.inference import (
   quantising,
 )
 from gating_jax.inference.analysing import analyse, prune
+from gating_jax.inference.folded import Group
 from gating_jax.models.resnet_variants import EarlyExitNet
 from tests.helpers import folded_nets, gated_models
 from tests.helpers.modes import assert_same, every_mode
@@ -114,6 +115,18 @@ def test_networks_of_inference_are_the_same_in_every_mode(name):
   without = usual(name)
   with every_mode():
     assert_same(numbers(CALLS[name]()), without)
+
+
+def test_weights_that_each_gate_shifts_are_the_same_in_every_mode():
+  bias = np.array([1.0, -1.0, 2.0], np.float32)
+  logits = (np.array([[0.5, -0.5]], np.float32), np.array([[1.0]], np.float32))
+  # Of gates with a prior, the shift is another for each.
+  head = folded.Head(bias, bias, bias, bias, (Group(2), Group(1)), shift=jnp.asarray(bias))
+  without = numbers(head.gates(logits))
+  with every_mode():
+    found = numbers(head.gates(logits))
+  for gates, wanted in zip(found, without, strict=True):
+    np.testing.assert_array_equal(gates, wanted)
 
 
 def test_parameters_of_float64_are_folded_to_float32():

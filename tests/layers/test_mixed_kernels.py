@@ -10,10 +10,11 @@ from gating_jax.images import build
 from gating_jax.inference.folding import check_foldable
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.conv import MixedConv, MixedConvNorm
-from gating_jax.layers.gate import NOISE, GateSettings, gate_controls
+from gating_jax.layers.gate import NOISE, GateSettings, KernelWeights, gate_controls
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.summary import model_summary
 from gating_jax.training.outlines import Outline
+from tests.helpers.modes import every_mode
 
 RANDOM = np.random.default_rng(0)
 X = jnp.asarray(RANDOM.normal(size=(3, 5, 4, 2)), jnp.float32)
@@ -125,3 +126,15 @@ def test_clips_and_convolutions_without_weights_are_refused():
       if "conv" in layer and layer["conv"]["kernel"].ndim == 5:
         found.add(name)
     assert found == mixed
+
+
+def test_weights_of_kernels_have_one_type_for_a_softness_of_any():
+  module = KernelWeights(2, 3, GateSettings(hidden=2))
+  variables = jax.eval_shape(module.init, jax.random.key(0), X)
+
+  def weigh(variables, x):
+    return module.apply({**variables, NOISE: {"softness": np.float64(2)}}, x)
+
+  with every_mode():
+    found = jax.eval_shape(weigh, variables, X)
+  assert {(weights.shape, weights.dtype) for weights in found} == {((3, 3), np.dtype(np.float32))}

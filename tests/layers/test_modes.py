@@ -10,8 +10,14 @@ import pytest
 from gating_jax.layers import segment_gate
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.conv import ConvNorm, FactorisedConvNorm
-from gating_jax.layers.experts import Experts
-from gating_jax.layers.gate import NOISE, ChannelGate, GatedChannels, GateSettings, apply_gates
+from gating_jax.layers.experts import Experts, mixture
+from gating_jax.layers.gate import (
+  NOISE,
+  ChannelGate,
+  GatedChannels,
+  GateSettings,
+  apply_gates,
+)
 from gating_jax.models import timegate
 from gating_jax.models.columns import Adapter
 from gating_jax.models.mobilenet import MobileNet
@@ -93,6 +99,8 @@ CHANNELS = {
     weighted=True,
     noise_scale=0.0,
   ),
+  "prior": gate(prior=True, threshold="quantile", share=0.5, weighted=True, noise_scale=0.0),
+  "all experts": lambda: mixture(VIDEOS[0], None),
   "noise": passes(
     ChannelGate(GROUPS, GATE, name="gate"), IMAGES, state={NOISE: {"scale": np.float32(0.5)}}
   ),

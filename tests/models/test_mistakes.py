@@ -304,6 +304,18 @@ COUNTS = {
     ValueError,
     "inputs must have at least one segment of each video; got (2, 0) of valid",
   ),
+  "a batch for an image": (
+    lambda: gj.model_summary(gj.vgg("vgg8", 3), (5, 8, 8, 3)),
+    ValueError,
+    "input_shape must be that of one example which the model takes, without the axis of the batch; "
+    "got (5, 8, 8, 3): images must be [N, H, W, D]; got shape (1, 5, 8, 8, 3)",
+  ),
+  "an image without channels": (
+    lambda: gj.model_summary(FOLDABLE, (8, 8)),
+    ValueError,
+    "input_shape must be that of one example which the model takes, without the axis of the batch; "
+    "got (8, 8): ",
+  ),
   "no shape": (
     lambda: gj.model_summary(FOLDABLE, None),
     TypeError,

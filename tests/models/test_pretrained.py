@@ -1,6 +1,7 @@
 """Weights of torchvision's and timm's networks, against forward passes as torch has them."""
 
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,7 +14,7 @@ import safetensors.numpy
 from jax import lax
 
 from configs.common import imagenet_config
-from gating_jax import ResNet, load_pretrained, save_pretrained, vgg
+from gating_jax import ResNet, checks, load_pretrained, save_pretrained, vgg
 from gating_jax.layers.context import grid_means
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, _without_prefixes
@@ -318,6 +319,18 @@ def test_a_vgg_entry_that_does_not_fit_is_named(tmp_path):
   del state["features.4.bias"]
   with pytest.raises(ValueError, match=r"missing: features\.4\.bias$"):
     load_pretrained(written(state, tmp_path / "net.npz"))
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(checks, "_UNPACKED", 1000)
+  np.savez_compressed(tmp_path / "net.npz", **{"conv1.weight": np.zeros((1000, 100))})
+  with pytest.raises(ValueError, match="net.npz is damaged .* at most 100 times its size"):
+    load_pretrained(tmp_path / "net.npz")
+  with zipfile.ZipFile(tmp_path / "net.npz", "w") as archive, archive.open("x.npy", "w") as file:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**14,)}
+    np.lib.format.write_array_header_1_0(file, header)
+  with pytest.raises(ValueError, match="net.npz is damaged .*: Unable to allocate"):
+    load_pretrained(tmp_path / "net.npz")
 
 
 @pytest.mark.parametrize("name", ["net.pth", "net.pt", "pytorch_model.bin", "net.pth.tar"])

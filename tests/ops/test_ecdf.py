@@ -11,6 +11,7 @@ from scipy import special, stats
 
 from gating_jax.ops import ranking
 from gating_jax.ops.ecdf import (
+  _mean_rank,
   batch_shaping_loss,
   cdf_matching_loss,
   empirical_cdf,
@@ -276,6 +277,11 @@ def test_jit_and_vmap_agree():
 def test_the_empirical_cdf_is_the_mean_rank(values):
   x = np.array(values, np.float32)
   np.testing.assert_allclose(places(x), stats.rankdata(values) / (len(values) + 1), rtol=1e-6)
+
+
+def test_the_mean_rank_of_ties_does_not_wrap_at_32_bits():
+  first, last = jnp.array([0, 3, 2**31 - 9]), jnp.array([1, 3, 2**31 - 3])
+  assert _mean_rank(first, last, np.float32).tolist() == [1.5, 4, 2**31]
 
 
 def test_the_empirical_cdf_ranks_along_any_axis_without_gradient():

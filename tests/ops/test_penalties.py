@@ -18,6 +18,7 @@ from gating_jax.ops.penalties import (
   target_rate_loss,
 )
 from gating_jax.types import GateRecord
+from tests.helpers.modes import every_mode
 
 
 def records_of(first, second):
@@ -222,6 +223,25 @@ def test_layers_may_be_of_different_types(loss):
   expected = loss([jnp.asarray(layer, jnp.float32) for layer in layers])
   with jax.numpy_dtype_promotion("strict"):
     np.testing.assert_allclose(loss(layers), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [
+    l0_loss,
+    decision_entropy_loss,
+    entropy_loss,
+    indecision_loss,
+    lambda records: target_rate_loss(records, target=0.5),
+    balance_loss,
+    mac_loss,
+    lambda records: mac_budget_loss(records, never_gated_macs=4, budget=0.5),
+  ],
+)
+def test_layers_of_float32_and_float64_have_a_loss_in_every_mode(loss):
+  with every_mode():
+    mixed = lambda: loss(records_of(jnp.asarray(FIRST), jnp.asarray(SECOND, jnp.float64)))
+    assert jax.eval_shape(mixed).dtype == jnp.float64
 
 
 def record(open_for, probs, examples=200):

@@ -318,3 +318,25 @@ def test_a_training_step_is_that_of_one_device_under_shard_map_in_both_modes(way
   one = trained("pmap", 1)[1]
   assert tiny.relative_gap(state.opt_state[0], one[0].opt_state[0]) < 1e-6
   np.testing.assert_allclose(metrics["gradient_norm"], one[1]["gradient_norm"], rtol=1e-6)
+
+
+def test_positions_of_arguments_may_be_numbers_of_numpy():
+  differentiate = value_and_grad_over_devices(lambda x, w: w * x, "batch", argnums=np.int64(1))
+  over_devices = jax.vmap(differentiate, (0, None), axis_name="batch")
+  value, gradient = over_devices(jnp.array([3.0, 5.0]), 2.0)
+  np.testing.assert_array_equal(value, 8)
+  np.testing.assert_array_equal(gradient, 4)
+
+
+@pytest.mark.parametrize(("argnums", "got"), [(0, "0"), ((1, -2), "1")])
+def test_a_gradient_needs_arguments_by_position(argnums, got):
+  differentiate = value_and_grad_over_devices(lambda *_, **__: 0.0, "batch", argnums=argnums)
+  by_position = () if argnums == 0 else (1.0,)
+  with pytest.raises(ValueError, match=rf"^argnums must be .* there are [01]; got {got}$"):
+    differentiate(*by_position, w=1.0)
+
+
+@pytest.mark.parametrize("argnums", [0.0, None, "w", (0, "w")])
+def test_positions_of_arguments_are_whole_numbers(argnums):
+  with pytest.raises(TypeError, match="^argnums must be a whole number, the position of an arg"):
+    value_and_grad_over_devices(lambda w: w, "batch", argnums=argnums)
