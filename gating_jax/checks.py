@@ -19,9 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from gating_jax.lazy import lazy_names
 
-if TYPE_CHECKING:
-  import zipfile
-
 # Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
 # of the letters of both.
 _CLOSE = 0.7
@@ -230,16 +227,16 @@ def check_storable(name: str, path: Path) -> None:
       )
 
 
-def check_unpacked(members: Iterable[zipfile.ZipInfo], size: int) -> None:
+def check_unpacked(sizes: Iterable[int], size: int) -> None:
   """Raises a ValueError if a zip archive unpacks to far more than its own size.
 
   Such an archive fills the memory. Measured numbers shrink by a small factor, if at all.
 
   Args:
-    members: of the archive.
-    size: of its file, in bytes.
+    sizes: of the members once unpacked, in bytes.
+    size: of the archive itself, in bytes.
   """
-  unpacked = sum(member.file_size for member in members)
+  unpacked = sum(sizes)
   if unpacked > max(_UNPACKED, _TIMES * size):
     raise ValueError(
       f"must be an archive that unpacks to at most {_TIMES} times its size; it has {size:,} bytes "

@@ -158,7 +158,9 @@ def _read_only_member(file: BinaryIO) -> np.ndarray:
     if len(archive.files) != 1:
       raise ValueError(f"must hold one array; got {sorted(archive.files)}")
     # Their sizes first: a small archive may unpack to more than memory holds.
-    check_unpacked(archive.zip.infolist(), os.fstat(file.fileno()).st_size)
+    check_unpacked(
+      [member.file_size for member in archive.zip.infolist()], os.fstat(file.fileno()).st_size
+    )
     (name,) = archive.zip.namelist()
     with archive.zip.open(name) as member:
       return _read_array(member)

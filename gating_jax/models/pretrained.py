@@ -383,7 +383,7 @@ def _read_npz(file: FilePath) -> dict[str, np.ndarray]:
       raise ValueError("it holds a single array")
     with loaded:
       assert loaded.zip is not None  # as long as it is open
-      check_unpacked(loaded.zip.infolist(), file.stat().st_size)
+      check_unpacked([member.file_size for member in loaded.zip.infolist()], file.stat().st_size)
       # A file in it that is no array comes as bytes.
       return {name: np.asarray(loaded[name]) for name in loaded.files}
   except faults as error:
