@@ -122,7 +122,7 @@ def _over_devices(size: int) -> int:
   return max(1, size // jax.device_count()) * jax.device_count()
 
 
-def _lower(config: Config, name: str, most: int) -> None:
+def _lower(config: Config, name: str, most: float) -> None:
   """Sets a field to at most `most`, where it is there.
 
   A count of 0 tasks stands for all of them, and is replaced too; any other 0 stays.
