@@ -156,7 +156,7 @@ def _run_mode() -> None:
 def _memory_text(error: Exception) -> str:
   """Returns the error for memory that ran out, with the settings that need less of it."""
   reason = first_line(error).rstrip(".")
-  text = f"out of memory: {reason}; a smaller optim.batch_size needs less"
+  text = f"out of memory: {reason}; in a new run directory, a smaller optim.batch_size needs less"
   config = command_flags.CONFIG.value
   # Only images have such a loader; the config of an earlier run is not known here.
   if config is None or "loader" in config.get("data", {}):

@@ -208,7 +208,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _take_away_values() -> None:
-  """Sets fields to None that flags override by that.
+  """Sets those fields to None for which a flag says None.
 
   Raises:
     ValueError: a field that must have a value.

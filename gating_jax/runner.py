@@ -183,7 +183,7 @@ def newest(programme: Programme, run_dir: RunDir, tell: Callable[[str], None] = 
 
   Raises RunDirError where there is none to test.
   """
-  with working("loading the newest checkpoint", tell=tell):
+  with working("loading the newest checkpoint", "up to half a minute", tell):
     found = programme.restore(run_dir)
   if found is None:
     raise RunDirError(_untrained(programme, run_dir))
@@ -314,12 +314,15 @@ class Training:
 def _train(programme: Programme, run_dir: RunDir) -> None:
   """Trains a run to its end, unless it is finished, and reports a training that fails."""
   if (result := run_dir.result()) is not None:
+    with run_dir.reading_result():
+      shown = programme.render(result)
+      ended = closing_lines(programme, run_dir, result, done="A finished run of")
     say(
       f"{run_dir.path} holds a finished run of this config; nothing was trained or changed. "
       "Its result:"
     )
-    say(programme.render(result))
-    say(closing_lines(programme, run_dir, result, done="A finished run of"))
+    say(shown)
+    say(ended)
     return
   if run_dir.has_progress():
     outlines.check_classes(run_dir.path, programme.class_names)

@@ -64,8 +64,8 @@ running() {  # whether any process still is, after so many tenths of a second
 }
 
 # shellcheck disable=SC2329  # called by with_restarts
-run_job() {  # returns the status of the process that failed first, or 2 where any ended with that
-  local port i pid status failed=0 left=$processes
+run_job() {  # returns the status of one that failed first, within 0.2 s, or 2 where any ended with that
+  local port i pid failed=0 active=() left=()
   port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
   pids=()
   for ((i = 0; i < processes; i++)); do
@@ -75,18 +75,19 @@ run_job() {  # returns the status of the process that failed first, or 2 where a
   done
   if [ "$stopping" ]; then kill -TERM "${pids[@]}"; fi
   # Looked at in turns: bash below 5.1 cannot wait for whichever process ends first and say which it was.
-  while [ "$left" -gt 0 ] && [ "$failed" -eq 0 ]; do
+  active=("${pids[@]}")
+  while [ ${#active[@]} -gt 0 ] && [ "$failed" -eq 0 ]; do
     sleep 0.2
-    left=0
-    for pid in "${pids[@]}"; do
+    left=()
+    for pid in "${active[@]}"; do
       if kill -0 "$pid" 2> /dev/null; then
-        left=$((left + 1))
-        continue
+        left+=("$pid")
+      elif [ "$failed" -eq 0 ]; then
+        wait "$pid" 2> /dev/null
+        failed=$?
       fi
-      wait "$pid" 2> /dev/null
-      status=$?
-      if [ "$failed" -eq 0 ]; then failed=$status; fi
     done
+    active=(${left[@]+"${left[@]}"})
   done
   if [ "$failed" -eq 0 ]; then return 0; fi
   echo "launch: a process of the job ended with status $failed; ending the others" >&2

@@ -1,7 +1,7 @@
 """Pictures that were decoded before, so that a folder of many is not decoded again by each command.
 
 Of every folder or table there is an entry in the user's cache (`XDG_CACHE_HOME`; by default
-`~/.cache`), with a digest of each file's path, size and time of change, and the range of its
+`~/.cache`), with a stamp of each file's path, size and time of change, and the range of its
 values. A file that changed is decoded again, and so are those that could not be read. A damaged
 entry is made again. Without the library safetensors, or a folder that can be written, nothing is
 kept.
@@ -27,51 +27,69 @@ _DIGEST = 16
 _TYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
 
 
-def recall_ranges(root: Path, files: Iterable[Path]) -> dict[Path, np.ndarray]:
+def stamp_files(files: Iterable[Path]) -> dict[Path, bytes]:
+  """Returns for each file that is there 16 bytes that change with its path, size and time."""
+  stamps = {}
+  for file in files:
+    try:
+      stat = os.stat(file)
+    # It has just been removed.
+    except OSError:
+      continue
+    text = os.fsencode(file.absolute()) + f"\0{stat.st_size} {stat.st_mtime_ns}".encode()
+    stamps[file] = hashlib.blake2b(text, digest_size=_DIGEST).digest()
+  return stamps
+
+
+def recall_ranges(root: Path, stamps: Mapping[Path, bytes]) -> dict[Path, np.ndarray]:
   """Returns the ranges of those files that `keep_ranges` has kept and that have not changed since.
 
   Args:
     root: the folder or the table.
-    files: any files.
+    stamps: of any files, as `stamp_files` returns them now.
   """
-  cache = _open_cache()
-  kept = None if cache is None else cache.get(_key(root))
-  if kept is None:
-    return {}
-  known = {}
-  for digest, extremes, number in zip(kept["files"], kept["ranges"], kept["types"], strict=True):
-    known[digest.tobytes()] = extremes.astype(_TYPES[number])
-  ranges = {}
-  for file in files:
-    found = known.get(_digest(file))
-    if found is not None:
-      ranges[file] = found
+  known, ranges = _known(root), {}
+  for file, stamp in stamps.items():
+    if stamp in known:
+      ranges[file] = known[stamp]
   return ranges
 
 
-def keep_ranges(root: Path, ranges: Mapping[Path, np.ndarray]) -> None:
-  """Keeps the ranges of the files of a folder or a table in place of those kept before.
+def keep_ranges(
+  root: Path, stamps: Mapping[Path, bytes], ranges: Mapping[Path, np.ndarray]
+) -> None:
+  """Keeps the ranges of files of a folder or a table, next to those kept before.
 
   Args:
     root: the folder or the table.
+    stamps: of the files, from before they were read.
     ranges: the smallest and the largest value of each file, `[2]`. Those of other types than uint8
       and uint16 are not kept.
   """
-  files, extremes, numbers = [], [], []
+  known = _known(root)
   for file, found in ranges.items():
-    if found.dtype in _TYPES:
-      files.append(np.frombuffer(_digest(file), np.uint8))
-      extremes.append(found.astype(np.uint16))
-      numbers.append(_TYPES.index(found.dtype))
+    if file in stamps and found.dtype in _TYPES:
+      known[stamps[file]] = found
   cache = _open_cache()
-  if cache is None or not files:
+  if cache is None or not known:
     return
   arrays = {
-    "files": np.stack(files),
-    "ranges": np.stack(extremes),
-    "types": np.array(numbers, np.uint8),
+    "files": np.stack([np.frombuffer(stamp, np.uint8) for stamp in known]),
+    "ranges": np.stack([found.astype(np.uint16) for found in known.values()]),
+    "types": np.array([_TYPES.index(found.dtype) for found in known.values()], np.uint8),
   }
   cache.put(_key(root), arrays)
+
+
+def _known(root: Path) -> dict[bytes, np.ndarray]:
+  """Returns the ranges that are kept for a folder or a table, by the stamps of the files."""
+  cache = _open_cache()
+  kept = None if cache is None else cache.get(_key(root))
+  known = {}
+  if kept is not None:
+    for stamp, extremes, number in zip(kept["files"], kept["ranges"], kept["types"], strict=True):
+      known[stamp.tobytes()] = extremes.astype(_TYPES[number])
+  return known
 
 
 def _open_cache() -> ArrayCache | None:
@@ -88,14 +106,3 @@ def _key(root: Path) -> str:
   """Returns the key of a folder's entry."""
   text = f"{_VERSION} {PIL.__version__} ".encode() + os.fsencode(root.absolute())
   return hashlib.sha256(text).hexdigest()
-
-
-def _digest(file: Path) -> bytes:
-  """Returns 16 bytes that change with a file's path, size and time of change."""
-  try:
-    stat = os.stat(file)
-  # It has just been removed.
-  except OSError:
-    return b"\0" * _DIGEST
-  text = os.fsencode(file.absolute()) + f"\0{stat.st_size} {stat.st_mtime_ns}".encode()
-  return hashlib.blake2b(text, digest_size=_DIGEST).digest()

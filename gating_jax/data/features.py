@@ -318,8 +318,7 @@ def check_scale(ranges: Iterable[np.ndarray], name: str, advice: str) -> None:
   All-black pictures fit any scale.
 
   Args:
-    ranges: the smallest and the largest value of each picture, `[2]` of its type. Of each type a
-      sample is checked.
+    ranges: the smallest and the largest value of each picture, `[2]` of its type.
     name: of the pictures, for the message.
     advice: the end of the message.
   Raises:
@@ -336,8 +335,7 @@ def check_scale(ranges: Iterable[np.ndarray], name: str, advice: str) -> None:
   for extremes in ranges:
     of_type.setdefault(extremes.dtype, []).append(extremes)
   for found in of_type.values():
-    spread = np.unique(np.linspace(0, len(found) - 1, SAMPLE, dtype=int))
-    seen = np.array([found[place] for place in spread])
+    seen = np.array(found)
     # The extremes show whether the scale is used; they are converted as the pictures will be.
     brightest = to_uint8(seen, name).max()
     wide = seen.dtype.kind in "iu" and seen.dtype != np.uint8

@@ -4,10 +4,9 @@
     data_dir/CLASS/*.jpg                                      split by a hash of the path
     table.csv                                                 columns path, label and perhaps split
 
-There is a folder for each split where a folder `train` has folders of files in it, and is alone or
-next to one with the name of another split. Case does not matter in these names, and `training`,
-`testing`, `valid` and `validation` stand for `train`, `test` and `val`. Any other folder is a
-class, also one with the name `train`.
+There is a folder for each split where a folder `train` has folders of files in it. Case does not
+matter in these names, and `training`, `testing`, `valid` and `validation` stand for `train`, `test`
+and `val`. A folder `train` that has only files is a class, like any other.
 
 Files lie at any depth below their class; links to folders are followed. The files of the splits in
 use are decoded once when a folder is opened: those that cannot be read are named, counted and left
@@ -33,7 +32,7 @@ import numpy as np
 
 from gating_jax.checks import few, printable, user_path
 from gating_jax.data import features
-from gating_jax.data.checked_files import keep_ranges, recall_ranges
+from gating_jax.data.checked_files import keep_ranges, recall_ranges, stamp_files
 from gating_jax.data.faults import find_faults
 from gating_jax.data.text_files import csv_rows
 from gating_jax.terminal import warn
@@ -182,7 +181,7 @@ def count_classes(data_dir: str | None, splits: Sequence[str]) -> int:
     data_dir, splits: as `data_dir` and `in_use` of `open_folder`, which has the errors.
   """
   root = _find_root(data_dir)
-  listing = _list_all(root, splits)
+  listing = _list_all(root)
   parts = {_find_part(split, listing, root).split for split in splits}
   return len({entry.label for entry in listing.entries if entry.split in parts})
 
@@ -198,20 +197,19 @@ def first_of(split: str, count: int) -> str:
   return f"{split}[:{count}]"
 
 
-def list_files(root: Path, endings: Sequence[str], wanted: Sequence[str] = ()) -> Listing:
+def list_files(root: Path, endings: Sequence[str]) -> Listing:
   """Lists the files in folders of classes; says how the folder was read and what is left out.
 
   Args:
     root: the folder, with a folder for each split or for each class; where there is none for a
       split, a hash of the path puts a fifth of the files into `test`.
     endings: of the files to list, in lower case.
-    wanted: the splits in use, whose folders may have any name.
   Raises:
     ValueError: the only folders with files have the names of splits.
   """
   outside, entries = {"": _count_outside(root, endings)}, []
   below = _folders(root)
-  if _are_splits(below, endings, wanted):
+  if _are_splits(below, endings):
     warn("%s: read as a folder for each split: %s", printable(root), few(_names(below)))
     for folder in below:
       entries += _of_classes(folder, folder.name, endings)
@@ -223,8 +221,8 @@ def list_files(root: Path, endings: Sequence[str], wanted: Sequence[str] = ()) -
     labels = sorted({entry.label for entry in entries})
     if labels and all(label.lower() in _SPLIT_NAMES for label in labels):
       raise ValueError(
-        f"{root} must hold folders of classes, or folders such as train/CLASS and test/CLASS; the "
-        f"files of {few(labels)} lie in no folder of a class"
+        f"{root} must hold folders of classes, or a folder for each split, of which train has "
+        f"folders of classes; got {few(labels)}"
       )
     if entries:
       warn(
@@ -299,7 +297,7 @@ def _list_images(root: Path, changed: int, wanted: tuple[str, ...] | None) -> _C
     wanted: the splits in use; None for all.
   """
   del changed
-  listing = _list_all(root, wanted or ())
+  listing = _list_all(root)
   if not listing.entries:
     raise _no_image(root, listing)
   if wanted is None:
@@ -346,9 +344,9 @@ def _no_image(root: Path, listing: Listing) -> ValueError:
   )
 
 
-def _list_all(root: Path, wanted: Sequence[str]) -> Listing:
+def _list_all(root: Path) -> Listing:
   """Lists the images of a folder or of a table."""
-  return _of_table(root) if root.is_file() else list_files(root, ENDINGS, wanted)
+  return _of_table(root) if root.is_file() else list_files(root, ENDINGS)
 
 
 def _find_part(text: str, listing: Listing, root: Path) -> _Part:
@@ -388,24 +386,12 @@ def _plain_name(split: str) -> str:
   return _SPLIT_NAMES.get(split.lower(), split.lower())
 
 
-def _are_splits(below: Sequence[Path], endings: Sequence[str], wanted: Sequence[str]) -> bool:
-  """Returns whether folders are those of splits, and not of classes."""
-  of_training = [path for path in below if _plain_name(path.name) == "train"]
-  if not any(_has_classes(path, endings) for path in of_training):
-    return False
-  # An empty folder, or one of notes, is neither a split nor a class.
-  others = []
+def _are_splits(below: Sequence[Path], endings: Sequence[str]) -> bool:
+  """Returns whether folders are those of splits: one of training has folders with files."""
   for path in below:
-    if path not in of_training and _has_files(path, endings):
-      others.append(path.name)
-  asked = {_plain_name(_FIRST.sub(r"\1", split)) for split in wanted}
-  named = {*asked, *_SPLIT_NAMES.values()}
-  return not others or any(_plain_name(name) in named for name in others)
-
-
-def _has_classes(folder: Path, endings: Sequence[str]) -> bool:
-  """Returns whether a folder has folders with files of these endings."""
-  return any(_has_files(path, endings) for path in _folders(folder))
+    if _plain_name(path.name) == "train":
+      return any(_has_files(of_class, endings) for of_class in _folders(path))
+  return False
 
 
 def _has_files(folder: Path, endings: Sequence[str]) -> bool:
@@ -461,7 +447,7 @@ def _of_classes(root: Path, split: str | None, endings: Sequence[str]) -> list[E
 def _doubt_classes(
   root: Path, labels: set[str], direct: set[str], between: Mapping[str, Path]
 ) -> None:
-  """Says what was read as classes where that may not be meant.
+  """Warns of folders that were read as classes but may be something else.
 
   Args:
     root: the folder of the classes.
@@ -592,7 +578,9 @@ def _check_files(files: Sequence[Path], root: Path) -> dict[Path, np.ndarray]:
     for each file that can be decoded its smallest and its largest value, `[2]` of the file's type.
   """
   many = len(files) >= _MANY
-  ranges = recall_ranges(root, files) if many else {}
+  # From before they are read: a file that changes meanwhile is then read again.
+  stamps = stamp_files(files) if many else {}
+  ranges = recall_ranges(root, stamps) if many else {}
   new = [file for file in files if file not in ranges]
 
   def read(file):
@@ -620,5 +608,5 @@ def _check_files(files: Sequence[Path], root: Path) -> dict[Path, np.ndarray]:
   # Threads end in any order.
   ranges = {file: ranges[file] for file in files if file in ranges}
   if many and len(faulty) < len(new):
-    keep_ranges(root, ranges)
+    keep_ranges(root, stamps, ranges)
   return ranges

@@ -237,7 +237,7 @@ def read_folders(folder: str | Path, split: str, in_use: Sequence[str] | None = 
   if not root.is_dir():
     raise ValueError(f"data.folder must be a folder of classes; no {root} exists")
   wanted = None if in_use is None else {split, *in_use}
-  listing = folders.list_files(root, _FOLDER_FILES, sorted(wanted or ()))
+  listing = folders.list_files(root, _FOLDER_FILES)
   # The names that the folders have.
   found = folders.find_split(split, listing.splits)
   used = None if wanted is None else {folders.find_split(name, listing.splits) for name in wanted}

@@ -47,6 +47,7 @@ from gating_jax.training.closed_gates import (
 )
 from gating_jax.training.evaluation import Evaluation
 from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, numbers, read_lines
+from gating_jax.training.objectives import WITH_SPARSITY
 from gating_jax.training.rundir import RunDir
 from gating_jax.training.steps import Advance, MappedSteps, TrainState
 
@@ -89,7 +90,8 @@ def run(config: Config, workdir: Path, mode: str) -> None:
   if start is not None:
     check_can_start(experiment)
   if mode == "train":
-    load_teacher(experiment, quiet=True)
+    with working("checking the teacher, if there is one", "up to a minute"):
+      load_teacher(experiment, quiet=True)
   runner.run(Classification(experiment), workdir, mode)
 
 
@@ -234,11 +236,13 @@ class Classification(runner.Programme):
       # Kept in the run directory, so that the model can be loaded without its data.
       outlines.write_outlines(run_dir.path, [train, experiment.test])
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
-    teacher = load_teacher(experiment)
+    with working("loading the teacher, if there is one", "up to a minute"):
+      teacher = load_teacher(experiment)
     with training:
       # A resumed run has its own parameters; only a fresh one starts from those of another.
       if not training.step and self.config.model.init_from is not None:
-        training.state = start_from(experiment, training.state, train)
+        with working("taking what is trained already", "up to a minute"):
+          training.state = start_from(experiment, training.state, train)
       training.begin(f"{self.title}, tested on {len(experiment.test):,} {self.noun}s")
       evaluate = functools.partial(self._evaluate, training, self.make_test())
       ended = training.run(
@@ -381,7 +385,8 @@ class Classification(runner.Programme):
     self, training: runner.Training, test: Callable[[TrainState], Evaluation]
   ) -> Evaluation:
     """Tests the state of a training; notes the result in the journal and prints the score."""
-    with working(f"testing on {len(self.experiment.test):,} {self.noun}s", tell=training.say):
+    what = f"testing on {len(self.experiment.test):,} {self.noun}s"
+    with working(what, "minutes for large sets", training.say):
       evaluated = test(training.state)
     training.journal.write(training.step, "test", numbers(evaluated.result))
     if evaluated.gates is not None:
@@ -448,9 +453,20 @@ class Classification(runner.Programme):
     result, images, gates = evaluated
     total, layers = experiment.settings.total_steps, experiment.counts.gate_layers
     # This test comes last: outside training the journal does not have it.
-    tests = [*_tests_before(step, run_dir.path / METRICS_FILE), {"step": step, **result}]
+    needed = {self.score[0], "mac_ratio"}
+    tests = [
+      line
+      for line in _tests_before(step, run_dir.path / METRICS_FILE)
+      if needed <= numbers(line).keys()
+    ]
+    tests.append({"step": step, **result})
     histograms = evaluation.histograms(gates, layers) if gates is not None else {}
-    lines = [*_tests_before(step, run_dir.path / HISTOGRAMS_FILE), {"step": step, **histograms}]
+    lines = [
+      line
+      for line in _tests_before(step, run_dir.path / HISTOGRAMS_FILE)
+      if _measures(line) == _measures(histograms)
+    ]
+    lines.append({"step": step, **histograms})
     # Names of modules are long, so figures number the layers.
     names = [name for name, _ in layers]
     # The page shows a prior only where it acts on the gates.
@@ -503,6 +519,19 @@ def _tests_before(step: int, file: Path) -> list[dict[str, Any]]:
   return [line for line in read_lines(file) if line["split"] == "test" and line["step"] < step]
 
 
+def _measures(line: Mapping[str, Any]) -> list[tuple[str, int]]:
+  """Returns what a line of `histograms.jsonl` counts, sorted, and in how many bins each.
+
+  A line of the same network has the same, whatever its layers are called, unless it is damaged.
+  """
+  found = []
+  for name, counts in line.items():
+    is_list = isinstance(counts, (list, np.ndarray))
+    if is_list and all(isinstance(count, (int, np.integer)) for count in counts):
+      found.append((name.rpartition("/")[2], len(counts)))
+  return sorted(found)
+
+
 def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a line of `histograms.jsonl` with the number of each layer in place of its name.
 
@@ -538,5 +567,9 @@ def watch_images(config: Config) -> ClosingWatch:
   # Gates that see no input prune, and so do those that begin with a prior: they are meant to close
   # for all examples.
   prunes = gate.context == "none" or settings.importance_form(config.model) is not None
-  most = NOTHING_LEFT if prunes else accepted_fraction(loss.sparsity)
+  most = MOST_CLOSED
+  if prunes:
+    most = NOTHING_LEFT
+  elif loss.regulariser in WITH_SPARSITY:
+    most = accepted_fraction(loss.sparsity)
   return ClosingWatch([Limit(CLOSED, most, advice)])

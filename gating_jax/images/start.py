@@ -33,7 +33,7 @@ from gating_jax.models.pretrained import (
   names_weights,
   read_network,
 )
-from gating_jax.models.vggs import VGGS, is_dense_name
+from gating_jax.models.vggs import VGG, VGGS, is_dense_name
 from gating_jax.terminal import say
 from gating_jax.training import rundir, settings, steps
 from gating_jax.training.checkpoints import restore_newest
@@ -281,6 +281,9 @@ def _start_from_file(
   config = experiment.config
   file = user_path(config.model.init_from)
   model, variables = read_weights(config)
+  if isinstance(model, VGG):
+    # Dense layers that slide over large maps are not taken.
+    model = model.clone(max_map=None)
   theirs = dict(variables["params"])
   said = [f"starting from the weights in {file}"]
   # The dense layers at the end belong to the classes and to the size of images.

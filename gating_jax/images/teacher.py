@@ -132,7 +132,9 @@ def _of_run(source: str, experiment: Experiment) -> Teacher:
     raise RunDirError(f"loss.distillation.teacher must name a run with a checkpoint; got {source}")
   _, state = found
   variables = {"params": state.params, "batch_stats": state.batch_stats}
-  return Teacher(built.model, jax.device_get(variables), result["macs"], result["accuracy"])
+  with run_dir.reading_result():
+    macs, accuracy = float(result["macs"]), float(result["accuracy"])
+  return Teacher(built.model, jax.device_get(variables), macs, accuracy)
 
 
 def _check_same_data(source: str, theirs: Experiment, mine: Experiment) -> None:

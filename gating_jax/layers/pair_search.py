@@ -294,7 +294,7 @@ class _Search:
       return frozenset()
     if mark.startswith(_WRITES):
       # A value without examples has none to move.
-      count = max(1, shape[0]) if rank > 1 else 1
+      count = shape[0] if rank > 1 and shape[0] != 0 else 1
       return frozenset([_Flow(mark.removeprefix(_WRITES), rank - 1, 0, count)])
     # A name that the model itself gave.
     return flows

@@ -354,7 +354,7 @@ def resnet(name: str, classes: int | None, **settings: Any) -> ResNet: ...
 def resnet(
   name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **settings: Any
 ) -> ResNet:
-  """Builds a named network: resnet8, 14, 20, 32, 44, 56, 110 (CIFAR), 18, 34, 50, 101 (ImageNet).
+  """Builds a named network: resnet8, 14, 20, 32, 44, 56, 110 (CIFAR), 18 to 152 (ImageNet).
 
   Args:
     name: one of `RESNETS`.

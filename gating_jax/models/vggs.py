@@ -131,7 +131,7 @@ class VGG(nn.Module):
     if self.max_map is not None and max(x.shape[1:3]) > self.max_map:
       raise ValueError(
         f"images must leave a last feature map of at most {self.max_map} x {self.max_map} pixels, "
-        f"over more of which timm's dense layers slide; got {x.shape[1]} x {x.shape[2]}. "
+        f"since timm's dense layers slide over larger ones; got {x.shape[1]} x {x.shape[2]}. "
         "model.clone(max_map=None) averages over parts of larger maps, as torchvision does"
       )
     # The mean and the logits are float32, whatever the layers compute in.

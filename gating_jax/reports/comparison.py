@@ -239,7 +239,7 @@ _MEASURES = (
   _Measure("forgetting, task known", ("task_aware.forgetting",), _percent),
   _Measure("forgetting, task unknown", ("task_agnostic.forgetting",), _percent),
   _Measure("MACs", ("macs",), _whole),
-  _Measure("share of the dense net's", ("mac_ratio",), _tenths_of_percent),
+  _Measure("share of the ungated net's", ("mac_ratio",), _tenths_of_percent),
   _Measure("MACs, task known", ("task_aware_macs",), _whole),
   _Measure("share, task known", ("task_aware_macs", "dense_macs"), _ratio),
   _Measure("MACs, task unknown", ("task_agnostic_macs",), _whole),
@@ -325,7 +325,12 @@ def _configs_section(runs: Sequence[Run]) -> page.Section:
     return page.Section("Configs", _NO_DIFFERENCE, [], open=True)
   text = "The settings in which runs differ. Settings of only one kind of experiment are left out."
   header = ["setting", *_names(runs)]
-  return page.Section("Configs", text, [page.Table(header, rows, numeric=False)], open=True)
+  terms = [
+    ("setting", "a field of the config, with its sections"),
+    ("–", "not a field of that run"),
+  ]
+  table = page.Table(header, rows, numeric=False, terms=terms)
+  return page.Section("Configs", text, [table], open=True)
 
 
 def _differing_rows(runs: Sequence[Run]) -> list[list[str]]:

@@ -16,13 +16,13 @@ import jax
 
 from gating_jax.checks import first_line, printable, quoted
 from gating_jax.config_files import Config
-from gating_jax.reports import frame, measured_times, page
+from gating_jax.reports import curves, frame, measured_times, page
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, warn
 from gating_jax.timing import CHOSEN, MASKED, UNGATED
-from gating_jax.training import rundir
+from gating_jax.training import hosts, rundir
 from gating_jax.training.hosts import PeerError
-from gating_jax.training.journal import TENSORBOARD_DIR, read_json, write_json
+from gating_jax.training.journal import METRICS_FILE, TENSORBOARD_DIR, read_json, write_json
 from gating_jax.training.rundir import RunDir
 
 FAILURE_FILE = "failure.json"
@@ -176,7 +176,7 @@ def report_failures(
   """Reports a training that fails in the block, and raises the error again.
 
   The failure is noted in the run directory, and the page of the newest checkpoint is written. With
-  several processes no page is written, since they would wait for each other.
+  several processes, which would wait for each other, the page has no test.
 
   Args:
     run_dir: the run directory.
@@ -191,8 +191,7 @@ def report_failures(
     if _has_begun(run_dir) and not isinstance(error, PeerError):
       failure = {"date": _now(), "reason": printable(first_line(error))}
       _record(run_dir, failure)
-      # With several processes the test would wait for those that have failed.
-      if jax.process_count() == 1:
+      if hosts.is_writer():
         _report_failure(run_dir, config, report, _failure_text(failure))
     raise
 
@@ -234,25 +233,42 @@ def _record(run_dir: RunDir, failure: Mapping[str, str]) -> None:
 def _report_failure(
   run_dir: RunDir, config: Config, report: Callable[[str], None], said: str
 ) -> None:
-  """Writes the page of the newest checkpoint, or one without numbers if none can be tested."""
+  """Writes the page of the newest checkpoint, or of the journal alone if none can be tested."""
   say("the run failed; writing its report from what there is")
-  try:
-    report(said)
-  except Exception as error:
-    configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
-    begin = page.Opening(
-      text=f"No checkpoint could be tested: {printable(first_line(error))}", notice=said
-    )
+  why = "several processes would wait for each other"
+  # The test would wait for processes that have failed.
+  if jax.process_count() == 1:
     try:
-      page.write_page(
-        run_dir.report,
-        str(config.experiment),
-        [frame.settings_section(configured)],
-        subtitle=run_dir.path.name,
-        opening=begin,
-      )
-    except Exception as last:  # such as a full disk, which may be the failure itself
-      warn("the report of the failed run could not be written: %s", last)
+      report(said)
+      return
+    except Exception as error:
+      why = printable(first_line(error))
+  try:
+    opening = page.Opening(text=f"No checkpoint could be tested: {why}", notice=said)
+    _write_journal(run_dir, config, opening)
+  except Exception as last:  # such as a full disk, which may be the failure itself
+    warn("the report of the failed run could not be written: %s", last)
+
+
+def _write_journal(run_dir: RunDir, config: Config, opening: page.Opening) -> None:
+  """Writes the page of a run as far as its journal goes."""
+  phases = {}
+  for file in sorted(run_dir.path.glob(f"**/{METRICS_FILE}")):
+    phases[file.parent.name if file.parent != run_dir.path else "training"] = file.parent
+  configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
+  around = frame.read_surroundings(run_dir, config, step=0)
+  sections = [
+    curves.make_section(phases),
+    frame.settings_section(configured),
+    frame.about_section(around),
+  ]
+  page.write_page(
+    run_dir.report,
+    str(config.experiment),
+    sections,
+    subtitle=run_dir.path.name,
+    opening=opening,
+  )
 
 
 def _now() -> str:

@@ -87,7 +87,8 @@ def _points(
   """Returns steps and values of a metric, of the lines of a split that have it."""
   steps, values = [], []
   for line in lines:
-    if line["split"] == split and metric in line:
+    # A line that was damaged may have another value.
+    if line["split"] == split and isinstance(line.get(metric), (int, float)):
       steps.append(line["step"])
       values.append(line[metric])
   return steps, values

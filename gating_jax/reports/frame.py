@@ -35,7 +35,10 @@ _SETTINGS = (
 )
 _ABOUT = (
   ("started", "the date of the first start, in UTC"),
+  ("command", "what was typed at the first start"),
   ("commit", "of the code; “dirty” where files differ from it"),
+  ("seed", "of all that is random"),
+  ("versions", "of Python and of libraries"),
   ("hardware", "what JAX computed on, and how many devices and processes there were"),
 )
 _MOST_NEIGHBOURS = 500  # directories that are read

@@ -19,6 +19,13 @@ FILE = "predictions.csv"
 # Rows on a page, and letters of a cell there.
 _ROWS, _LETTERS = 50, 60
 _YES_OR_NO = ("no", "yes")
+# What columns of several programmes mean.
+_TERMS = {
+  "class": "the true class",
+  "prediction": "the likeliest class",
+  "loss": "the cross-entropy of the example, in nats",
+  "MACs": "multiply-accumulates of the example, gate networks included",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,10 @@ def of_classes(
     "class": [class_names[c] for c in labels],
     "prediction": [class_names[c] for c in predicted],
   }
-  terms = {noun: "its number in the test set, from 0", "prediction": "the likeliest class"}
+  terms = {noun: "its number in the test set, from 0"}
+  for name in (*columns, *(more or {})):
+    if name in _TERMS:
+      terms[name] = _TERMS[name]
   right = np.asarray(labels) == np.asarray(predicted)
   return Predictions({**columns, **(more or {})}, right, terms)
 

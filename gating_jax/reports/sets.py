@@ -64,7 +64,9 @@ def sets_section(result: Mapping[str, Any]) -> list[page.Section]:
     overlaps = []
     for name, line in zip(sets, result["set_overlap"], strict=True):
       overlaps.append([plain(name, 30), *[_points(value, 1) for value in line]])
-    parts.append(page.Table(["set", *[plain(name, 30) for name in sets]], overlaps))
+    terms = [("row and column", "two sets; their overlap, in %, is in the cell")]
+    header = ["set", *[plain(name, 30) for name in sets]]
+    parts.append(page.Table(header, overlaps, terms=terms))
   return [page.Section("Sets of the union", text, parts)]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gating_jax.checks import few
 from gating_jax.training import hosts
 from gating_jax.training.journal import write_json
 from gating_jax.training.rundir import RunDirError, with_tuples
@@ -85,13 +85,16 @@ def check_classes(folder: Path, class_names: Sequence[str]) -> None:
     RunDirError: the classes are others; or as in `read_outlines`.
   """
   kept = read_outlines(folder)
-  if not kept or not class_names or kept[0].class_names == tuple(class_names):
+  if not kept or not class_names:
     return
-  raise RunDirError(
-    f"workdir {folder} holds a run of other classes, or of another order of them; choose another "
-    f"workdir or give it the data that it began with. Its {len(kept[0].class_names)} classes: "
-    f"{few(kept[0].class_names)}; the {len(class_names)} of the data: {few(class_names)}"
-  )
+  for place, (own, other) in enumerate(itertools.zip_longest(kept[0].class_names, class_names)):
+    if own != other:
+      raise RunDirError(
+        f"workdir {folder} holds a run whose classes differ from those of the data; choose another "
+        f"workdir, or give it the data that it began with. Of its {len(kept[0].class_names)} "
+        f"classes and the {len(class_names)} of the data, number {place} is the first that "
+        f"differs: {own!r} and {other!r}"
+      )
 
 
 def _outline_of(data: Any) -> dict[str, Any]:

@@ -76,6 +76,17 @@ class RunDir:
     file = self.path / RESULT_FILE
     return _read(file) if file.exists() else None
 
+  @contextlib.contextmanager
+  def reading_result(self) -> Iterator[None]:
+    """Turns errors of the block, which reads the result's entries, into one that names the file."""
+    try:
+      yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+      raise RunDirError(
+        f"{self.path / RESULT_FILE} is damaged: it lacks an entry, or has one of another kind "
+        f"({type(error).__name__}: {error}); without it, the same command ends the run again"
+      ) from error
+
   def config(self) -> dict[str, Any]:
     """Returns the config that the run began with, with the present names of its fields.
 

@@ -32,7 +32,7 @@ _AT_MOST = {
   "log_every": 5,
   "devices.steps_per_dispatch": 1,
 }
-# Deep networks and shallow ones of their kind: programs of few layers compile in seconds.
+# Networks and those that stand for them: programs of few layers compile in seconds.
 _SHALLOW = {
   **dict.fromkeys((f"resnet{depth}" for depth in (14, 20, 32, 44, 56, 110)), "resnet8"),
   **dict.fromkeys(("resnet34", "resnet50", "resnet101", "resnet152"), "resnet18"),
@@ -50,9 +50,10 @@ _WIDTH = 0.375
 def shrink(config: Config) -> Config:
   """Returns the config with less of everything that a run's time grows with.
 
-  A deep or wide network becomes a small one of its kind, unless it starts from trained weights. The
-  method is unchanged. TFDS sets are opened for their splits and classes, and for tasks folders are
-  listed; errors are as in `data.tfds.open_tfds` and `data.folders.open_folder`.
+  A large network becomes a small one, unless it starts from trained weights; nets of
+  videos are trained anew. The method is unchanged. TFDS sets are opened for their splits and
+  classes, and for tasks folders are listed; errors are as in `data.tfds.open_tfds` and
+  `data.folders.open_folder`.
 
   >>> from ml_collections import ConfigDict
   >>> config = {"data": {"name": "digits", "image_size": 224}, "optim": {"epochs": 200}}
@@ -60,17 +61,17 @@ def shrink(config: Config) -> Config:
   {'data': {'image_size': 32, 'name': 'digits'}, 'optim': {'epochs': 1}}
   """
   small = config.copy_and_resolve_references().unlock()
+  # Nets of another run were trained on other segments.
+  _set(small, "pretrained", "")
   _shrink_scenes(small)
   _shrink_networks(small)
   row = programmes.find_row(small.get("experiment"))
   for name, most in {**_AT_MOST, **(row.small if row else {})}.items():
-    _lower(small, name, most)
-  phases = ["optim"]
-  # With `pretrained`, the first training is that of another run, and stays as it was.
-  if not small.get("pretrained"):
-    phases.append("pretrain")
-    _lower(small, "pretrain.segments_per_video", 1)
-  for phase in phases:
+    # A teacher takes images of its own size alone.
+    if not (name == "data.image_size" and _has_teacher(small)):
+      _lower(small, name, most)
+  _lower(small, "pretrain.segments_per_video", 1)
+  for phase in ("optim", "pretrain"):
     _lower(small, f"{phase}.epochs", 1)
     _lower(small, f"{phase}.batch_size", _over_devices(_BATCH))
   _set(small, "optim.steps_per_task", 4)
@@ -136,7 +137,12 @@ def _lower(config: Config, name: str, most: float) -> None:
     section[field] = most
 
 
-def _set(config: Config, name: str, value: float) -> None:
+def _has_teacher(config: Config) -> bool:
+  """Returns whether a trained network teaches that of the config."""
+  return config.get("loss", {}).get("distillation", {}).get("coefficient") is not None
+
+
+def _set(config: Config, name: str, value: Any) -> None:
   section, field = _place(config, name)
   if section is not None:
     section[field] = value
@@ -164,13 +170,16 @@ def _shrink_scenes(config: Config) -> None:
 
 def _shrink_networks(config: Config) -> None:
   """Makes deep networks shallow and wide ones narrow, unless they start from trained weights."""
-  if config.get("pretrained") or config.get("model", {}).get("init_from"):
+  if config.get("model", {}).get("init_from"):
     return
   for name in _NAMES:
     section, field = _place(config, name)
     if section is not None and section[field] in _SHALLOW:
       section[field] = _SHALLOW[section[field]]
-  if config.get("model", {}).get("gate", {}).get("block", 1) == 1:
+  model = config.get("model", {})
+  # At a small width no share of gates may be as cheap as the network that is wanted.
+  solved = model.get("equal_inner_width") is not None
+  if model.get("gate", {}).get("block", 1) == 1 and not solved:
     _lower(config, "model.width", _WIDTH)
 
 

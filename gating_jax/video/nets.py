@@ -5,6 +5,7 @@ A whole network names its nets `light` and `heavy`; pretrained nets are taken un
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
   """
   if experiment.pretraining is None:
     raise ValueError("pretrain.epochs must be that of the pretrained run; got 0")
-  if experiment.config.pretrained:
+  # A finished run keeps what it took from another.
+  kept = rundir.RunDir(path / PRETRAIN_DIR).has_checkpoint()
+  if experiment.config.pretrained and not kept:
     path = check_pretrained(experiment.config.pretrained)
   path = path / PRETRAIN_DIR
   step, state = restore(experiment.pretraining, path, experiment.config.seed)
@@ -68,6 +71,18 @@ def check_pretrained(pretrained: str) -> Path:
       f"pretrained must be a run directory with trained nets; {folder} has none"
     )
   return path
+
+
+def keep_nets(pretrained: str, path: Path) -> None:
+  """Copies the trained nets of another run into this one, which then does without the other."""
+  own = path / PRETRAIN_DIR / rundir.CHECKPOINT_DIR
+  if own.exists():
+    return
+  # Complete under its name, whenever this process is killed.
+  aside = own.with_name(f"{own.name}.copied")
+  shutil.rmtree(aside, ignore_errors=True)
+  shutil.copytree(check_pretrained(pretrained) / PRETRAIN_DIR / rundir.CHECKPOINT_DIR, aside)
+  aside.replace(own)
 
 
 def begin_training(

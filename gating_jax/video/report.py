@@ -98,6 +98,8 @@ def predict_videos(experiment: VideoExperiment, tested: Arrays) -> predictions.P
     },
     right,
     {
+      "video": "its name in the table, or its file's",
+      "class": "the true class; all of them where a video has several",
       "prediction": "the likeliest class; all above 1/2 where a video may have several",
       "probability": "of the prediction, or of the likeliest class where a video may have several",
       "segments": "number of the video's segments",

@@ -143,7 +143,7 @@ class LongVideo(runner.Programme):
     outlines.write_outlines(run_dir.path, [experiment.train, experiment.test])
     nets = None
     if self.config.pretrained:
-      with working("loading the trained nets"):
+      with working("loading the trained nets", "up to half a minute"):
         nets = video_nets.trained_nets(experiment, run_dir.path)
     elif experiment.pretraining:
       nets = self.pretrain(run_dir, started)
@@ -184,6 +184,9 @@ class LongVideo(runner.Programme):
         journal = training.journal
         hosts.on_writer(report.write_pictures, experiment, behaviour, run_dir, journal, step)
         hosts.on_writer(report.write_report, experiment, result, behaviour, run_dir, step)
+      # The checkpoint of gate and classifier has no nets.
+      if self.config.pretrained and self.config.training == "two_stage":
+        hosts.on_writer(video_nets.keep_nets, self.config.pretrained, run_dir.path)
     return result | {"step": step}
 
   def pretrain(self, run_dir: RunDir, started: float | None = None) -> dict[str, Any] | None:

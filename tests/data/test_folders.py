@@ -351,11 +351,19 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path, caplog):
       "car",
       "train",
     )
-    saved(tmp_path / "b" / "train" / "steam" / "0.png")
-    saved(tmp_path / "b" / "bus" / "city" / "0.png")
-    assert opened(tmp_path / "b", "train").class_names == ("bus", "train")
   assert "a: read as folders of classes" in caplog.text
   assert "a: read as classes, and not as splits: train" in caplog.text
+
+
+def test_how_a_folder_is_read_does_not_depend_on_the_split_that_is_opened(tmp_path):
+  classes(tmp_path / "train", 2)
+  classes(tmp_path / "held_out", 2)
+  saved(tmp_path / "unlabelled" / "0.png")
+  for split in ("train", "held_out"):
+    for in_use in (None, ["train"], ["train", "held_out"]):
+      assert opened(tmp_path, split, in_use).class_names == ("cat", "dog")
+  with pytest.raises(ValueError, match="must be one of held_out, train; got 'test'"):
+    opened(tmp_path, "test", ["train", "test"])
 
 
 def test_folders_that_may_not_be_classes_are_named(tmp_path, caplog):
@@ -368,7 +376,7 @@ def test_folders_that_may_not_be_classes_are_named(tmp_path, caplog):
   assert "one/train: all files are of one class, cat" in caplog.text
   saved(tmp_path / "flat" / "train" / "0.png")
   saved(tmp_path / "flat" / "test" / "0.png")
-  with pytest.raises(ValueError, match="the files of test, train lie in no folder of a class"):
+  with pytest.raises(ValueError, match="of which train has folders of classes; got test, train"):
     opened(tmp_path / "flat")
 
 

@@ -211,7 +211,9 @@ def test_timm_names_the_dense_layers_of_a_vgg_net_in_its_own_way(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, variables, expected)
   # There the dense layers slide over larger maps, and means of the results are taken.
   jax.eval_shape(model.apply, variables, images_of(8))
-  with pytest.raises(ValueError, match=r"at most 2 x 2 pixels, .* slide; got 3 x 3\. model\.clone"):
+  with pytest.raises(
+    ValueError, match=r"at most 2 x 2 pixels, .* slide .*; got 3 x 3\. model\.clone"
+  ):
     jax.eval_shape(model.apply, variables, images_of(12))
   jax.eval_shape(model.clone(max_map=None).apply, variables, images_of(12))
 

@@ -85,7 +85,7 @@ def test_results_stand_side_by_side():
   assert found["accuracy"] == ["90.00 %", "80.00 %", "–"]
   assert found["accuracy, task known"] == ["–", "–", "99.00 %"]
   assert found["accuracy, task unknown"] == ["–", "–", "60.00 %"]
-  assert found["share of the dense net's"] == ["50.0 %", "50.0 %", "–"]
+  assert found["share of the ungated net's"] == ["50.0 %", "50.0 %", "–"]
   assert found["share, task unknown"] == ["–", "–", "75.0 %"]
   assert found["gates conditional"] == ["5 of 8", "5 of 0", "–"]
   assert found["parameters"] == ["5,000", "5,000", "300"]

@@ -141,9 +141,14 @@ def test_a_large_network_becomes_a_small_one_unless_it_starts_from_trained_weigh
   assert smoke.shrink(blocks).model.width == 1
   begun = config_of("digits_resnet20", **{"model.init_from": "runs/plain"})
   assert smoke.shrink(begun).model.name == "resnet20"
-  nets = config_of("videos_timegate", pretrained="runs/other")
-  assert smoke.shrink(nets).model.light == nets.model.light
-  assert smoke.shrink(nets).model.heavy == nets.model.heavy
+  films = config_of("videos_timegate", pretrained="runs/other")
+  assert smoke.shrink(films).pretrained == ""
+
+
+def test_images_keep_the_size_that_a_teacher_takes(opened):
+  teacher = {"loss.distillation.coefficient": 0.5, "loss.distillation.teacher": "runs/dense"}
+  assert smoke.shrink(config_of("imagenet_resnet18")).data.image_size == 32
+  assert smoke.shrink(config_of("imagenet_resnet18", **teacher)).data.image_size == 224
 
 
 @pytest.mark.parametrize("name", sorted({*smoke._SHALLOW, *smoke._SHALLOW.values()}))
@@ -180,11 +185,3 @@ def test_a_config_trains_from_end_to_end_on_its_data_or_a_stand_in(
   assert status == 0, said
   assert (tmp_path / "run" / "result.json").exists()
   assert (tmp_path / "run" / "report.html").stat().st_size > 1000
-
-
-def test_nets_that_another_run_has_trained_are_taken_as_they_are():
-  config = config_of("composed_timegate")
-  config.pretrained = "runs/other"
-  small = smoke.shrink(config)
-  assert small.pretrain == config.pretrain
-  assert small.optim.epochs == 1

@@ -701,7 +701,7 @@ def pretrained(config, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained):
+def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained, tmp_path):
   made, workdir = pretrained
   other = made.copy_and_resolve_references()
   other.pretrained = str(workdir)
@@ -717,7 +717,17 @@ def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained)
   assert tiny.bit_equal(
     begun.params["heavy"], video_nets.placed_nets(end_to_end, nets)["params"]["heavy"]
   )
-  other.pretrain.epochs = 2
+  # A run that is finished does without the other.
+  for _ in range(2):
+    video_nets.keep_nets(str(workdir), tmp_path)
+  other.pretrained = str(tmp_path / "gone")
+  kept = video_nets.trained_nets(build.build(other), tmp_path)
+  assert tiny.bit_equal(kept["params"], nets["params"])
+  with pytest.raises(
+    rundir.RunDirError, match="pretrained must be a run directory with trained nets"
+  ):
+    video_nets.trained_nets(build.build(other), workdir.parent)
+  other.pretrained, other.pretrain.epochs = str(workdir), 2
   with pytest.raises(rundir.RunDirError, match="must hold nets trained for 2 steps; .* of step 1"):
     video_nets.trained_nets(build.build(other), workdir.parent)
 
