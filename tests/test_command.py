@@ -155,8 +155,8 @@ def test_a_lack_of_memory_is_named_with_what_to_lower(error, reason, tmp_path, m
   monkeypatch.setattr(classification, "run", exhausted)
   assert run_command(CONFIG, f"--workdir={tmp_path}") == (
     1,
-    f"error: out of memory: {reason}; in a new run directory, a smaller optim.batch_size needs less, and a data set that "
-    "does not fit is read from disk with data.loader=streaming\n",
+    f"error: out of memory: {reason}; in a new run directory, a smaller optim.batch_size needs "
+    "less, and a data set that does not fit is read from disk with data.loader=streaming\n",
   )
 
 

@@ -496,6 +496,33 @@ def test_histograms_are_drawn_whether_lines_name_layers_or_number_them():
   assert classification._numbered(names, line) == classification._numbered(names, older) == older
 
 
+def test_damaged_lines_of_a_journal_have_no_place_on_the_page(finished, tmp_path):
+  made, workdir, _ = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  damaged = (
+    {"acduracy": 0.5, "mac_ratio": 0.4},
+    {"accuracy": "0.5", "mac_ratio": 0.4},
+    {"accuracy": 0.5, "mac_ratio": None},
+    {"gates/stage1_block1/conv1/probs": [1, 2]},
+    {"gates/stage1_block1/conv1/probs": [[1], [1, 2]]},
+  )
+  for name in ("metrics.jsonl", "histograms.jsonl"):
+    with (tmp_path / "run" / name).open("a") as file:
+      for line in damaged:
+        file.write(json.dumps({"step": 5, "split": "test", **line}) + "\n")
+  said(classification, made, tmp_path / "run", "report")
+  assert "Tests during training" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_result_that_lacks_an_entry_is_named(finished, tmp_path):
+  made, workdir, _ = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "run" / "result.json").write_text('{"step": 66}')
+  message = r"run/result\.json is damaged: .*KeyError: .*; without it, the same command ends"
+  with pytest.raises(rundir.RunDirError, match=message):
+    classification.run(made, tmp_path / "run", "train")
+
+
 @pytest.fixture(scope="module")
 def compiled(finished, tmp_path_factory):
   return runs.compiled(classification, finished, tmp_path_factory.mktemp("compiled"))
