@@ -80,11 +80,15 @@ def run(config: Config, workdir: Path, mode: str) -> None:
       `compile` times programs that skip closed gates.
   """
   start = config.model.init_from if mode == "train" else None
+  # A resumed run has parameters of its own, and does without the file.
+  begins = not RunDir(user_path(workdir)).has_checkpoint()
+  if start is not None and names_weights(start) and not begins:
+    start = None
   # Before data are opened, which may take minutes.
   if start is not None and names_weights(start):
     read_weights(config)
   elif start is not None:
-    check_start(config, with_checkpoint=not RunDir(user_path(workdir)).has_checkpoint())
+    check_start(config, with_checkpoint=begins)
   with runner.opening_data(Classification, config, workdir, mode):
     experiment = build(config)
   if start is not None:

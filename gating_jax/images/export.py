@@ -50,9 +50,9 @@ from gating_jax.timing import MASKED, ReportProgress, device, race
 from gating_jax.training import rundir
 from gating_jax.types import Array
 
-# Rows of tables and keys of files, where a pruned network is called slimmed.
-_TRAINED, _PRUNED, _INT8, _SKIPPING = "trained", "slimmed", "slimmed, int8", "slimmed, skipping"
-_ONNX, ONNX_FILE = "slimmed, onnxruntime", "model.onnx"
+# Rows of tables, which are keys of files too.
+_TRAINED, _PRUNED, _INT8, _SKIPPING = "trained", "pruned", "pruned, int8", "pruned, skipping"
+_ONNX, ONNX_FILE = "pruned, onnxruntime", "model.onnx"
 # Why a network with early exits has none.
 _NO_ONNX = "not written: in an ONNX model every image would pass through all stages"
 FOLDERS = {_PRUNED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
@@ -187,7 +187,8 @@ def _write(
     candidates[_SKIPPING] = skipping
   onnx = None
   if importlib.util.find_spec("onnx") is not None:
-    onnx = to_onnx(candidates[_PRUNED].model, analysis.input_shape)
+    with working("making the ONNX model", "up to half a minute"):
+      onnx = to_onnx(candidates[_PRUNED].model, analysis.input_shape)
     if importlib.util.find_spec("onnxruntime") is not None:
       candidates[_ONNX] = _onnx_candidate(experiment, candidates[_PRUNED], onnx)
   milliseconds = _time_candidates(candidates, images)

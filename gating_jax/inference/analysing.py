@@ -42,8 +42,8 @@ from gating_jax.timing import MASKED, UNGATED
 BATCH_SIZE = 128
 # Images of a union, and channels of a block, whose units run together.
 UNION, BLOCKS = 8, (16, 32, 64)
-# Keys of `Analysis.macs`, where a pruned network is called slimmed.
-EXECUTED, PRUNED = "executed", "slimmed"
+# Keys of `Analysis.macs`, which tables show.
+EXECUTED, PRUNED = "executed", "pruned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def analyse(
       ungated       every convolution whole, no gate networks
       masked        every convolution whole, and the gate networks
       executed      open units alone
-      slimmed       as masked, after `prune`
+      pruned        as masked, after `prune`
       switch        each image alone: the open channels of a layer or block are gathered and padded
                     to one of `buckets` sizes, multiples of 16; branches of one gate run or not
       union of 8    channels open for any of 8 images in their order

@@ -98,7 +98,7 @@ def test_the_export_that_skips_takes_one_image_and_answers_alike(exported):
   for image in images:
     np.testing.assert_allclose(skips(image[None])[0], whole(image[None])[0], rtol=1e-4, atol=1e-4)
   assert skips.card["accuracy"] == pytest.approx(whole.card["accuracy"], abs=1 / 360)
-  assert re.search(r"slimmed, skipping +\d+\.\d\d %", text)
+  assert re.search(r"pruned, skipping +\d+\.\d\d %", text)
 
 
 def test_the_onnx_model_scores_as_the_export_does_and_the_card_has_its_time(exported):
@@ -115,7 +115,7 @@ def test_the_onnx_model_scores_as_the_export_does_and_the_card_has_its_time(expo
   assert set(card["milliseconds"]) == {"1", "64"}
   assert card["runtime"].startswith("onnxruntime ")
   assert card["accuracy"] == pytest.approx(loaded.card["accuracy"], abs=1 / 360 + 1e-9)
-  assert re.search(r"slimmed, onnxruntime +\d+\.\d\d %", text)
+  assert re.search(r"pruned, onnxruntime +\d+\.\d\d %", text)
   assert not (workdir / "export_int8" / "model.onnx").exists()
 
 
@@ -317,12 +317,12 @@ def test_a_net_with_exits_is_exported_for_one_image(exported_exits):
 def test_the_program_that_skips_is_not_counted_where_it_is_not_timed(monkeypatch):
   monkeypatch.setattr(export, "_REPEATS", 1)
   pieces, images = [], np.zeros((64, 1, 1, 1), np.float32)
-  programs = dict.fromkeys(("trained", "slimmed", "slimmed, skipping"), lambda x: x)
+  programs = dict.fromkeys(("trained", "pruned", "pruned, skipping"), lambda x: x)
   found = export._milliseconds(programs, images, lambda done, total: pieces.append((done, total)))
   assert {name: set(times) for name, times in found.items()} == {
     "trained": {"1", "64"},
-    "slimmed": {"1", "64"},
-    "slimmed, skipping": {"1"},
+    "pruned": {"1", "64"},
+    "pruned, skipping": {"1"},
   }
   assert pieces == [(done, 5) for done in range(1, 6)]
 
@@ -335,7 +335,7 @@ def test_what_is_said(exported):
     "union of 8",
     "testing the net that skips closed units on 360 images, one at a time (",
     "of 360 test images a static unit would have moved",
-    "slimmed, int8",
+    "pruned, int8",
     f"{workdir / 'export_int8'}",
   ):
     assert words in text

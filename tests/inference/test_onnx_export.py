@@ -54,7 +54,7 @@ def test_it_computes_what_the_network_does(name):
   assert 0 < gates.mean() < 1 or "static" in name
 
 
-def test_it_takes_any_number_of_images_and_what_is_slimmed():
+def test_it_takes_any_number_of_images_and_what_is_pruned():
   model = MODELS["wide inside"]
   net = prune(analyse(model, random_variables(model), images(8)), multiple=1)
   # Some channels lost their gate.
