@@ -762,6 +762,7 @@ def compiled(config, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_programs_that_skip_segments_are_measured_beside_those_that_do_not(compiled):
   (rows,) = compiled["timings"].values()
   assert {"masked", "segments", "ungated"} == {row["strategy"] for row in rows}
