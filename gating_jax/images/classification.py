@@ -465,10 +465,11 @@ class Classification(runner.Programme):
     ]
     tests.append({"step": step, **result})
     histograms = evaluation.histograms(gates, layers) if gates is not None else {}
+    measures = _measures(histograms)
     lines = [
       line
       for line in _tests_before(step, run_dir.path / HISTOGRAMS_FILE)
-      if _measures(line) == _measures(histograms)
+      if _measures(line) == measures
     ]
     lines.append({"step": step, **histograms})
     # Names of modules are long, so figures number the layers.
