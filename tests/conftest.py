@@ -1,9 +1,12 @@
 """Shared set-up: eight virtual devices, quick compilation with a cache, optional float64."""
 
+import collections
 import ctypes
 import gc
 import os
+import resource
 import signal
+import sys
 import time
 
 import pytest
@@ -59,13 +62,45 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
   """Marks slow tests, and puts the longest files first.
 
-  Slow are tests on real data, and all but every k-th case of a test marked `thin(k)`.
+  Slow are tests on real data, and the cases of a test marked `thin` that the fast tier can do
+  without.
   """
+  families = collections.defaultdict(list)
   for item in items:
-    thin = item.get_closest_marker("thin")
-    if item.get_closest_marker("real_data") or (thin and place(item) % thin.args[0]):
+    if item.get_closest_marker("real_data"):
       item.add_marker("slow")
+    if item.get_closest_marker("thin") and not item.get_closest_marker("slow"):
+      families[item.nodeid.partition("[")[0]].append(item)
+  for cases in families.values():
+    kept = fast_cases(cases)
+    for case in cases:
+      if case not in kept:
+        case.add_marker("slow")
   items.sort(key=lambda item: _rank(item.path))
+
+
+def fast_cases(cases):
+  """Returns those cases of a test marked `thin(k)` that are of the fast tier.
+
+  They are every k-th case. Of a test with several lists of values there are also as many more as it
+  takes until each argument has had each of its values.
+  """
+  step = cases[0].get_closest_marker("thin").args[0]
+  kept = [case for case in cases if place(case) % step == 0]
+  lists = [mark for mark in cases[0].iter_markers("parametrize") if len(mark.args[1]) > 1]
+  if len(lists) < 2:
+    return kept
+  missing = set().union(*map(values, cases)).difference(*map(values, kept))
+  while missing:
+    best = max(cases, key=lambda case: len(values(case) & missing))
+    kept.append(best)
+    missing -= values(best)
+  return kept
+
+
+def values(case):
+  """Returns the arguments of a case, each with its value as text."""
+  return {(name, repr(value)) for name, value in case.callspec.params.items()}
 
 
 def _rank(path):
@@ -92,9 +127,8 @@ def place(item):
   """
   number = next(iter(item.callspec.indices.values()))  # among the cases of all lists together
   places = 0
-  for mark in reversed(
-    list(item.iter_markers("parametrize"))
-  ):  # the list above the others changes fastest
+  # The list above the others changes fastest.
+  for mark in reversed(list(item.iter_markers("parametrize"))):
     number, at = divmod(number, len(mark.args[1]))
     places += at
   return places
@@ -102,10 +136,21 @@ def place(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-  """Records the seconds of the set-up separately: a shared run's first test waits for it."""
+  """Records the seconds of the set-up separately: a shared run's first test waits for it.
+
+  After the test it records the most memory that this process has needed so far.
+  """
   if call.when == "setup":
     item.user_properties.append(("setup_seconds", call.duration))
+  if call.when == "call":
+    item.user_properties.append(("peak_gib", peak_memory() / 2**30))
   return (yield)
+
+
+def peak_memory():
+  """Returns the most bytes that this process has held."""
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory():

@@ -1,6 +1,6 @@
 """Shows that the fast tests notice faults: mutants, each a line of the package changed.
 
-    python tests/mutations.py [--only NAME,...] [--jobs 2]
+    python -m tests.mutations [--only NAME,...] [--jobs 2]
 
 Every worker has a copy of the repository. A mutant is written into the copy of its file, the
 tests named with it run, and the file is put back. It is killed where a test fails. The script ends
@@ -27,9 +27,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from tests.helpers import QUICK  # noqa: E402
+from tests.helpers import QUICK, ROOT
 
 # Each run of pytest is forked from a process that has imported what all of them need.
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -45,7 +43,7 @@ COPIED = (
   "pyproject.toml",
   "README.md",
 )
-FAST = "not slow and not real_data"
+FAST = "not slow"
 TIMEOUT = 900  # seconds; the first run, without a mutant, has the tests of all of them
 KILLED, SURVIVED, ERROR = "killed", "survived", "error"
 
@@ -425,6 +423,13 @@ CONTINUAL = [
     "continual/methods/test_task_gates.py::test_updates_of_frozen_filters_are_0_and_all_others_stay",
   ),
   Mutant(
+    "relevance_left_out",
+    "continual/methods/task_gates.py",
+    "if self.settings.shut_gates:",
+    "if False:",
+    "continual/methods/test_task_gates.py::test_units_that_are_not_relevant_never_open_again",
+  ),
+  Mutant(
     "frozen_only_if_frozen_before",
     "continual/units.py",
     "flat[*writer, name] |= relevant[place]",
@@ -678,7 +683,53 @@ INFERENCE = [
   ),
 ]
 
-MUTANTS = [*LOSSES, *GATES, *TRAINING, *CONTINUAL, *INFERENCE]
+# Pictures as they are read, counts, the native kernel, and what pages say.
+OTHERS = [
+  Mutant(
+    "levels_cut_off",
+    "data/features.py",
+    "levels = np.round(pixels.astype(np.float32) * (_WHITE / top))",
+    "levels = np.floor(pixels.astype(np.float32) * (_WHITE / top))",
+    "data/test_features.py::test_floats_that_round_to_a_level_are_read",
+  ),
+  Mutant(
+    "gate_networks_free",
+    "models/summary.py",
+    "return self.never_gated_macs + self.gate_macs",
+    "return self.never_gated_macs",
+    "models/test_summary.py",
+  ),
+  Mutant(
+    "gate_networks_counted_twice",
+    "models/summary.py",
+    "macs=sum_macs(trace.calls) - gate_macs,",
+    "macs=sum_macs(trace.calls),",
+    "models/test_summary.py",
+  ),
+  Mutant(
+    "bias_of_another_channel",
+    "native/gated_chain.cc",
+    "g.bias[j - begin] = conv.bias[o];",
+    "g.bias[j - begin] = conv.bias[j];",
+    "ops/test_native_kernels.py::test_residual_branches_agree_with_their_twin",
+  ),
+  Mutant(
+    "interval_upside_down",
+    "reports/classes.py",
+    "low, high = format_percent(interval.low, 1), format_percent(interval.high, 1)",
+    "low, high = format_percent(interval.high, 1), format_percent(interval.low, 1)",
+    "reports/test_classes.py",
+  ),
+  Mutant(
+    "text_of_a_page_not_escaped",
+    "reports/page.py",
+    "autoescape=True,",
+    "autoescape=False,",
+    "reports/test_page.py::test_every_text_is_escaped",
+  ),
+]
+
+MUTANTS = [*LOSSES, *GATES, *TRAINING, *CONTINUAL, *INFERENCE, *OTHERS]
 
 
 def main() -> None:

@@ -121,13 +121,11 @@ def test_recipes_share_the_time_that_is_left_by_their_speed(accelerator, tmp_pat
   monkeypatch.setattr(accelerator, "OVERHEAD", 100)
   accelerator.train(job, {"first": "a", "second": "b", "third": "c", "fourth": "d"}, args)
   limits = [limit for _, limit in commands]
-  np.testing.assert_allclose(
-    limits, [250, 333, 500, 1000], atol=5
-  )  # no time passes here: more for each
+  # No time passes here: more for each.
+  np.testing.assert_allclose(limits, [250, 333, 500, 1000], atol=5)
   epochs = [job.parts[f"recipe{i}"]["epochs"] for i in range(4)]
-  np.testing.assert_allclose(
-    epochs[:2], [0.85 * (250 - 100), 0.85 * (333 - 50)], atol=3
-  )  # then as measured
+  # Then as measured.
+  np.testing.assert_allclose(epochs[:2], [0.85 * (250 - 100), 0.85 * (333 - 50)], atol=3)
   assert epochs[2:] == [500, 1]  # at most the full recipe; one if the speed is unknown
   assert f"--config=a,epochs={epochs[0]}" in commands[0][0]
   outcomes = [

@@ -118,9 +118,8 @@ def test_a_late_run_starts_from_half_of_the_epochs_without_gates(
   assert "| late | 60.00 | 60.00 | 62.50 | 3,500 |" in first
   assert first.strip() in capsys.readouterr().out
 
-  run(
-    images, monkeypatch, *arguments
-  )  # the command itself recognises finished runs and their configs
+  # The command itself recognises finished runs and their configs.
+  run(images, monkeypatch, *arguments)
   assert taken[3:] == taken[:3]
 
 

@@ -75,7 +75,7 @@ tiny_cli.cli.main()
 """
 
 
-def test_a_coordinator_that_is_absent(tmp_path):
+def test_a_coordinator_that_is_absent_is_named_and_leaves_nothing(tmp_path):
   workdir, began = tmp_path / "run", time.monotonic()
   told = subprocess.run(
     [
@@ -105,7 +105,7 @@ def test_a_coordinator_that_is_absent(tmp_path):
   assert hosts._PATIENCE < 25
 
 
-def test_a_coordinator_that_is_killed_before_all_are_there(tmp_path):
+def test_a_coordinator_killed_before_all_are_there_ends_the_job(tmp_path):
   workdir = tmp_path / "run"
   job = launch(workdir)
   wait_until(lambda: len(jobs.processes_of(job)) == 2, job)
@@ -129,7 +129,7 @@ def small_disk(tmp_path):
   subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk(small_disk, quiet, tmp_path):
+def test_a_full_disk_is_named_and_the_job_goes_on_once_there_is_room(small_disk, quiet, tmp_path):
   disk, enlarge = small_disk
   workdir, out = disk / "run", tmp_path / "out"
   status, said = ended(launch(workdir, out))
@@ -145,7 +145,7 @@ def test_a_full_disk(small_disk, quiet, tmp_path):
   check_it_goes_on_to_the_same_end(workdir, quiet, after=kept[-1], out=out)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named_and_not_tried_again(tmp_path):
   (tmp_path / "file").write_text("not a folder")
   workdir, out = tmp_path / "file" / "run", tmp_path / "out"
   status, said = ended(launch(workdir, out, RESTARTS="2"))
@@ -195,7 +195,7 @@ def test_a_termination_while_a_checkpoint_is_written(tmp_path, quiet):
   check_it_goes_on_to_the_same_end(workdir, quiet, after=step)
 
 
-def test_a_clock_that_jumps(tmp_path, quiet):
+def test_a_clock_that_jumps_changes_nothing(tmp_path, quiet):
   workdir = tmp_path / "run"
   began = time.monotonic()
   program = f"{sys.executable} {jobs.ROOT / 'tests' / 'helpers' / 'jumping_cli.py'}"
@@ -228,7 +228,7 @@ def made_set(tmp_path_factory):
 
 
 @pytest.mark.parametrize("loader", ["resident", "streaming"])
-def test_a_record_that_is_damaged(tmp_path, made_set, loader):
+def test_a_damaged_record_is_named_and_ends_the_job(tmp_path, made_set, loader):
   folder, file = made_set
   intact = file.read_bytes()
   images = [place.start() for place in re.finditer(b"\x89PNG", intact)]

@@ -1,45 +1,60 @@
 """Rules of this folder: two tiers, short names, helpers in one place."""
 
-import re
+import ast
 import subprocess
 import sys
+import tomllib
 from xml.etree import ElementTree
 
 import pytest
 
 from tests.helpers import ROOT, environment
 
-RECORD = ROOT / ".cache" / "fast.xml"  # written by `bash tests/run.sh`
-CALL_LIMIT = (
-  5.0  # s, where the whole tier takes at most WHOLE; in proportion on a slower or busier machine
-)
-SETUP_LIMIT = 15.0  # s, of a run that many tests share; likewise
-WHOLE = 800.0  # s, of all workers together
+# Written by `bash tests/run.sh`, and by it with `--slow`.
+RECORD = ROOT / ".cache" / "fast.xml"
+SLOW_RECORD = ROOT / ".cache" / "slow.xml"
+# Seconds of a test, and of a run that many tests share, on a machine that takes USUAL for a test on
+# average; in proportion on a slower or busier one.
+CALL_LIMIT = 5.0
+SETUP_LIMIT = 15.0
+USUAL = 0.17
 # For a slow test, to be fast enough when nothing else runs.
 ATTEMPTS = 3
+MOST_MEMORY = 4.0  # GiB, of one process
 
 
 def over_limit(record, slowness=1.0):
   """Returns `{node id: seconds}` of the tests of a JUnit record that exceed their limit."""
   found = {}
-  for case in ElementTree.parse(record).iter("testcase"):
-    properties = {p.get("name"): p.get("value") for p in case.iter("property")}
-    setup = float(properties.get("setup_seconds", 0))
+  for case in cases_of(record):
+    setup = number_of(case, "setup_seconds")
     call = float(case.get("time")) - setup
     if call > CALL_LIMIT * slowness or setup > SETUP_LIMIT * slowness:
-      file = case.get("classname").replace(".", "/")
-      found[f"{file}.py::{case.get('name')}"] = setup + call
+      found[node_id(case)] = setup + call
   return found
 
 
-def slowness_of(record):
-  """Returns the slowdown of the machine, at least 1.
+def cases_of(record):
+  """Returns the tests of a JUnit record."""
+  return list(ElementTree.parse(record).iter("testcase"))
 
-  1 stands for a machine that runs the whole tier in `WHOLE` seconds.
-  """
-  return max(
-    1.0, sum(float(case.get("time")) for case in ElementTree.parse(record).iter("testcase")) / WHOLE
-  )
+
+def number_of(case, name):
+  """Returns a property of a test, 0 where it has none."""
+  properties = {p.get("name"): p.get("value") for p in case.iter("property")}
+  return float(properties.get(name, 0))
+
+
+def node_id(case):
+  """Returns the name by which pytest runs the test."""
+  file = case.get("classname").replace(".", "/")
+  return f"{file}.py::{case.get('name')}"
+
+
+def slowness_of(record):
+  """Returns the slowdown of the machine, at least 1: 2 takes twice `USUAL` for a test."""
+  seconds = [float(case.get("time")) for case in cases_of(record)]
+  return max(1.0, sum(seconds) / len(seconds) / USUAL)
 
 
 def run_alone(tests, folder):
@@ -49,10 +64,11 @@ def run_alone(tests, folder):
   subprocess.run(
     [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junit-xml={record}", *tests],
     cwd=ROOT,
-    check=False,
+    check=True,
     env=environment(devices=8, JAX_COMPILATION_CACHE_DIR=str(folder / "programs")),
     stdout=subprocess.DEVNULL,
   )
+  assert {node_id(case) for case in cases_of(record)} == set(tests)
   return record
 
 
@@ -77,9 +93,10 @@ def test_a_test_over_the_limit_is_named(tmp_path):
     "tests/ops/test_macs.py::long_shared",
   ]
   assert list(over_limit(record, slowness=1.05)) == ["tests/ops/test_macs.py::long_shared"]
+  record.write_text(f"<testsuites>{case.format('quick', USUAL / 2, '') * 3}</testsuites>")
   assert slowness_of(record) == 1.0
-  record.write_text(f"<testsuites>{case.format('quick', WHOLE / 2, '') * 3}</testsuites>")
-  assert slowness_of(record) == 1.5
+  record.write_text(f"<testsuites>{case.format('quick', USUAL * 1.5, '') * 3}</testsuites>")
+  assert slowness_of(record) == pytest.approx(1.5)
 
 
 @pytest.mark.slow
@@ -94,6 +111,14 @@ def test_whatever_takes_more_than_five_seconds_is_marked_slow(tmp_path):
   assert not suspects, f"mark as slow, or make quicker (seconds): {suspects}"
 
 
+@pytest.mark.slow
+@pytest.mark.alone
+def test_no_process_of_the_tests_needs_more_than_four_gib():
+  for record in filter(lambda record: record.exists(), (RECORD, SLOW_RECORD)):
+    peaks = {node_id(case): number_of(case, "peak_gib") for case in cases_of(record)}
+    assert 0 < max(peaks.values()) < MOST_MEMORY, max(peaks, key=peaks.get)
+
+
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("second", [0, 1])
@@ -101,14 +126,42 @@ def test_of_many_cases_every_kth_is_fast_and_lists_are_paired_in_turn(request, f
   assert (request.node.get_closest_marker("slow") is not None) == bool((first + second) % 2)
 
 
-def test_no_test_imports_another():
+@pytest.mark.thin(100)
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize(("second", "third"), [(0, "a"), (1, "a"), (1, "b")])
+def test_each_value_of_several_lists_is_fast_once(request, first, second, third):
+  fast = {(0, 0, "a"), (1, 1, "b"), (2, 0, "a")}
+  assert (request.node.get_closest_marker("slow") is None) == ((first, second, third) in fast)
+
+
+def imports_of(file):
+  """Returns the full names of what a file imports, wherever it does."""
+  names = []
+  for node in ast.walk(ast.parse(file.read_text())):
+    if isinstance(node, ast.Import):
+      names += [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      names += [f"{node.module}.{alias.name}" for alias in node.names]
+  return names
+
+
+def test_no_test_imports_another_nor_a_helper_without_its_package():
+  helpers = {file.stem for file in (ROOT / "tests" / "helpers").glob("*.py")}
   for file in (ROOT / "tests").rglob("*.py"):
-    imported = re.findall(
-      r"^\s*(?:from|import) (tests\.(?!helpers)\S+|test_\S+)", file.read_text(), re.MULTILINE
-    )
-    assert not imported, f"{file}: what several tests need belongs into tests/helpers"
+    for name in imports_of(file):
+      parts = name.split(".")
+      assert parts[0] not in helpers, f"{file}: {name} must be imported from tests.helpers"
+      assert not any(part.startswith("test_") for part in parts), f"{file} imports {name}"
+
+
+def test_files_of_tests_are_found_by_their_place():
+  options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+  assert "--import-mode=importlib" in options["addopts"].split()
 
 
 def test_names_of_tests_have_at_most_80_characters():
   for file in (ROOT / "tests").rglob("test_*.py"):
-    assert re.findall(r"^def (test_\w{76,})", file.read_text(), re.MULTILINE) == [], file
+    functions = [
+      node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)
+    ]
+    assert [f.name for f in functions if f.name.startswith("test_") and len(f.name) > 80] == []

@@ -40,9 +40,8 @@ class GatedMLP(eqx.Module):
 def loss(model, x, y, key):
   logits, _, gate_logits = jax.vmap(model)(x, jax.random.split(key, len(x)))
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-  return (
-    cross_entropy + batch_shaping_loss(gate_logits, PRIOR).mean()
-  )  # outside vmap: it needs the whole batch
+  # Outside vmap: it needs the whole batch.
+  return cross_entropy + batch_shaping_loss(gate_logits, PRIOR).mean()
 
 
 def main():

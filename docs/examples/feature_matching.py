@@ -55,9 +55,8 @@ def main():
   results = {}
   for name, coefficient in (("free", 0.0), ("matched", 1.0)):
     features, reconstruction = apply(train(coefficient), digits.x_test)
-    gap = cdf_matching_loss(features, PRIOR).mean() / noise_floor(
-      len(features)
-    )  # 1 for samples of the prior itself
+    # 1 for samples of the prior itself.
+    gap = cdf_matching_loss(features, PRIOR).mean() / noise_floor(len(features))
     results[name] = {
       "error": float(jnp.mean((reconstruction - digits.x_test) ** 2) / digits.x_test.var()),
       "gap": float(gap),

@@ -22,9 +22,8 @@ class GatedMLP(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    gate_logits = nn.Dense(UNITS, bias_init=nn.initializers.constant(3.0), name="gate")(
-      x
-    )  # gates start open
+    # Gates start open.
+    gate_logits = nn.Dense(UNITS, bias_init=nn.initializers.constant(3.0), name="gate")(x)
     gates = (
       straight_through_gate(self.make_rng("gate"), gate_logits)
       if train

@@ -21,9 +21,8 @@ class GatedMLP(nnx.Module):
 
   def __init__(self, rngs):
     self.hidden = nnx.Linear(64, UNITS, rngs=rngs)
-    self.gate = nnx.Linear(
-      64, UNITS, bias_init=nnx.initializers.constant(3.0), rngs=rngs
-    )  # gates start open
+    # Gates start open.
+    self.gate = nnx.Linear(64, UNITS, bias_init=nnx.initializers.constant(3.0), rngs=rngs)
     self.out = nnx.Linear(UNITS, 10, rngs=rngs)
 
   def __call__(self, x, key=None):

@@ -16,11 +16,12 @@ PRIOR = beta(0.6, 0.4)  # open for about 60 % of images
 
 
 def init(key):
+  # Gates start open.
   layers = {
     "hidden": (64, UNITS, 0.0),
     "gate": (64, UNITS, 3.0),
     "out": (UNITS, 10, 0.0),
-  }  # gates start open
+  }
   return {
     name: (jax.random.normal(key, (inputs, outputs)) / np.sqrt(inputs), jnp.full(outputs, bias))
     for key, (name, (inputs, outputs, bias)) in zip(

@@ -58,9 +58,8 @@ def test_what_is_measured_of_gates_made_by_hand():
   assert of("disagreement")["coin as gates start"] == pytest.approx(2 * 0.85 * 0.15)
   assert of("disagreement")["of the class"] == pytest.approx(2 * p * (1 - p))
   assert of("input_information")["of the class"] == pytest.approx(decided)
-  assert of("input_information")["of the image"] == pytest.approx(
-    decided, abs=2e-3
-  )  # as many signs of either kind
+  # As many signs of either kind.
+  assert of("input_information")["of the image"] == pytest.approx(decided, abs=2e-3)
   for name in ("open", "closed", "coin", "coin as gates start"):
     assert of("input_information")[name] == pytest.approx(0, abs=1e-12)
     assert of("class_information")[name] == 0
@@ -157,7 +156,7 @@ def test_batches_add_up_to_the_whole():
     (0.0, 0.5, 0.0, "random_dropout"),
   ],
 )
-def test_thresholds(rate, disagreement, information, outcome):
+def test_an_outcome_begins_at_its_limit(rate, disagreement, information, outcome):
   assert (
     OUTCOMES[outcomes.outcomes(*(np.array([x]) for x in (rate, disagreement, information)))[0]]
     == outcome

@@ -137,9 +137,8 @@ def test_what_is_replayed_does_not_depend_on_how_the_batch_is_spread(make):
     devices=jax.devices()[:2],
   )(*parts)
   np.testing.assert_array_equal(two.labels.reshape(-1), one.labels)
-  np.testing.assert_allclose(
-    two.x.reshape(one.x.shape), one.x, atol=1 / 255 + 1e-6
-  )  # rounded to pixels
+  # Rounded to pixels.
+  np.testing.assert_allclose(two.x.reshape(one.x.shape), one.x, atol=1 / 255 + 1e-6)
 
 
 def test_what_is_too_small_is_refused():

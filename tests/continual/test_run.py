@@ -564,9 +564,8 @@ def test_every_method_is_built_and_predicts(changes, config):
   experiment = build.build(config(**changes, **{"generator.width": 2, "generator.batch_size": 16}))
   learner = jax.eval_shape(experiment.fresh)
   assert jax.tree.leaves(learner.params)
-  assert not any(
-    leaf.weak_type for leaf in jax.tree.leaves(learner)
-  )  # otherwise the second task's types would differ
+  # Otherwise the second task's types would differ.
+  assert not any(leaf.weak_type for leaf in jax.tree.leaves(learner))
   x = jax.ShapeDtypeStruct((4, *experiment.problem.shape), jnp.float32)
   found = jax.eval_shape(lambda learner, x: experiment.method.predict(learner, x, 1, 2), learner, x)
   assert found.agnostic.shape[0] == found.macs.shape[0] == 4

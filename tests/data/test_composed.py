@@ -195,9 +195,8 @@ def test_a_centre_frame_shows_no_motion_and_the_first_frame_does(train):
   clips = train.arrays["clips"].reshape(-1, FRAMES, SIZE, SIZE).astype(np.float64)
   place = np.arange(SIZE) - (SIZE - 1) / 2
 
-  def off_centre(
-    frame, motion
-  ):  # mean and standard error of the digits' weight by place, both axes
+  # Mean and standard error of the digits' weight by place, both axes.
+  def off_centre(frame, motion):
     shown = clips[(units >= 20) & (units % 5 == motion), frame]
     shown = shown / shown.sum(axis=(1, 2), keepdims=True)
     moments = np.stack([shown.sum(2) @ place, shown.sum(1) @ place], axis=1)
@@ -214,9 +213,8 @@ def test_a_centre_frame_shows_no_motion_and_the_first_frame_does(train):
 
 
 def test_noise_has_the_spread_it_says(train):
-  corner = train.arrays["clips"][:, :, CENTRE, 0, 0].astype(
-    float
-  )  # never a digit: half a normal distribution, clipped
+  # Never a digit: half a normal distribution, clipped.
+  corner = train.arrays["clips"][:, :, CENTRE, 0, 0].astype(float)
   assert abs((corner == 0).mean() - 0.5) < 0.02
   assert np.sqrt((corner**2).mean() * 2) == pytest.approx(24, rel=0.05)
 

@@ -68,9 +68,8 @@ def test_frames_are_resized_bilinearly_and_keep_their_colours(tmp_path):
   row = clips[0, 0, 4].astype(int)
   np.testing.assert_allclose(row[0], [200, 0, 0], atol=4)
   np.testing.assert_allclose(row[-1], [0, 0, 200], atol=4)
-  np.testing.assert_allclose(
-    row[3], [100, 0, 100], atol=8
-  )  # the middle column lies half on either side
+  # The middle column lies half on either side.
+  np.testing.assert_allclose(row[3], [100, 0, 100], atol=8)
 
 
 def test_a_sound_track_is_passed_over(tmp_path):
@@ -94,9 +93,8 @@ def test_truncated_files_are_refused(tmp_path, name, codec, kept):
 
 
 def test_a_file_that_ends_before_the_frames_that_it_announces_is_refused(tmp_path):
-  path = made_videos.write(
-    tmp_path / "a.mp4", 26, options={"movflags": "faststart"}
-  )  # the table of frames comes first
+  # The table of frames comes first.
+  path = made_videos.write(tmp_path / "a.mp4", 26, options={"movflags": "faststart"})
   whole = path.read_bytes()
   path.write_bytes(whole[: whole.index(b"mdat") + (len(whole) - whole.index(b"mdat")) // 2])
   with pytest.raises(ValueError, match=r"only \d+ of 26 frames can be decoded"):
@@ -153,12 +151,13 @@ def test_one_damaged_packet_of_many_does_not_lose_the_video(tmp_path):
 def test_segments_of_a_variable_rate_are_spread_over_time(tmp_path, name, settings):
   path = made_videos.write(tmp_path / name, 25, times=VARIABLE, **{"rate": 30, **settings})
   clips, middles = read_clips(path, 4, 2, (8, 8))
+  # At 0, 2.31, 4.61 and 6.92 s.
   assert made_videos.shown(clips)[0].tolist() == [
     [0, 1],
     [4, 5],
     [9, 10],
     [23, 24],
-  ]  # at 0, 2.31, 4.61 and 6.92 s
+  ]
   np.testing.assert_allclose(middles, [0.5, 2.5, 5, 7], atol=0.06)
 
 

@@ -113,9 +113,8 @@ def test_several_labels_are_given_as_zeros_and_ones(folder):
 
 
 def test_units_are_those_at_the_middle_of_a_segment_the_shortest_of_several(folder):
-  units = [()] * 6 + [
-    ((0.0, 1.6, 4), (0.5, 1.0, 2), (0.75, 5.0, 7))
-  ]  # video 6: 16 frames at 10 a second
+  # Video 6: 16 frames at 10 a second.
+  units = [()] * 6 + [((0.0, 1.6, 4), (0.5, 1.0, 2), (0.75, 5.0, 7))]
   videos = VideoFolder(
     table(units=tuple(units), unit_names=("u",) * 8), folder, segments=5, frames=2, size=(8, 8)
   )
@@ -125,9 +124,8 @@ def test_units_are_those_at_the_middle_of_a_segment_the_shortest_of_several(fold
 
 
 def test_units_of_a_variable_frame_rate_are_those_of_the_times_shown(tmp_path):
-  times = np.concatenate(
-    [np.arange(6) / 2, 3 + np.arange(9) / 12]
-  )  # six frames in 3 s, then nine in 0.75 s
+  # Six frames in 3 s, then nine in 0.75 s.
+  times = np.concatenate([np.arange(6) / 2, 3 + np.arange(9) / 12])
   made_videos.write(tmp_path / "v0.mkv", 15, times=times, rate=30)
   units = ((0.0, 1.2, 0), (1.2, 2.4, 1), (2.4, 9.0, 2))
   given = table(("v0",), units=(units,), unit_names=("u",) * 3)

@@ -20,9 +20,8 @@ def run_command(*arguments):
     patch.setattr(sys, "path", [*sys.path])
     stack.enter_context(flagsaver.flagsaver())
     stack.enter_context(warnings.catch_warnings())
-    warnings.filterwarnings(
-      "ignore", message="the load_module", category=DeprecationWarning
-    )  # by ml_collections
+    # By ml_collections.
+    warnings.filterwarnings("ignore", message="the load_module", category=DeprecationWarning)
     written = io.StringIO()
     stack.enter_context(contextlib.redirect_stdout(written))
     stack.enter_context(contextlib.redirect_stderr(written))

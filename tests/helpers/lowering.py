@@ -6,7 +6,11 @@ programs are small. One for all is slower again, since it keeps what every progr
 
 import threading
 
-from jax._src.interpreters import mlir
+try:
+  from jax._src.interpreters import mlir
+except ImportError:
+  # It is no public name of JAX.
+  mlir = None
 
 PROGRAMS = 64  # that share a context
 
@@ -14,7 +18,7 @@ PROGRAMS = 64  # that share a context
 def share_contexts():
   """Lets programs that a thread lowers one after the other share a context.
 
-  `make_ir_context` is no public name of JAX: without it programs are lowered as usual.
+  Without JAX's own function for it, programs are lowered as usual.
   """
   make = getattr(mlir, "make_ir_context", None)
   if make is None:

@@ -67,11 +67,12 @@ def test_a_run_with_exits_spends_less_on_some_images_and_goes_on_from_a_checkpoi
     == built.counts.macs
   )
   (layer,) = result["layers"]
+  # Nothing is drawn.
   assert (layer["layer"], layer["disagreement"], layer["random_dropout"]) == (
     "exit1",
     0,
     0,
-  )  # nothing is drawn
+  )
   spent = built.counts.always_macs + layer["mean_open"] * built.counts.gated
   assert result["macs"] == pytest.approx(spent, rel=1e-9)
   first, last = lines(tmp_path, "train")
@@ -123,9 +124,8 @@ def test_a_run_of_other_gates_is_what_they_are(config, tmp_path, gates, term):
   result, last = json.loads((tmp_path / "result.json").read_text()), lines(tmp_path, "train")[-1]
   assert {"l0", "target_rate", "batch_shaping"} & set(last) == ({term} if term else set())
   assert np.isfinite(last["loss"])
-  assert result["gates"] == (
-    1 if gates == "layers" else 12
-  )  # of a block that keeps the shape; of all channels
+  # Of a block that keeps the shape; of all channels.
+  assert result["gates"] == (1 if gates == "layers" else 12)
   if gates == "static":
     assert result["macs_std"] == 0
     assert abs(result["input_information"]) < 1e-9

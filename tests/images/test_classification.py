@@ -24,12 +24,13 @@ from tests.helpers.loaded import loaded
 from tests.helpers.runs import said
 
 STEPS_PER_EPOCH = 1437 // 128
+# Long enough to learn something.
 LONG = {
   "optim.epochs": 6,
   "eval_every": 2.5,
   "log_every": 20,
   "optim.warmup": 0.1,
-}  # long enough to learn something
+}
 
 
 @pytest.fixture(scope="module")
@@ -270,9 +271,8 @@ def test_evaluation_does_not_depend_on_batch_and_devices(config, monkeypatch, ba
   assert result["images"] == 360
   assert 0.01 < reference["accuracy"] < 0.5
   assert np.all(np.abs(behaviour.diagnosis.open_rates - 0.5) < 0.49)
-  assert (
-    reference["random_dropout"] == 8
-  )  # random weights make logits so small that they are lost in the noise
+  # Random weights make logits so small that they are lost in the noise.
+  assert reference["random_dropout"] == 8
   assert reference["class_information"] > 0
   # From whole numbers, which no rounding changes.
   for name in ("class_accuracy", "classes_without_test", "confusion"):
@@ -315,9 +315,8 @@ def check_gates(result, train, workdir):
   shown = {(tag, step): value for tag, value, step in (e for e in events(workdir) if len(e) == 3)}
   last = train[-1]
   assert last["gates/batch_shaping_floor"] == pytest.approx(1 / (6 * 129))
-  assert last["gates/batch_shaping_mean"] == pytest.approx(
-    last["batch_shaping"] / 8, rel=1e-5
-  )  # summed over 8 gates
+  # Summed over 8 gates.
+  assert last["gates/batch_shaping_mean"] == pytest.approx(last["batch_shaping"] / 8, rel=1e-5)
   for tag in (
     "gates/batch_shaping_mean",
     "gates/batch_shaping_floor",

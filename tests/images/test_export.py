@@ -32,6 +32,7 @@ def config():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
     made = importlib.import_module("configs.digits_resnet20").get_config()
+    # So that gates are left.
     made.update_from_flattened_dict(
       {
         "model.name": "tiny",
@@ -39,7 +40,7 @@ def config():
         "optim.learning_rate": 0.05,
         "model.gate.initial_open": 0.5,
       }
-    )  # so that gates are left
+    )
     yield made.lock()
 
 

@@ -91,9 +91,8 @@ def test_the_easiest_and_hardest_images_have_their_class_loss_and_macs(drawn):
   (easy, easy_texts), (hard, hard_texts) = drawn[-2:]
   assert easy == [4 * i for i in range(8)]
   assert hard == [4 * i for i in range(59, 51, -1)]
-  assert (
-    easy_texts[0] == "<script>alert(…\nright\n0 · 0.00075 M"
-  )  # gates 0, 2 and 4: 450 MACs are ungated
+  # Gates 0, 2 and 4: 450 MACs are ungated.
+  assert easy_texts[0] == "<script>alert(…\nright\n0 · 0.00075 M"
   assert hard_texts[0] == "a class of a v…\n→ $b$\n59 · 0.00065 M"
 
 

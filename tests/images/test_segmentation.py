@@ -261,9 +261,8 @@ def test_the_backbone_of_a_run_is_compiled(config, tmp_path, capsys, monkeypatch
 RANDOM = np.random.default_rng(0)
 K = 4
 TRUTH = RANDOM.choice([0, 1, 2, scenes.IGNORED], (6, 5, 7), p=[0.5, 0.2, 0.2, 0.1]).astype(np.uint8)
-LOGITS = RANDOM.normal(size=(6, 5, 7, K)).astype(np.float32) - 9 * (
-  np.arange(K) == 3
-)  # class 3 nowhere
+# Class 3 nowhere.
+LOGITS = RANDOM.normal(size=(6, 5, 7, K)).astype(np.float32) - 9 * (np.arange(K) == 3)
 COUNTED = TRUTH != scenes.IGNORED
 NLL = -np.take_along_axis(
   np.asarray(jax.nn.log_softmax(LOGITS)), (TRUTH * COUNTED)[..., None].astype(int), axis=-1

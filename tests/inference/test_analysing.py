@@ -109,7 +109,7 @@ def test_layer_gates_run_or_do_not_in_every_way():
   assert all(o.layer_gate for o in analysis.gate_statistics)
 
 
-def test_rows(analysis):
+def test_a_row_has_the_rates_and_counts_of_its_gates(analysis):
   row = analysis.rows()[0]
   o = analysis.gate_statistics[0]
   assert row["units"] == 4

@@ -216,9 +216,8 @@ def test_kept_are_rounded_up_by_those_nearest_to_opening():
 def test_units_of_several_channels_and_channels_without_gate_are_rounded_in_channels():
   group = Group(4, channels=2, always=2)
   found = counted([0, 3, 0, 0], 10, [-3.0, 1.0, -1.0, -2.0], group)
-  (choice,) = pruning.find_static_units(
-    one_block(group), [found], multiple=6
-  )  # 2 + 2 open channels, so that 2 more stay
+  # 2 + 2 open channels, so that 2 more stay.
+  (choice,) = pruning.find_static_units(one_block(group), [found], multiple=6)
   assert choice.removed.tolist() == [True, False, False, True]
   assert pruning.apply_pruning(one_block(group), [choice]).parts[1].convs[0].bias.size == 6
 

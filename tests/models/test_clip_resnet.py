@@ -136,7 +136,7 @@ def test_without_classes_the_answer_is_what_the_classifier_sees():
     ("imagenet", (7, 7, 7), (4, 4, 4)),
   ],
 )
-def test_stems(stem, kernel, places):
+def test_each_stem_has_its_window_and_leaves_so_many_places(stem, kernel, places):
   """`places` reaches the only block, a Bottleneck whose first record shows the number of places."""
   for axes in (3, 2):
     net = ResNet(

@@ -41,7 +41,7 @@ def filled(net, *inputs, seed=1):
     ((12, 20, 2), [(6, 10, 4)]),
   ],
 )
-def test_sizes(shape, maps):
+def test_maps_double_from_the_smallest_that_fits_to_the_image(shape, maps):
   generator, critic = Generator(shape, latent=6, width=4, gating="channel"), Critic(width=4)
   z, images = normal(3, 6), jnp.zeros((3, *shape))
   (made, records), variables = jax.eval_shape(

@@ -168,11 +168,12 @@ def expected_macs(kind, j):
   """
   block, window = BLOCKS[kind]
   d, plain = block.expansion, model_summary(ResNet(CLASSES, block=block, **FIELDS), SHAPE).macs
+  # Pixels, channels: in and out.
   blocks = [
     (36, 2, 36, 2),
     (36, 2 * d, 9 if window == 3 else 36, 4),
     (9, 4 * d, 9, 4),
-  ]  # pixels, channels: in and out
+  ]
   lateral = (
     sum(j * pixels * i * i + window**2 * after * i * f for pixels, i, after, f in blocks)
     if j

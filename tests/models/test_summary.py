@@ -46,11 +46,12 @@ def test_the_table_of_known_sizes(name):
 
 
 def test_the_gates_of_resnet8_by_hand():
+  # Channels that each of the three gate networks reads and switches.
   layers = (
     (16, 16),
     (16, 32),
     (32, 64),
-  )  # channels that each of the three gate networks reads and switches
+  )
   macs = sum(16 * (read + switched) for read, switched in layers)
   switched = 16 + 32 + 64
   norms = 3 * 2 * 16

@@ -35,14 +35,14 @@ def compiler(monkeypatch, tmp_path):
   return script
 
 
-def test_switched_off(cache, monkeypatch):
+def test_switched_off_it_is_neither_built_nor_loaded(cache, monkeypatch):
   monkeypatch.setenv(build.SWITCH, "0")
   with pytest.raises(build.NotBuilt, match="switched off by GATING_JAX_NATIVE=0"):
     build.load()
   assert not cache.exists()
 
 
-def test_no_compiler(cache, monkeypatch):
+def test_without_a_compiler_it_says_what_to_install(cache, monkeypatch):
   monkeypatch.setenv("CXX", "no-such-compiler")
   with pytest.raises(
     build.NotBuilt, match=r"no C\+\+ compiler found \(no-such-compiler\); install one"

@@ -251,12 +251,13 @@ def test_a_tie_within_one_gate_counts_whatever_the_other_gates_hold():
 
   Without it, equal values get different levels by their order.
   """
+  # Mean over two gates, so half of ours; with and without their tie handling.
   theirs = [
     0.025,
     0,
     -0.025,
     -0.075,
-  ]  # mean over two gates, so half of ours; with and without their tie handling
+  ]
   x = jnp.array([[0.5, 0.1], [0.2, 0.3], [0.5, 0.7], [0.5, 0.9]])
   by_hand = np.array([[-0.05, -0.05], [0, -0.05], [-0.05, 0.05], [-0.05, 0.05]])
   assert not np.allclose(2 * np.array(theirs), by_hand[:, 0], atol=0.01)
@@ -317,10 +318,11 @@ def test_the_loss_of_a_nearly_open_gate_keeps_its_digits():
 
 
 def test_a_density_below_one_thousandth_is_not_raised_to_it():
+  # Of 0.95 under Beta(2, 6): 2 * 42 * 0.95 * 0.05**5 * (1 - 0.8).
   theirs, by_hand = (
     4.0e-4,
     4.9875e-6,
-  )  # of 0.95 under Beta(2, 6): 2 * 42 * 0.95 * 0.05**5 * (1 - 0.8)
+  )
   assert by_hand < theirs / 50
   np.testing.assert_allclose(
     84 * 0.95 * 0.05**5 * (stats.beta.cdf(0.95, 2, 6) - 0.8), by_hand, rtol=1e-4

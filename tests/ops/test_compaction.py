@@ -188,9 +188,8 @@ def gradients(f, gates, capacity=None):
 def test_gradients_are_those_of_all_examples(capacity):
   full, skipped = gradients(mlp, OPEN), gradients(mlp, OPEN, capacity)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), full, skipped)
-  assert (
-    np.abs(full[2])[np.array(OPEN) == 0].min() > 0
-  )  # of closed gates: the gradients of their examples
+  # Of closed gates: the gradients of their examples.
+  assert np.abs(full[2])[np.array(OPEN) == 0].min() > 0
   assert not np.any(skipped[1][np.array(OPEN) == 0])
 
 

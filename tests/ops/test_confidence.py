@@ -28,9 +28,8 @@ def test_the_network_runs_on_exactly_while_every_exit_so_far_is_unsure(threshold
   assert 0 < unsure.mean() < 1
   np.testing.assert_array_equal(stay > 0, unsure)
   shift = np.asarray(confidence.stay_logits(LOGITS, 0.5)) - stay
-  np.testing.assert_allclose(
-    shift, special.logit(threshold), atol=1e-5
-  )  # the same for all entropies
+  # The same for all entropies.
+  np.testing.assert_allclose(shift, special.logit(threshold), atol=1e-5)
 
 
 def test_saturated_exits_have_finite_logits():
@@ -62,9 +61,8 @@ def test_the_threshold_of_a_budget_spends_it_and_no_lower_one_does(share):
   found = confidence.threshold_for_budget(stay, macs, fixed, threshold=0.4, share=share)
   assert spent(found) <= share * 100
   lower = [t for t in np.linspace(0.01, 0.99, 99) if t < found]
-  assert all(
-    spent(t) > share * 100 - 50 / 400 - 1e-9 for t in lower
-  )  # one example less is the least step
+  # One example less is the least step.
+  assert all(spent(t) > share * 100 - 50 / 400 - 1e-9 for t in lower)
   assert spent(found) == pytest.approx(share * 100, abs=0.2)
 
 

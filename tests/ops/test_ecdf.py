@@ -336,9 +336,8 @@ def value_and_gradient(loss, prior):
 
 @losses
 def test_a_mask_leaves_rows_out_as_if_they_were_not_there(loss, prior):
-  x = (
-    np.random.default_rng(0).integers(-3, 4, (9, 3)).astype(np.float32) / 2
-  )  # with ties among all rows
+  # With ties among all rows.
+  x = np.random.default_rng(0).integers(-3, 4, (9, 3)).astype(np.float32) / 2
   x[[2, 5]] = x[[0, 1]]
   keep = np.array([1, 1, 0, 1, 1, 0, 1, 0, 1], bool)
   run = value_and_gradient(loss, prior)
@@ -405,9 +404,8 @@ def test_what_is_left_out_has_no_part_in_the_gradient_of_learned_parameters():
 
 
 def test_ties_among_many_have_exact_levels():
-  x = (
-    np.random.default_rng(0).integers(0, 700, (2500, 1)).astype(np.float32)
-  )  # longer than the network
+  # Longer than the network.
+  x = np.random.default_rng(0).integers(0, 700, (2500, 1)).astype(np.float32)
   gap = lambda x: jax.grad(lambda x: jnp.sum(cdf_matching_loss(x, prior)))(x)
   prior = Prior("linear", lambda x: x / 700, lambda x: jnp.full_like(x, 1 / 700))
   scale = 2 / 2500 / 700

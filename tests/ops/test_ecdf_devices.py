@@ -124,9 +124,8 @@ def test_devices_may_share_any_number_of_gates(gates, way):
 @exchanges
 def test_padded_rows_are_left_out_however_they_are_spread(way, exchange):
   params, batch = problem()
-  kept = np.array(
-    [1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1], bool
-  )  # of the second device's two, none
+  # Of the second device's two, none.
+  kept = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1], bool)
   alone = on_one_device(params, {name: a[kept] for name, a in batch.items()}, fixed_prior)
   padded = {
     name: np.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, 1000) for name, a in batch.items()

@@ -89,9 +89,8 @@ def test_bias_shortcut_and_relu(implementation):
   )
   np.testing.assert_array_equal(run()[0, 0], [[-0.5, 2], [-3.5, -7]])
   np.testing.assert_array_equal(run(relu=True)[0, 0], [[0, 2], [0, 0]])
-  np.testing.assert_array_equal(
-    run(out_gates=jnp.array([[0, 1]]))[0, 0], [[-2, 2], [-2, -7]]
-  )  # the shortcut stays
+  # The shortcut stays.
+  np.testing.assert_array_equal(run(out_gates=jnp.array([[0, 1]]))[0, 0], [[-2, 2], [-2, -7]])
 
 
 @both

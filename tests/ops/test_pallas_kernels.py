@@ -195,9 +195,8 @@ def test_a_dispatch_of_too_little_capacity_is_masked_and_right():
     run(1)(branch, x, gates), by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5
   )
   conv_sizes = run(2).lower(branch, x, gates).as_text()
-  assert (
-    "tensor<2x7x11x5xf32>" in conv_sizes
-  )  # it is the gathered examples that the blocks' convolutions see
+  # It is the gathered examples that the blocks' convolutions see.
+  assert "tensor<2x7x11x5xf32>" in conv_sizes
 
 
 @pytest.mark.parametrize(
@@ -209,9 +208,8 @@ def test_tiles_change_nothing_but_rounding(tiles):
   np.testing.assert_allclose(y, by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings(
-  "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
-)  # from jax 0.11 on
+# From jax 0.11 on.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_kernel_lowers_to_triton_without_a_gpu(dtype, stride):

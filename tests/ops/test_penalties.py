@@ -113,14 +113,12 @@ def drawn(first, second):
 
 
 def test_mac_budget_loss_is_of_the_gates_and_its_gradient_of_their_probabilities():
-  spent = (
-    10 * 1 + 4 * 1 * 2 + 7 * 2 + 10 * 2 + 4 * 2 * 1 + 7 * 1
-  ) / 2  # open units 1 and 2, 2 and 1
+  # Open units 1 and 2, 2 and 1.
+  spent = (10 * 1 + 4 * 1 * 2 + 7 * 2 + 10 * 2 + 4 * 2 * 1 + 7 * 1) / 2
   share, whole = (32 + spent) / (32 + ALL_GATED), 32 + ALL_GATED
   assert abs(spent - EXPECTED) > 5
-  per_unit = (
-    np.array([[10 + 4 * 1], [10 + 4 * 0.5]]) / 2 / whole
-  )  # with the expected units of the second
+  # With the expected units of the second.
+  per_unit = np.array([[10 + 4 * 1], [10 + 4 * 0.5]]) / 2 / whole
   differentiate = jax.jit(
     jax.value_and_grad(
       lambda p, b: mac_budget_loss(drawn(p, SECOND), never_gated_macs=32, budget=b)

@@ -230,9 +230,8 @@ def test_samples_make_an_interpolated_empirical_cdf():
   at = np.array([-1, -0.25, 0.5, 1.25, 2, 3, 4, -1 - 1.25, 4 + 1.25, -3, 6], np.float32)
   level, slope = jax.jit(lambda x: (prior.cdf(x), prior.pdf(x)))(at)
   np.testing.assert_allclose(level[:7], np.array([1, 1.5, 3, 4.5, 5, 5.5, 6]) / 7, rtol=1e-6)
-  np.testing.assert_allclose(
-    level[7:9], [np.exp(-1) / 7, 1 - np.exp(-1) / 7], rtol=1e-5
-  )  # a quarter of the range away
+  # A quarter of the range away.
+  np.testing.assert_allclose(level[7:9], [np.exp(-1) / 7, 1 - np.exp(-1) / 7], rtol=1e-5)
   np.testing.assert_allclose(slope[np.array([1, 3])], np.array([1 / 1.5, 1 / 1.5]) / 7, rtol=1e-6)
   assert (slope[9:] > 0).all()
 

@@ -51,9 +51,8 @@ def test_one_run_is_enough_and_need_not_be_finished(made, tmp_path, capsys):
   folder = made()
   (folder / "result.json").unlink()
   with (folder / "metrics.jsonl").open("a") as file:
-    file.write(
-      '{"step": 3, "split": "test", "accuracy": 0.25}\n{"step": 5, "spl'
-    )  # killed while it wrote
+    # Killed while it wrote.
+    file.write('{"step": 3, "split": "test", "accuracy": 0.25}\n{"step": 5, "spl')
   comparison.compare_runs([folder], tmp_path / "page.html")
   printed = capsys.readouterr().out
   assert re.search(r"state +not finished", printed)

@@ -208,9 +208,8 @@ def test_every_run_is_named_in_the_picture_at_its_place(figures):
   (legend,) = figure.legends
   assert [text.get_text() for text in legend.get_texts()] == ["$a$", "b"]
   figure.draw_without_rendering()
-  assert (
-    legend.get_window_extent().y1 <= figure.axes[0].get_tightbbox().y0 + 1
-  )  # below, not over the points
+  # Below, not over the points.
+  assert legend.get_window_extent().y1 <= figure.axes[0].get_tightbbox().y0 + 1
 
 
 def test_the_terminal_has_the_same_tables():
@@ -229,9 +228,8 @@ def test_a_run_named_like_a_script_is_text():
   ]
   begin, sections = comparison.page_content(runs)
   html = page.render_page(comparison.TITLE, sections, subtitle=runs[0].name, opening=begin)
-  assert (
-    html.count("&lt;script&gt;alert(1)") == 5
-  )  # subtitle, which runs, the point's text and two tables
+  # Subtitle, which runs, the point's text and two tables.
+  assert html.count("&lt;script&gt;alert(1)") == 5
   assert "&lt;script&gt;alert(2)" in html
   assert "<script" not in html
 
@@ -293,11 +291,12 @@ def times(step, device="a cpu", seconds=0.002):
   ("mine", "theirs", "shown"),
   [
     (times(40), times(40, seconds=0.004), ("2 ms", "ungated: 4 ms")),
+    # Its own network without gates.
     (
       times(40),
       times(40, "another cpu", 0.004),
       ("2 ms", "ungated: 2 ms"),
-    ),  # its own network without gates
+    ),
     (times(40), times(39, seconds=0.004), ("2 ms", "ungated: 2 ms")),
     (times(39), times(40), ("–", "not measured, nor was the ungated network")),
   ],

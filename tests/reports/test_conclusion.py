@@ -32,10 +32,11 @@ def test_the_next_command_is_what_was_not_called_yet(tmp_path):
   assert [shlex.split(line, comments=True) for line in both] == [
     ["gating-jax", f"--workdir={run}", f"--mode={mode}"] for mode in ("compile", "export")
   ]
+  # Times of an older checkpoint do not count for the newest.
   for newest, left in (
     (7, both[1:]),
     (8, both),
-  ):  # times of an older checkpoint do not count for the newest
+  ):
     (run / "checkpoints" / str(newest)).mkdir(parents=True)
     (run / "compile.json").write_text(
       '{"step": 7, "device": "a cpu", "timings": {"1 image at a time": []}}'

@@ -127,11 +127,12 @@ def test_overlap_is_drawn_with_its_unit():
   assert figure.axes[-1].get_xlabel() == "intersection over union (%)"
 
 
+# Of 5 units, new, reused, free.
 COUNTS = (
   np.array([2, 1, 0]),
   np.array([0, 1, 2]),
   np.array([3, 2, 2]),
-)  # of 5 units, new, reused, free
+)
 
 
 def test_a_bar_stacks_what_a_task_reuses_takes_does_not_use_and_leaves_free():

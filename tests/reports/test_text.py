@@ -16,5 +16,5 @@ from gating_jax.reports import text as report_text
     ("a\u202eb\u2028", 9, "a?b?"),
   ],
 )
-def test_plain(name, letters, expected):
+def test_names_are_cut_and_lose_what_does_not_print(name, letters, expected):
   assert report_text.plain(name, letters) == expected

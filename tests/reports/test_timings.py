@@ -12,10 +12,11 @@ from gating_jax.training import rundir
 
 def test_an_absent_kernel_is_named_with_the_tables_that_lack_it(monkeypatch, capsys):
   monkeypatch.setattr(timings, "why_not", lambda name: f"no compiler for {name}")
+  # A program with exits has no such strategy.
   for kind, said in (
     (CompiledConditional, True),
     (CompiledExits, False),
-  ):  # a program with exits has no such strategy
+  ):
     made = kind.__new__(kind)
     made.report = lambda: ()
     list(timings.time_images(lambda made=made, **_: made, np.zeros((2, 8, 8, 1), np.float32)))

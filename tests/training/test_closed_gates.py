@@ -66,9 +66,8 @@ def test_open_gates_are_no_fault(shares):
 
 def test_gates_that_close_for_a_moment_are_no_fault():
   assert not any(warnings_of([0.9, 0.9, 0.2] * 20, every=5))
-  assert [i for i, text in enumerate(warnings_of([0.2] + [0.9] * 9, every=5)) if text] == [
-    4
-  ]  # after twenty steps
+  # After twenty steps.
+  assert [i for i, text in enumerate(warnings_of([0.2] + [0.9] * 9, every=5)) if text] == [4]
 
 
 def test_of_several_kinds_of_gates_each_has_a_limit():

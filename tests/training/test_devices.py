@@ -81,9 +81,8 @@ def test_gradients_differ_when_the_gathers_backward_forgets_other_devices(backen
   gather.defvjp(lambda x, axis_name: (gather(x, axis_name), x.shape[0]), local_slice)
   monkeypatch.setattr(collectives, "gather_batch", gather)
   forgetful, one = train(backend, 8), trained(backend, 1)
-  np.testing.assert_allclose(
-    forgetful[1][1]["loss"], one[1][1]["loss"], rtol=1e-6
-  )  # the forward pass is right
+  # The forward pass is right.
+  np.testing.assert_allclose(forgetful[1][1]["loss"], one[1][1]["loss"], rtol=1e-6)
   assert tiny.relative_gap(gradient(forgetful), gradient(one)) > 1e-3
 
 

@@ -156,12 +156,13 @@ def test_what_the_watch_finds_in_a_line_is_said_after_it(tmp_path, capfd):
   assert len([line for line in said if "warning" in line]) == 1
   watched.clear()
   Run(tmp_path, first_step=6)(total=8, log_every=2, watch=watch)
+  # The journal's lines, then the following ones.
   assert watched == [
     (2, 1.5),
     (4, 3.5),
     (6, 5.5),
     (8, 7.5),
-  ]  # the journal's lines, then the following ones
+  ]
   assert "warning" not in capfd.readouterr().out
 
 

@@ -18,9 +18,8 @@ B, T, CLASSES, CHANNELS = 16, 5, 3, 4
 STEP, GAMMA, RHO, LIGHT, TARGET = 7, 0.24, 1.4, 0.3, 0.4
 RANDOM = np.random.default_rng(0)
 LENGTHS = np.array([5, 1, 2, 5, 3, 4, 5, 5, 1, 1, 2, 2, 5, 5, 3, 4])
-WEIGHT = np.array(
-  [1, 0, 1, 1, 0, 0, 2, 1, 1, 1, 1, 1, 1, 1, 0.5, 1], np.float32
-)  # a device's two videos have none
+# A device's two videos have none.
+WEIGHT = np.array([1, 0, 1, 1, 0, 0, 2, 1, 1, 1, 1, 1, 1, 1, 0.5, 1], np.float32)
 TARGETS = {
   "label": RANDOM.integers(0, CLASSES, B).astype(np.int32),
   "weight": WEIGHT,

@@ -466,9 +466,8 @@ def test_features_made_elsewhere_are_trained_on(config, tmp_path, multi_label):
   assert result["mean_average_precision" if multi_label else "accuracy"] > 0.6
   counts = build.build(made).counts
   assert counts.all_segments == 6 * 1000 + counts.classifier
-  assert (
-    1000 + counts.classifier < result["all_segments_macs"] < counts.all_segments
-  )  # some videos are shorter
+  # Some videos are shorter.
+  assert 1000 + counts.classifier < result["all_segments_macs"] < counts.all_segments
   assert result["macs"] < counts.all_segments + counts.selector
   assert {f.name for f in (tmp_path / "run").glob("*.png")} == {"segments.png", "timeline.png"}
 

@@ -101,9 +101,8 @@ def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
   updates = jax.jit(change)(shared.shared_net.merge(*ones), shared.shared_net.merge(*params))
   free = lambda name: np.asarray(updates[name]["filters"]["kernel"]) / 0.1
   np.testing.assert_allclose(free("map1")[0, 0, 0], [0, 0.75] + [1] * 6, rtol=1e-6)
-  np.testing.assert_allclose(
-    free("map2")[0, 0, :, 0], [0, 0.75] + [1] * 6, rtol=1e-6
-  )  # from a unit less in use
+  # From a unit less in use.
+  np.testing.assert_allclose(free("map2")[0, 0, :, 0], [0, 0.75] + [1] * 6, rtol=1e-6)
   np.testing.assert_allclose(free("map2")[0, 0, :, 1], [1] * 8)
   np.testing.assert_allclose(updates["map1"]["gate"]["logits"], [1] * 7 + [0.1], rtol=1e-5)
   np.testing.assert_allclose(updates["pixels"]["kernel"], 0.1)

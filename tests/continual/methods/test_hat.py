@@ -220,9 +220,8 @@ def test_saturated_masks_keep_the_first_task_while_the_second_is_learnt(norm):
   last = toys.end(method(norm), toys.train(method(norm), state, toys.task(1)), toys.task(1), seed=1)
   after = toys.aware(method(norm), last, 0, 2)
   assert toys.accuracy(method(norm), last, 0, 2) == 1
-  assert (
-    toys.accuracy(method(norm), last, 1, 2) == 1 or not norm
-  )  # without BatchNorm, ten units do not suffice
+  # Without BatchNorm, ten units do not suffice.
+  assert toys.accuracy(method(norm), last, 1, 2) == 1 or not norm
   np.testing.assert_array_equal(after, before)
 
   unmasked = dataclasses.replace(

@@ -206,7 +206,7 @@ def test_two_devices_do_as_one():
     ("online_ewc", "decay", 1.5, r"decay must be in \[0, 1\]; got 1.5"),
   ],
 )
-def test_bad_settings(name, setting, value, message):
+def test_settings_out_of_range_are_named(name, setting, value, message):
   with pytest.raises(ValueError, match=message):
     BOTH[name](**{setting: value})
 

@@ -61,9 +61,8 @@ def test_only_old_heads_matter(task):
 def test_the_loss_is_least_and_flat_where_student_and_teacher_agree():
   teacher = random_logits(0)
   value = lambda z: jnp.sum(old_heads_cross_entropy(z, teacher, 2, classes=2, temperature=2.0))
-  shifted = teacher + jnp.repeat(
-    jnp.array([5.0, -3.0, 1.0]), 2
-  )  # a constant for each head changes no softmax
+  # A constant for each head changes no softmax.
+  shifted = teacher + jnp.repeat(jnp.array([5.0, -3.0, 1.0]), 2)
   for same in (teacher, shifted):
     np.testing.assert_allclose(jax.grad(value)(same), 0, atol=1e-6)
   p = np.asarray(jax.nn.softmax(teacher.reshape(4, 3, 2)[:, :2] / 2.0))
@@ -143,6 +142,6 @@ def test_forgets_less_than_fine_tuning_and_keeps_its_shapes():
     ("temperature", 0.0, "temperature must be > 0; got 0.0"),
   ],
 )
-def test_bad_settings(setting, value, message):
+def test_settings_out_of_range_are_named(setting, value, message):
   with pytest.raises(ValueError, match=message):
     make(**{setting: value})

@@ -130,9 +130,8 @@ def test_open_gates_cost_after_the_patience_and_every_task_pays_for_its_own():
   )
   for epoch, price in ((1.25, 0.0), (1.5, 2.0)):
     total, (terms, _) = made.loss(learner.params, learner, batch_of(data, epoch))
-    assert (
-      0.2 < terms["sparsity"] < 0.5
-    )  # all of task 2's gates are shut, and about 0.7 of task 1's open
+    # All of task 2's gates are shut, and about 0.7 of task 1's open.
+    assert 0.2 < terms["sparsity"] < 0.5
     assert float(total) == pytest.approx(
       TASKS * float(terms["cross_entropy"] + price * terms["sparsity"]), rel=1e-6
     )

@@ -50,9 +50,8 @@ def test_memory_holds_its_share_of_every_class_and_no_shape_changes(name):
 def test_two_devices_as_one(name):
   alone, spread = METHODS[name](network(name)), METHODS[name](toy.at_device_axis(network(name)))
   learner = toy.end_task(alone, toy.start(alone), toy.images(0))
-  learner = learner.replace(
-    params=jax.tree.map(lambda x: 1.5 * x, learner.params)
-  )  # no longer the teacher's
+  # No longer the teacher's.
+  learner = learner.replace(params=jax.tree.map(lambda x: 1.5 * x, learner.params))
   data, index = toy.images(1), np.arange(0, 40, 5)
   after = [
     toy.step(method, count)(learner, data.pixels[index], data.labels[index])[0]

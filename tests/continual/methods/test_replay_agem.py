@@ -36,9 +36,8 @@ def test_projection_of_random_gradients_is_the_nearest_that_does_not_conflict():
     p = project(g, r)
     conflicts += bool(g @ r < 0)
     assert p @ r >= -1e-4
-    np.testing.assert_allclose(
-      (g - p) @ p, 0, atol=1e-4
-    )  # the removed part is orthogonal to the rest
+    # The removed part is orthogonal to the rest.
+    np.testing.assert_allclose((g - p) @ p, 0, atol=1e-4)
   assert 3 < conflicts < 17
 
 

@@ -192,9 +192,8 @@ def test_frozen_filters_stay_and_the_others_begin_anew():
   assert 0 < mask.sum() < 8
   np.testing.assert_array_equal(run.learner.memory.frozen["layer2"]["conv"]["conv"]["kernel"], mask)
   assert not np.array_equal(first[..., mask], begun[..., mask])
-  np.testing.assert_allclose(
-    first[..., ~mask].std(), np.sqrt(2 / 72), rtol=0.3
-  )  # he_normal, untrained
+  # As he_normal draws them: untrained.
+  np.testing.assert_allclose(first[..., ~mask].std(), np.sqrt(2 / 72), rtol=0.3)
   run.learn(1)
   np.testing.assert_array_equal(kernel()[..., mask], first[..., mask])
   later = np.asarray(run.learner.memory.relevant[1, 8:]) & ~mask
@@ -418,9 +417,8 @@ def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
   of_all, _ = jax.jit(NETWORK.train_logits)(
     learner.params["router"], learner.batch_stats["router"], x, key=jax.random.key(0)
   )
-  teacher = np.reshape(of_all, (16, 3, 6))[:, :2].reshape(32, 6)[
-    :, 2:4
-  ]  # of the batch, the classes of task 1
+  # Of the batch, the classes of task 1.
+  teacher = np.reshape(of_all, (16, 3, 6))[:, :2].reshape(32, 6)[:, 2:4]
   expected = -np.mean(
     np.sum(jax.nn.softmax(teacher / 2) * jax.nn.log_softmax(stream.logits / 2), axis=1)
   )
