@@ -114,7 +114,7 @@ def _main(argv: list[str]) -> int:
       return _failed(line, 2)
     if not command_flags.COORDINATOR.value:
       raise
-    return _failed(f"internal error:\n{traceback.format_exc()}", 1)
+    return _failed(f"internal error:\n{traceback.format_exc().rstrip()}", 1)
   # The training has said that it stopped, and nothing is computed any more.
   except Interrupted:
     return interrupts.STATUS

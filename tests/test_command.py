@@ -160,6 +160,76 @@ def test_a_lack_of_memory_is_named_with_what_to_lower(error, reason, tmp_path, m
   )
 
 
+JOB = ("--coordinator=localhost:1", "--processes=2", "--process=0")
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "message"),
+  [
+    (OSError("no such disk"), 1, "error: no such disk\n"),
+    (hosts.PeerError("process 1 is gone"), 1, "error: process 1 is gone\n"),
+    (
+      ModuleNotFoundError("No module named 'av'", name="av"),
+      2,
+      r"error: .*gating-jax\[video\].*\n",
+    ),
+  ],
+)
+def test_an_error_that_is_expected_is_one_line(error, status, message, tmp_path, monkeypatch):
+  def failing(*_):
+    raise error
+
+  monkeypatch.setattr(classification, "run", failing)
+  found, said = run_command(CONFIG, f"--workdir={tmp_path}")
+  assert found == status
+  assert re.fullmatch(message, said)
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (
+      jax.errors.JaxRuntimeError("UNAVAILABLE: peer"),
+      "error: JAX failed, perhaps because another process of the job ended: UNAVAILABLE: peer\n",
+    ),
+    (KeyError("unexpected"), "error: internal error:\nTraceback .*KeyError: 'unexpected'\n"),
+  ],
+)
+def test_an_error_of_a_job_ends_its_process_at_once(error, message, tmp_path, monkeypatch):
+  def failing(*_):
+    raise error
+
+  monkeypatch.setattr(classification, "run", failing)
+  with pytest.raises(type(error)):
+    run_command(CONFIG, f"--workdir={tmp_path}")
+  monkeypatch.setattr(hosts, "connect", lambda *_: None)
+  # It would end the tests.
+  monkeypatch.setattr(os, "_exit", sys.exit)
+  status, said = run_command(CONFIG, f"--workdir={tmp_path}", *JOB)
+  assert status == 1
+  assert re.fullmatch(message, said, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "next_step"),
+  [
+    (("--mode=train",), "the same command resumes from the newest checkpoint, if there is one"),
+    (("--mode=evaluate",), "the same command starts over"),
+  ],
+)
+def test_ctrl_c_says_how_to_go_on(arguments, next_step, tmp_path, monkeypatch):
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(classification, "run", interrupted)
+  # It would end the tests.
+  monkeypatch.setattr(os, "_exit", sys.exit)
+  said = run_command(CONFIG, f"--workdir={tmp_path}", *arguments)
+  assert said == (130, f"interrupted; {next_step}\n")
+  monkeypatch.setattr(cli.command_flags, "answer", interrupted)
+  assert run_command("--help") == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize("arguments", [(CONFIG,), (CONFIG, "--workdir=")])
 def test_a_workdir_is_asked_for(arguments):
   assert run_command(*arguments) == (
@@ -371,8 +441,8 @@ def test_a_smoke_run_of_several_processes_joins_them_before_it_counts_devices(mo
     raise ValueError("far enough")
 
   monkeypatch.setattr(smoke, "shrink", shrink)
-  monkeypatch.setattr(os, "_exit", sys.exit)  # which would end the tests
-  job = ("--coordinator=localhost:1", "--processes=2", "--process=0")
-  status, said = run_command(CONFIG, "--workdir=nowhere", "--smoke", *job)
+  # It would end the tests.
+  monkeypatch.setattr(os, "_exit", sys.exit)
+  status, said = run_command(CONFIG, "--workdir=nowhere", "--smoke", *JOB)
   assert (status, called) == (2, ["connect", "shrink"])
   assert "far enough" in said
