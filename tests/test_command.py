@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ import jax
 import pytest
 
 import gating_jax
-from gating_jax import cli, config_files, programmes
+from gating_jax import __main__, cli, config_files, interrupts, programmes
 from gating_jax.images import classification
 from gating_jax.models import resnets
 from gating_jax.reports import timings
@@ -127,6 +128,35 @@ def test_ctrl_c_while_libraries_load_is_one_line(module, tmp_path, ctrl_c):
   )
   assert (done.returncode, done.stdout) == (130, "")
   assert done.stderr == "interrupted before anything was read or written\n"
+
+
+def test_ctrl_c_while_something_is_imported_ends_at_once(ctrl_c, capfd, monkeypatch):
+  # It would end the tests.
+  monkeypatch.setattr(os, "_exit", sys.exit)
+  with pytest.raises(SystemExit) as ended, interrupts.ending_at_once():
+    signal.raise_signal(signal.SIGINT)
+  assert ended.value.code == 130
+  assert capfd.readouterr().err == "interrupted before anything was read or written\n"
+  # Afterwards, and for whoever handles it, it is an exception as everywhere.
+  with pytest.raises(KeyboardInterrupt):
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_library_that_only_an_extra_brings_is_named_with_it(monkeypatch, capsys):
+  def failing(name):
+    def main():
+      raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    return main
+
+  monkeypatch.setattr(cli, "main", failing("optax"))
+  with pytest.raises(SystemExit) as ended:
+    __main__.main()
+  assert ended.value.code == 2
+  assert re.fullmatch(r"error: .*gating-jax\[train\].*\n", capsys.readouterr().err)
+  monkeypatch.setattr(cli, "main", failing("unheard_of"))
+  with pytest.raises(ModuleNotFoundError, match="unheard_of"):
+    __main__.main()
 
 
 def test_a_training_that_ctrl_c_stopped_has_the_status_of_an_interrupt(tmp_path, monkeypatch):
