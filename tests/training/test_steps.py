@@ -63,6 +63,27 @@ def start(gating="channel"):
   return devices.replicate(tiny.state(OPTIMISER, gating))
 
 
+def test_batches_from_the_host_train_as_those_on_the_devices():
+  pixels, labels = tiny.images(EXAMPLES)
+  mapped = steps.MappedSteps(
+    lambda model: tiny.train_step(OPTIMISER, axis_name=devices.AXIS), tiny.net(), None, "pmap"
+  )
+
+  def indices(step):
+    """Returns the images of one step."""
+    return process_indices(0, step, 1, BATCH_SIZE, EXAMPLES)
+
+  batches = ((pixels[indices(step)], labels[indices(step)]) for step in range(2))
+  sources = (mapped.on_stream(batches), mapped.on_resident((pixels, labels), indices))
+  ended = []
+  for advance in sources:
+    state = start()
+    for step in range(2):
+      state, _ = advance(state, step)
+    ended.append(state)
+  assert tiny.bit_equal(*ended)
+
+
 @pytest.mark.slow
 def test_four_steps_in_one_dispatch_equal_four_single_ones():
   single, ones = after(start(), 0, 4)
