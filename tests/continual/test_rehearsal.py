@@ -54,7 +54,6 @@ def trained(method, memory, task, steps=2):
   return memory
 
 
-@pytest.mark.slow
 def test_generators_are_kept_task_by_task_and_all_that_is_recalled_is_generated():
   method = generative()
   memory, recalled = method.init(KEY), []

@@ -511,7 +511,6 @@ def compiled(finished, tmp_path_factory):
   return runs.compiled(run, finished, tmp_path_factory.mktemp("compiled"))
 
 
-@pytest.mark.slow
 def test_each_tasks_net_is_compiled(compiled):
   found, printed = compiled
   assert "drawing the times (" in printed

@@ -304,7 +304,6 @@ def exported_exits(tmp_path_factory):
   return folder, out.getvalue()
 
 
-@pytest.mark.slow
 def test_a_net_with_exits_is_exported_for_one_image(exported_exits):
   folder, text = exported_exits
   loaded = load_exported(folder / "export")

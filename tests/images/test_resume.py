@@ -41,7 +41,6 @@ def final_state(config, workdir):
     checkpoints.close()
 
 
-@pytest.mark.slow
 def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch):
   monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(classification.Classification, "write_report", lambda *_, **__: None)

@@ -304,7 +304,6 @@ def test_importance_is_of_sets_in_equal_shares(config):
   assert start._read_images(experiment, alone).mean() == 0.95
 
 
-@pytest.mark.slow
 def test_a_narrower_network_begins_as_the_pruned_one_of_a_file(config, tmp_path):
   file, _ = weights(tmp_path, classes=3)
   changes = {"model.init_from": str(file), "model.gating": "none", "model.inner_width": 0.5}
@@ -323,7 +322,6 @@ def test_a_narrower_network_begins_as_the_pruned_one_of_a_file(config, tmp_path)
     start.check_can_start(classification.build(made))
 
 
-@pytest.mark.slow
 def test_a_teacher_of_other_classes_or_an_unfinished_run_is_refused(config, tmp_path):
   file, _ = weights(tmp_path, classes=3)
   made = config(**PRIOR, **{"model.init_from": str(file)})

@@ -114,7 +114,6 @@ def test_an_export_is_scored_among_the_classes_of_its_result():
   assert model_card._rows(card)[0] == ("accuracy, the set of each image known", "50.00 %")
 
 
-@pytest.mark.slow
 def test_with_a_head_a_set_only_its_own_classes_compete():
   logits, labels = jnp.array([[1.0, 2.0, 9.0], [9.0, 0.0, 1.0]]), jnp.array([1, 2])
   fit = objectives.fit_sources(logits, labels, class_sources=(0, 0, 1))

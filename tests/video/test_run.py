@@ -738,7 +738,6 @@ def two_stage(pretrained):
   return said(run, made, workdir, "train")
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_after_its_nets_are_trained(pretrained, two_stage):
   _, workdir = pretrained
   assert read_result(workdir)["step"] == 2

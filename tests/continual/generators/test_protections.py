@@ -123,7 +123,6 @@ def test_frozen_filters_stay_and_the_others_begin_anew(rehearsed):
   assert tiny.bit_equal(memories[0].training.average, memories[0].training.generator)
 
 
-@pytest.mark.slow
 def test_a_batch_is_joined_by_all_classes_so_far_and_old_images_stay(rehearsed):
   method, memories, _ = rehearsed
   memory = memories[0]
