@@ -26,6 +26,8 @@ FORMER = """
   quantise relaxed_bernoulli resnet slim sort_with_vjp static_units straight_through_gate
   symmetric_beta target_rate_loss threshold_gate uniform vgg
 """
+# What stands for itself in `gating_jax`, next to the names.
+SUBMODULES = "analysis inference layers models ops testing"
 # What a function returns or raises, whose example shows it; and what needs a run or a large
 # network, which the guides show.
 WITHOUT_EXAMPLE = """
@@ -114,12 +116,15 @@ def test_neither_the_package_nor_the_command_loads_jax_before_it_is_used(module)
 def test_type_checkers_dir_and_python_find_the_same_names(name):
   package = importlib.import_module(f"gating_jax{name}")
   source = ast.parse(Path(package.__file__).read_text())
-  imported = {}
+  imported, modules = {}, []
   for node in ast.walk(source):
     if isinstance(node, ast.ImportFrom) and node.module.startswith("gating_jax."):
       imported |= {alias.name: node.module for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module == "gating_jax":
+      modules += [alias.asname for alias in node.names]
   assert imported.pop("lazy_names") == "gating_jax.lazy"
   assert package.__all__ == sorted(imported)
+  assert modules == ([] if name else SUBMODULES.split())
   assert set(package.__all__) <= set(dir(package))
   submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
   # Python would set the module as the attribute.
@@ -154,6 +159,27 @@ def test_a_package_imports_a_name_when_it_is_used():
     [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
   )
   assert done.stdout.split() == ["False", "True", "False"]
+
+
+def test_the_package_imports_its_packages_when_they_are_used():
+  program = (
+    f"import sys, gating_jax; names = {SUBMODULES!r}.split(); loaded = sys.modules.keys(); "
+    "print(set(names) <= set(dir(gating_jax)), {'gating_jax.' + n for n in names} & loaded); "
+    "gating_jax.ops.beta; print('gating_jax.layers' in loaded); "
+    "print(all(getattr(gating_jax, n) is sys.modules['gating_jax.' + n] for n in names))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.split() == ["True", "set()", "False", "True"]
+
+
+def test_each_package_exports_what_the_top_level_takes_from_it():
+  for name in gating_jax.__all__:
+    value = getattr(gating_jax, name)
+    package = value.__module__.split(".")[1]
+    if package in SUBMODULES.split():
+      assert getattr(getattr(gating_jax, package), name) is value
 
 
 def test_the_checks_of_losses_export_their_public_names():
