@@ -61,7 +61,10 @@ def open_threshold(
   z = lax.stop_gradient(collectives.whole_batch(as_float(logits)))
   if z.size == 0:
     raise ValueError(f"logits must hold at least one value; got shape {z.shape}")
-  weights = _weights_of(weights, z)
+  if weights is None:
+    weights = jnp.ones_like(z)
+  else:
+    weights = collectives.whole_weights(weights, z, name="logits")
   share = lax.stop_gradient(jnp.asarray(share, z.dtype))
   counts = weights != 0
   total = _sum(weights, axis_name)
@@ -83,22 +86,6 @@ def open_threshold(
   # The largest is 1 if any device has a wrong value.
   is_wrong = _maximum(wrong.astype(z.dtype), axis_name) > 0
   return jnp.where(is_wrong, jnp.nan, jnp.where(total == 0, jnp.zeros_like(theta), theta))
-
-
-def _weights_of(weights: Array | None, z: Array) -> Array:
-  """Returns the weight of every logit, without a gradient; negative ones become NaN."""
-  if weights is None:
-    return jnp.ones_like(z)
-  arguments.real_array("weights", weights)
-  weights = collectives.whole_batch(lax.stop_gradient(jnp.asarray(weights, z.dtype)))
-  if z.ndim and weights.shape == z.shape[:1]:
-    weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (z.ndim - 1)), z.shape)
-  if weights.shape != z.shape:
-    raise ValueError(
-      f"weights must be of shape {z.shape[:1]}, one per example, or of the shape of logits, "
-      f"{z.shape}; got {weights.shape}"
-    )
-  return jnp.where(weights < 0, jnp.nan, weights)
 
 
 def _largest_with(z: Array, weights: Array, needed: Array, axis_name: Hashable | None) -> Array:
