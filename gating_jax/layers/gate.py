@@ -80,23 +80,6 @@ def is_gate_path(path: Sequence[str]) -> bool:
   return GATE_NAME in path or GLANCE_NAME in path
 
 
-def noise_scales(params: Mapping[str, Any], scale: ArrayLike) -> dict[str, Any]:
-  """Returns the collection `noise`, which replaces the `noise_scale` of every gate's settings.
-
-  Unlike a setting, the scale may be traced:
-
-      model.apply({"params": params, NOISE: noise_scales(params, scale)}, x, train=True, ...)
-
-  Args:
-    params: the model's parameters, from which the paths of the gates are taken.
-    scale: the noise scale, a number or a traced scalar.
-
-  >>> noise_scales({"block1": {"conv": 0, "gate": {"logits": 0}}}, 0.25)
-  {'block1': {'gate': {'scale': 0.25}}}
-  """
-  return gate_controls(params, noise_scale=scale)
-
-
 def gate_controls(
   params: Mapping[str, Any],
   *,
@@ -105,6 +88,8 @@ def gate_controls(
   softness: ArrayLike | None = None,
 ) -> dict[str, Any]:
   """Returns the collection `noise`, which replaces settings of every gate for one pass.
+
+      model.apply({"params": params, NOISE: gate_controls(params, share=0.5)}, x, train=True, ...)
 
   Args:
     params: the model's parameters, from which the paths of the gates are taken.
