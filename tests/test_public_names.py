@@ -8,11 +8,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import gating_jax
 from gating_jax import testing
+from gating_jax.ops import relaxations
 
 # The public API before the first renaming.
 FORMER = """
@@ -89,6 +91,38 @@ def test_former_keywords_and_attributes_warn_and_work():
   assert old == gating_jax.mac_budget_loss([record], never_gated_macs=5, budget=0.5)
   with pytest.raises(TypeError, match="never_gated_macs must be given once; got it as fixed_macs"):
     gating_jax.mac_budget_loss([record], fixed_macs=5, never_gated_macs=5, budget=0.5)
+
+
+GATES = np.array([[0.5, -1.0], [0.0, 2.0]], np.float32)
+RESNET = gating_jax.resnet("resnet8", 10, width=0.25, inner_width=4, gating="channel")
+
+
+@pytest.mark.parametrize(
+  ("function", "arrays", "former", "settings"),
+  [
+    (gating_jax.straight_through_gate, (jax.random.key(0), GATES), {"temperature": 0.5}, {}),
+    (gating_jax.binary_concrete, (jax.random.key(0), GATES), {"temperature": 0.5}, {}),
+    (gating_jax.hard_concrete, (jax.random.key(0), GATES), {"temperature": 0.5}, {}),
+    (gating_jax.hard_concrete_open_prob, (GATES,), {"temperature": 0.5}, {}),
+    (gating_jax.ops.straight_through, (GATES,), {"temperature": 0.5}, {}),
+    (relaxations.hard_concrete_location, (GATES,), {"temperature": 0.5}, {}),
+    (gating_jax.open_threshold, (GATES,), {"share": 0.5}, {}),
+    (gating_jax.ops.stay_logits, (GATES[None],), {"threshold": 0.5}, {}),
+    (
+      gating_jax.ops.threshold_for_budget,
+      (GATES, [10, 20]),
+      {"always_macs": 10},
+      dict(threshold=0.5, share=0.8),
+    ),
+    (gating_jax.models.solve_share, (RESNET, (8, 8, 3)), {"macs": 60_000}, {}),
+  ],
+)
+def test_what_is_no_array_warns_by_position_and_works(function, arrays, former, settings):
+  ((name, value),) = former.items()
+  with pytest.warns(DeprecationWarning, match=f"takes {name}=... by keyword$") as warned:
+    found = function(*arrays, value, **settings)
+  assert warned[0].filename == __file__
+  np.testing.assert_array_equal(found, function(*arrays, **former, **settings))
 
 
 def test_the_package_loads_nothing_heavy_that_jax_and_flax_do_not_load():

@@ -144,6 +144,7 @@ def mistakes(logits: jax.Array, images: jax.Array) -> None:
   batch_shaping_loss(logits, "beta(0.6, 0.4)")  # pyright: ignore[reportArgumentType]
   batch_shaping_loss(logits, prior, 0)  # pyright: ignore[reportCallIssue]
   straight_through_gate(logits)  # pyright: ignore[reportCallIssue]
+  straight_through_gate(jax.random.key(0), logits, 0.5)  # pyright: ignore[reportCallIssue]
   executed_macs(logits)  # pyright: ignore[reportArgumentType]
   GatedChannels(32)  # pyright: ignore[reportCallIssue]
   GateSettings(initial_opened=0.5)  # pyright: ignore[reportCallIssue]

@@ -598,7 +598,7 @@ def _static_gates(
   trained = jnp.asarray(np.where(raw == SHUT, raw, raw - _threshold(flat, part)))
   logits = trained - _shift(flat, part)
   if model.gate.relaxation == "hard_concrete":
-    location = relaxations.hard_concrete_location(logits, model.gate.temperature)
+    location = relaxations.hard_concrete_location(logits, temperature=model.gate.temperature)
     gates = relaxations.hard_concrete_mean(location)
   elif model.gate.relaxation == "sigmoid":
     gates = jax.nn.sigmoid(logits)

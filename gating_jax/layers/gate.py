@@ -540,7 +540,7 @@ class ChannelGate(nn.Module):
     # The collection, where it is given, has priority over the settings.
     share = self.get_variable(NOISE, _SHARE, self.settings.share)
     found = quantiles.open_threshold(
-      z, share, axis_name=self.axis_name, weights=counts.astype(z.dtype)
+      z, share=share, axis_name=self.axis_name, weights=counts.astype(z.dtype)
     )
     if not self.is_initializing():
       kept.value = _MOMENTUM * kept.value + (1 - _MOMENTUM) * found
@@ -589,7 +589,7 @@ class ChannelGate(nn.Module):
     sample, at_rest = relaxations.straight_through_gate, relaxations.threshold_gate
     if s.relaxation == "hard_concrete":
       # So that sigmoid(logit) is P(gate > 0) for this relaxation too.
-      logits = relaxations.hard_concrete_location(logits, s.temperature)
+      logits = relaxations.hard_concrete_location(logits, temperature=s.temperature)
       sample, at_rest = relaxations.hard_concrete, relaxations.hard_concrete_mean
     if not train:
       return at_rest(logits)
@@ -598,7 +598,7 @@ class ChannelGate(nn.Module):
 
     def draw_around(key, row):
       """Draws the gates of one example from its logits, `[units]`."""
-      return sample(key, row, s.temperature, noise_scale=scale)
+      return sample(key, row, temperature=s.temperature, noise_scale=scale)
 
     return self._drawn(draw_around, logits, train)
 

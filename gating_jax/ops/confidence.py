@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.former_names import former_keyword
+from gating_jax.former_names import former_keyword, former_positional
 from gating_jax.ops import arguments
 from gating_jax.types import Array
 
@@ -58,7 +58,8 @@ def entropy_share(logits: Array) -> Array:
   return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1) / math.log(logits.shape[-1])
 
 
-def stay_logits(exits: Array, threshold: float) -> Array:
+@former_positional("threshold")
+def stay_logits(exits: Array, *, threshold: float) -> Array:
   """Computes how unsure all exits so far are, `[N, X]`; above 0 the network runs on.
 
       stay_i = min_(j <= i) logit(u_j) - logit(threshold),   u_j = entropy_share(exits_j)
@@ -72,7 +73,7 @@ def stay_logits(exits: Array, threshold: float) -> Array:
   Raises:
     ValueError, TypeError: exits of another shape, or a threshold out of range.
 
-  >>> stay_logits(jnp.array([[[0.0, 1.0], [0.0, 9.0], [0.0, 0.0]]]), 0.5).round(2)
+  >>> stay_logits(jnp.array([[[0.0, 1.0], [0.0, 9.0], [0.0, 0.0]]]), threshold=0.5).round(2)
   Array([[ 1.66, -6.33, -6.33]], dtype=float32)
   """
   arguments.real_array("exits", exits, "[N, X, K]")
@@ -109,8 +110,9 @@ def first_sure(answers: Array, stay: Array) -> Array:
 
 
 @former_keyword("fixed", "always_macs")
+@former_positional("always_macs", stacklevel=3)
 def threshold_for_budget(
-  stay: np.ndarray, macs: Sequence[int], always_macs: int, *, threshold: float, share: float
+  stay: np.ndarray, macs: Sequence[int], *, always_macs: int, threshold: float, share: float
 ) -> float:
   """Finds the lowest exit threshold whose mean MACs stay within a fraction of all.
 
@@ -128,7 +130,8 @@ def threshold_for_budget(
     ValueError: `always_macs` alone exceeds the budget, or the shapes do not fit together.
 
   >>> stay = np.array([[3.0, 2.0], [1.0, -1.0], [-2.0, -4.0]])
-  >>> print(f"{threshold_for_budget(stay, [10, 20], 10, threshold=0.5, share=0.5):.4f}")
+  >>> found = threshold_for_budget(stay, [10, 20], always_macs=10, threshold=0.5, share=0.5)
+  >>> print(f"{found:.4f}")
   0.8176
   """
   arguments.real_array("stay", stay, "[N, X]")

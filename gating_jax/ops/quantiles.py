@@ -15,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gating_jax.former_names import former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array
 
 
+@former_positional("share")
 def open_threshold(
   logits: Array,
-  share: float | Array,
   *,
+  share: float | Array,
   axis_name: Hashable | None = None,
   weights: Array | None = None,
 ) -> Array:
@@ -53,7 +55,7 @@ def open_threshold(
     ValueError: a share that is known and out of range, no logits, or weights of another shape.
     TypeError: an argument that holds no real numbers.
 
-  >>> print(open_threshold(jnp.array([[3.0, -1.0], [0.0, 2.0]]), 0.5))
+  >>> print(open_threshold(jnp.array([[3.0, -1.0], [0.0, 2.0]]), share=0.5))
   1.0
   """
   arguments.real_array("logits", logits)
