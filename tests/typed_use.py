@@ -42,7 +42,7 @@ Records = tuple[GateRecord, ...]
 
 
 def exponential() -> Prior:
-  """Makes a prior of one's own from its two functions."""
+  """Makes a new prior from its two functions."""
 
   def cdf(x: jax.Array) -> jax.Array:
     return 1 - jnp.exp(-x)
@@ -63,7 +63,7 @@ def gradient_of_loss(logits: jax.Array, prior: Prior) -> jax.Array:
 
 
 class GatedNet(nn.Module):
-  """A module of one's own, `[N, H, W, D]` to `([N, 10] logits, records)`."""
+  """A user's module, `[N, H, W, D]` to `([N, 10] logits, records)`."""
 
   settings: GateSettings = GateSettings(initial_open=0.85)
 

@@ -492,8 +492,8 @@ class ChannelGate(nn.Module):
     s = self.settings
     if not s.normalise and s.threshold == "zero" and not s.prior:
       return logits, logits
-    # Gates that are shut for good stay so: they have no deviation, and no place among the others.
-    # Exactly this value, which no kernel arrives at: other low logits have a place.
+    # Gates that are shut permanently stay so: they have no deviation and no place among the others.
+    # They have exactly this value, which no kernel arrives at: other low logits have a place.
     counts, z = logits != SHUT, logits
     if s.normalise:
       norm = nn.BatchNorm(
