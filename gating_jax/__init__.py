@@ -106,6 +106,12 @@ __all__ = [
 
 # Type checkers read the imports, and Python the table.
 if TYPE_CHECKING:
+  from gating_jax import analysis as analysis
+  from gating_jax import inference as inference
+  from gating_jax import layers as layers
+  from gating_jax import models as models
+  from gating_jax import ops as ops
+  from gating_jax import testing as testing
   from gating_jax.inference.analysing import Analysis, analyse, prune, pruning_error
   from gating_jax.inference.conditional import compile_conditional
   from gating_jax.inference.exits import compile_exits
@@ -248,4 +254,5 @@ else:
       "gating_jax.types": ("GateRecord",),
     },
     RENAMED,
+    submodules=("analysis", "inference", "layers", "models", "ops", "testing"),
   )

@@ -117,6 +117,7 @@ def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
   def distance(choice):
     """Returns the share of letters that differ, and how far numbers in the names are apart."""
     unlike = 1 - difflib.SequenceMatcher(None, choice, name).ratio()
+    # One of the names may have fewer numbers.
     return unlike, [abs(a - b) for a, b in zip(_numbers(name), _numbers(choice), strict=False)]
 
   return sorted(close, key=distance)[:count]

@@ -18,7 +18,7 @@ from gating_jax.terminal import is_terminal, prepare_streams
 
 __all__ = ["COMPARE", "MODES", "main"]
 
-# How an error of JAX begins where a device or the host has no memory left.
+# The beginning of JAX's error where a device or the host has no memory left.
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 
 

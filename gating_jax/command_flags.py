@@ -29,14 +29,14 @@ MODES = {
   "curve": "traces accuracy against MACs of one net, by its gates' thresholds; image classifiers",
   COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
 }
-# How Python and absl refuse the text of a value, and how the command does.
+# Messages of Python and absl about the text of a value, and those of the command.
 _VALUE_ERRORS = {
   r"invalid literal for int\(\) with base 10: (.+)": r"must be a whole number; got \1",
   r"could not convert string to float: (.+)": r"must be a number; got \1",
   r"\('Non-boolean argument to boolean flag', (.+)\)": r"must be true or false; got \1",
 }
 _HELP_FLAGS = ("h", "help", "?", "helpshort")
-# How absl writes True.
+# The texts that absl takes for True.
 _TRUE = ("", "true", "t", "1", "yes", "y")
 
 BARE = """\
@@ -92,7 +92,7 @@ class _OrNone(flags.ArgumentParser):
     return None if given == "None" else self._parser.parse(given)
 
 
-# Of flags such as --config.model.gate.share=0.5.
+# Parsers of flags such as --config.model.gate.share=0.5.
 for _kind, _parser in (
   (float, flags.FloatParser()),
   (int, flags.IntegerParser()),

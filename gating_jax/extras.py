@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 
-# What an installation without extras lacks: the libraries of each extra, as they are imported.
+# Libraries of each extra, as they are imported; an installation without extras lacks them.
 EXTRAS = {
   "train": (
     "PIL",

@@ -49,10 +49,12 @@ def former_positional(*names: str, stacklevel: int = 2) -> Callable[[Function], 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
       """Calls the function with what it takes by keyword today."""
-      given = dict(zip(names, args[arrays:], strict=False))
+      former = args[arrays:]
+      taken = names[: len(former)]
       # Too many arguments, or one that is given twice, are errors of the function itself.
-      if not given or len(args) > arrays + len(names) or given.keys() & keywords.keys():
+      if not former or len(former) > len(names) or not keywords.keys().isdisjoint(taken):
         return function(*args, **keywords)
+      given = dict(zip(taken, former, strict=True))
       today = ", ".join(f"{name}=..." for name in given)
       message = f"{function.__name__} takes {today} by keyword"
       warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)

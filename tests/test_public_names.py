@@ -8,11 +8,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import gating_jax
 from gating_jax import testing
+from gating_jax.ops import relaxations
 
 # The public API before the first renaming.
 FORMER = """
@@ -26,6 +28,8 @@ FORMER = """
   quantise relaxed_bernoulli resnet slim sort_with_vjp static_units straight_through_gate
   symmetric_beta target_rate_loss threshold_gate uniform vgg
 """
+# What stands for itself in `gating_jax`, next to the names.
+SUBMODULES = "analysis inference layers models ops testing"
 # What a function returns or raises, whose example shows it; and what needs a run or a large
 # network, which the guides show.
 WITHOUT_EXAMPLE = """
@@ -89,6 +93,38 @@ def test_former_keywords_and_attributes_warn_and_work():
     gating_jax.mac_budget_loss([record], fixed_macs=5, never_gated_macs=5, budget=0.5)
 
 
+GATES = np.array([[0.5, -1.0], [0.0, 2.0]], np.float32)
+RESNET = gating_jax.resnet("resnet8", 10, width=0.25, inner_width=4, gating="channel")
+
+
+@pytest.mark.parametrize(
+  ("function", "arrays", "former", "settings"),
+  [
+    (gating_jax.straight_through_gate, (jax.random.key(0), GATES), {"temperature": 0.5}, {}),
+    (gating_jax.binary_concrete, (jax.random.key(0), GATES), {"temperature": 0.5}, {}),
+    (gating_jax.hard_concrete, (jax.random.key(0), GATES), {"temperature": 0.5}, {}),
+    (gating_jax.hard_concrete_open_prob, (GATES,), {"temperature": 0.5}, {}),
+    (gating_jax.ops.straight_through, (GATES,), {"temperature": 0.5}, {}),
+    (relaxations.hard_concrete_location, (GATES,), {"temperature": 0.5}, {}),
+    (gating_jax.open_threshold, (GATES,), {"share": 0.5}, {}),
+    (gating_jax.ops.stay_logits, (GATES[None],), {"threshold": 0.5}, {}),
+    (
+      gating_jax.ops.threshold_for_budget,
+      (GATES, [10, 20]),
+      {"always_macs": 10},
+      dict(threshold=0.5, share=0.8),
+    ),
+    (gating_jax.models.solve_share, (RESNET, (8, 8, 3)), {"macs": 60_000}, {}),
+  ],
+)
+def test_what_is_no_array_warns_by_position_and_works(function, arrays, former, settings):
+  ((name, value),) = former.items()
+  with pytest.warns(DeprecationWarning, match=f"takes {name}=... by keyword$") as warned:
+    found = function(*arrays, value, **settings)
+  assert warned[0].filename == __file__
+  np.testing.assert_array_equal(found, function(*arrays, **former, **settings))
+
+
 def test_the_package_loads_nothing_heavy_that_jax_and_flax_do_not_load():
   program = (
     "import sys, jax, flax.linen; before = set(sys.modules); from gating_jax import *; "
@@ -114,12 +150,15 @@ def test_neither_the_package_nor_the_command_loads_jax_before_it_is_used(module)
 def test_type_checkers_dir_and_python_find_the_same_names(name):
   package = importlib.import_module(f"gating_jax{name}")
   source = ast.parse(Path(package.__file__).read_text())
-  imported = {}
+  imported, modules = {}, []
   for node in ast.walk(source):
     if isinstance(node, ast.ImportFrom) and node.module.startswith("gating_jax."):
       imported |= {alias.name: node.module for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module == "gating_jax":
+      modules += [alias.asname for alias in node.names]
   assert imported.pop("lazy_names") == "gating_jax.lazy"
   assert package.__all__ == sorted(imported)
+  assert modules == ([] if name else SUBMODULES.split())
   assert set(package.__all__) <= set(dir(package))
   submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
   # Python would set the module as the attribute.
@@ -154,6 +193,27 @@ def test_a_package_imports_a_name_when_it_is_used():
     [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
   )
   assert done.stdout.split() == ["False", "True", "False"]
+
+
+def test_the_package_imports_its_packages_when_they_are_used():
+  program = (
+    f"import sys, gating_jax; names = {SUBMODULES!r}.split(); loaded = sys.modules.keys(); "
+    "print(set(names) <= set(dir(gating_jax)), {'gating_jax.' + n for n in names} & loaded); "
+    "gating_jax.ops.beta; print('gating_jax.layers' in loaded); "
+    "print(all(getattr(gating_jax, n) is sys.modules['gating_jax.' + n] for n in names))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.split() == ["True", "set()", "False", "True"]
+
+
+def test_each_package_exports_what_the_top_level_takes_from_it():
+  for name in gating_jax.__all__:
+    value = getattr(gating_jax, name)
+    package = value.__module__.split(".")[1]
+    if package in SUBMODULES.split():
+      assert getattr(getattr(gating_jax, package), name) is value
 
 
 def test_the_checks_of_losses_export_their_public_names():

@@ -42,7 +42,7 @@ Records = tuple[GateRecord, ...]
 
 
 def exponential() -> Prior:
-  """Makes a prior of one's own from its two functions."""
+  """Makes a new prior from its two functions."""
 
   def cdf(x: jax.Array) -> jax.Array:
     return 1 - jnp.exp(-x)
@@ -63,7 +63,7 @@ def gradient_of_loss(logits: jax.Array, prior: Prior) -> jax.Array:
 
 
 class GatedNet(nn.Module):
-  """A module of one's own, `[N, H, W, D]` to `([N, 10] logits, records)`."""
+  """A user's module, `[N, H, W, D]` to `([N, 10] logits, records)`."""
 
   settings: GateSettings = GateSettings(initial_open=0.85)
 
@@ -133,7 +133,7 @@ def use_run(images: jax.Array) -> jax.Array:
   model, variables, config = load_run("runs/digits")
   pixels = images - jnp.asarray(config.data.mean)
   logits, records = model.apply(variables, pixels)
-  print(executed_macs(records))
+  print(executed_macs(records), gating_jax.ops.entropy_loss(records))
   return logits
 
 
@@ -144,6 +144,7 @@ def mistakes(logits: jax.Array, images: jax.Array) -> None:
   batch_shaping_loss(logits, "beta(0.6, 0.4)")  # pyright: ignore[reportArgumentType]
   batch_shaping_loss(logits, prior, 0)  # pyright: ignore[reportCallIssue]
   straight_through_gate(logits)  # pyright: ignore[reportCallIssue]
+  straight_through_gate(jax.random.key(0), logits, 0.5)  # pyright: ignore[reportCallIssue]
   executed_macs(logits)  # pyright: ignore[reportArgumentType]
   GatedChannels(32)  # pyright: ignore[reportCallIssue]
   GateSettings(initial_opened=0.5)  # pyright: ignore[reportCallIssue]

@@ -189,7 +189,7 @@ def with_prior(
     flat[*own, PRIOR] = jnp.asarray(prior)
     flat[*own, GAIN] = jnp.full(prior.shape, gain, jnp.float32)
     if ("batch_stats", *gate, THRESHOLD) in flat:
-      flat["batch_stats", *gate, THRESHOLD] = open_threshold(jnp.asarray(prior)[None], share)
+      flat["batch_stats", *gate, THRESHOLD] = open_threshold(jnp.asarray(prior)[None], share=share)
   return traverse_util.unflatten_dict(flat)
 
 

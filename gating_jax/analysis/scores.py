@@ -17,7 +17,7 @@ import numpy as np
 
 # Standard deviations on either side of a 95 % interval.
 Z = 1.959964
-# Of more classes, results have the largest confusions alone.
+# Results with more classes have the largest confusions alone.
 MOST_CLASSES = 100
 # Largest confusions in a result with more classes.
 _MOST_CONFUSIONS = 50

@@ -247,7 +247,7 @@ def _class_scores(
   names = experiment.tasks[0].train.class_names[: len(predictions) * experiment.problem.classes]
   confusion = np.zeros((len(names), len(names)), np.int64)
   trained = np.zeros(len(names), np.int64)
-  for task, of_task in zip(experiment.tasks, predictions, strict=False):
+  for task, of_task in zip(experiment.tasks[: len(predictions)], predictions, strict=True):
     predicted = of_task.known if known else of_task.chosen
     confusion += scores.count_confusion(of_task.labels, predicted, len(names))
     trained += scores.count_labels(task.train.labels, len(names))

@@ -42,7 +42,7 @@ FOLDER = "folder"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 _CHANNELS = 3
-# Of images without a split of their own, this fraction is for tests.
+# Fraction of images that is for tests where a folder has no splits.
 _TEST_FRACTION = 0.2
 # Fewer images than these are decoded in a moment, and not remembered.
 _MANY = 1000

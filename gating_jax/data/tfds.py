@@ -35,7 +35,7 @@ _LEARNT: dict[tuple, features.ImageClass] = {}
 _MOST_SAID = 300
 # Keys of features.json that hold the name of a class, of the new format and the old.
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
-# How the names of TFDS's own classes begin.
+# The beginning of the names of TFDS's own classes.
 _TFDS = "tensorflow_datasets."
 # name/config:version; anything else might be a path.
 _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
@@ -121,7 +121,7 @@ def _open_source(name: str, split: str, folder: str) -> Any:
       f"data.name must be 'digits' or a TFDS data set; got {name!r}, which is unknown to TFDS "
       f"and not in {folder}."
     )
-    # Of TFDS's long message, the names that are near.
+    # TFDS's message is long; one of its lines has the names that are near.
     for line in str(error).splitlines():
       if "Did you mean" in line:
         message += f" {line}"

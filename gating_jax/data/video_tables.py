@@ -300,7 +300,7 @@ def read_breakfast(
       recordings.setdefault(recording, name.with_suffix("").as_posix())
   chosen, activities = {}, set()
   for recording, name in recordings.items():
-    # Of both splits, so that they agree on the classes.
+    # Both splits count, so that they agree on the classes.
     activities.add(recording.activity)
     is_test = int(recording.person[1:]) in test_persons
     if is_test == (split == "test"):

@@ -423,7 +423,7 @@ def _at_equal_macs(
   )
   macs = model_summary(network(ungated, classes), shape).macs
   with settings.named("model.equal_inner_width"):
-    share = solve_share(network(model, classes), shape, macs)
+    share = solve_share(network(model, classes), shape, macs=macs)
   field = "initial_open" if model.gate.context == "random" else "share"
   return ml_collections.ConfigDict({**model, "gate": {**model.gate, field: share}})
 

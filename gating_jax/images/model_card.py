@@ -138,7 +138,7 @@ def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[
     "architecture": model["name"],
     "gating": model["gating"],
     "input_shape": list(input_shape),
-    # Of the middle of an image that is resized, as test images are; null for the whole image.
+    # The middle of an image that is resized, as test images are; null for the whole image.
     "crop_fraction": _crop_fraction(data),
     "mean": card["mean"],
     "std": card["std"],

@@ -267,7 +267,7 @@ def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> 
     gap_others = max(gap_others, float(gap[~moved].max(initial=0.0)))
     total, affected = total + len(x), affected + int(moved.sum())
     if net.has_classes and before.ndim > 1:
-      # A model of one's own may have outputs at each of several places.
+      # A user's model may have outputs at each of several places.
       other = before.argmax(-1) != after.argmax(-1)
       changed += int(other.reshape(len(x), -1).any(axis=1).sum())
   if not total:

@@ -146,7 +146,7 @@ def _run_from(
     return x, []
   answer, _ = folded.run(net.exits[stage], x)
   # An image that left stays out: how unsure an exit is never grows again.
-  stay = jnp.minimum(least, confidence.stay_logits(answer[:, None], net.threshold)[:, 0])
+  stay = jnp.minimum(least, confidence.stay_logits(answer[:, None], threshold=net.threshold)[:, 0])
   goes_on = stay > 0
   # Where an image leaves here, this exit stands for all later ones.
   left = answer, [stay] * (len(net.exits) - stage - 1)

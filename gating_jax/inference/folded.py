@@ -552,7 +552,7 @@ def run(
   if len(runners) != len(net.parts):
     raise ValueError(f"runners must be one for each of {len(net.parts)} parts; got {len(runners)}")
   shared = NOTHING_SHARED if net.glance is None else {"glance": net.glance(x)}
-  # Of each part that has run: its logits, and the gates of its output's channels.
+  # The logits of each part that has run, and the gates of its output's channels.
   found: dict[int, Gates] = {}
   leaving: dict[int, Gates] = {}
 
@@ -661,7 +661,7 @@ def check_alike(net: Any, like: Any) -> None:
 
 
 if not TYPE_CHECKING:
-  # What the counts of `inference.costs` were called before.
+  # Former names of the counts in `inference.costs`.
   __getattr__, __dir__ = lazy_names(
     __name__,
     {

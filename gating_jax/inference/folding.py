@@ -552,7 +552,7 @@ def _moved_logits(
   """Returns W' `[hidden, U]` and b' `[U]` of the equation, in float32."""
   path = ("params", *part, GATE_NAME, *LOGITS)
   kernel, bias = flat[*path, "kernel"], flat[*path, "bias"]
-  # Gates that are shut for good have this bias for all images, and are not normalised.
+  # Gates that are shut permanently have this bias for all images, and are not normalised.
   shut = (bias == SHUT) & ~kernel.any(axis=0)
   # In float64, so that each number is rounded once.
   moved, moved_bias = kernel.astype(np.float64), bias.astype(np.float64)
@@ -598,7 +598,7 @@ def _static_gates(
   trained = jnp.asarray(np.where(raw == SHUT, raw, raw - _threshold(flat, part)))
   logits = trained - _shift(flat, part)
   if model.gate.relaxation == "hard_concrete":
-    location = relaxations.hard_concrete_location(logits, model.gate.temperature)
+    location = relaxations.hard_concrete_location(logits, temperature=model.gate.temperature)
     gates = relaxations.hard_concrete_mean(location)
   elif model.gate.relaxation == "sigmoid":
     gates = jax.nn.sigmoid(logits)

@@ -24,6 +24,7 @@ __all__ = [
   "deterministic_record",
   "find_pairs",
   "from_nnx",
+  "shift_thresholds",
 ]
 
 # Type checkers read the imports, and Python the table.
@@ -31,7 +32,14 @@ if TYPE_CHECKING:
   from gating_jax.layers.blocks import BasicBlock, Bottleneck
   from gating_jax.layers.conv import ConvNorm, FactorisedConvNorm
   from gating_jax.layers.experts import Experts
-  from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
+  from gating_jax.layers.gate import (
+    ChannelGate,
+    GatedChannels,
+    GateHead,
+    GateSettings,
+    apply_gates,
+    shift_thresholds,
+  )
   from gating_jax.layers.gated_model import GatedModel
   from gating_jax.layers.nnx_bridge import from_nnx
   from gating_jax.layers.pair_search import FoundPairs, find_pairs
@@ -49,6 +57,7 @@ else:
         "GateSettings",
         "GatedChannels",
         "apply_gates",
+        "shift_thresholds",
       ),
       "gating_jax.layers.gated_model": ("GatedModel",),
       "gating_jax.layers.nnx_bridge": ("from_nnx",),

@@ -42,13 +42,13 @@ from gating_jax.ops.compaction import open_backward
 from gating_jax.ops.macs import ConvMacs, channel_macs
 from gating_jax.types import Array, Records
 
-# Of an ungated network that is told the source of each image.
+# Gating of an ungated network that is told the source of each image.
 BIAS = "bias"
-# Of an ungated network whose convolutions mix several kernels for each image.
+# Gating of an ungated network whose convolutions mix several kernels for each image.
 KERNELS = "kernels"
 GATINGS = ("none", "channel", "all_channels", "layer", BIAS, KERNELS)
 SHORTCUTS = ("A", "B")
-# Of a source's initial biases, as far as those of other sources.
+# Standard deviation of initial biases, within a source and between sources.
 _BIAS_DEVIATION = 0.5
 
 Conv = ConvNorm | FactorisedConvNorm
@@ -388,7 +388,7 @@ class SourceBias(nn.Module):
     return h + bias.reshape(h.shape[0], *[1] * (h.ndim - 2), h.shape[-1]).astype(h.dtype)
 
 
-# What a block costs, from the description of its branch.
+# The cost of a block follows from the description of its branch.
 
 
 class _Call(NamedTuple):

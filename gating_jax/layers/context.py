@@ -36,7 +36,7 @@ GRID, THUMBNAIL, _FEATURES = 2, 8, 8
 NUMBERS_PER_CHANNEL = {"pooled": 1, "moments": 2, "grid": GRID**2}
 # Keep deviations of flat maps away from 0, where a square root has no slope.
 LEAST_VARIANCE, LEAST_DEVIATION = 1e-4, 0.1
-# What `moments` has for the deviation of a map of equal values.
+# The deviation that `moments` has for a map of equal values.
 FLAT_DEVIATION = LEAST_VARIANCE**0.5
 
 # The parts that a network has computed, `[N, ...]` each, by name.

@@ -80,23 +80,6 @@ def is_gate_path(path: Sequence[str]) -> bool:
   return GATE_NAME in path or GLANCE_NAME in path
 
 
-def noise_scales(params: Mapping[str, Any], scale: ArrayLike) -> dict[str, Any]:
-  """Returns the collection `noise`, which replaces the `noise_scale` of every gate's settings.
-
-  Unlike a setting, the scale may be traced:
-
-      model.apply({"params": params, NOISE: noise_scales(params, scale)}, x, train=True, ...)
-
-  Args:
-    params: the model's parameters, from which the paths of the gates are taken.
-    scale: the noise scale, a number or a traced scalar.
-
-  >>> noise_scales({"block1": {"conv": 0, "gate": {"logits": 0}}}, 0.25)
-  {'block1': {'gate': {'scale': 0.25}}}
-  """
-  return gate_controls(params, noise_scale=scale)
-
-
 def gate_controls(
   params: Mapping[str, Any],
   *,
@@ -105,6 +88,8 @@ def gate_controls(
   softness: ArrayLike | None = None,
 ) -> dict[str, Any]:
   """Returns the collection `noise`, which replaces settings of every gate for one pass.
+
+      model.apply({"params": params, NOISE: gate_controls(params, share=0.5)}, x, train=True, ...)
 
   Args:
     params: the model's parameters, from which the paths of the gates are taken.
@@ -507,8 +492,8 @@ class ChannelGate(nn.Module):
     s = self.settings
     if not s.normalise and s.threshold == "zero" and not s.prior:
       return logits, logits
-    # Gates that are shut for good stay so: they have no deviation, and no place among the others.
-    # Exactly this value, which no kernel arrives at: other low logits have a place.
+    # Gates that are shut permanently stay so: they have no deviation and no place among the others.
+    # They have exactly this value, which no kernel arrives at: other low logits have a place.
     counts, z = logits != SHUT, logits
     if s.normalise:
       norm = nn.BatchNorm(
@@ -555,7 +540,7 @@ class ChannelGate(nn.Module):
     # The collection, where it is given, has priority over the settings.
     share = self.get_variable(NOISE, _SHARE, self.settings.share)
     found = quantiles.open_threshold(
-      z, share, axis_name=self.axis_name, weights=counts.astype(z.dtype)
+      z, share=share, axis_name=self.axis_name, weights=counts.astype(z.dtype)
     )
     if not self.is_initializing():
       kept.value = _MOMENTUM * kept.value + (1 - _MOMENTUM) * found
@@ -604,7 +589,7 @@ class ChannelGate(nn.Module):
     sample, at_rest = relaxations.straight_through_gate, relaxations.threshold_gate
     if s.relaxation == "hard_concrete":
       # So that sigmoid(logit) is P(gate > 0) for this relaxation too.
-      logits = relaxations.hard_concrete_location(logits, s.temperature)
+      logits = relaxations.hard_concrete_location(logits, temperature=s.temperature)
       sample, at_rest = relaxations.hard_concrete, relaxations.hard_concrete_mean
     if not train:
       return at_rest(logits)
@@ -613,7 +598,7 @@ class ChannelGate(nn.Module):
 
     def draw_around(key, row):
       """Draws the gates of one example from its logits, `[units]`."""
-      return sample(key, row, s.temperature, noise_scale=scale)
+      return sample(key, row, temperature=s.temperature, noise_scale=scale)
 
     return self._drawn(draw_around, logits, train)
 

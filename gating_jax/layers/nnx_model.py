@@ -111,9 +111,9 @@ class _Held:
 
   def __init__(self, scope: Scope):
     self._scope = scope
-    # Of each variable: Linen's, and the value that it had before the call.
+    # Each variable with Linen's, and the value that it had before the call.
     self._pairs: list[tuple[nnx.Variable, str, _Place, Any]] = []
-    # By the identity of a variable: the place whose value it has, the first of several.
+    # The place whose value a variable has, the first of several, by the variable's identity.
     self._places: dict[int, _Place] = {}
 
   def fill(self, place: _Place, variable: nnx.Variable) -> None:
@@ -237,7 +237,7 @@ class _RoutedBatchNorm(nnx.BatchNorm):
     linen = _find_route(self)
     if linen is None:
       return super().__call__(x, use_running_average, mask=mask)
-    # What the call says comes first, as in NNX.
+    # The argument of the call comes first, as in NNX.
     mode = self.use_running_average if use_running_average is None else use_running_average
     return linen(x, use_running_average=mode, mask=mask)
 

@@ -134,7 +134,7 @@ class _Calls:
   trace: Any
 
   def __init__(self):
-    # Of each layer: the channels that it reads and makes, and how often it was called.
+    # Channels that each layer reads and makes, and the number of its calls.
     self._read: dict[str, int] = {}
     self._made: dict[str, int] = {}
     self._count: dict[str, int] = {}

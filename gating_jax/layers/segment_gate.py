@@ -31,7 +31,7 @@ from gating_jax.types import Array, GateRecord
 SEGMENT_CONTEXTS = ("none", "attention", "convolution")
 
 
-def _clipped_sigmoid(key: Array, logits: Array, temperature: float, *, noise_scale: float) -> Array:
+def _clipped_sigmoid(key: Array, logits: Array, *, temperature: float, noise_scale: float) -> Array:
   """Computes gates that are not drawn, with the arguments of those that are."""
   return relaxations.clipped_sigmoid(logits)
 
@@ -168,7 +168,7 @@ class SegmentGate(nn.Module):
 
     def sample(key, row):
       """Draws the gates of one video's segments, `[T]`."""
-      return relax(key, row, s.temperature, noise_scale=s.noise_scale)
+      return relax(key, row, temperature=s.temperature, noise_scale=s.noise_scale)
 
     return jax.vmap(sample)(keys, logits)
 

@@ -30,7 +30,7 @@ from gating_jax.types import Array, Path, Records
 
 # Sides from here on are halved; so the smallest map has at least 4, the critic's window.
 _SMALLEST_SIDE = 8
-# Of the generator's convolutions.
+# Window of the generator's convolutions.
 _WINDOW = (3, 3)
 # Without normalisation, only the initial weights keep the features' scale through the ReLUs.
 _INITIAL = nn.initializers.he_normal()

@@ -52,11 +52,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _SUFFIXES = (".safetensors", ".npz")
-# What torch's wrappers put before the names of all values.
+# Prefixes that torch's wrappers put before the names of all values.
 _PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
 # Reading a pickle runs whatever its author wrote.
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
-# Of torchvision and timm.
+# ResNets of torchvision and timm.
 RESNET_NAMES = tuple(name for name, net in RESNETS.items() if net.stem == "imagenet")
 # Convolutions before each of the five pools.
 _VGG_CONVS = {
@@ -68,7 +68,7 @@ _VGG_CONVS = {
 _VGG_NAMES = (*_VGG_CONVS, *(f"{name}_bn" for name in _VGG_CONVS))
 # Beginnings of the names of dense layers at the end, torchvision's and timm's.
 _DENSE = ("fc.", "classifier.", "pre_logits.", "head.")
-# How torch calls a variable of a layer, by its name here.
+# Torch's name of a layer's variable, by its name here.
 _VARIABLES = {
   "kernel": "weight",
   "scale": "weight",
@@ -268,7 +268,7 @@ def save_pretrained(
     if entry.absorbed:
       state[entry.name] = np.zeros(entry.shape, np.float32)
       shapes[entry.name] = entry.shape
-  # What is written is what would be read.
+  # The file must be one that can be read again.
   _check_shapes(shapes, entries, "variables of a network of torchvision's")
   _write_state(state, target)
   return target

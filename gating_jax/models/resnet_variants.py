@@ -77,7 +77,7 @@ class EarlyExitNet(ResNet):
       macs.append(sum_macs(calls))
     answers = jnp.stack(answers, axis=1)
     # The exits are trained by their own losses; a penalty on the records must not change them.
-    stay = confidence.stay_logits(jax.lax.stop_gradient(answers[:, :-1]), self.threshold)
+    stay = confidence.stay_logits(jax.lax.stop_gradient(answers[:, :-1]), threshold=self.threshold)
     records = []
     for i, logits in enumerate(jnp.split(stay, stay.shape[1], axis=1), start=1):
       record = GateRecord(

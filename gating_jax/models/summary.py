@@ -21,7 +21,7 @@ from flax import traverse_util
 from flax.errors import FlaxError
 
 from gating_jax.checks import first_line, shown
-from gating_jax.former_names import former_keyword
+from gating_jax.former_names import former_keyword, former_positional
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.layers.mac_trace import Call, kernel_calls, sum_macs
 from gating_jax.models.columns import Column, output_shapes, trace_column
@@ -152,7 +152,8 @@ def _count(trace: _Trace) -> ModelCounts:
   )
 
 
-def solve_share(model: nn.Module, input_shape: Any, macs: float) -> float:
+@former_positional("macs")
+def solve_share(model: nn.Module, input_shape: Any, *, macs: float) -> float:
   """Solves for the share of open units at which an example costs this many MACs.
 
       macs = always + a share + b share^2
@@ -174,7 +175,7 @@ def solve_share(model: nn.Module, input_shape: Any, macs: float) -> float:
   >>> from gating_jax.models.resnets import resnet
   >>> narrow = model_summary(resnet("resnet8", 10, width=0.25), (8, 8, 3))
   >>> wide = resnet("resnet8", 10, width=0.25, inner_width=4, gating="channel")
-  >>> print(f"{solve_share(wide, (8, 8, 3), narrow.macs):.3f}")
+  >>> print(f"{solve_share(wide, (8, 8, 3), macs=narrow.macs):.3f}")
   0.239
   """
   trace = _trace(model, input_shape)

@@ -41,7 +41,7 @@ SELECTIONS = ("gate", "confidence", *POLICIES)
 # Collection of variables with a threshold that training does not change, by the selection's name.
 THRESHOLDS = "thresholds"
 POOLINGS = ("max", "mean", "attention")
-# Of `Classifier`: hidden units, Dropout's probability, slope of LeakyReLU.
+# Hidden units, Dropout's probability and slope of LeakyReLU in `Classifier`.
 _HIDDEN, _DROPOUT, _LEAK = 512, 0.25, 0.2
 
 Inputs = Mapping[str, Array]

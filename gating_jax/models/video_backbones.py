@@ -12,6 +12,7 @@ Reference: Hussein et al., "TimeGate: conditional gating of segments in long-ran
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -163,37 +164,41 @@ class InceptionModule(nn.Module):
     return jnp.concatenate([branch1, branch2, branch3, branch4], axis=-1)
 
 
-def _clip_resnet(name: str, **settings) -> tuple[type[nn.Module], dict[str, Any]]:
-  """Returns the module and fields of a named residual net without its classifier."""
-  return ResNet, dict(classes=None, **{**RESNETS[name]._asdict(), **settings})
+def _resnet(name: str) -> functools.partial[ResNet]:
+  """Returns a named residual net without its classifier, whose other fields may be replaced."""
+  return functools.partial(ResNet, classes=None, **RESNETS[name]._asdict())
 
 
 # (2+1)-D: every window over space, then over time (Tran et al., 2018).
 _FACTORISED = dict(stem="clip", convolution="factorised")
 
-# name: module, its fields
 LIGHT_NETS = {
-  "mobilenet": (MobileNet, {}),
+  "mobilenet": functools.partial(MobileNet),
   # For frames of 16 to 64 pixels: a stride of 4 in all, where MobileNetV2 has 32.
-  "mobilenet_small": (
+  "mobilenet_small": functools.partial(
     MobileNet,
-    dict(stages=((1, 16, 1, 2), (4, 24, 2, 1), (4, 32, 2, 2)), stem=16, stem_stride=1, head=64),
+    stages=((1, 16, 1, 2), (4, 24, 2, 1), (4, 32, 2, 2)),
+    stem=16,
+    stem_stride=1,
+    head=64,
   ),
-  "resnet8": (ResNet, dict(classes=None, blocks=(1, 1, 1))),
-  "features": (FeaturePool, {}),
+  "resnet8": functools.partial(ResNet, classes=None, blocks=(1, 1, 1)),
+  "features": functools.partial(FeaturePool),
 }
 HEAVY_NETS = {
-  "resnet3d10": _clip_resnet("resnet18", blocks=(1, 1, 1, 1)),
-  "resnet3d18": _clip_resnet("resnet18"),
-  "resnet3d34": _clip_resnet("resnet34"),
-  "resnet3d50": _clip_resnet("resnet50"),
-  "resnet3d101": _clip_resnet("resnet101"),
-  "r2plus1d10": _clip_resnet("resnet18", blocks=(1, 1, 1, 1), **_FACTORISED),
-  "r2plus1d18": _clip_resnet("resnet18", **_FACTORISED),
-  "i3d": (InflatedInception, {}),
+  "resnet3d10": functools.partial(_resnet("resnet18"), blocks=(1, 1, 1, 1)),
+  "resnet3d18": _resnet("resnet18"),
+  "resnet3d34": _resnet("resnet34"),
+  "resnet3d50": _resnet("resnet50"),
+  "resnet3d101": _resnet("resnet101"),
+  "r2plus1d10": functools.partial(_resnet("resnet18"), blocks=(1, 1, 1, 1), **_FACTORISED),
+  "r2plus1d18": functools.partial(_resnet("resnet18"), **_FACTORISED),
+  "i3d": functools.partial(InflatedInception),
   # The first module of each stage.
-  "i3d_small": (InflatedInception, dict(stages=tuple(stage[:1] for stage in I3D), stem="small")),
-  "features": (FeaturePool, {}),
+  "i3d_small": functools.partial(
+    InflatedInception, stages=tuple(stage[:1] for stage in I3D), stem="small"
+  ),
+  "features": functools.partial(FeaturePool),
 }
 
 
@@ -265,10 +270,10 @@ def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module
   arguments.number("width", settings["width"], "> 0", lambda v: v > 0)
   if settings.get("gate") is not None:
     check_gate_settings("gate", settings["gate"])
-  module, named = table[name]
-  known = {field.name for field in dataclasses.fields(module)}
+  net = table[name]
+  known = {field.name for field in dataclasses.fields(net.func)}
   if "stem" in known and settings.get("stem") is not None:
-    one_of("stem", settings["stem"], _STEMS if module is InflatedInception else STEMS)
+    one_of("stem", settings["stem"], _STEMS if net.func is InflatedInception else STEMS)
   if "gating" in known and "gating" in settings:
     one_of("gating", settings["gating"], GATINGS)
   # A setting that the network lacks must keep its default: silently ignored, it would mislead.
@@ -279,4 +284,4 @@ def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module
       )
   # None means the named network's own value.
   given = {key: value for key, value in settings.items() if key in known and value is not None}
-  return module(**{**named, **given})
+  return net(**given)

@@ -42,6 +42,7 @@ __all__ = [
   "normal",
   "open_backward",
   "open_indices",
+  "open_threshold",
   "random_k",
   "relaxed_bernoulli",
   "scatter_back",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     symmetric_beta,
     uniform,
   )
+  from gating_jax.ops.quantiles import open_threshold
   from gating_jax.ops.ranking import sort_with_vjp
   from gating_jax.ops.relaxations import (
     binary_concrete,
@@ -157,6 +159,7 @@ else:
         "symmetric_beta",
         "uniform",
       ),
+      "gating_jax.ops.quantiles": ("open_threshold",),
       "gating_jax.ops.ranking": ("sort_with_vjp",),
       "gating_jax.ops.relaxations": (
         "binary_concrete",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gating_jax.ops import arguments
 from gating_jax.ops.arguments import float_dtype
 from gating_jax.types import AnyArray, Array
 
@@ -40,6 +41,29 @@ def whole_batch(x: Array) -> Array:
   if sharding.is_fully_replicated:
     return x
   return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def whole_weights(weights: AnyArray, x: Array, *, name: str, axis: int = 0) -> Array:
+  """Returns the weight of each value of a whole batch, without a gradient; negative ones are NaN.
+
+  Args:
+    weights: of the shape of `x`, or `[N]`, one per example.
+    x: the batch, with N examples along `axis`.
+    name: of the argument that is `x`.
+    axis: counted from the front.
+  """
+  arguments.real_array("weights", weights)
+  weights = whole_batch(lax.stop_gradient(jnp.asarray(weights, x.dtype)))
+  # `(N,)`; without any axis for a batch that is a single number.
+  one_each = x.shape[axis : axis + 1]
+  if weights.shape == one_each:
+    weights = lax.broadcast_in_dim(weights, x.shape, range(axis, axis + weights.ndim))
+  if weights.shape != x.shape:
+    raise ValueError(
+      f"weights must be of shape {one_each}, one per example, or of the shape of {name}, "
+      f"{x.shape}; got {weights.shape}"
+    )
+  return jnp.where(weights < 0, jnp.nan, weights)
 
 
 def exchange_columns(x: Array, axis_name: Hashable) -> Array:

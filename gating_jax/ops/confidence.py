@@ -24,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.former_names import former_keyword
+from gating_jax.former_names import former_keyword, former_positional
 from gating_jax.ops import arguments
 from gating_jax.types import Array
 
 # Margin of entropies from 0 and 1, near which float32 resolves no more of them.
 _EPS = 1e-6
+# Sums of fractions such as 1/3 are not exact.
+_ROUNDING = 1e-9
 # A threshold above every probability: no video exits early.
 NEVER = 2.0
 
@@ -56,7 +58,8 @@ def entropy_share(logits: Array) -> Array:
   return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1) / math.log(logits.shape[-1])
 
 
-def stay_logits(exits: Array, threshold: float) -> Array:
+@former_positional("threshold")
+def stay_logits(exits: Array, *, threshold: float) -> Array:
   """Computes how unsure all exits so far are, `[N, X]`; above 0 the network runs on.
 
       stay_i = min_(j <= i) logit(u_j) - logit(threshold),   u_j = entropy_share(exits_j)
@@ -70,7 +73,7 @@ def stay_logits(exits: Array, threshold: float) -> Array:
   Raises:
     ValueError, TypeError: exits of another shape, or a threshold out of range.
 
-  >>> stay_logits(jnp.array([[[0.0, 1.0], [0.0, 9.0], [0.0, 0.0]]]), 0.5).round(2)
+  >>> stay_logits(jnp.array([[[0.0, 1.0], [0.0, 9.0], [0.0, 0.0]]]), threshold=0.5).round(2)
   Array([[ 1.66, -6.33, -6.33]], dtype=float32)
   """
   arguments.real_array("exits", exits, "[N, X, K]")
@@ -107,8 +110,9 @@ def first_sure(answers: Array, stay: Array) -> Array:
 
 
 @former_keyword("fixed", "always_macs")
+@former_positional("always_macs", stacklevel=3)
 def threshold_for_budget(
-  stay: np.ndarray, macs: Sequence[int], always_macs: int, *, threshold: float, share: float
+  stay: np.ndarray, macs: Sequence[int], *, always_macs: int, threshold: float, share: float
 ) -> float:
   """Finds the lowest exit threshold whose mean MACs stay within a fraction of all.
 
@@ -126,7 +130,8 @@ def threshold_for_budget(
     ValueError: `always_macs` alone exceeds the budget, or the shapes do not fit together.
 
   >>> stay = np.array([[3.0, 2.0], [1.0, -1.0], [-2.0, -4.0]])
-  >>> print(f"{threshold_for_budget(stay, [10, 20], 10, threshold=0.5, share=0.5):.4f}")
+  >>> found = threshold_for_budget(stay, [10, 20], always_macs=10, threshold=0.5, share=0.5)
+  >>> print(f"{found:.4f}")
   0.8176
   """
   arguments.real_array("stay", stay, "[N, X]")
@@ -145,13 +150,9 @@ def threshold_for_budget(
   # Passing a level saves the MACs after the exits that are as unsure as that.
   passed = _levels_passed(stay, np.broadcast_to(costs / len(stay), stay.shape))
   spent = total - passed.weight
-  # The first that fits the budget, up to the rounding of the sums.
-  leave = int(np.argmax(spent <= share * total * (1 + 1e-9)))
-  levels = passed.levels
-  padded = np.concatenate([[levels[0] - 2], levels, [levels[-1] + 2]])
-  # Halfway between two levels, so that rounding puts neither on the wrong side.
-  between = (padded[leave] + padded[leave + 1]) / 2
-  return float(1 / (1 + np.exp(-between - _log_odds(threshold))))
+  # The first that fits the budget.
+  leave = int(np.argmax(spent <= share * total * (1 + _ROUNDING)))
+  return float(1 / (1 + np.exp(-passed.threshold_above(leave) - _log_odds(threshold))))
 
 
 def exit_steps(
@@ -205,19 +206,10 @@ def step_threshold_for_budget(
   highest = _highest_so_far(step_logits, valid_counts, multi_label)
   # A video ends at its last segment anyway: only the confidences before it matter.
   before_last = np.arange(highest.shape[1]) < np.asarray(valid_counts)[:, None] - 1
-  # A further segment of a video of n adds 1 / (n M) to the mean fraction.
-  weights = np.broadcast_to(
-    1 / (len(highest) * np.asarray(valid_counts, np.float64))[:, None], highest.shape
-  )
-  least = float(weights[:, 0].sum())
-  # 1e-9: sums of fractions such as 1/3 are not exact.
-  if least > share + 1e-9:
-    raise ValueError(
-      f"share must be at least {least:.4g}, that of one segment per video; got {share}"
-    )
+  weights, least = _segment_weights(np.asarray(valid_counts), highest.shape, share)
   # Raising the threshold past a level costs the segments after all steps at this level.
   passed = _levels_passed(highest[before_last], weights[before_last])
-  last_fit = np.flatnonzero(least + passed.weight <= share + 1e-9)[-1]
+  last_fit = np.flatnonzero(least + passed.weight <= share + _ROUNDING)[-1]
   return float(np.append(passed.levels, NEVER)[last_fit])
 
 
@@ -255,14 +247,7 @@ def open_threshold_for_budget(scores: np.ndarray, valid: np.ndarray, *, share: f
     raise ValueError(
       f"scores must be finite; got {scores[video, segment]} for video {video}, segment {segment}"
     )
-  # A segment of a video of n adds 1 / (n M) to the mean fraction.
-  weights = np.broadcast_to(1 / (len(scores) * segments)[:, None], scores.shape)
-  least = float(weights[:, 0].sum())
-  # 1e-9: sums of fractions such as 1/3 are not exact.
-  if least > share + 1e-9:
-    raise ValueError(
-      f"share must be at least {least:.4g}, that of one segment per video; got {share}"
-    )
+  weights, least = _segment_weights(segments, scores.shape, share)
   # The best segment of every video is open at any threshold: only the others matter.
   others = valid.copy()
   others[np.arange(len(scores)), np.argmax(np.where(valid, scores, -np.inf), axis=1)] = False
@@ -271,10 +256,31 @@ def open_threshold_for_budget(scores: np.ndarray, valid: np.ndarray, *, share: f
   # Raising the threshold past a level closes the segments at this level.
   passed = _levels_passed(scores[others], weights[others])
   fractions = least + passed.weight[-1] - passed.weight
-  closed = int(np.argmax(fractions <= share + 1e-9))
-  padded = np.concatenate([[passed.levels[0] - 2], passed.levels, [passed.levels[-1] + 2]])
-  # Halfway between two levels, so that rounding puts neither on the wrong side.
-  return float((padded[closed] + padded[closed + 1]) / 2)
+  return passed.threshold_above(int(np.argmax(fractions <= share + _ROUNDING)))
+
+
+def _segment_weights(
+  segments: np.ndarray, shape: tuple[int, ...], share: float
+) -> tuple[np.ndarray, float]:
+  """Returns what each segment adds to the mean fraction of segments, and the least such fraction.
+
+  Args:
+    segments: `[M]`, of each video.
+    shape: `(M, T)`.
+    share: the budget.
+  Returns:
+    `[M, T]` weights, and the fraction with one segment of each video.
+  Raises:
+    ValueError: that fraction is above the budget.
+  """
+  # A segment of a video of n adds 1 / (n M) to the mean fraction.
+  weights = np.broadcast_to(1 / (len(segments) * segments)[:, None], shape)
+  least = float(weights[:, 0].sum())
+  if least > share + _ROUNDING:
+    raise ValueError(
+      f"share must be at least {least:.4g}, that of one segment per video; got {share}"
+    )
+  return weights, least
 
 
 class _LevelsPassed(NamedTuple):
@@ -287,6 +293,12 @@ class _LevelsPassed(NamedTuple):
 
   levels: np.ndarray
   weight: np.ndarray
+
+  def threshold_above(self, count: int) -> float:
+    """Returns a threshold above the `count` lowest levels and below the others."""
+    padded = np.concatenate([[self.levels[0] - 2], self.levels, [self.levels[-1] + 2]])
+    # Halfway between two levels, so that rounding puts neither on the wrong side.
+    return float((padded[count] + padded[count + 1]) / 2)
 
 
 def _levels_passed(values: np.ndarray, weights: np.ndarray) -> _LevelsPassed:

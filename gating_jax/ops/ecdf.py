@@ -241,9 +241,10 @@ def _prepare(
   """Computes the prior's CDF at each value, checks all shapes, and moves the batch axis first."""
   x, axis = _batch(x, axis, name)
   # Ranking works on the first axis; weights may still have the original shape.
-  whole_shape, x = x.shape, jnp.moveaxis(x, axis, 0)
+  original, x = x, jnp.moveaxis(x, axis, 0)
   if weights is not None:
-    weights = _whole_weights(name, weights, x, whole_shape=whole_shape, axis=axis)
+    weights = collectives.whole_weights(weights, original, name=name, axis=axis)
+    weights = jnp.moveaxis(weights, axis, 0)
     x = _fill(x, weights != 0)
   columns = x.shape[1:]
   if not _fits(prior.shape, columns):
@@ -353,25 +354,6 @@ def _batch(x, axis, name):
       f"{name} must hold at least one example along axis {axis}; got shape {x.shape}"
     )
   return x, axis
-
-
-def _whole_weights(name, weights, x, *, whole_shape, axis):
-  """Returns `weights` in the shape of x, whose batch axis is the first, without a gradient.
-
-  Negative weights become NaN.
-  """
-  arguments.real_array("weights", weights)
-  weights = collectives.whole_batch(lax.stop_gradient(jnp.asarray(weights, x.dtype)))
-  if weights.shape == whole_shape:
-    weights = jnp.moveaxis(weights, axis, 0)
-  elif weights.shape == x.shape[:1]:
-    weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (x.ndim - 1)), x.shape)
-  else:
-    raise ValueError(
-      f"weights must be of shape {x.shape[:1]}, one per example, or of the shape of {name}, "
-      f"{whole_shape}; got {weights.shape}"
-    )
-  return jnp.where(weights < 0, jnp.nan, weights)
 
 
 def _fill(x, keep):

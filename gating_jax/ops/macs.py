@@ -266,8 +266,8 @@ def mac_fraction(records: Records, executed: Array, *, never_gated_macs: int) ->
   >>> mac_fraction([record], executed_macs([record]), never_gated_macs=4)
   Array([0.6], dtype=float32)
   """
-  # Of the whole network, not of its gated part: fractions of different models compare. In floats,
-  # since MACs of a large network exceed int32.
+  # A fraction of the whole network, not of its gated part, can be compared between models. It is
+  # computed in floats, since MACs of a large network exceed int32.
   every = number_as(never_gated_macs + gated_macs(records), like=executed)
   return (number_as(never_gated_macs, like=executed) + executed) / every
 

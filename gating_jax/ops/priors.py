@@ -40,7 +40,7 @@ _SMALLEST, _LARGEST = 0.05, 10_000
 # Standard deviations beyond which Normal's CDF and slope are 0 or 1 in float64.
 _FAR = 40.0
 
-# Of an array or a number, elementwise.
+# Acts on an array or a number, elementwise.
 Function = Callable[[Any], Array]
 Parameter = float | Array
 

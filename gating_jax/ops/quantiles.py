@@ -15,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gating_jax.former_names import former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array
 
 
+@former_positional("share")
 def open_threshold(
   logits: Array,
-  share: float | Array,
   *,
+  share: float | Array,
   axis_name: Hashable | None = None,
   weights: Array | None = None,
 ) -> Array:
@@ -53,7 +55,7 @@ def open_threshold(
     ValueError: a share that is known and out of range, no logits, or weights of another shape.
     TypeError: an argument that holds no real numbers.
 
-  >>> print(open_threshold(jnp.array([[3.0, -1.0], [0.0, 2.0]]), 0.5))
+  >>> print(open_threshold(jnp.array([[3.0, -1.0], [0.0, 2.0]]), share=0.5))
   1.0
   """
   arguments.real_array("logits", logits)
@@ -61,7 +63,10 @@ def open_threshold(
   z = lax.stop_gradient(collectives.whole_batch(as_float(logits)))
   if z.size == 0:
     raise ValueError(f"logits must hold at least one value; got shape {z.shape}")
-  weights = _weights_of(weights, z)
+  if weights is None:
+    weights = jnp.ones_like(z)
+  else:
+    weights = collectives.whole_weights(weights, z, name="logits")
   share = lax.stop_gradient(jnp.asarray(share, z.dtype))
   counts = weights != 0
   total = _sum(weights, axis_name)
@@ -83,22 +88,6 @@ def open_threshold(
   # The largest is 1 if any device has a wrong value.
   is_wrong = _maximum(wrong.astype(z.dtype), axis_name) > 0
   return jnp.where(is_wrong, jnp.nan, jnp.where(total == 0, jnp.zeros_like(theta), theta))
-
-
-def _weights_of(weights: Array | None, z: Array) -> Array:
-  """Returns the weight of every logit, without a gradient; negative ones become NaN."""
-  if weights is None:
-    return jnp.ones_like(z)
-  arguments.real_array("weights", weights)
-  weights = collectives.whole_batch(lax.stop_gradient(jnp.asarray(weights, z.dtype)))
-  if z.ndim and weights.shape == z.shape[:1]:
-    weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (z.ndim - 1)), z.shape)
-  if weights.shape != z.shape:
-    raise ValueError(
-      f"weights must be of shape {z.shape[:1]}, one per example, or of the shape of logits, "
-      f"{z.shape}; got {weights.shape}"
-    )
-  return jnp.where(weights < 0, jnp.nan, weights)
 
 
 def _largest_with(z: Array, weights: Array, needed: Array, axis_name: Hashable | None) -> Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import shown
+from gating_jax.former_names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float, float_dtype
 from gating_jax.types import AnyArray, Array
@@ -25,11 +26,12 @@ DEFAULT_TEMPERATURE = 2 / 3
 HARD_CONCRETE_STRETCH = (-0.1, 1.1)
 
 
+@former_positional("temperature")
 def straight_through_gate(
   key: Array,
   logits: AnyArray,
-  temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
   noise_scale: float | Array = 1.0,
 ) -> Array:
   """Samples 0/1 gates whose gradient is that of the binary concrete relaxation.
@@ -54,11 +56,12 @@ def straight_through_gate(
 
   Reference: Bengio et al., 2013 (straight-through); Bejnordi et al., 2020, section 3.
   """
-  return straight_through(_add_logistic(key, logits, noise_scale), temperature)
+  return straight_through(_add_logistic(key, logits, noise_scale), temperature=temperature)
 
 
+@former_positional("temperature")
 def straight_through(
-  noisy_logits: AnyArray, temperature: float | Array = DEFAULT_TEMPERATURE
+  noisy_logits: AnyArray, *, temperature: float | Array = DEFAULT_TEMPERATURE
 ) -> Array:
   """Steps at 0, with the gradient of `sigmoid(noisy_logits / temperature)`.
 
@@ -85,11 +88,12 @@ def straight_through(
   return threshold_gate(noisy_logits) + (soft - jax.lax.stop_gradient(soft))
 
 
+@former_positional("temperature")
 def binary_concrete(
   key: Array,
   logits: AnyArray,
-  temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
   noise_scale: float | Array = 1.0,
 ) -> Array:
   """Samples relaxed gates in (0, 1).
@@ -110,11 +114,12 @@ def binary_concrete(
   return jax.nn.sigmoid(noisy / temperature)
 
 
+@former_positional("temperature")
 def hard_concrete(
   key: Array,
   logits: AnyArray,
-  temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
   noise_scale: float | Array = 1.0,
   stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
@@ -134,15 +139,15 @@ def hard_concrete(
   Reference: Louizos et al., 2018, section 2.2.
   """
   low, high = _check_stretch(stretch)
-  return jnp.clip(
-    low + (high - low) * binary_concrete(key, logits, temperature, noise_scale=noise_scale), 0, 1
-  )
+  relaxed = binary_concrete(key, logits, temperature=temperature, noise_scale=noise_scale)
+  return jnp.clip(low + (high - low) * relaxed, 0, 1)
 
 
+@former_positional("temperature")
 def hard_concrete_open_prob(
   logits: AnyArray,
-  temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
   stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
   """Computes P(hard concrete gate > 0), the probability in the L0 term.
@@ -162,10 +167,11 @@ def hard_concrete_open_prob(
   return jax.nn.sigmoid(_moved(logits, temperature, stretch, sign=-1))
 
 
+@former_positional("temperature")
 def hard_concrete_location(
   open_logits: AnyArray,
-  temperature: float | Array = DEFAULT_TEMPERATURE,
   *,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
   stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
   """Computes the logit (log alpha) of a hard concrete gate from its open log-odds.

@@ -221,7 +221,7 @@ def frame_exit_order(segments: int) -> np.ndarray:
   array([4, 0, 8, 2, 6, 1, 3, 5, 7], dtype=int32)
   """
   last, middle = _checked(segments, "segments") - 1, segments // 2
-  # Of one or two segments, some of these are the same.
+  # With one or two segments, some of these are the same.
   order = list(dict.fromkeys((middle, 0, last)))
   gaps = [(0, middle), (middle, last)]
   # The list grows while it is read: a queue, hence breadth first.

@@ -36,7 +36,7 @@ from gating_jax.terminal import say, working
 from gating_jax.training import provenance
 
 TITLE = "Comparison of runs"
-_LETTERS = 40  # of a cell in a terminal
+_LETTERS = 40  # in a cell in a terminal, at most
 # Marks a score that may be as good as the best.
 _ALIKE = "≈"
 _MEANING_OF_ALIKE = (

@@ -30,9 +30,9 @@ FAILURE_FILE = "failure.json"
 _LINES = 12
 # The outcomes of gates, in the order in which they are shown.
 _OUTCOMES = ("conditional", "always_open", "always_closed", "random_dropout")
-# What a compiled network does, by its strategy.
+# Actions of a compiled network, by its strategy.
 _ACTIONS = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
-# By mode: what it does, and for how long.
+# The action of each mode, and the time that it takes.
 _NEXT = {
   "compile": "times programs that skip closed units; some minutes",
   "export": "writes files that run without this package; some minutes",

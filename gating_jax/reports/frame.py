@@ -24,7 +24,7 @@ from gating_jax.training import hosts, provenance, rundir
 from gating_jax.training.journal import read_json
 
 _NOT_RECORDED = "not recorded"
-_LETTERS = 500  # of a cell, at most
+_LETTERS = 500  # in a cell, at most
 _SETTINGS = (
   (
     "setting",

@@ -15,10 +15,10 @@ from PIL import Image
 from gating_jax.reports.page import WIDTH
 from gating_jax.reports.text import format_percent, plain
 
-_COLUMNS = 4  # of images
+_COLUMNS = 4  # images in a row
 _SIDE = 128  # pixels of an image shown, at most
 _LABEL, _CAPTION = 1.25, 0.2  # inches, of a row of images
-_LETTERS = 12  # of a caption
+_LETTERS = 12  # in a caption, at most
 _SCENE = 1.6  # inches
 _GREEN, _BLUE = "#2a9d6f", "#4c78a8"
 _IGNORED = "#d0d4d9"  # colour of pixels without a class

@@ -19,7 +19,7 @@ FILE = "predictions.csv"
 # Rows on a page, and letters of a cell there.
 _ROWS, _LETTERS = 50, 60
 _YES_OR_NO = ("no", "yes")
-# What columns of several programmes mean.
+# Meanings of columns that several programmes have.
 _TERMS = {
   "class": "the true class",
   "prediction": "the likeliest class",

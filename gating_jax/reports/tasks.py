@@ -29,7 +29,7 @@ _PARTS = {
   "older tasks', not used": "#aab4be",
   "free": "#eceff2",
 }
-_LETTERS = 20  # of a name, at most
+_LETTERS = 20  # in a name, at most
 _LETTER = 0.085  # inches
 _CELL = 0.42  # inches of a matrix's cell, at least
 

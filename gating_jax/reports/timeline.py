@@ -29,7 +29,7 @@ _CHOSEN, _CLOSED, _RELEVANT, _INK = "#e4572e", "#b8c4d0", "#2e9e6b", "#30363d"
 _NO_UNIT = "#eceff2"
 
 _MARK = -0.06  # place of a mark below the bars, as a probability
-_BINS = 20  # of histograms
+_BINS = 20  # in a histogram
 
 
 class _Entry(NamedTuple):

@@ -169,7 +169,7 @@ def time_images(
 
 
 if not TYPE_CHECKING:
-  # What shows times was here before.
+  # Functions that show times, which were here before.
   __getattr__, __dir__ = lazy_names(
     __name__,
     {

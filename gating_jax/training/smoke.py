@@ -50,9 +50,9 @@ _WIDTH = 0.375
 def shrink(config: Config) -> Config:
   """Returns the config with less of everything that a run's time grows with.
 
-  A large network becomes a small one, unless it starts from trained weights; nets of
-  videos are trained anew. The method is unchanged. TFDS sets are opened for their splits and
-  classes, and for tasks folders are listed; errors are as in `data.tfds.open_tfds` and
+  A large network becomes a small one, unless it starts from trained weights. Nets of videos that
+  another run has trained are trained again. The method is unchanged. TFDS sets are opened for their
+  splits and classes, and for tasks folders are listed; errors are as in `data.tfds.open_tfds` and
   `data.folders.open_folder`.
 
   >>> from ml_collections import ConfigDict

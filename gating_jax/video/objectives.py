@@ -23,7 +23,7 @@ from gating_jax.training.objectives import GatePenalties, ImageObjective, weight
 from gating_jax.types import AnyArray, Array, Records
 
 SEGMENT_SPARSITIES = ("none", "mean", "target")
-# What has the budget: the batch, which stands for the set, or each video.
+# A budget holds for the batch, which stands for the set, or for each video.
 SET, VIDEO = "set", "video"
 SCOPES = (SET, VIDEO)
 Terms = Mapping[str, Array]

@@ -150,8 +150,8 @@ class LongVideo(runner.Programme):
       # Asked to stop: the next start resumes here.
       if nets is None:
         return None
-    with contextlib.ExitStack() as held:
-      training = held.enter_context(self._open(phase, run_dir.path, started))
+    with contextlib.ExitStack() as opened:
+      training = opened.enter_context(self._open(phase, run_dir.path, started))
       train = self._training_set(nets)
       # The checkpoint of a resumed run already holds the concepts.
       if not training.step:
@@ -161,7 +161,7 @@ class LongVideo(runner.Programme):
       # Without a test on the way there is nothing to choose from.
       best = None
       if experiment.validation is not None and phase.settings.eval_every:
-        best = held.enter_context(thresholds.BestState(run_dir.path))
+        best = opened.enter_context(thresholds.BestState(run_dir.path))
       evaluate = functools.partial(self._evaluate, training, nets, best)
       if not self._run(training, phase, train, evaluate):
         return None
@@ -174,9 +174,9 @@ class LongVideo(runner.Programme):
         result |= {"splits": splits, "last_step": training.step}
       # Only here: the other modes do not read these videos.
       result |= video_evaluation.count_unread(experiment.train, video_evaluation.TRAINING)
-      held = experiment.validation
-      result |= video_evaluation.count_unread(held, video_evaluation.VALIDATION)
-      result |= video_evaluation.count_copies(experiment.train, held, experiment.test)
+      validation = experiment.validation
+      result |= video_evaluation.count_unread(validation, video_evaluation.VALIDATION)
+      result |= video_evaluation.count_copies(experiment.train, validation, experiment.test)
       # Timed once, at the end: a test during training is not slowed down by it.
       result |= self._speed(variables)
       with working("drawing the report", "up to a minute"):

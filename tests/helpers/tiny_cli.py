@@ -1,5 +1,6 @@
 """The command `gating-jax` with very small networks, `--config.model.name=tiny` and the like."""
 
+import functools
 import operator
 
 from gating_jax import cli
@@ -9,7 +10,8 @@ from gating_jax.models.resnets import NamedResNet, ResNet
 
 TINY = NamedResNet("cifar", BasicBlock, (1,), 8, "A")
 TINY_LIGHT, TINY_HEAVY = (
-  (ResNet, dict(classes=None, blocks=(1,), features=4, stem=stem)) for stem in ("cifar", "small")
+  functools.partial(ResNet, classes=None, blocks=(1,), features=4, stem=stem)
+  for stem in ("cifar", "small")
 )
 
 

@@ -62,14 +62,14 @@ def test_shares_are_those_of_worlds():
   config = worlds.get_config("row=no_glance")
   ungated = worlds.get_config("row=ungated")
   macs = model_summary(build.network(ungated.model, 10), (16, 16, 3)).macs
-  share = solve_share(build.network(config.model, 10), (16, 16, 3), macs)
+  share = solve_share(build.network(config.model, 10), (16, 16, 3), macs=macs)
   assert share == pytest.approx(config.model.gate.share, abs=1e-5)
 
 
 def test_a_share_of_pairs_of_gates_is_solved_too():
   model = resnets.ResNet(10, (1,), Bottleneck, features=4, gating="channel")
   counts = model_summary(model, (8, 8, 3))
-  share = solve_share(model, (8, 8, 3), counts.always_macs + counts.gated / 3)
+  share = solve_share(model, (8, 8, 3), macs=counts.always_macs + counts.gated / 3)
   x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
   (_, records), _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), x)
   total = before = 0

@@ -76,7 +76,7 @@ def test_logits_are_those_of_zero_thresholds_less_the_threshold():
   variables = init(shifted)
   before = joined(train(plain, {"params": variables["params"]})[0], "logits")
   after = joined(train(shifted, variables)[0], "logits")
-  np.testing.assert_allclose(before - after, open_threshold(before, 0.3), rtol=1e-6)
+  np.testing.assert_allclose(before - after, open_threshold(before, share=0.3), rtol=1e-6)
 
 
 def test_evaluation_uses_a_running_mean_of_thresholds():

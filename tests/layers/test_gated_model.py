@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from gating_jax import GatedModel, batch_shaping_loss, beta, find_pairs, model_summary
-from gating_jax.layers.gate import GateSettings, is_gate_path, noise_scales
+from gating_jax.layers.gate import GateSettings, gate_controls, is_gate_path
 from gating_jax.ops.macs import executed_macs, gated_macs
 
 IMAGES = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
@@ -326,7 +326,7 @@ def test_it_trains_under_jit_grad_and_remat(kind):
 
 def test_the_noise_of_gates_can_be_set_for_one_pass():
   gated, variables, _ = made(WithSetup)
-  noise = noise_scales(variables["params"], 0.0)
+  noise = gate_controls(variables["params"], noise_scale=0.0)
   apply = lambda key: gated.apply(
     {**variables, "noise": noise}, IMAGES, train=True, mutable=["batch_stats"], rngs={"gate": key}
   )[0][1]

@@ -117,7 +117,9 @@ def test_a_budget_is_met_by_the_threshold_found_for_it():
   _, records = run(0.5)
   stay = np.concatenate([r.logits for r in records], axis=1)
   counts, macs = model_summary(net(), SHAPE), [r.macs_per_unit for r in records]
-  found = confidence.threshold_for_budget(stay, macs, counts.always_macs, threshold=0.5, share=0.8)
+  found = confidence.threshold_for_budget(
+    stay, macs, always_macs=counts.always_macs, threshold=0.5, share=0.8
+  )
   spent = counts.always_macs + np.mean(executed_macs(run(found)[1]))
   assert 0.8 - sum(macs) / 24 / counts.macs < spent / counts.macs <= 0.8
 

@@ -132,17 +132,17 @@ GATES = {
     "logits must be an array of real numbers; got ",
   ),
   "text for the temperature": (
-    lambda: gj.straight_through_gate(KEY, Z, "cold"),
+    lambda: gj.straight_through_gate(KEY, Z, temperature="cold"),
     TypeError,
     "temperature must be > 0; got 'cold'",
   ),
   "an array of temperatures, one of them 0": (
-    lambda: gj.binary_concrete(KEY, Z, np.array([1.0, 0.0])),
+    lambda: gj.binary_concrete(KEY, Z, temperature=np.array([1.0, 0.0])),
     ValueError,
     "temperature must be > 0; got array([1., 0.])",
   ),
   "a temperature of 0 for a probability": (
-    lambda: gj.hard_concrete_open_prob(Z, 0.0),
+    lambda: gj.hard_concrete_open_prob(Z, temperature=0.0),
     ValueError,
     "temperature must be > 0; got 0.0",
   ),
@@ -339,7 +339,7 @@ LAYERS = {
     "logits must be an array of real numbers; got [[0.0, 1.0]]",
   ),
   "text for the threshold": (
-    lambda: confidence.stay_logits(Z[None], "0.5"),
+    lambda: confidence.stay_logits(Z[None], threshold="0.5"),
     TypeError,
     "threshold must be a number in (0, 1), a fraction of the largest entropy; got '0.5'",
   ),

@@ -143,8 +143,8 @@ def sampled(gate):
     traced = jnp.float32(0.5)
     return (
       draw(x),
-      draw(x, HALF, noise_scale=HALF),
-      draw(x, traced, noise_scale=traced),
+      draw(x, temperature=HALF, noise_scale=HALF),
+      draw(x, temperature=traced, noise_scale=traced),
       gradient(draw)(x),
     )
 
@@ -155,13 +155,13 @@ GATES = {
   "straight through": sampled(relaxations.straight_through_gate),
   "binary concrete": sampled(relaxations.binary_concrete),
   "hard concrete": sampled(relaxations.hard_concrete),
-  "open probability": lambda x: relaxations.hard_concrete_open_prob(x, HALF),
-  "location": lambda x: relaxations.hard_concrete_location(x, HALF),
+  "open probability": lambda x: relaxations.hard_concrete_open_prob(x, temperature=HALF),
+  "location": lambda x: relaxations.hard_concrete_location(x, temperature=HALF),
   "evaluation": lambda x: (
     relaxations.hard_concrete_mean(x),
     relaxations.clipped_sigmoid(x),
     relaxations.threshold_gate(x),
-    relaxations.straight_through(x, HALF),
+    relaxations.straight_through(x, temperature=HALF),
   ),
 }
 
@@ -192,10 +192,12 @@ PENALTIES = {
   "counts": lambda x: (macs.executed_macs(records(x)), macs.expected_macs(records(x))),
 }
 QUANTILES = {
-  "share": lambda x: quantiles.open_threshold(x, SIX_TENTHS),
-  "traced share": lambda x: jax.vmap(lambda s: quantiles.open_threshold(x, s))(x[0] ** 2 / 99),
-  "weights": lambda x: quantiles.open_threshold(x, 0.3, weights=np.linspace(0, 2, N)),
-  "truth values for weights": lambda x: quantiles.open_threshold(x, 0.3, weights=VALID),
+  "share": lambda x: quantiles.open_threshold(x, share=SIX_TENTHS),
+  "traced share": lambda x: jax.vmap(lambda s: quantiles.open_threshold(x, share=s))(
+    x[0] ** 2 / 99
+  ),
+  "weights": lambda x: quantiles.open_threshold(x, share=0.3, weights=np.linspace(0, 2, N)),
+  "truth values for weights": lambda x: quantiles.open_threshold(x, share=0.3, weights=VALID),
   "unweighted": gradient(lambda x: penalties.unweighted(jnp.abs(x))),
 }
 SELECTION = {
@@ -214,7 +216,7 @@ SELECTION = {
   "number": lambda x: (selection.budget_to_k(VALID, 0.3), selection.budget_to_k(VALID, 2)),
   "exits": lambda x: (
     confidence.entropy_share(x),
-    confidence.stay_logits(x.reshape(3, 2, C), HALF),
+    confidence.stay_logits(x.reshape(3, 2, C), threshold=HALF),
   ),
   "first sure": lambda x: confidence.first_sure(x.reshape(3, 2, C), x[:3, :1]),
   "open units": lambda x: compaction.open_indices(x[:, 0], 3),

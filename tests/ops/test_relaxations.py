@@ -35,7 +35,7 @@ def test_short_floats_have_the_same_open_rates(dtype):
 
 
 def test_the_temperature_does_not_change_the_open_rate():
-  gates = draw(lambda key, z: relaxations.straight_through_gate(key, z, 5.0))
+  gates = draw(lambda key, z: relaxations.straight_through_gate(key, z, temperature=5.0))
   assert_rates_are(gates.mean(0), special.expit(LOGITS))
 
 
@@ -46,7 +46,9 @@ def test_noise_scale_divides_the_logit():
 
 @pytest.mark.parametrize("temperature", [0.1, 2 / 3, 3.0])
 def test_gates_are_exactly_zero_or_one(temperature):
-  gates = draw(lambda key, z: relaxations.straight_through_gate(key, z, temperature), samples=5000)
+  gates = draw(
+    lambda key, z: relaxations.straight_through_gate(key, z, temperature=temperature), samples=5000
+  )
   assert set(np.unique(gates)) == {0.0, 1.0}
 
 
@@ -74,9 +76,9 @@ def test_threshold_gate_is_closed_at_zero_and_has_no_gradient():
 def test_the_gradient_is_that_of_the_relaxed_gate(temperature, noise_scale):
   key = jax.random.key(3)
   slopes = {
-    gate: jax.grad(lambda z, gate=gate: gate(key, z, temperature, noise_scale=noise_scale).sum())(
-      LOGITS
-    )
+    gate: jax.grad(
+      lambda z, gate=gate: gate(key, z, temperature=temperature, noise_scale=noise_scale).sum()
+    )(LOGITS)
     for gate in (relaxations.straight_through_gate, relaxations.binary_concrete)
   }
   noise = np.asarray(jax.random.logistic(key, LOGITS.shape, jnp.float32))
@@ -87,7 +89,7 @@ def test_the_gradient_is_that_of_the_relaxed_gate(temperature, noise_scale):
 
 def test_the_straight_through_slope_at_zero_is_a_quarter_over_the_temperature():
   for temperature, slope in ((1.0, 0.25), (2 / 3, 0.375), (0.5, 0.5)):
-    got = jax.grad(relaxations.straight_through)(jnp.zeros(()), temperature)
+    got = jax.grad(relaxations.straight_through)(jnp.zeros(()), temperature=temperature)
     np.testing.assert_allclose(got, slope, rtol=1e-6)
 
 
@@ -111,7 +113,7 @@ def test_binary_concrete_exceeds_a_half_with_the_sigmoid_of_its_logit():
 
 def test_a_colder_binary_concrete_is_nearer_to_zero_and_one():
   near = lambda t: np.mean(
-    np.abs(draw(lambda key, z: relaxations.binary_concrete(key, z, t)) - 0.5) > 0.49
+    np.abs(draw(lambda key, z: relaxations.binary_concrete(key, z, temperature=t)) - 0.5) > 0.49
   )
   assert near(0.1) > near(2 / 3) + 0.2 > near(3.0) + 0.3
 
@@ -119,8 +121,10 @@ def test_a_colder_binary_concrete_is_nearer_to_zero_and_one():
 @pytest.mark.parametrize("temperature", [2 / 3, 1.5])
 @pytest.mark.parametrize("stretch", [(-0.1, 1.1), (-0.5, 1.2)])
 def test_hard_concrete_open_prob_is_the_rate_of_gates_above_zero(temperature, stretch):
-  gates = draw(lambda key, z: relaxations.hard_concrete(key, z, temperature, stretch=stretch))
-  probs = relaxations.hard_concrete_open_prob(LOGITS, temperature, stretch=stretch)
+  gates = draw(
+    lambda key, z: relaxations.hard_concrete(key, z, temperature=temperature, stretch=stretch)
+  )
+  probs = relaxations.hard_concrete_open_prob(LOGITS, temperature=temperature, stretch=stretch)
   assert np.abs(probs - special.expit(LOGITS)).max() > 0.05
   assert_rates_are((gates > 0).mean(0), np.asarray(probs, np.float64))
 
@@ -190,12 +194,14 @@ def test_jit_and_vmap_agree(gate):
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
 def test_a_temperature_that_is_not_positive_is_named(gate, temperature):
   with pytest.raises(ValueError, match=rf"^temperature must be > 0; got {temperature}$"):
-    gate(jax.random.key(0), jnp.zeros(2), temperature)
+    gate(jax.random.key(0), jnp.zeros(2), temperature=temperature)
 
 
 def test_a_traced_temperature_is_accepted():
   gate = jax.jit(
-    lambda t: relaxations.binary_concrete(jax.random.key(0), jnp.ones(3), t, noise_scale=0.0)
+    lambda t: relaxations.binary_concrete(
+      jax.random.key(0), jnp.ones(3), temperature=t, noise_scale=0.0
+    )
   )
   np.testing.assert_allclose(gate(0.5), special.expit([2, 2, 2]), rtol=1e-6)
 

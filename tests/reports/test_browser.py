@@ -1,3 +1,4 @@
+import functools
 import importlib
 import io
 import json
@@ -176,12 +177,9 @@ PAGES = {
 @pytest.mark.parametrize("kind", PAGES)
 def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
   monkeypatch.setitem(vggs.VGGS, "tiny", (8, vggs.POOL, 8))
-  monkeypatch.setitem(
-    video_backbones.LIGHT_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4))
-  )
-  monkeypatch.setitem(
-    video_backbones.HEAVY_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4))
-  )
+  tiny = functools.partial(ResNet, classes=None, blocks=(1,), features=4)
+  monkeypatch.setitem(video_backbones.LIGHT_NETS, "tiny", tiny)
+  monkeypatch.setitem(video_backbones.HEAVY_NETS, "tiny", tiny)
   write, images, headings = PAGES[kind]
   write(tmp_path)
   for width in WIDTHS:

@@ -1,4 +1,5 @@
 import csv
+import functools
 import importlib
 import json
 import re
@@ -24,8 +25,8 @@ from tests.helpers.event_files import summaries
 from tests.helpers.loaded import loaded
 from tests.helpers.runs import Stopping, announced, said, without_reports
 
-TINY_LIGHT = (ResNet, dict(classes=None, blocks=(1,), features=4))
-TINY_HEAVY = (ResNet, dict(classes=None, blocks=(1,), features=4, stem="small"))
+TINY_LIGHT = functools.partial(ResNet, classes=None, blocks=(1,), features=4)
+TINY_HEAVY = functools.partial(TINY_LIGHT, stem="small")
 
 
 @pytest.fixture(scope="module")
