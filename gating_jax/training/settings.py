@@ -26,7 +26,8 @@ Rule = tuple[Callable[[Any], bool], str]
 def config_of(workdir: Path) -> Config:
   """Reads the config that a run directory began with.
 
-  Raises RunDirError where there is no run, or a damaged one.
+  It has every field whose default is None, also where the run is older. Raises RunDirError where
+  there is no run, or a damaged one.
   """
   file, fields = workdir / rundir.CONFIG_FILE, rundir.RunDir(workdir).config()
   if not isinstance(fields.get("experiment"), str):
@@ -35,7 +36,10 @@ def config_of(workdir: Path) -> Config:
   base = config_files.base(fields["experiment"])
   if base is not None:
     _check_fields(file, base, fields)
-  return ml_collections.ConfigDict(rundir.with_tuples(fields)).lock()
+  config = ml_collections.ConfigDict(rundir.with_tuples(fields))
+  if base is not None:
+    config_files.add_unset_fields(config, base)
+  return config.lock()
 
 
 def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: str = "") -> None:
@@ -50,13 +54,10 @@ def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: s
     if kind is tuple:
       kind = list
     section = isinstance(default, ml_collections.ConfigDict)
-    # A section that the config lacks is newer than the run, as a field of its own may be.
-    if section and name not in fields and all(unset is None for unset in default.values()):
+    if name not in fields and config_files.is_unset(default):
       continue
     if section and isinstance(value, Mapping):
       _check_fields(file, default, value, f"{prefix}{name}.")
-      continue
-    if section and name not in fields and set(rundir.flatten(default).values()) == {None}:
       continue
     # A whole number may stand for a float; True is an int in Python, but not a number here.
     fits = isinstance(value, (int, float) if kind is float else kind) and (
