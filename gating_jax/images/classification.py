@@ -24,7 +24,8 @@ from gating_jax.config_files import Config
 from gating_jax.data import augment, folders, image_sets, streaming
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
-from gating_jax.images.build import EXITS, Experiment, build, scope_of
+from gating_jax.images.build import Experiment, build
+from gating_jax.images.checks import EXITS, scope_of
 from gating_jax.images.start import check_can_start, check_start, read_weights, start_from
 from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
@@ -35,7 +36,7 @@ from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports import sets as set_pages
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import working
-from gating_jax.training import devices, evaluation, hosts, outlines, rundir, settings, steps
+from gating_jax.training import devices, evaluation, hosts, outlines, rundir, steps
 from gating_jax.training.closed_gates import (
   CLOSED,
   MOST_CLOSED,
@@ -571,7 +572,7 @@ def watch_images(config: Config) -> ClosingWatch:
     advice = advise_on_loss("loss", loss, shaped=loss.regulariser == "batch_shaping")
   # Gates that see no input prune, and so do those that begin with a prior: they are meant to close
   # for all examples.
-  prunes = gate.context == "none" or settings.importance_form(config.model) is not None
+  prunes = gate.context == "none" or config.model.importance.form is not None
   most = MOST_CLOSED
   if prunes:
     most = NOTHING_LEFT

@@ -22,7 +22,8 @@ from gating_jax.analysis import importance as units
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.data import image_sets
-from gating_jax.images.build import PRIOR, PRUNE, Experiment, build
+from gating_jax.images.build import Experiment, build
+from gating_jax.images.checks import PRIOR, PRUNE
 from gating_jax.layers.gate import GateSettings, is_gate_path
 from gating_jax.models.pretrained import (
   IMAGENET_MEAN,
@@ -69,7 +70,8 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
     theirs.update(rundir.with_tuples(start.config()))
   # A pruned network is narrower where units were: inside blocks, or in all layers of a chain.
   pruned = "model.width" if config.model.name in VGGS else "model.inner_width"
-  prunes = settings.importance_form(config.model) == PRUNE
+  prunes = config.model.importance.form == PRUNE
+  fields = rundir.flatten(theirs)
   # The fields that determine the names and shapes of parameters.
   for name, mine in (
     ("experiment", config.experiment),
@@ -77,11 +79,10 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
     ("model.name", config.model.name),
     ("model.width", config.model.width),
     ("model.inner_width", config.model.inner_width),
-    ("model.stem", config.model.get("stem")),
+    ("model.stem", config.model.stem),
     ("model.group_norm", config.model.group_norm),
   ):
-    # Older configs have no stem.
-    found = rundir.flatten(theirs).get(name)
+    found = fields[name]
     if prunes and name == pruned:
       if found is None or found < mine:
         raise ValueError(
@@ -160,7 +161,7 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
       fresh classifier has none there.
   """
   folder, images = user_path(experiment.config.model.init_from), None
-  if settings.importance_form(experiment.config.model) is not None:
+  if experiment.config.model.importance.form is not None:
     images = _read_images(experiment, train)
     say(f"the importance of units is taken from {len(images)} training images")
   if names_weights(folder):
@@ -179,7 +180,7 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
   step, trained = found
   say(f"starting from the parameters of step {step} in {folder}")
   taken = {"params": trained.params, "batch_stats": trained.batch_stats}
-  if settings.importance_form(experiment.config.model) == PRUNE:
+  if experiment.config.model.importance.form == PRUNE:
     taken = _pruned(theirs.model, taken, state, images)
   started = state.replace(
     params=_merged(state.params, taken["params"], folder),
@@ -244,8 +245,8 @@ def _pruned(
 
 def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> TrainState:
   """Returns a state whose gates begin with the importance of units, where the config says so."""
-  section = experiment.config.model.get("importance") or {}
-  if section.get("form") != PRIOR:
+  section = experiment.config.model.importance
+  if section.form != PRIOR:
     return state
   # On the host: each process computes the same, alone.
   variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
@@ -254,14 +255,14 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
   share = experiment.model.gate.share
   if experiment.share is not None:
     share = min(1.0, float(np.asarray(experiment.share(0))))
-  static = tuple(section.get("static_layers") or ())
+  static = tuple(section.static_layers or ())
   for is_static in (False, True):
     # Gates of static layers keep the gain 0, and stay the same for all images.
-    gain = 0.0 if is_static else section.get("gain") or 0.0
+    gain = 0.0 if is_static else section.gain or 0.0
     variables = units.with_prior(
       variables,
       [unit for unit in found if unit.gate[0].startswith(static) == is_static],
-      scale=section.get("scale") or units.SCALE,
+      scale=section.scale or units.SCALE,
       gain=gain,
       share=share,
     )
@@ -307,7 +308,7 @@ def _start_from_file(
     return _is_fresh(path) or path[0] in fresh
 
   statistics = variables.get("batch_stats", {})
-  if settings.importance_form(config.model) == PRUNE:
+  if config.model.importance.form == PRUNE:
     whole = {"params": variables["params"], "batch_stats": statistics}
     with settings.named("model.init_from"):
       taken = _pruned(model, whole, state, images, is_fresh)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import user_path
-from gating_jax.images.build import Experiment, build, scope_of
+from gating_jax.images.build import Experiment, build
+from gating_jax.images.checks import scope_of
 from gating_jax.models.pretrained import load_pretrained, names_weights
 from gating_jax.models.summary import model_summary
 from gating_jax.terminal import say

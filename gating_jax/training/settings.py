@@ -132,12 +132,6 @@ def gate_settings(section: Mapping[str, Any], **fixed: Any) -> GateSettings:
   return GateSettings(**{**given, **fixed})
 
 
-def importance_form(model: Config) -> str | None:
-  """Returns what the importance of units is for, as a section `model` says; None: for nothing."""
-  # Older configs have no such section.
-  return (model.get("importance") or {}).get("form")
-
-
 @contextlib.contextmanager
 def named(section: str) -> Iterator[None]:
   """Prefixes errors of settings in the block with their section of the config."""
@@ -168,8 +162,7 @@ def check_channels(data: Config, channels: int) -> None:
 
 def feature_names(data: Config) -> tuple[str, str]:
   """Returns the names of the image and the label in a TFDS set."""
-  # Older configs have no fields for them; None stands for the default.
-  return data.get("image_feature") or "image", data.get("label_feature") or "label"
+  return data.image_feature or "image", data.label_feature or "label"
 
 
 def divides_over_devices() -> Rule:

@@ -396,7 +396,7 @@ def test_a_run_on_other_data_is_no_teacher(config, tmp_path, changes, names, sha
         "model.gating": "exits",
         "loss.regulariser": "none",
       },
-      "loss.distillation.coefficient must be None but for classifiers without exits; got 0.5",
+      "loss.distillation.coefficient must be None except for classifiers without exits; got 0.5",
     ),
   ],
 )
