@@ -33,7 +33,7 @@ from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary, solve_share
 from gating_jax.models.vggs import VGGS, is_dense_name, vgg
-from gating_jax.training import devices, loop, optim, settings
+from gating_jax.training import devices, loop, optim, settings, steps
 from gating_jax.training.objectives import (
   Distillation,
   FitLabels,
@@ -48,12 +48,11 @@ from gating_jax.training.objectives import (
 from gating_jax.training.outlines import Outline
 
 LOADERS = ("resident", "streaming")
-# Values of fields that are None. The softmax that mixes kernels begins with this temperature, which
-# has fallen to 1 at this fraction of training.
+# Defaults of model.kernels.temperature and model.kernels.end.
 _SOFTNESS, _SOFTNESS_END = 30.0, 0.25
-# The temperature of the loss that compares a network with its teacher.
+# Default of loss.distillation.temperature.
 _TEMPERATURE = 4.0
-# The fraction of training at which the schedule of the gates' share ends.
+# Default of model.dense_first.end.
 _SHARE_END = 0.5
 
 
@@ -92,6 +91,10 @@ class Experiment:
   full: nn.Module | None = None
   source_names: tuple[str, ...] = ()
   class_sources: tuple[int, ...] = ()
+
+  def init_state(self) -> steps.TrainState:
+    """Initialises the state with which training begins."""
+    return steps.init_state(self.model, self.optimiser, self.config.seed, self.test.shape)
 
   def competing(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the logits that are compared: with a head a set, those of an image's own set."""

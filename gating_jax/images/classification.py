@@ -54,7 +54,7 @@ from gating_jax.training.steps import Advance, MappedSteps, TrainState
 
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
 _CUT_OUT = 1
-# How titles describe a network, by `model.gating`, where they do not name a kind of gates.
+# Descriptions of networks in titles, by `model.gating`; the others name a kind of gates.
 _GATING_TITLES = {
   "none": "without gates",
   "scale": "with scales of channels",
@@ -221,10 +221,7 @@ class Classification(runner.Programme):
 
   def fresh(self) -> TrainState:
     """Initialises the state with which training begins."""
-    experiment = self.experiment
-    return steps.init_state(
-      experiment.model, experiment.optimiser, self.config.seed, experiment.test.shape
-    )
+    return self.experiment.init_state()
 
   def variables(self, state: TrainState) -> dict[str, Any]:
     """Returns the parameters and statistics, without the optimiser's state."""
@@ -364,8 +361,7 @@ class Classification(runner.Programme):
         experiment.counts,
         self.summarise,
         classes=self.classes(),
-        # For the outcomes of gates: with noise, a gate may be drawn open and closed for the same
-        # image.
+        # The outcomes of gates need it: noise may draw a gate open and closed for the same image.
         noise_scale=experiment.drawn_noise_scale(int(state.step)),
       )
       evaluated.result.update(self.class_entries(evaluated))

@@ -22,8 +22,9 @@ from gating_jax.analysis import importance as units
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.data import image_sets
-from gating_jax.images.build import Experiment, build
+from gating_jax.images.build import Experiment
 from gating_jax.images.checks import PRIOR, PRUNE
+from gating_jax.images.restore import restore_network
 from gating_jax.layers.gate import GateSettings, is_gate_path
 from gating_jax.models.pretrained import (
   IMAGENET_MEAN,
@@ -36,8 +37,7 @@ from gating_jax.models.pretrained import (
 )
 from gating_jax.models.vggs import VGG, VGGS, is_dense_name
 from gating_jax.terminal import say
-from gating_jax.training import rundir, settings, steps
-from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training import rundir, settings
 from gating_jax.training.rundir import RunDir, RunDirError
 from gating_jax.training.steps import TrainState
 
@@ -136,11 +136,7 @@ def check_can_start(experiment: Experiment) -> None:
     check_start(config)
     return
   # Shapes are enough for the check.
-  shapes = jax.eval_shape(
-    lambda: steps.init_state(
-      experiment.model, experiment.optimiser, config.seed, experiment.test.shape
-    )
-  )
+  shapes = jax.eval_shape(experiment.init_state)
   image = jax.ShapeDtypeStruct((1, *experiment.test.shape), np.float32)
   _start_from_file(experiment, shapes, image)
 
@@ -169,17 +165,11 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
     for line in said:
       say(line)
     return _with_prior(experiment, started, images)
-  theirs = build(check_start(experiment.config))
-  like = jax.eval_shape(
-    lambda: steps.init_state(theirs.model, theirs.optimiser, theirs.config.seed, theirs.test.shape)
-  )
-  # Shapes are enough to restore, so no state of theirs is initialised.
-  found = restore_newest(RunDir(folder).checkpoints, like)
+  theirs, found = restore_network(check_start(experiment.config), RunDir(folder))
   if found is None:
     raise RunDirError(_no_start(RunDir(folder)))
-  step, trained = found
+  step, taken = found
   say(f"starting from the parameters of step {step} in {folder}")
-  taken = {"params": trained.params, "batch_stats": trained.batch_stats}
   if experiment.config.model.importance.form == PRUNE:
     taken = _pruned(theirs.model, taken, state, images)
   started = state.replace(

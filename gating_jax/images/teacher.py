@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import user_path
-from gating_jax.images.build import Experiment, build
+from gating_jax.images.build import Experiment
 from gating_jax.images.checks import scope_of
+from gating_jax.images.restore import restore_network
 from gating_jax.models.pretrained import load_pretrained, names_weights
 from gating_jax.models.summary import model_summary
 from gating_jax.terminal import say
-from gating_jax.training import outlines, settings, steps
-from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training import settings
 from gating_jax.training.rundir import RunDir, RunDirError
 from gating_jax.types import Array
 
@@ -123,19 +123,13 @@ def _of_run(source: str, experiment: Experiment) -> Teacher:
         f"loss.distillation.teacher must name a run with data.{name}={config.data[name]}; that of "
         f"{source} has {theirs.data[name]}"
       )
-  built = build(theirs, outlines.read_outlines(run_dir.path))
+  built, found = restore_network(theirs, run_dir)
   _check_same_data(source, built, experiment)
-  like = jax.eval_shape(
-    lambda: steps.init_state(built.model, built.optimiser, theirs.seed, built.test.shape)
-  )
-  found = restore_newest(run_dir.checkpoints, like)
   if found is None:
     raise RunDirError(f"loss.distillation.teacher must name a run with a checkpoint; got {source}")
-  _, state = found
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
   with run_dir.reading_result():
     macs, accuracy = float(result["macs"]), float(result["accuracy"])
-  return Teacher(built.model, jax.device_get(variables), macs, accuracy)
+  return Teacher(built.model, jax.device_get(found.state), macs, accuracy)
 
 
 def _check_same_data(source: str, theirs: Experiment, mine: Experiment) -> None:
