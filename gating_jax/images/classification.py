@@ -35,7 +35,7 @@ from gating_jax.reports import conclusion, frame, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports import sets as set_pages
 from gating_jax.reports.text import format_percent
-from gating_jax.terminal import working
+from gating_jax.terminal import say, working
 from gating_jax.training import devices, evaluation, hosts, outlines, rundir, steps
 from gating_jax.training.closed_gates import (
   CLOSED,
@@ -80,24 +80,31 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     mode: one of those of `runner.run`; `export` writes files that run without this package, and
       `compile` times programs that skip closed gates.
   """
+  runner.run(_prepare(config, workdir, mode), workdir, mode)
+
+
+def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
+  """Opens the data of a run, and checks what a training begins with."""
   start = config.model.init_from if mode == "train" else None
   # A resumed run has parameters of its own, and does without the file.
   begins = not RunDir(user_path(workdir)).has_checkpoint()
   if start is not None and names_weights(start) and not begins:
     start = None
+  # They are read for checks alone, and are not kept while the network trains.
+  weights = None
   # Before data are opened, which may take minutes.
   if start is not None and names_weights(start):
-    read_weights(config)
+    weights = read_weights(config)
   elif start is not None:
     check_start(config, with_checkpoint=begins)
   with runner.opening_data(Classification, config, workdir, mode):
     experiment = build(config)
   if start is not None:
-    check_can_start(experiment)
-  if mode == "train":
-    with working("checking the teacher, if there is one", "up to a minute"):
-      load_teacher(experiment, quiet=True)
-  runner.run(Classification(experiment), workdir, mode)
+    check_can_start(experiment, weights)
+  if mode != "train":
+    return Classification(experiment)
+  with working("loading the teacher, if there is one", "up to a minute"):
+    return Classification(experiment, load_teacher(experiment))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +113,12 @@ class Classification(runner.Programme):
 
   Attributes:
     experiment: the experiment of the run.
+    teacher: the teacher of the loss, where it is loaded; otherwise a training loads it.
     score: key of the score among the result's numbers, and its name.
   """
 
   experiment: Experiment
+  teacher: Teacher | None = None
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.export_run,
@@ -239,7 +248,9 @@ class Classification(runner.Programme):
       outlines.write_outlines(run_dir.path, [train, experiment.test])
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
     with working("loading the teacher, if there is one", "up to a minute"):
-      teacher = load_teacher(experiment)
+      teacher = self.teacher or load_teacher(experiment)
+    if teacher is not None:
+      say(f"the teacher is {teacher.source}, of {teacher.macs:,.0f} MACs an image")
     with training:
       # A resumed run has its own parameters; only a fresh one starts from those of another.
       if not training.step and self.config.model.init_from is not None:
@@ -285,7 +296,7 @@ class Classification(runner.Programme):
     Args:
       train: the training set.
       first_step: the step from which training continues.
-      teacher: of the loss, where the config has one.
+      teacher: the teacher of the loss; None without one.
     Returns:
       a function that takes `steps_per_dispatch` steps; metrics are `[steps_per_dispatch]`.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -45,6 +45,13 @@ from gating_jax.training.steps import TrainState
 _IMPORTANCE_IMAGES = 512
 # torchvision's networks of a config's names. Its VGG16 has BatchNorm.
 _THEIR_NAMES = {**{name: name for name in RESNET_NAMES}, "vgg16": "vgg16_bn"}
+
+
+class Weights(NamedTuple):
+  """A network and its variables, as a file of weights has them."""
+
+  model: nn.Module
+  variables: dict[str, Any]
 
 
 def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
@@ -98,7 +105,7 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
   return theirs
 
 
-def read_weights(config: Config) -> tuple[nn.Module, dict[str, Any]]:
+def read_weights(config: Config) -> Weights:
   """Returns the network and the variables of the file of weights that `model.init_from` names.
 
   Raises:
@@ -116,7 +123,7 @@ def read_weights(config: Config) -> tuple[nn.Module, dict[str, Any]]:
         f"model.init_from must name weights of the network of model.name={mine!r}, {wanted}; those "
         f"in {file} are of {found}, which load_pretrained reads in Python"
       )
-  return model, variables
+  return Weights(model, variables)
 
 
 def _no_start(start: RunDir) -> str:
@@ -124,9 +131,12 @@ def _no_start(start: RunDir) -> str:
   return f"model.init_from must name a run with a checkpoint; {start.path} has none yet"
 
 
-def check_can_start(experiment: Experiment) -> None:
+def check_can_start(experiment: Experiment, weights: Weights | None = None) -> None:
   """Raises an error unless a training can start from what `model.init_from` names.
 
+  Args:
+    experiment: the experiment to start.
+    weights: those of the file, where they are read already.
   Raises:
     RunDirError, FileNotFoundError: there is no run, or no file.
     ValueError: the run or the file is of another network; the message names the difference.
@@ -138,7 +148,7 @@ def check_can_start(experiment: Experiment) -> None:
   # Shapes are enough for the check.
   shapes = jax.eval_shape(experiment.init_state)
   image = jax.ShapeDtypeStruct((1, *experiment.test.shape), np.float32)
-  _start_from_file(experiment, shapes, image)
+  _start_from_file(experiment, shapes, image, weights)
 
 
 def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> TrainState:
@@ -260,7 +270,7 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
 
 
 def _start_from_file(
-  experiment: Experiment, state: TrainState, images: Any
+  experiment: Experiment, state: TrainState, images: Any, weights: Weights | None = None
 ) -> tuple[TrainState, list[str]]:
   """Returns a state with the weights of a file, and lines that say what was taken and made.
 
@@ -268,10 +278,11 @@ def _start_from_file(
     experiment: the experiment to start.
     state: a fresh state of it.
     images: for the importance of units, or their shape; unused where the config needs none.
+    weights: those of the file, where they are read already.
   """
   config = experiment.config
   file = user_path(config.model.init_from)
-  model, variables = read_weights(config)
+  model, variables = weights or read_weights(config)
   if isinstance(model, VGG):
     # Dense layers that slide over large maps are not taken.
     model = model.clone(max_map=None)
