@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,13 +30,11 @@ from gating_jax.images.start import check_can_start, check_start, read_weights, 
 from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
 from gating_jax.programmes import UNGATED_NETS
-from gating_jax.reports import classes as class_pages
-from gating_jax.reports import conclusion, frame, page, predictions, tables
+from gating_jax.reports import conclusion, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
-from gating_jax.reports import sets as set_pages
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
-from gating_jax.training import devices, evaluation, hosts, outlines, rundir, steps
+from gating_jax.training import devices, evaluation, hosts, outlines, steps
 from gating_jax.training.closed_gates import (
   CLOSED,
   MOST_CLOSED,
@@ -47,7 +45,7 @@ from gating_jax.training.closed_gates import (
   advise_on_loss,
 )
 from gating_jax.training.evaluation import Evaluation
-from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, numbers, read_lines
+from gating_jax.training.journal import numbers
 from gating_jax.training.objectives import WITH_SPARSITY
 from gating_jax.training.rundir import RunDir
 from gating_jax.training.steps import Advance, MappedSteps, TrainState
@@ -461,101 +459,19 @@ class Classification(runner.Programme):
       drawn: the pictures of `draw`.
       notice: the first line of the page; empty for none.
     """
-    experiment, config = self.experiment, self.config
-    result, images, gates = evaluated
-    total, layers = experiment.settings.total_steps, experiment.counts.gate_layers
-    # This test comes last: outside training the journal does not have it.
-    needed = {self.score[0], "mac_ratio"}
-    tests = [
-      line
-      for line in _tests_before(step, run_dir.path / METRICS_FILE)
-      if needed <= numbers(line).keys()
-    ]
-    tests.append({"step": step, **result})
-    histograms = evaluation.histograms(gates, layers) if gates is not None else {}
-    measures = _measures(histograms)
-    lines = [
-      line
-      for line in _tests_before(step, run_dir.path / HISTOGRAMS_FILE)
-      if _measures(line) == measures
-    ]
-    lines.append({"step": step, **histograms})
-    # Names of modules are long, so figures number the layers.
-    names = [name for name, _ in layers]
-    # The page shows a prior only where it acts on the gates.
-    shaped = (
-      config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
+    described = image_report.describe_run(
+      run_dir,
+      self.experiment,
+      evaluated,
+      step=step,
+      rows=self.rows(evaluated.result),
+      score=self.score,
+      # The classes of pixels are no classes of scenes.
+      class_names=self.class_names if self.classes() else None,
+      pictures=list(drawn.values()),
+      notice=notice,
     )
-    image_report.write_report(
-      run_dir.report,
-      image_report.ImageRun(
-        title=f"{config.model.name} on {config.data.name}",
-        subtitle=f"{run_dir.path.name}, step {step:,} of {total:,}, gates: {config.model.gating}",
-        noun=self.noun,
-        rows=self.rows(result),
-        score=self.score,
-        tests=tests,
-        histograms=[_numbered(names, line) for line in lines],
-        macs=experiment.counts.macs,
-        images=images,
-        gates=gates,
-        layers=layers,
-        # The classes of pixels are no classes of scenes.
-        class_names=experiment.test.class_names if self.classes() else None,
-        prior=experiment.objective.prior if shaped else None,
-        config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
-        read=lambda index: experiment.test.read(index)[0],
-        pictures=list(drawn.values()),
-        confusions=[
-          *set_pages.sets_section(result),
-          *class_pages.confusion_section(
-            result, experiment.test.class_names, self.noun if self.classes() else "pixel"
-          ),
-        ],
-        around=frame.read_surroundings(
-          run_dir,
-          config,
-          step=step,
-          not_compiled=conclusion.refusal(compile.check_compilable, experiment.model),
-        ),
-        how=programmes.PROGRAMMES[config.experiment].how,
-        notice=notice,
-      ),
-    )
-
-
-def _tests_before(step: int, file: Path) -> list[dict[str, Any]]:
-  """Returns the lines of a journal's file on tests of earlier steps.
-
-  The journal may have later tests than a checkpoint, written after it.
-  """
-  return [line for line in read_lines(file) if line["split"] == "test" and line["step"] < step]
-
-
-def _measures(line: Mapping[str, Any]) -> list[tuple[str, int]]:
-  """Returns what a line of `histograms.jsonl` counts, sorted, and in how many bins each.
-
-  A line of the same network has the same, whatever its layers are called, unless it is damaged.
-  """
-  found = []
-  for name, counts in line.items():
-    is_list = isinstance(counts, (list, np.ndarray))
-    if is_list and all(isinstance(count, (int, np.integer)) for count in counts):
-      found.append((name.rpartition("/")[2], len(counts)))
-  return sorted(found)
-
-
-def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a line of `histograms.jsonl` with the number of each layer in place of its name.
-
-  Figures use this form, and older runs have it.
-  """
-  renamed = {}
-  for key, value in line.items():
-    group, _, rest = key.partition("/")
-    layer, _, measure = rest.rpartition("/")
-    renamed[f"{group}/layer{names.index(layer):02d}/{measure}" if layer in names else key] = value
-  return renamed
+    image_report.write_report(run_dir.report, described)
 
 
 def watch_images(config: Config) -> ClosingWatch:

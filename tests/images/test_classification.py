@@ -14,7 +14,7 @@ from gating_jax import load_run
 from gating_jax.analysis import outcomes
 from gating_jax.data import augment, image_sets
 from gating_jax.data.tfds import DatasetNotPreparedError
-from gating_jax.images import classification, start
+from gating_jax.images import classification, report, start
 from gating_jax.models import resnets
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
@@ -502,7 +502,7 @@ def test_histograms_are_drawn_whether_lines_name_layers_or_number_them():
     "gates/stage1_block2/conv1/open_rates": [2],
   }
   names = ["stage1_block1/conv1", "stage1_block2/conv1"]
-  assert classification._numbered(names, line) == classification._numbered(names, older) == older
+  assert report._numbered(names, line) == report._numbered(names, older) == older
 
 
 def test_damaged_lines_of_a_journal_have_no_place_on_the_page(finished, tmp_path):
