@@ -351,13 +351,12 @@ def check(path: Path, variant: str | None) -> Config:
     raise ValueError(
       f"config {path}: get_config must return a ConfigDict; got {type(config).__name__}"
     )
-  if not isinstance(config.get("experiment"), str):
-    raise ValueError(
-      f"config {path}: the field experiment must name one; got {config.get('experiment')!r}"
-    )
+  experiment: Any = config.get("experiment")
+  if not isinstance(experiment, str):
+    raise ValueError(f"config {path}: the field experiment must name one; got {experiment!r}")
   for line in rename_fields(config):
     warn("config %s: %s", path, line)
-  default = base(config.experiment)
+  default = base(experiment)
   if default is not None:
     add_unset_fields(config, default)
   return config
