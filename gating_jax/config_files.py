@@ -45,8 +45,8 @@ RENAMED_FIELDS = {
 }
 
 
-# Fields that are newer than some runs, with the value that stands for how those were trained. It
-# may be None where the default is not.
+# Fields that are newer than some runs and whose default is not None, with the value that stands for
+# how those were trained. `add_unset_fields` adds those whose default is None.
 NEWER_FIELDS = {("hat", "grad_clip_norm"): None}
 
 
@@ -244,6 +244,38 @@ def add_newer_fields(fields: MutableMapping[str, Any]) -> None:
       held.setdefault(name, value)
 
 
+def add_unset_fields(config: Config, default: Config) -> None:
+  """Gives a config of an earlier version the fields whose default is None, in place.
+
+  Whoever reads a loaded config need not ask whether it has them.
+
+  Args:
+    config: a config or a section of one.
+    default: every field with its default, as `base` returns them.
+  """
+  with config.unlocked():
+    for name, value in default.items():
+      if name not in config and is_unset(value):
+        # A reference keeps the type that the field has once it is set.
+        config[name] = default.get_ref(name) if value is None else value
+      elif _is_section(value) and _is_section(config.get(name)):
+        add_unset_fields(config[name], value)
+
+
+def is_unset(default: Any) -> bool:
+  """Returns whether a default is None, or a section of nothing else.
+
+  A config may lack such a field: it is newer than the config.
+  """
+  if _is_section(default):
+    return all(map(is_unset, default.values()))
+  return default is None
+
+
+def _is_section(value: Any) -> bool:
+  return isinstance(value, ml_collections.ConfigDict)
+
+
 def rename_override(argument: str) -> str:
   """Returns a command-line argument with the present name of the field that it sets.
 
@@ -319,12 +351,14 @@ def check(path: Path, variant: str | None) -> Config:
     raise ValueError(
       f"config {path}: get_config must return a ConfigDict; got {type(config).__name__}"
     )
-  if not isinstance(config.get("experiment"), str):
-    raise ValueError(
-      f"config {path}: the field experiment must name one; got {config.get('experiment')!r}"
-    )
+  experiment: Any = config.get("experiment")
+  if not isinstance(experiment, str):
+    raise ValueError(f"config {path}: the field experiment must name one; got {experiment!r}")
   for line in rename_fields(config):
     warn("config %s: %s", path, line)
+  default = base(experiment)
+  if default is not None:
+    add_unset_fields(config, default)
   return config
 
 

@@ -180,6 +180,24 @@ def test_a_config_of_an_earlier_version_sets_the_fields_of_today(tmp_path, caplo
   assert "sparsity.start is now sparsity.ramp_start" in caplog.text
 
 
+def test_a_config_file_of_an_earlier_version_has_the_fields_that_are_none(tmp_path):
+  own = tmp_path / "own.py"
+  own.write_text(
+    "from configs import common\n"
+    "def get_config(arg=''):\n"
+    "  config = common.image_config()\n"
+    "  del config.model.stem, config.model.gate.share, config.model.dense_first\n"
+    "  del config.optim.epochs\n"
+    "  return config.lock()\n"
+  )
+  config = config_files.load_config(str(own))
+  assert config.is_locked
+  assert config.model.stem is config.model.gate.share is config.model.dense_first.form is None
+  assert config.model.get_type("stem") is str
+  # No value stands for what this field was before.
+  assert "epochs" not in config.optim
+
+
 @pytest.mark.parametrize(
   ("given", "taken"),
   [

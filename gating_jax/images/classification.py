@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,18 +24,17 @@ from gating_jax.config_files import Config
 from gating_jax.data import augment, folders, image_sets, streaming
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
-from gating_jax.images.build import EXITS, Experiment, build, scope_of
+from gating_jax.images.build import Experiment, build
+from gating_jax.images.checks import EXITS, scope_of
 from gating_jax.images.start import check_can_start, check_start, read_weights, start_from
 from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
 from gating_jax.programmes import UNGATED_NETS
-from gating_jax.reports import classes as class_pages
-from gating_jax.reports import conclusion, frame, page, predictions, tables
+from gating_jax.reports import conclusion, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
-from gating_jax.reports import sets as set_pages
 from gating_jax.reports.text import format_percent
-from gating_jax.terminal import working
-from gating_jax.training import devices, evaluation, hosts, outlines, rundir, settings, steps
+from gating_jax.terminal import say, working
+from gating_jax.training import devices, evaluation, hosts, outlines, steps
 from gating_jax.training.closed_gates import (
   CLOSED,
   MOST_CLOSED,
@@ -46,14 +45,14 @@ from gating_jax.training.closed_gates import (
   advise_on_loss,
 )
 from gating_jax.training.evaluation import Evaluation
-from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, numbers, read_lines
+from gating_jax.training.journal import numbers
 from gating_jax.training.objectives import WITH_SPARSITY
 from gating_jax.training.rundir import RunDir
 from gating_jax.training.steps import Advance, MappedSteps, TrainState
 
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
 _CUT_OUT = 1
-# How titles describe a network, by `model.gating`, where they do not name a kind of gates.
+# Descriptions of networks in titles, by `model.gating`; the others name a kind of gates.
 _GATING_TITLES = {
   "none": "without gates",
   "scale": "with scales of channels",
@@ -79,24 +78,31 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     mode: one of those of `runner.run`; `export` writes files that run without this package, and
       `compile` times programs that skip closed gates.
   """
+  runner.run(_prepare(config, workdir, mode), workdir, mode)
+
+
+def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
+  """Opens the data of a run, and checks what a training begins with."""
   start = config.model.init_from if mode == "train" else None
   # A resumed run has parameters of its own, and does without the file.
   begins = not RunDir(user_path(workdir)).has_checkpoint()
   if start is not None and names_weights(start) and not begins:
     start = None
+  # They are read for checks alone, and are not kept while the network trains.
+  weights = None
   # Before data are opened, which may take minutes.
   if start is not None and names_weights(start):
-    read_weights(config)
+    weights = read_weights(config)
   elif start is not None:
     check_start(config, with_checkpoint=begins)
   with runner.opening_data(Classification, config, workdir, mode):
     experiment = build(config)
   if start is not None:
-    check_can_start(experiment)
-  if mode == "train":
-    with working("checking the teacher, if there is one", "up to a minute"):
-      load_teacher(experiment, quiet=True)
-  runner.run(Classification(experiment), workdir, mode)
+    check_can_start(experiment, weights)
+  if mode != "train":
+    return Classification(experiment)
+  with working("loading the teacher, if there is one", "up to a minute"):
+    return Classification(experiment, load_teacher(experiment))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +111,12 @@ class Classification(runner.Programme):
 
   Attributes:
     experiment: the experiment of the run.
+    teacher: the teacher of the loss, where it is loaded; otherwise a training loads it.
     score: key of the score among the result's numbers, and its name.
   """
 
   experiment: Experiment
+  teacher: Teacher | None = None
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.export_run,
@@ -220,10 +228,7 @@ class Classification(runner.Programme):
 
   def fresh(self) -> TrainState:
     """Initialises the state with which training begins."""
-    experiment = self.experiment
-    return steps.init_state(
-      experiment.model, experiment.optimiser, self.config.seed, experiment.test.shape
-    )
+    return self.experiment.init_state()
 
   def variables(self, state: TrainState) -> dict[str, Any]:
     """Returns the parameters and statistics, without the optimiser's state."""
@@ -241,7 +246,9 @@ class Classification(runner.Programme):
       outlines.write_outlines(run_dir.path, [train, experiment.test])
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
     with working("loading the teacher, if there is one", "up to a minute"):
-      teacher = load_teacher(experiment)
+      teacher = self.teacher or load_teacher(experiment)
+    if teacher is not None:
+      say(f"the teacher is {teacher.source}, of {teacher.macs:,.0f} MACs an image")
     with training:
       # A resumed run has its own parameters; only a fresh one starts from those of another.
       if not training.step and self.config.model.init_from is not None:
@@ -287,7 +294,7 @@ class Classification(runner.Programme):
     Args:
       train: the training set.
       first_step: the step from which training continues.
-      teacher: of the loss, where the config has one.
+      teacher: the teacher of the loss; None without one.
     Returns:
       a function that takes `steps_per_dispatch` steps; metrics are `[steps_per_dispatch]`.
     """
@@ -363,8 +370,7 @@ class Classification(runner.Programme):
         experiment.counts,
         self.summarise,
         classes=self.classes(),
-        # For the outcomes of gates: with noise, a gate may be drawn open and closed for the same
-        # image.
+        # The outcomes of gates need it: noise may draw a gate open and closed for the same image.
         noise_scale=experiment.drawn_noise_scale(int(state.step)),
       )
       evaluated.result.update(self.class_entries(evaluated))
@@ -453,101 +459,19 @@ class Classification(runner.Programme):
       drawn: the pictures of `draw`.
       notice: the first line of the page; empty for none.
     """
-    experiment, config = self.experiment, self.config
-    result, images, gates = evaluated
-    total, layers = experiment.settings.total_steps, experiment.counts.gate_layers
-    # This test comes last: outside training the journal does not have it.
-    needed = {self.score[0], "mac_ratio"}
-    tests = [
-      line
-      for line in _tests_before(step, run_dir.path / METRICS_FILE)
-      if needed <= numbers(line).keys()
-    ]
-    tests.append({"step": step, **result})
-    histograms = evaluation.histograms(gates, layers) if gates is not None else {}
-    measures = _measures(histograms)
-    lines = [
-      line
-      for line in _tests_before(step, run_dir.path / HISTOGRAMS_FILE)
-      if _measures(line) == measures
-    ]
-    lines.append({"step": step, **histograms})
-    # Names of modules are long, so figures number the layers.
-    names = [name for name, _ in layers]
-    # The page shows a prior only where it acts on the gates.
-    shaped = (
-      config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
+    described = image_report.describe_run(
+      run_dir,
+      self.experiment,
+      evaluated,
+      step=step,
+      rows=self.rows(evaluated.result),
+      score=self.score,
+      # The classes of pixels are no classes of scenes.
+      class_names=self.class_names if self.classes() else None,
+      pictures=list(drawn.values()),
+      notice=notice,
     )
-    image_report.write_report(
-      run_dir.report,
-      image_report.ImageRun(
-        title=f"{config.model.name} on {config.data.name}",
-        subtitle=f"{run_dir.path.name}, step {step:,} of {total:,}, gates: {config.model.gating}",
-        noun=self.noun,
-        rows=self.rows(result),
-        score=self.score,
-        tests=tests,
-        histograms=[_numbered(names, line) for line in lines],
-        macs=experiment.counts.macs,
-        images=images,
-        gates=gates,
-        layers=layers,
-        # The classes of pixels are no classes of scenes.
-        class_names=experiment.test.class_names if self.classes() else None,
-        prior=experiment.objective.prior if shaped else None,
-        config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
-        read=lambda index: experiment.test.read(index)[0],
-        pictures=list(drawn.values()),
-        confusions=[
-          *set_pages.sets_section(result),
-          *class_pages.confusion_section(
-            result, experiment.test.class_names, self.noun if self.classes() else "pixel"
-          ),
-        ],
-        around=frame.read_surroundings(
-          run_dir,
-          config,
-          step=step,
-          not_compiled=conclusion.refusal(compile.check_compilable, experiment.model),
-        ),
-        how=programmes.PROGRAMMES[config.experiment].how,
-        notice=notice,
-      ),
-    )
-
-
-def _tests_before(step: int, file: Path) -> list[dict[str, Any]]:
-  """Returns the lines of a journal's file on tests of earlier steps.
-
-  The journal may have later tests than a checkpoint, written after it.
-  """
-  return [line for line in read_lines(file) if line["split"] == "test" and line["step"] < step]
-
-
-def _measures(line: Mapping[str, Any]) -> list[tuple[str, int]]:
-  """Returns what a line of `histograms.jsonl` counts, sorted, and in how many bins each.
-
-  A line of the same network has the same, whatever its layers are called, unless it is damaged.
-  """
-  found = []
-  for name, counts in line.items():
-    is_list = isinstance(counts, (list, np.ndarray))
-    if is_list and all(isinstance(count, (int, np.integer)) for count in counts):
-      found.append((name.rpartition("/")[2], len(counts)))
-  return sorted(found)
-
-
-def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a line of `histograms.jsonl` with the number of each layer in place of its name.
-
-  Figures use this form, and older runs have it.
-  """
-  renamed = {}
-  for key, value in line.items():
-    group, _, rest = key.partition("/")
-    layer, _, measure = rest.rpartition("/")
-    renamed[f"{group}/layer{names.index(layer):02d}/{measure}" if layer in names else key] = value
-  return renamed
+    image_report.write_report(run_dir.report, described)
 
 
 def watch_images(config: Config) -> ClosingWatch:
@@ -571,7 +495,7 @@ def watch_images(config: Config) -> ClosingWatch:
     advice = advise_on_loss("loss", loss, shaped=loss.regulariser == "batch_shaping")
   # Gates that see no input prune, and so do those that begin with a prior: they are meant to close
   # for all examples.
-  prunes = gate.context == "none" or settings.importance_form(config.model) is not None
+  prunes = gate.context == "none" or config.model.importance.form is not None
   most = MOST_CLOSED
   if prunes:
     most = NOTHING_LEFT

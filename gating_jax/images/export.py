@@ -149,7 +149,7 @@ def _times(measured: Mapping[str, Any]) -> list[str]:
 
 def _load_command(path: Path, config: Config) -> str:
   """Returns a command that runs an export on an image file."""
-  number = "--set=NUMBER " if config.model.get("sources") else ""
+  number = "--set=NUMBER " if config.model.sources else ""
   script = quoted(str(path / "load.py"))
   return f"python {script} {number}IMAGE    # its class, without this package"
 

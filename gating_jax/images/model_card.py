@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gating_jax.data import folders, image_sets, streaming, unions
-from gating_jax.images.build import EXITS
+from gating_jax.images.checks import EXITS
 from gating_jax.reports.text import format_percent
 from gating_jax.timing import MASKED
 

@@ -1,4 +1,4 @@
-"""The report of an image or scene run: from plain data to the sections of its page.
+"""The report of an image or scene run: from a test and the journal to the sections of its page.
 
 Axes: M test images, L layers, G gates, K classes.
 Reference: Bejnordi et al., 2020, section 4.3 (what gates are open for).
@@ -13,13 +13,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gating_jax import programmes
 from gating_jax.analysis.outcomes import ALWAYS_CLOSED, by_layer
+from gating_jax.images.build import Experiment
+from gating_jax.images.compile import check_compilable
 from gating_jax.ops.priors import Prior
-from gating_jax.reports import frame, page, predictions, tables
+from gating_jax.reports import classes as class_pages
+from gating_jax.reports import conclusion, frame, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports import images as image_pictures
+from gating_jax.reports import sets as set_pages
 from gating_jax.reports.text import format_count, plain
-from gating_jax.training.evaluation import GateBehaviour, ImageBehaviour
+from gating_jax.training import evaluation, rundir
+from gating_jax.training.evaluation import Evaluation, GateBehaviour, ImageBehaviour
+from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, numbers, read_lines
+from gating_jax.training.rundir import RunDir
 
 # A gate is selective where it is open for less than this fraction of images.
 SELECTIVE = 0.1
@@ -50,6 +58,7 @@ class ImageRun:
     config: name and value of each setting.
     read: pixels `[n, H, W, D]` of test images, by number.
     pictures: further figures, with their captions.
+    confusions: sections on the sets of a union, and on classes that are taken for others.
     around: surroundings of the run, beyond the result.
     how: human-readable instructions to train an ungated baseline.
     notice: the first line of the page, such as that the run has failed; empty where there is none.
@@ -99,6 +108,126 @@ def write_report(path: Path, run: ImageRun) -> None:
   page.write_page(
     path, run.title, make_sections(run), subtitle=run.subtitle, opening=make_opening(run)
   )
+
+
+def describe_run(
+  run_dir: RunDir,
+  experiment: Experiment,
+  evaluated: Evaluation,
+  *,
+  step: int,
+  rows: Sequence[tables.Row],
+  score: tuple[str, str],
+  class_names: Sequence[str] | None,
+  pictures: Sequence[tuple[Any, str]] = (),
+  notice: str = "",
+) -> ImageRun:
+  """Gathers the data of the page of a run, from a test and from the files of the run.
+
+  Args:
+    run_dir: the run directory.
+    experiment: the experiment of the run.
+    evaluated: the test.
+    step: the step of the state that was tested.
+    rows, score, class_names, pictures, notice: as in `ImageRun`.
+  """
+  config, layers = experiment.config, experiment.counts.gate_layers
+  result, images, gates = evaluated
+  noun = programmes.PROGRAMMES[config.experiment].noun
+  total, shaping = experiment.settings.total_steps, config.loss.batch_shaping
+  # The page shows a prior only where it acts on the gates.
+  shaped = config.loss.regulariser == "batch_shaping" and shaping.coefficient > 0
+  # Pixels of scenes have classes, too.
+  example = "pixel" if class_names is None else noun
+  confusions = class_pages.confusion_section(result, experiment.test.class_names, example)
+  return ImageRun(
+    title=f"{config.model.name} on {config.data.name}",
+    subtitle=f"{run_dir.path.name}, step {step:,} of {total:,}, gates: {config.model.gating}",
+    noun=noun,
+    rows=rows,
+    score=score,
+    tests=_list_tests(run_dir, {"step": step, **result}, score[0]),
+    histograms=_list_histograms(run_dir, step, gates, layers),
+    macs=experiment.counts.macs,
+    images=images,
+    gates=gates,
+    layers=layers,
+    class_names=class_names,
+    prior=experiment.objective.prior if shaped else None,
+    config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
+    read=lambda index: experiment.test.read(index)[0],
+    pictures=pictures,
+    confusions=[*set_pages.sets_section(result), *confusions],
+    around=frame.read_surroundings(
+      run_dir,
+      config,
+      step=step,
+      not_compiled=conclusion.refusal(check_compilable, experiment.model),
+    ),
+    how=programmes.PROGRAMMES[config.experiment].how,
+    notice=notice,
+  )
+
+
+def _list_tests(run_dir: RunDir, last: Mapping[str, Any], score: str) -> list[Mapping[str, Any]]:
+  """Returns the tests of the journal that have a score and MACs, and the last one.
+
+  Outside training the journal does not have the last one.
+  """
+  found: list[Mapping[str, Any]] = []
+  for line in _tests_before(last["step"], run_dir.path / METRICS_FILE):
+    if {score, "mac_ratio"} <= numbers(line).keys():
+      found.append(line)
+  return [*found, last]
+
+
+def _list_histograms(
+  run_dir: RunDir, step: int, gates: GateBehaviour | None, layers: Sequence[tuple[str, int]]
+) -> list[dict[str, Any]]:
+  """Returns the histograms of the same tests, without damaged lines; layers have numbers."""
+  last = evaluation.histograms(gates, layers) if gates is not None else {}
+  measures = _measures(last)
+  found = []
+  for line in _tests_before(step, run_dir.path / HISTOGRAMS_FILE):
+    if _measures(line) == measures:
+      found.append(line)
+  # Names of modules are long, so figures number the layers.
+  names = [name for name, _ in layers]
+  return [_numbered(names, line) for line in (*found, {"step": step, **last})]
+
+
+def _tests_before(step: int, file: Path) -> list[dict[str, Any]]:
+  """Returns the lines of a journal's file on tests of earlier steps.
+
+  The journal may have later tests than a checkpoint, written after it.
+  """
+  return [line for line in read_lines(file) if line["split"] == "test" and line["step"] < step]
+
+
+def _measures(line: Mapping[str, Any]) -> list[tuple[str, int]]:
+  """Returns what a line of `histograms.jsonl` counts, sorted, and in how many bins each.
+
+  A line of the same network has the same, whatever its layers are called, unless it is damaged.
+  """
+  found = []
+  for name, counts in line.items():
+    is_list = isinstance(counts, (list, np.ndarray))
+    if is_list and all(isinstance(count, (int, np.integer)) for count in counts):
+      found.append((name.rpartition("/")[2], len(counts)))
+  return sorted(found)
+
+
+def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a line of `histograms.jsonl` with the number of each layer in place of its name.
+
+  Figures use this form, and older runs have it.
+  """
+  renamed = {}
+  for key, value in line.items():
+    group, _, rest = key.partition("/")
+    layer, _, measure = rest.rpartition("/")
+    renamed[f"{group}/layer{names.index(layer):02d}/{measure}" if layer in names else key] = value
+  return renamed
 
 
 def make_opening(run: ImageRun) -> page.Opening:

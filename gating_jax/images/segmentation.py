@@ -29,6 +29,7 @@ from gating_jax.data import scenes
 from gating_jax.images import build as image_build
 from gating_jax.images import compile
 from gating_jax.images.build import Experiment
+from gating_jax.images.checks import check_config
 from gating_jax.images.classification import Classification
 from gating_jax.models.resnets import RESNETS
 from gating_jax.models.segmenter import Segmenter
@@ -80,7 +81,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
       return True
     return is_size(value) and value[0] <= data.size[0] and value[1] <= data.size[1]
 
-  image_build.check_config(
+  check_config(
     config,
     choices={"data.name": scenes.NAMES, "model.name": RESNETS},
     at_least={"data.train_scenes": 1, "data.test_scenes": 1, "data.digits": 1, "model.head": 1},

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,9 @@ from gating_jax.analysis import importance as units
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.data import image_sets
-from gating_jax.images.build import PRIOR, PRUNE, Experiment, build
+from gating_jax.images.build import Experiment
+from gating_jax.images.checks import PRIOR, PRUNE
+from gating_jax.images.restore import restore_network
 from gating_jax.layers.gate import GateSettings, is_gate_path
 from gating_jax.models.pretrained import (
   IMAGENET_MEAN,
@@ -35,8 +37,7 @@ from gating_jax.models.pretrained import (
 )
 from gating_jax.models.vggs import VGG, VGGS, is_dense_name
 from gating_jax.terminal import say
-from gating_jax.training import rundir, settings, steps
-from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training import rundir, settings
 from gating_jax.training.rundir import RunDir, RunDirError
 from gating_jax.training.steps import TrainState
 
@@ -44,6 +45,13 @@ from gating_jax.training.steps import TrainState
 _IMPORTANCE_IMAGES = 512
 # torchvision's networks of a config's names. Its VGG16 has BatchNorm.
 _THEIR_NAMES = {**{name: name for name in RESNET_NAMES}, "vgg16": "vgg16_bn"}
+
+
+class Weights(NamedTuple):
+  """A network and its variables, as a file of weights has them."""
+
+  model: nn.Module
+  variables: dict[str, Any]
 
 
 def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
@@ -69,7 +77,8 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
     theirs.update(rundir.with_tuples(start.config()))
   # A pruned network is narrower where units were: inside blocks, or in all layers of a chain.
   pruned = "model.width" if config.model.name in VGGS else "model.inner_width"
-  prunes = settings.importance_form(config.model) == PRUNE
+  prunes = config.model.importance.form == PRUNE
+  fields = rundir.flatten(theirs)
   # The fields that determine the names and shapes of parameters.
   for name, mine in (
     ("experiment", config.experiment),
@@ -77,11 +86,10 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
     ("model.name", config.model.name),
     ("model.width", config.model.width),
     ("model.inner_width", config.model.inner_width),
-    ("model.stem", config.model.get("stem")),
+    ("model.stem", config.model.stem),
     ("model.group_norm", config.model.group_norm),
   ):
-    # Older configs have no stem.
-    found = rundir.flatten(theirs).get(name)
+    found = fields[name]
     if prunes and name == pruned:
       if found is None or found < mine:
         raise ValueError(
@@ -97,7 +105,7 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
   return theirs
 
 
-def read_weights(config: Config) -> tuple[nn.Module, dict[str, Any]]:
+def read_weights(config: Config) -> Weights:
   """Returns the network and the variables of the file of weights that `model.init_from` names.
 
   Raises:
@@ -115,7 +123,7 @@ def read_weights(config: Config) -> tuple[nn.Module, dict[str, Any]]:
         f"model.init_from must name weights of the network of model.name={mine!r}, {wanted}; those "
         f"in {file} are of {found}, which load_pretrained reads in Python"
       )
-  return model, variables
+  return Weights(model, variables)
 
 
 def _no_start(start: RunDir) -> str:
@@ -123,9 +131,12 @@ def _no_start(start: RunDir) -> str:
   return f"model.init_from must name a run with a checkpoint; {start.path} has none yet"
 
 
-def check_can_start(experiment: Experiment) -> None:
+def check_can_start(experiment: Experiment, weights: Weights | None = None) -> None:
   """Raises an error unless a training can start from what `model.init_from` names.
 
+  Args:
+    experiment: the experiment to start.
+    weights: those of the file, where they are read already.
   Raises:
     RunDirError, FileNotFoundError: there is no run, or no file.
     ValueError: the run or the file is of another network; the message names the difference.
@@ -135,13 +146,9 @@ def check_can_start(experiment: Experiment) -> None:
     check_start(config)
     return
   # Shapes are enough for the check.
-  shapes = jax.eval_shape(
-    lambda: steps.init_state(
-      experiment.model, experiment.optimiser, config.seed, experiment.test.shape
-    )
-  )
+  shapes = jax.eval_shape(experiment.init_state)
   image = jax.ShapeDtypeStruct((1, *experiment.test.shape), np.float32)
-  _start_from_file(experiment, shapes, image)
+  _start_from_file(experiment, shapes, image, weights)
 
 
 def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> TrainState:
@@ -160,7 +167,7 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
       fresh classifier has none there.
   """
   folder, images = user_path(experiment.config.model.init_from), None
-  if settings.importance_form(experiment.config.model) is not None:
+  if experiment.config.model.importance.form is not None:
     images = _read_images(experiment, train)
     say(f"the importance of units is taken from {len(images)} training images")
   if names_weights(folder):
@@ -168,18 +175,12 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
     for line in said:
       say(line)
     return _with_prior(experiment, started, images)
-  theirs = build(check_start(experiment.config))
-  like = jax.eval_shape(
-    lambda: steps.init_state(theirs.model, theirs.optimiser, theirs.config.seed, theirs.test.shape)
-  )
-  # Shapes are enough to restore, so no state of theirs is initialised.
-  found = restore_newest(RunDir(folder).checkpoints, like)
+  theirs, found = restore_network(check_start(experiment.config), RunDir(folder))
   if found is None:
     raise RunDirError(_no_start(RunDir(folder)))
-  step, trained = found
+  step, taken = found
   say(f"starting from the parameters of step {step} in {folder}")
-  taken = {"params": trained.params, "batch_stats": trained.batch_stats}
-  if settings.importance_form(experiment.config.model) == PRUNE:
+  if experiment.config.model.importance.form == PRUNE:
     taken = _pruned(theirs.model, taken, state, images)
   started = state.replace(
     params=_merged(state.params, taken["params"], folder),
@@ -244,8 +245,8 @@ def _pruned(
 
 def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> TrainState:
   """Returns a state whose gates begin with the importance of units, where the config says so."""
-  section = experiment.config.model.get("importance") or {}
-  if section.get("form") != PRIOR:
+  section = experiment.config.model.importance
+  if section.form != PRIOR:
     return state
   # On the host: each process computes the same, alone.
   variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
@@ -254,14 +255,14 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
   share = experiment.model.gate.share
   if experiment.share is not None:
     share = min(1.0, float(np.asarray(experiment.share(0))))
-  static = tuple(section.get("static_layers") or ())
+  static = tuple(section.static_layers or ())
   for is_static in (False, True):
     # Gates of static layers keep the gain 0, and stay the same for all images.
-    gain = 0.0 if is_static else section.get("gain") or 0.0
+    gain = 0.0 if is_static else section.gain or 0.0
     variables = units.with_prior(
       variables,
       [unit for unit in found if unit.gate[0].startswith(static) == is_static],
-      scale=section.get("scale") or units.SCALE,
+      scale=section.scale or units.SCALE,
       gain=gain,
       share=share,
     )
@@ -269,7 +270,7 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
 
 
 def _start_from_file(
-  experiment: Experiment, state: TrainState, images: Any
+  experiment: Experiment, state: TrainState, images: Any, weights: Weights | None = None
 ) -> tuple[TrainState, list[str]]:
   """Returns a state with the weights of a file, and lines that say what was taken and made.
 
@@ -277,10 +278,11 @@ def _start_from_file(
     experiment: the experiment to start.
     state: a fresh state of it.
     images: for the importance of units, or their shape; unused where the config needs none.
+    weights: those of the file, where they are read already.
   """
   config = experiment.config
   file = user_path(config.model.init_from)
-  model, variables = read_weights(config)
+  model, variables = weights or read_weights(config)
   if isinstance(model, VGG):
     # Dense layers that slide over large maps are not taken.
     model = model.clone(max_map=None)
@@ -307,7 +309,7 @@ def _start_from_file(
     return _is_fresh(path) or path[0] in fresh
 
   statistics = variables.get("batch_stats", {})
-  if settings.importance_form(config.model) == PRUNE:
+  if config.model.importance.form == PRUNE:
     whole = {"params": variables["params"], "batch_stats": statistics}
     with settings.named("model.init_from"):
       taken = _pruned(model, whole, state, images, is_fresh)

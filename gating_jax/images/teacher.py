@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import user_path
-from gating_jax.images.build import Experiment, build, scope_of
+from gating_jax.images.build import Experiment
+from gating_jax.images.checks import scope_of
+from gating_jax.images.restore import restore_network
 from gating_jax.models.pretrained import load_pretrained, names_weights
 from gating_jax.models.summary import model_summary
-from gating_jax.terminal import say
-from gating_jax.training import outlines, settings, steps
-from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training import settings
 from gating_jax.training.rundir import RunDir, RunDirError
 from gating_jax.types import Array
 
@@ -28,12 +28,14 @@ class Teacher(NamedTuple):
   """A trained network.
 
   Attributes:
-    model: of classes.
+    source: the run or the file of weights, as the config names it.
+    model: a classifier.
     variables: its `params` and `batch_stats`.
     macs: mean MACs of an image, gate networks included.
     accuracy: on its test set, as a fraction; None where a file of weights does not say.
   """
 
+  source: str
   model: nn.Module
   variables: Mapping[str, Any]
   macs: float
@@ -52,12 +54,11 @@ class Teacher(NamedTuple):
     return found
 
 
-def load_teacher(experiment: Experiment, *, quiet: bool = False) -> Teacher | None:
+def load_teacher(experiment: Experiment) -> Teacher | None:
   """Loads the teacher that a config names; None where it names none.
 
   Args:
-    experiment: of the network to train.
-    quiet: whether nothing is said of it.
+    experiment: the experiment of the network to train.
   Raises:
     RunDirError, FileNotFoundError: there is no such run, it is not finished, or there is no file.
     ValueError: the teacher is of other classes, of another order of them, with a head a set, of
@@ -84,8 +85,6 @@ def load_teacher(experiment: Experiment, *, quiet: bool = False) -> Teacher | No
       f"loss.distillation.teacher must have the {classes} classes of the data; the outputs of "
       f"{source} have shape {logits.shape[1:]}"
     )
-  if not quiet:
-    say(f"the teacher is {source}, of {teacher.macs:,.0f} MACs an image")
   return teacher
 
 
@@ -93,7 +92,7 @@ def _of_file(source: str, experiment: Experiment) -> Teacher:
   """Loads a teacher from a file of weights."""
   model, variables = load_pretrained(user_path(source))
   counts = model_summary(model, experiment.test.shape)
-  return Teacher(model, variables, float(counts.macs), None)
+  return Teacher(source, model, variables, float(counts.macs), None)
 
 
 def _of_run(source: str, experiment: Experiment) -> Teacher:
@@ -122,19 +121,13 @@ def _of_run(source: str, experiment: Experiment) -> Teacher:
         f"loss.distillation.teacher must name a run with data.{name}={config.data[name]}; that of "
         f"{source} has {theirs.data[name]}"
       )
-  built = build(theirs, outlines.read_outlines(run_dir.path))
+  built, found = restore_network(theirs, run_dir)
   _check_same_data(source, built, experiment)
-  like = jax.eval_shape(
-    lambda: steps.init_state(built.model, built.optimiser, theirs.seed, built.test.shape)
-  )
-  found = restore_newest(run_dir.checkpoints, like)
   if found is None:
     raise RunDirError(f"loss.distillation.teacher must name a run with a checkpoint; got {source}")
-  _, state = found
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
   with run_dir.reading_result():
     macs, accuracy = float(result["macs"]), float(result["accuracy"])
-  return Teacher(built.model, jax.device_get(variables), macs, accuracy)
+  return Teacher(source, built.model, jax.device_get(found.state), macs, accuracy)
 
 
 def _check_same_data(source: str, theirs: Experiment, mine: Experiment) -> None:

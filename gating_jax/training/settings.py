@@ -26,7 +26,8 @@ Rule = tuple[Callable[[Any], bool], str]
 def config_of(workdir: Path) -> Config:
   """Reads the config that a run directory began with.
 
-  Raises RunDirError where there is no run, or a damaged one.
+  It has every field whose default is None, also where the run is older. Raises RunDirError where
+  there is no run, or a damaged one.
   """
   file, fields = workdir / rundir.CONFIG_FILE, rundir.RunDir(workdir).config()
   if not isinstance(fields.get("experiment"), str):
@@ -35,7 +36,10 @@ def config_of(workdir: Path) -> Config:
   base = config_files.base(fields["experiment"])
   if base is not None:
     _check_fields(file, base, fields)
-  return ml_collections.ConfigDict(rundir.with_tuples(fields)).lock()
+  config = ml_collections.ConfigDict(rundir.with_tuples(fields))
+  if base is not None:
+    config_files.add_unset_fields(config, base)
+  return config.lock()
 
 
 def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: str = "") -> None:
@@ -50,11 +54,10 @@ def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: s
     if kind is tuple:
       kind = list
     section = isinstance(default, ml_collections.ConfigDict)
+    if name not in fields and config_files.is_unset(default):
+      continue
     if section and isinstance(value, Mapping):
       _check_fields(file, default, value, f"{prefix}{name}.")
-      continue
-    # A section that the config lacks is newer than the run, as a field of its own may be.
-    if section and name not in fields and set(rundir.flatten(default).values()) <= {None}:
       continue
     # A whole number may stand for a float; True is an int in Python, but not a number here.
     fits = isinstance(value, (int, float) if kind is float else kind) and (
@@ -129,12 +132,6 @@ def gate_settings(section: Mapping[str, Any], **fixed: Any) -> GateSettings:
   return GateSettings(**{**given, **fixed})
 
 
-def importance_form(model: Config) -> str | None:
-  """Returns what the importance of units is for, as a section `model` says; None: for nothing."""
-  # Older configs have no such section.
-  return (model.get("importance") or {}).get("form")
-
-
 @contextlib.contextmanager
 def named(section: str) -> Iterator[None]:
   """Prefixes errors of settings in the block with their section of the config."""
@@ -165,8 +162,7 @@ def check_channels(data: Config, channels: int) -> None:
 
 def feature_names(data: Config) -> tuple[str, str]:
   """Returns the names of the image and the label in a TFDS set."""
-  # Older configs have no fields for them; None stands for the default.
-  return data.get("image_feature") or "image", data.get("label_feature") or "label"
+  return data.image_feature or "image", data.label_feature or "label"
 
 
 def divides_over_devices() -> Rule:

@@ -14,7 +14,7 @@ from gating_jax import load_run
 from gating_jax.analysis import outcomes
 from gating_jax.data import augment, image_sets
 from gating_jax.data.tfds import DatasetNotPreparedError
-from gating_jax.images import classification, start
+from gating_jax.images import classification, report, start
 from gating_jax.models import resnets
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
@@ -416,12 +416,17 @@ def test_an_ungated_run_in_bfloat16_leaves_what_it_measured(ungated):
   check_modes(made, workdir, total=66)
 
 
-def test_gates_are_added_to_the_net_of_an_ungated_run(config, ungated, capsys):
+def test_gates_are_added_to_the_net_of_an_ungated_run(
+  config, ungated, capsys, monkeypatch, tmp_path
+):
   made = config(**{"model.dtype": "bfloat16", "model.init_from": str(ungated[1])})
   start.check_start(made)
   built = classification.build(made)
   fresh = steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
-  began = start.start_from(built, fresh)
+  with monkeypatch.context() as patch:
+    # The data of the run need not be there.
+    patch.delattr(image_sets, "load")
+    began = start.start_from(built, fresh)
   assert "starting from the parameters of step 66 in" in capsys.readouterr().out
   block, new = (state.params["stage1_block1"] for state in (began, fresh))
   assert not np.array_equal(block["conv1"]["conv"]["kernel"], new["conv1"]["conv"]["kernel"])
@@ -433,6 +438,11 @@ def test_gates_are_added_to_the_net_of_an_ungated_run(config, ungated, capsys):
   )
   with pytest.raises(ValueError, match="model.init_from must name a run .*with model.width=2.0"):
     classification.run(wider, ungated[1].parent / "wider", "train")
+  earlier = shutil.copytree(ungated[1], tmp_path / "earlier")
+  # A run of an earlier version keeps no outlines of its data.
+  (earlier / "data.json").unlink()
+  same = config(**{"model.dtype": "bfloat16", "model.init_from": str(earlier)})
+  assert tiny.bit_equal(start.start_from(classification.build(same), fresh), began)
 
 
 def test_where_a_step_may_hold_too_little_there_is_one_that_holds_all(config):
@@ -492,7 +502,7 @@ def test_histograms_are_drawn_whether_lines_name_layers_or_number_them():
     "gates/stage1_block2/conv1/open_rates": [2],
   }
   names = ["stage1_block1/conv1", "stage1_block2/conv1"]
-  assert classification._numbered(names, line) == classification._numbered(names, older) == older
+  assert report._numbered(names, line) == report._numbered(names, older) == older
 
 
 def test_damaged_lines_of_a_journal_have_no_place_on_the_page(finished, tmp_path):

@@ -183,6 +183,25 @@ def test_a_file_of_another_network_is_refused_before_a_run_begins(config, tmp_pa
   assert not (tmp_path / "run").exists()
 
 
+def test_a_file_and_a_teacher_are_read_once_before_a_training(config, tmp_path, monkeypatch):
+  file, _ = weights(tmp_path)
+  read = {"weights": 0, "teacher": 0}
+
+  def counted(name, function):
+    def call(*arguments):
+      read[name] += 1
+      return function(*arguments)
+
+    return call
+
+  monkeypatch.setattr(start, "read_network", counted("weights", start.read_network))
+  monkeypatch.setattr(teacher, "load_pretrained", counted("teacher", teacher.load_pretrained))
+  made = config(**{"model.init_from": str(file), "loss.distillation.coefficient": 0.5})
+  programme = classification._prepare(made, tmp_path / "run", "train")
+  assert read == {"weights": 1, "teacher": 1}
+  assert programme.teacher.source == str(file)
+
+
 @pytest.mark.parametrize(
   ("layers", "frozen"),
   [(None, ("stem", "stage1_block1", "stage2_block1")), (("stem", "stage1"), ("stem", "stage1_b"))],
@@ -394,7 +413,7 @@ def test_a_run_on_other_data_is_no_teacher(config, tmp_path, changes, names, sha
         "model.gating": "exits",
         "loss.regulariser": "none",
       },
-      "loss.distillation.coefficient must be None but for classifiers without exits; got 0.5",
+      "loss.distillation.coefficient must be None except for classifiers without exits; got 0.5",
     ),
   ],
 )
