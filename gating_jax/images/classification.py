@@ -29,10 +29,8 @@ from gating_jax.images.start import check_can_start, check_start, read_weights, 
 from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
 from gating_jax.programmes import UNGATED_NETS
-from gating_jax.reports import classes as class_pages
-from gating_jax.reports import conclusion, frame, page, predictions, tables
+from gating_jax.reports import conclusion, frame, page, predictions, score_parts, tables
 from gating_jax.reports import gates as gate_pictures
-from gating_jax.reports import sets as set_pages
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import working
 from gating_jax.training import devices, evaluation, hosts, outlines, rundir, settings, steps
@@ -499,8 +497,8 @@ class Classification(runner.Programme):
         read=lambda index: experiment.test.read(index)[0],
         pictures=list(drawn.values()),
         confusions=[
-          *set_pages.sets_section(result),
-          *class_pages.confusion_section(
+          *score_parts.sets_section(result),
+          *score_parts.confusion_section(
             result, experiment.test.class_names, self.noun if self.classes() else "pixel"
           ),
         ],
