@@ -3,14 +3,12 @@
 import io
 import logging
 import os
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gating_jax.data import faults, features, folders, image_sets, streaming
+from gating_jax.data import features, folders, image_sets, streaming
 
 RED = (200, 10, 10)
 
@@ -236,21 +234,6 @@ def test_pictures_are_turned_only_where_that_is_asked():
   picture().save(buffer, "PNG", exif=exif)
   assert features.decode_picture(buffer.getvalue(), 3).shape == (4, 6, 3)
   assert features.decode_picture(buffer.getvalue(), 3, upright=True).shape == (6, 4, 3)
-
-
-def test_ctrl_c_while_files_are_checked_waits_for_no_file_that_has_not_begun(monkeypatch):
-  begun = []
-
-  def interrupted(found, **_):
-    next(iter(found))
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(faults, "usable_cores", lambda: 1)
-  monkeypatch.setattr(faults, "progress_bar", interrupted)
-  read = lambda file: (begun.append(file), time.sleep(0.005))
-  with pytest.raises(KeyboardInterrupt):
-    faults.find_faults([Path(str(i)) for i in range(100)], read, "checking", describe=str)
-  assert 1 <= len(begun) < 50
 
 
 def opened(folder, split="train", in_use=None):
