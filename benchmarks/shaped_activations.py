@@ -66,8 +66,10 @@ class ConvNet(nn.Module):
 def main():
   """Prints a line for each variant."""
   args = parse()
-  train = image_sets.load("cifar10", f"train[:{args.train_images}]", args.data_dir)
-  test = image_sets.load("cifar10", "test", args.data_dir)
+  train = image_sets.load(
+    image_sets.SetSource("cifar10", f"train[:{args.train_images}]", args.data_dir)
+  )
+  test = image_sets.load(image_sets.SetSource("cifar10", "test", args.data_dir))
   print(
     f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {len(train)} images, {args.epochs} "
     "epochs, "

@@ -74,8 +74,7 @@ def draw_gates_over_images(workdir: Path) -> Figure:
   """Draws, for one gate of every other layer, the test images that open it with most certainty."""
   model, variables, config = load_run(workdir)
   data = config.data
-  names = settings.feature_names(data)
-  test = image_sets.load(data.name, data.test_split, data.data_dir, data.image_size, *names)
+  test = image_sets.load(settings.source_of(data, data.test_split), data.image_size)
   pixels, _ = test.read(np.arange(len(test)))
   _, records = jax.jit(model.apply)(variables, augment.normalise(pixels, data.mean, data.std))
   rows, labels = [], []

@@ -715,10 +715,10 @@ OTHERS = [
   ),
   Mutant(
     "interval_upside_down",
-    "reports/classes.py",
+    "reports/score_parts.py",
     "low, high = format_percent(interval.low, 1), format_percent(interval.high, 1)",
     "low, high = format_percent(interval.high, 1), format_percent(interval.low, 1)",
-    "reports/test_classes.py",
+    "reports/test_score_parts.py",
   ),
   Mutant(
     "text_of_a_page_not_escaped",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from gating_jax.data import image_sets, tfds, video_files
+from gating_jax.data.image_sets import SetSource
 from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.images import classification
@@ -141,7 +142,7 @@ def test_the_name_of_a_set_does_not_leave_the_folder_of_sets(tmp_path, name):
   folder = tmp_path / "sets"
   folder.mkdir()
   with pytest.raises((ValueError, tfds.DatasetNotPreparedError)):
-    image_sets.load(name, "train", str(folder))
+    image_sets.load(SetSource(name, "train", str(folder)))
   assert [path.name for path in tmp_path.rglob("*")] == ["sets"]
 
 
@@ -245,7 +246,7 @@ def test_what_is_no_name_of_a_set_is_refused(tmp_path, name):
   with pytest.raises(
     ValueError, match="data.name must be 'digits' or the name of a TFDS data set, .*; got "
   ):
-    image_sets.load(name, "train", str(tmp_path))
+    image_sets.load(SetSource(name, "train", str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -253,14 +254,14 @@ def test_what_is_no_name_of_a_set_is_refused(tmp_path, name):
 )
 def test_names_of_sets_are_looked_for(tmp_path, name):
   with pytest.raises(tfds.DatasetNotPreparedError, match="which is unknown to TFDS"):
-    image_sets.load(name, "train", str(tmp_path))
+    image_sets.load(SetSource(name, "train", str(tmp_path)))
 
 
 def test_the_command_that_prepares_a_set_quotes_any_folder_name(tmp_path):
   folder = tmp_path / 'it\'s "here"; $(touch outside) `touch outside`\\'
   folder.mkdir()
   with pytest.raises(tfds.DatasetNotPreparedError) as caught:
-    image_sets.load("cifar10", "train", str(folder))
+    image_sets.load(SetSource("cifar10", "train", str(folder)))
   (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  python -c ")]
   python, option, program = shlex.split(line)
   assert (python, option) == ("python", "-c")
@@ -288,7 +289,7 @@ def wicked_set(named_set, tmp_path, monkeypatch):
   """A folder with a `brought_set`, whose module makes a file `outside` next to the folder."""
   folder = tmp_path / "sets"
   shutil.copytree(named_set, folder / "brought_set")  # TFDS knows only its files
-  assert len(image_sets.load("brought_set", "train", str(folder))) == 4
+  assert len(image_sets.load(SetSource("brought_set", "train", str(folder)))) == 4
   (tmp_path / "evil_features.py").write_text(f"open({str(tmp_path / 'outside')!r}, 'w').close()")
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "evil_features", raising=False)
@@ -345,11 +346,11 @@ def test_reading_a_prepared_set_imports_no_module_that_it_names(
   if hide:
     hide(wicked_set)
   with pytest.raises(tfds.DatasetNotPreparedError, match=message):
-    image_sets.load(name, "train", str(wicked_set))
+    image_sets.load(SetSource(name, "train", str(wicked_set)))
   assert not outside.exists()
   monkeypatch.setattr(tfds, "_check_features", lambda folder: None)
   with pytest.raises(tfds.DatasetNotPreparedError):
-    image_sets.load(name, "train", str(wicked_set))
+    image_sets.load(SetSource(name, "train", str(wicked_set)))
   assert outside.exists()  # TFDS alone would have run it
 
 

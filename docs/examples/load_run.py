@@ -17,8 +17,7 @@ from gating_jax.training import settings
 def main(workdir):
   model, variables, config = load_run(workdir)
   data = config.data
-  names = settings.feature_names(data)
-  test = image_sets.load(data.name, data.test_split, data.data_dir, data.image_size, *names)
+  test = image_sets.load(settings.source_of(data, data.test_split), data.image_size)
   pixels, labels = test.read(np.arange(min(64, len(test))))
   logits, records = jax.jit(model.apply)(variables, augment.normalise(pixels, data.mean, data.std))
   right = np.argmax(logits, axis=1) == labels

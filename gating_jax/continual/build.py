@@ -214,8 +214,7 @@ def _read_tasks(config: Config) -> tuple[image_sets.Task, ...]:
 
   def load(split):
     """Reads one split."""
-    names, in_use = settings.feature_names(data), (data.train_split, data.test_split)
-    return image_sets.load(data.name, split, data.data_dir, data.image_size, *names, in_use)
+    return image_sets.load(settings.source_of(data, split), data.image_size)
 
   train, test = load(data.train_split), load(data.test_split)
   with settings.named("tasks"):

@@ -69,7 +69,8 @@ class LearnerState(struct.PyTreeNode):
     params: parameters that the optimiser changes.
     batch_stats: running statistics of the network being trained.
     opt_state: state of the optimiser; fresh for every task.
-    memory: whatever the method keeps of earlier tasks: a `MemoryNode`; `()` if it keeps nothing.
+    memory: whatever the method keeps of earlier tasks: a `MemoryNode` or a `ReplayMemory`; `()` if
+      it keeps nothing.
     table: results of the tests so far.
   """
 

@@ -19,8 +19,7 @@ from gating_jax.continual.method import LearnerState
 from gating_jax.continual.training import TaskPredictions
 from gating_jax.data.image_sets import Images, padded_batches
 from gating_jax.models.summary import layer_names
-from gating_jax.reports import classes as class_pages
-from gating_jax.reports import conclusion, frame, page, tables, tasks
+from gating_jax.reports import conclusion, frame, page, score_parts, tables, tasks
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports import predictions as prediction_tables
 from gating_jax.reports.text import format_percent, plain
@@ -207,7 +206,7 @@ def write_report(
   sections = [
     _result_section(result),
     # With the task unknown: with it known, tasks are not confused.
-    *class_pages.confusion_section(result["task_agnostic"], names, "image"),
+    *score_parts.confusion_section(result["task_agnostic"], names, "image"),
   ]
   if predictions is not None:
     listed = list_predictions(experiment, predictions)

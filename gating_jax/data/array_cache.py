@@ -33,6 +33,16 @@ _LOOK_EVERY = 64
 _ABANDONED = 3600.0
 
 
+def stamp_of(path: Path) -> tuple[str, int, int]:
+  """Returns a file's absolute path, size and time of change in nanoseconds.
+
+  Raises:
+    OSError: there is no such file.
+  """
+  stat = os.stat(path)
+  return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+
 class ArrayCache:
   """Arrays on disk, of which the longest unused ones go first.
 
@@ -68,9 +78,7 @@ class ArrayCache:
       path: the file, which must be there.
       **settings: anything that JSON can hold.
     """
-    stat = os.stat(path)
-    of_file = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
-    text = json.dumps([_VERSION, of_file, settings], sort_keys=True)
+    text = json.dumps([_VERSION, stamp_of(path), settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
   def get(self, key: str) -> dict[str, np.ndarray] | None:

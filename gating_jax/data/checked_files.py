@@ -1,23 +1,27 @@
-"""Pictures that were decoded before, so that a folder of many is not decoded again by each command.
+"""Files that are checked before they are needed, and the ranges of pictures that were.
 
-Of every folder or table there is an entry in the user's cache (`XDG_CACHE_HOME`; by default
-`~/.cache`), with a stamp of each file's path, size and time of change, and the range of its
-values. A file that changed is decoded again, and so are those that could not be read. A damaged
-entry is made again. Without the library safetensors, or a folder that can be written, nothing is
-kept.
+A folder of many pictures is not decoded again by each command. Of every folder or table there is an
+entry in the user's cache (`XDG_CACHE_HOME`; by default `~/.cache`), with a stamp of each file's
+path, size and time of change, and the range of its values. A file that changed is decoded again,
+and so are those that could not be read. A damaged entry is made again. Without the library
+safetensors, or a folder that can be written, nothing is kept.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import PIL
 
-from gating_jax.data.array_cache import ArrayCache
+from gating_jax.cores import usable_cores
+from gating_jax.data.array_cache import ArrayCache, stamp_of
+from gating_jax.terminal import progress_bar
 
 # Bytes of all entries. A picture takes 21, and the longest unused entries go first.
 _MOST_BYTES = 256_000_000
@@ -27,16 +31,60 @@ _DIGEST = 16
 _TYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
 
 
+def find_faults(
+  files: Sequence[Path],
+  read: Callable[[Path], object],
+  desc: str,
+  *,
+  describe: Callable[[Exception], str],
+) -> list[str | None]:
+  """Reads files in several threads; returns why each cannot be read, None where it can.
+
+  An interruption waits for files that are being read, and for no others.
+
+  Args:
+    files: the files.
+    read: reads a file; what it returns is dropped. Its errors, of any type, are the faults.
+    desc: of the progress bar.
+    describe: returns the text of an error.
+
+  >>> texts = {Path("a"): "1", Path("b"): "one"}
+  >>> name = lambda error: type(error).__name__
+  >>> find_faults(list(texts), lambda file: int(texts[file]), "checking", describe=name)
+  [None, 'ValueError']
+  """
+  # More threads than cores gain nothing: decoders work without Python's lock.
+  pool = ThreadPoolExecutor(usable_cores())
+  try:
+    found = pool.map(functools.partial(_fault_of, read, describe), files)
+    return list(progress_bar(found, total=len(files), desc=desc, leave=False))
+  finally:
+    # Otherwise Ctrl-C would wait for every file.
+    pool.shutdown(cancel_futures=True)
+
+
+def _fault_of(
+  read: Callable[[Path], object], describe: Callable[[Exception], str], file: Path
+) -> str | None:
+  """Returns why a file cannot be read; None if it can."""
+  try:
+    read(file)
+  # Damaged files make decoders raise errors of many types.
+  except Exception as error:
+    return describe(error)
+  return None
+
+
 def stamp_files(files: Iterable[Path]) -> dict[Path, bytes]:
   """Returns for each file that is there 16 bytes that change with its path, size and time."""
   stamps = {}
   for file in files:
     try:
-      stat = os.stat(file)
+      path, size, changed = stamp_of(file)
     # It has just been removed.
     except OSError:
       continue
-    text = os.fsencode(file.absolute()) + f"\0{stat.st_size} {stat.st_mtime_ns}".encode()
+    text = os.fsencode(path) + f"\0{size} {changed}".encode()
     stamps[file] = hashlib.blake2b(text, digest_size=_DIGEST).digest()
   return stamps
 
@@ -48,7 +96,8 @@ def recall_ranges(root: Path, stamps: Mapping[Path, bytes]) -> dict[Path, np.nda
     root: the folder or the table.
     stamps: of any files, as `stamp_files` returns them now.
   """
-  known, ranges = _known(root), {}
+  cache, ranges = _open_cache(), {}
+  known = {} if cache is None else _known(cache, root)
   for file, stamp in stamps.items():
     if stamp in known:
       ranges[file] = known[stamp]
@@ -56,7 +105,11 @@ def recall_ranges(root: Path, stamps: Mapping[Path, bytes]) -> dict[Path, np.nda
 
 
 def keep_ranges(
-  root: Path, stamps: Mapping[Path, bytes], ranges: Mapping[Path, np.ndarray]
+  root: Path,
+  stamps: Mapping[Path, bytes],
+  ranges: Mapping[Path, np.ndarray],
+  *,
+  listed: Iterable[Path],
 ) -> None:
   """Keeps the ranges of files of a folder or a table, next to those kept before.
 
@@ -65,13 +118,23 @@ def keep_ranges(
     stamps: of the files, from before they were read.
     ranges: the smallest and the largest value of each file, `[2]`. Those of other types than uint8
       and uint16 are not kept.
+    listed: all files of the folder or the table. What was kept of one that changed or went away is
+      dropped.
   """
-  known = _known(root)
+  cache = _open_cache()
+  if cache is None:
+    return
+  others = stamp_files(file for file in listed if file not in stamps)
+  present = {*stamps.values(), *others.values()}
+  known = {}
+  # Another process may have kept those of another split meanwhile.
+  for stamp, found in _known(cache, root).items():
+    if stamp in present:
+      known[stamp] = found
   for file, found in ranges.items():
     if file in stamps and found.dtype in _TYPES:
       known[stamps[file]] = found
-  cache = _open_cache()
-  if cache is None or not known:
+  if not known:
     return
   arrays = {
     "files": np.stack([np.frombuffer(stamp, np.uint8) for stamp in known]),
@@ -81,11 +144,9 @@ def keep_ranges(
   cache.put(_key(root), arrays)
 
 
-def _known(root: Path) -> dict[bytes, np.ndarray]:
+def _known(cache: ArrayCache, root: Path) -> dict[bytes, np.ndarray]:
   """Returns the ranges that are kept for a folder or a table, by the stamps of the files."""
-  cache = _open_cache()
-  kept = None if cache is None else cache.get(_key(root))
-  known = {}
+  kept, known = cache.get(_key(root)), {}
   if kept is not None:
     for stamp, extremes, number in zip(kept["files"], kept["ranges"], kept["types"], strict=True):
       known[stamp.tobytes()] = extremes.astype(_TYPES[number])

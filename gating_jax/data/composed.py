@@ -98,7 +98,8 @@ def make_videos(
     )
   if split == "validation" and not held_out:
     raise ValueError("held_out must be in (0, 1) for the validation split; got 0")
-  digits = image_sets.load(image_sets.DIGITS, "train" if split == "validation" else split)
+  of_digits = "train" if split == "validation" else split
+  digits = image_sets.load(image_sets.SetSource(image_sets.DIGITS, of_digits))
   if held_out and split != "test":
     digits = _part_of(digits, split, held_out)
   # The splits differ in their random numbers as well as in their digits.

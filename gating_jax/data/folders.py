@@ -32,8 +32,7 @@ import numpy as np
 
 from gating_jax.checks import few, printable, user_path
 from gating_jax.data import features
-from gating_jax.data.checked_files import keep_ranges, recall_ranges, stamp_files
-from gating_jax.data.faults import find_faults
+from gating_jax.data.checked_files import find_faults, keep_ranges, recall_ranges, stamp_files
 from gating_jax.data.text_files import csv_rows
 from gating_jax.terminal import warn
 
@@ -310,7 +309,7 @@ def _list_images(root: Path, changed: int, wanted: tuple[str, ...] | None) -> _C
     chosen[part] = _first_of_each(own, part.count)
   # Two parts may share images.
   entries = _in_order(set(itertools.chain(*chosen.values())))
-  ranges = _check_files([entry.file for entry in entries], root)
+  ranges = _check_files([entry.file for entry in entries], listing, root)
   for part, own in chosen.items():
     chosen[part] = tuple(entry for entry in own if entry.file in ranges)
   readable = [entry for entry in entries if entry.file in ranges]
@@ -571,9 +570,13 @@ def _split_of(path: bytes) -> str:
   return "test" if number < _TEST_FRACTION * 2**64 else "train"
 
 
-def _check_files(files: Sequence[Path], root: Path) -> dict[Path, np.ndarray]:
+def _check_files(files: Sequence[Path], listing: Listing, root: Path) -> dict[Path, np.ndarray]:
   """Decodes files, but for those of a large set that were decoded before; names those that fail.
 
+  Args:
+    files: those to decode.
+    listing: all files.
+    root: the folder or the table.
   Returns:
     for each file that can be decoded its smallest and its largest value, `[2]` of the file's type.
   """
@@ -608,5 +611,5 @@ def _check_files(files: Sequence[Path], root: Path) -> dict[Path, np.ndarray]:
   # Threads end in any order.
   ranges = {file: ranges[file] for file in files if file in ranges}
   if many and len(faulty) < len(new):
-    keep_ranges(root, stamps, ranges)
+    keep_ranges(root, stamps, ranges, listed=[entry.file for entry in listing.entries])
   return ranges

@@ -39,6 +39,30 @@ MADE = (DIGITS, "worlds", "worlds_told")
 _DIGITS_TEST_FRACTION = 0.2
 
 
+class SetSource(NamedTuple):
+  """A split of a set of images, and where its files are.
+
+  Attributes:
+    name: `digits` (1,797 images of 8 x 8, needs no files), `worlds` or `worlds_told` (made, of 16 x
+      16, see `data.worlds`), `folder` (images in `data_dir`), a TFDS name such as `cifar10`, or a
+      union of these such as `union(mnist,cifar10)`, see `data.unions`.
+    split: `train` or `test` for digits, where the test split is a fixed, class-balanced fifth; for
+      worlds also a part such as `train[:50000]`; for TFDS any split expression.
+    data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`. Of `folder`, the
+      folder of classes or a table; see `data/folders.py`.
+    image, label: names of the features that hold them in a TFDS set, and in the examples of any.
+    in_use: of a folder, the splits that agree on the classes, which are those of their images; None
+      for all.
+  """
+
+  name: str
+  split: str
+  data_dir: str | None = None
+  image: str = tfds.IMAGE
+  label: str = tfds.LABEL
+  in_use: Sequence[str] | None = None
+
+
 class EqualShares(NamedTuple):
   """A union's way into batches: equal numbers of images of each set, whatever its size.
 
@@ -100,32 +124,15 @@ class Images:
     return map(fn, items)
 
 
-def load(
-  name: str,
-  split: str,
-  data_dir: str | None = None,
-  image_size: int = 0,
-  image: str = tfds.IMAGE,
-  label: str = tfds.LABEL,
-  in_use: Sequence[str] | None = None,
-) -> Images:
+def load(source: SetSource, image_size: int = 0) -> Images:
   """Reads a whole split into memory.
 
   Pictures of other types become uint8 by the rule of `data/features.py: to_uint8`.
 
   Args:
-    name: `digits` (1,797 images of 8 x 8, needs no files), `worlds` or `worlds_told` (made, of 16 x
-      16, see `data.worlds`), `folder` (images in `data_dir`), a TFDS name such as `cifar10`, or a
-      union of these such as `union(mnist,cifar10)`, see `data.unions`.
-    split: `train` or `test` for digits, where the test split is a fixed, class-balanced fifth; for
-      worlds also a part such as `train[:50000]`; for TFDS any split expression.
-    data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`. Of `folder`, the
-      folder of classes or a table; see `data/folders.py`.
+    source: the split.
     image_size: side in pixels that images are resized to; 0 leaves them. Of a `folder` or a union,
       the largest square in the middle of each image is resized.
-    image, label: names of the features that hold them in a TFDS set.
-    in_use: of a folder, the splits that agree on the classes, which are those of their images; None
-      for all.
   Raises:
     DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that
       prepares it.
@@ -138,57 +145,55 @@ def load(
     """Resizes `[H, W, D]` if a size is asked for."""
     if not image_size:
       return pixels
-    box = _central_square(pixels) if keeps_proportions(name) else None
+    box = _central_square(pixels) if keeps_proportions(source.name) else None
     return resize(pixels, (image_size, image_size), box)
 
+  name, split = source.name, source.split
   if name in MADE:
     made = _digits(split) if name == DIGITS else _worlds().open_worlds(name, split)
     if not image_size:
       return made
     return dataclasses.replace(made, pixels=np.stack([fit(pixels) for pixels in made.pixels]))
-  source = open_images(name, split, data_dir, image, label, in_use)
+  opened = open_images(source)
   # The first image has the shape that all must have; the array is then filled in place.
-  first = fit(source[0][image])
-  _check_fits(len(source), first.shape, f"data split {split!r} of {name}")
-  pixels = np.empty((len(source), *first.shape), np.uint8)
-  labels = np.empty(len(source), np.int32)
+  first = fit(opened[0][source.image])
+  _check_fits(len(opened), first.shape, f"data split {split!r} of {name}")
+  pixels = np.empty((len(opened), *first.shape), np.uint8)
+  labels = np.empty(len(opened), np.int32)
   for i in progress_bar(
-    range(len(source)), desc=f"reading {name} {split}", unit="image", leave=False
+    range(len(opened)), desc=f"reading {name} {split}", unit="image", leave=False
   ):
-    example = source[i]
-    pixel = fit(example[image])
+    example = opened[i]
+    pixel = fit(example[source.image])
     if pixel.shape != first.shape:
       raise ValueError(
         f"{name} has images of different sizes ({first.shape} and {pixel.shape}); set "
         "data.image_size"
       )
-    if not 0 <= example[label] < len(source.class_names):
+    if not 0 <= example[source.label] < len(opened.class_names):
       raise ValueError(
         f"data split {split!r} of {name} has images without a label; use another, such as "
         "'validation'"
       )
-    pixels[i], labels[i] = pixel, example[label]
-  return Images(pixels, labels, source.class_names)
+    pixels[i], labels[i] = pixel, example[source.label]
+  return Images(pixels, labels, opened.class_names)
 
 
-def open_images(
-  name: str,
-  split: str,
-  data_dir: str | None,
-  image: str,
-  label: str,
-  in_use: Sequence[str] | None = None,
-) -> Any:
-  """Opens a split of images with random access; arguments and errors are as in `load`.
+def open_images(source: SetSource) -> Any:
+  """Opens a split of images with random access; errors are as in `load`.
 
   Returns:
     A sequence of examples, mappings with an image and a label, with `class_names` and `shape`.
   """
-  if _unions().is_union(name):
-    return _unions().open_union(name, split, data_dir, image, label, in_use)
-  if name == folders.FOLDER:
-    return folders.open_folder(data_dir, split, image, label, in_use)
-  return tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
+  if _unions().is_union(source.name):
+    return _unions().open_union(source)
+  image, label = source.image, source.label
+  if source.name == folders.FOLDER:
+    return folders.open_folder(
+      source.data_dir, source.split, image=image, label=label, in_use=source.in_use
+    )
+  readers = tfds.class_readers(image, label)
+  return tfds.open_tfds(source.name, source.split, source.data_dir, readers)
 
 
 def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
@@ -259,20 +264,13 @@ def resize(
   return np.stack([fit(image[..., channel]) for channel in range(image.shape[-1])], axis=-1)
 
 
-def count_images(
-  name: str,
-  split: str,
-  data_dir: str | None = None,
-  image: str = tfds.IMAGE,
-  label: str = tfds.LABEL,
-  in_use: Sequence[str] | None = None,
-) -> int:
-  """Counts the images of a split without reading them; arguments and errors are as in `load`."""
-  if name == DIGITS:
-    return len(_digits(split))
-  if name in MADE:
-    return _worlds().count_worlds(split)
-  return len(open_images(name, split, data_dir, image, label, in_use))
+def count_images(source: SetSource) -> int:
+  """Counts the images of a split without reading them; errors are as in `load`."""
+  if source.name == DIGITS:
+    return len(_digits(source.split))
+  if source.name in MADE:
+    return _worlds().count_worlds(source.split)
+  return len(open_images(source))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ def make_scenes(
   >>> made.pixels.shape, made.labels.shape, made.class_names[:3]
   ((2, 24, 32, 1), (2, 24, 32), ('background', '0', '1'))
   """
-  digits = image_sets.load(image_sets.DIGITS, split)
+  digits = image_sets.load(image_sets.SetSource(image_sets.DIGITS, split))
   side = digits.shape[0]
   for name, value, least in (("scenes", scenes, 1), ("size", min(size), side), ("most", most, 1)):
     if value < least:
@@ -146,7 +146,8 @@ def open_scenes(
   instructions on what to download by hand.
 
   Args:
-    name, split, data_dir: as in `image_sets.load`; the labelled split for tests is `validation`.
+    name, split, data_dir: as in `image_sets.SetSource`; the labelled split for tests is
+      `validation`.
     crop: H and W of the random parts seen in training; None for the whole scene.
     size, flip, seed, workers: see `Scenes` and `Stream`.
   """

@@ -143,53 +143,47 @@ def _stack(
 
 
 def open_stream(
-  name: str,
-  split: str,
-  data_dir: str | None = None,
+  source: image_sets.SetSource,
   *,
   image_size: int = 0,
   seed: int = 0,
   crop_area: float | None = None,
   workers: int = 0,
-  image: str = tfds.IMAGE,
-  label: str = tfds.LABEL,
-  in_use: Sequence[str] | None = None,
 ) -> Stream:
   """Opens an image-classification set on disk; errors are as in `image_sets.load`.
 
   Args:
-    name, split, data_dir: as in `image_sets.load`; the digits need no stream.
+    source: the split; the digits need no stream.
     image_size: side in pixels that images are brought to; 0 for sets whose images all have one
       size.
-    seed, crop_area, workers, image, label: see `Stream`.
-    in_use: as in `image_sets.load`.
+    seed, crop_area, workers: see `Stream`.
   Raises:
     ValueError: the digits, a crop area out of range, or images of unknown size and no `image_size`.
   """
-  if name == image_sets.DIGITS:
+  if source.name == image_sets.DIGITS:
     raise ValueError(
       "data.loader must be 'resident' for digits: they are not on disk; got 'streaming'"
     )
   if crop_area is not None and not 0 < crop_area <= 1:
     raise ValueError(f"data.crop_area must be in (0, 1]; got {crop_area}")
-  source = image_sets.open_images(name, split, data_dir, image, label, in_use)
-  height, width, depth = source.shape
+  opened = image_sets.open_images(source)
+  height, width, depth = opened.shape
   if image_size:
     height = width = image_size
   if height is None or width is None:
     raise ValueError(
-      f"data.image_size must be set: images of {name} differ in size; got {image_size}"
+      f"data.image_size must be set: images of {source.name} differ in size; got {image_size}"
     )
   return Stream(
-    source,
-    source.class_names,
+    opened,
+    opened.class_names,
     (height, width, depth),
     seed=seed,
     crop_area=crop_area,
     workers=workers,
-    image=image,
-    label=label,
-    central_fraction=central_fraction(name),
+    image=source.image,
+    label=source.label,
+    central_fraction=central_fraction(source.name),
   )
 
 

@@ -66,7 +66,7 @@ def open_tfds(
   own instructions.
 
   Args:
-    name, split, data_dir: as in `image_sets.load`.
+    name, split, data_dir: as in `image_sets.SetSource`.
     readers: the features to read, by name; None for `class_readers()`.
   """
   if not _NAME.fullmatch(name):

@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 
 from gating_jax.checks import user_path
-from gating_jax.data import folders, image_sets, scenes, tfds
-from gating_jax.data.image_sets import EqualShares, Images
+from gating_jax.data import folders, image_sets, scenes
+from gating_jax.data.image_sets import EqualShares, Images, SetSource
 
 # Names of unions, without and with the number of the set as the last channel.
 NAME, TOLD = NAMES = ("union", "union_told")
@@ -149,33 +149,23 @@ def class_sources(name: str, class_names: Sequence[str]) -> np.ndarray:
   return np.array(found, np.int32)
 
 
-def open_union(
-  name: str,
-  split: str,
-  data_dir: str | None = None,
-  image: str = tfds.IMAGE,
-  label: str = tfds.LABEL,
-  in_use: Sequence[str] | None = None,
-) -> UnionExamples:
+def open_union(source: SetSource) -> UnionExamples:
   """Opens a split of every set of a union, with random access.
 
   Args:
-    name: of the union.
-    split: of all sets, or those of each, joined by `;`. Made sets have `train` and `test`.
-    data_dir: the TFDS folder, as in `image_sets.load`; not that of `folder:` sets.
-    image, label: names of the features that hold them in TFDS sets.
-    in_use: splits of the union that agree on the classes of its folders, see `folders.open_folder`.
+    source: the union. Its split is that of all sets, or those of each, joined by `;`; made sets
+      have `train` and `test`. Its `data_dir` is that of TFDS sets, and not of `folder:` sets.
   Raises:
     ValueError, DatasetNotPreparedError: as in `image_sets.load`; also a number of splits that is
       not that of the sets, and pictures of other than one or three channels.
   """
-  parts = parts_of(name)
-  splits = splits_of(name, split)
+  name, in_use = source.name, source.in_use
+  parts, splits = parts_of(name), splits_of(name, source.split)
   sets = []
-  for i, (part, of_part) in enumerate(zip(parts, splits, strict=True)):
+  for i, (part, split) in enumerate(zip(parts, splits, strict=True)):
     used = None if in_use is None else [splits_of(name, each)[i] for each in in_use]
-    sets.append(_open_part(part, of_part, data_dir, image, label, used))
-  return UnionExamples(name, sets, image, label)
+    sets.append(_open_part(source._replace(name=part, split=split, in_use=used)))
+  return UnionExamples(source, sets)
 
 
 def splits_of(name: str, split: str) -> list[str]:
@@ -223,25 +213,29 @@ class UnionExamples(Sequence):
   An example has a picture `[H, W, 3]` uint8, or `[H, W, 4]` where the set is told, of the size
   that it has in its set, and the number of its class among all.
 
+  Args:
+    source: the union.
+    sets: the opened split of each set.
+
   Attributes:
     class_names: the name of the set, a slash and that of the class.
     sizes: images of each set.
     shape: `(H, W, D)`; None for a size that differs between images.
   """
 
-  def __init__(self, name: str, sets: Sequence[Any], image: str, label: str):
-    self._sets, self._image, self._label = sets, image, label
-    self._told = is_told(name)
+  def __init__(self, source: SetSource, sets: Sequence[Any]):
+    self._sets, self._image, self._label = sets, source.image, source.label
+    self._told = is_told(source.name)
     self.sizes = tuple(len(each) for each in sets)
     self._ends = np.cumsum(self.sizes)
     names, self._first = [], []
-    for source, each in zip(source_names(name), sets, strict=True):
+    for name, each in zip(source_names(source.name), sets, strict=True):
       if each.shape[-1] not in (1, COLOURS):
         raise ValueError(
-          f"sets of a union must have 1 or {COLOURS} channels; {source} has {each.shape[-1]}"
+          f"sets of a union must have 1 or {COLOURS} channels; {name} has {each.shape[-1]}"
         )
       self._first.append(len(names))
-      names += [f"{source}{_JOINT}{class_name}" for class_name in each.class_names]
+      names += [f"{name}{_JOINT}{class_name}" for class_name in each.class_names]
     self.class_names = tuple(names)
     sides = {each.shape[:2] for each in sets}
     height, width = sides.pop() if len(sides) == 1 else (None, None)
@@ -288,25 +282,20 @@ class _Made(Sequence):
     return {self._image: self._images.pixels[index], self._label: self._images.labels[index]}
 
 
-def _open_part(
-  part: str,
-  split: str,
-  data_dir: str | None,
-  image: str,
-  label: str,
-  in_use: Sequence[str] | None,
-) -> Any:
+def _open_part(source: SetSource) -> Any:
   """Opens a split of one set of a union."""
-  if part.startswith(_FOLDER):
-    return folders.open_folder(str(_path_of(part)), split, image, label, in_use)
-  if part in MADE:
-    return _Made(MADE[part](split), image, label)
-  return image_sets.open_images(part, split, data_dir, image, label)
+  name = source.name
+  if name.startswith(_FOLDER):
+    of_folder = source._replace(name=folders.FOLDER, data_dir=str(_path_of(name)))
+    return image_sets.open_images(of_folder)
+  if name in MADE:
+    return _Made(MADE[name](source.split), source.image, source.label)
+  return image_sets.open_images(source._replace(in_use=None))
 
 
 def _turned_digits(split: str) -> Images:
   """Returns the digits of a split as negatives, turned left by a quarter."""
-  digits = image_sets.load(image_sets.DIGITS, split)
+  digits = image_sets.load(SetSource(image_sets.DIGITS, split))
   turned = np.rot90(255 - digits.pixels, axes=(1, 2))
   return Images(np.ascontiguousarray(turned), digits.labels, digits.class_names)
 
@@ -325,8 +314,8 @@ def _digit_scenes(split: str) -> Images:
 
 # Sets that need no files, by name.
 MADE: dict[str, Callable[[str], Images]] = {
-  image_sets.DIGITS: lambda split: image_sets.load(image_sets.DIGITS, split),
+  image_sets.DIGITS: lambda split: image_sets.load(SetSource(image_sets.DIGITS, split)),
   scenes.MADE: _digit_scenes,
   "turned_digits": _turned_digits,
-  "worlds": lambda split: image_sets.load("worlds", split),
+  "worlds": lambda split: image_sets.load(SetSource("worlds", split)),
 }

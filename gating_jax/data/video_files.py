@@ -23,7 +23,7 @@ import numpy as np
 
 from gating_jax.checks import few, printable
 from gating_jax.data.array_cache import ArrayCache
-from gating_jax.data.faults import find_faults
+from gating_jax.data.checked_files import find_faults
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import (
   VIDEO_SUFFIXES,

@@ -207,7 +207,7 @@ def _make_block(split: str, block: int, worlds: int, seed: int) -> Worlds:
 @functools.cache
 def _digits(split: str) -> Images:
   """Returns the digits of a split."""
-  return image_sets.load(image_sets.DIGITS, split)
+  return image_sets.load(image_sets.SetSource(image_sets.DIGITS, split))
 
 
 def _warp(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -181,11 +181,10 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
 def _count_training(config: Config) -> int:
   """Counts the training images of an epoch, without reading them."""
   data = config.data
-  names, in_use = settings.feature_names(data), (data.train_split, data.test_split)
+  source = settings.source_of(data, data.train_split)
   if unions.is_union(data.name):
-    opened = unions.open_union(data.name, data.train_split, data.data_dir, *names, in_use)
-    return _shares(config, opened.sizes).per_epoch
-  return image_sets.count_images(data.name, data.train_split, data.data_dir, *names, in_use)
+    return _shares(config, unions.open_union(source).sizes).per_epoch
+  return image_sets.count_images(source)
 
 
 def _shares(config: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
@@ -512,23 +511,18 @@ def network(model: Config, classes: int | None) -> nn.Module:
 def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | streaming.Stream:
   """Opens a split of the data, in memory or on disk."""
   data = config.data
-  names, in_use = settings.feature_names(data), (data.train_split, data.test_split)
+  source = settings.source_of(data, split)
   opened: image_sets.Images | streaming.Stream
   if data.loader == "resident":
-    opened = image_sets.load(data.name, split, data.data_dir, data.image_size, *names, in_use)
+    opened = image_sets.load(source, data.image_size)
   else:
     opened = streaming.open_stream(
-      data.name,
-      split,
-      data.data_dir,
+      source,
       image_size=data.image_size,
       seed=config.seed,
       workers=data.workers,
       # Random crops are for training; test images are cropped at their centre.
       crop_area=data.crop_area if training else None,
-      image=names[0],
-      label=names[1],
-      in_use=in_use,
     )
   # A test has every image of a union once.
   if not (training and unions.is_union(data.name)):

@@ -510,18 +510,12 @@ def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
   ways = [["way to run it", "MACs per image", "of ungated"]]
   for row in analysis.mac_rows():
     ways.append([row["strategy"], f"{row['macs']:,.0f}", format_percent(row["ratio"], 1)])
-  # Head and key of each count of units.
-  counted = {
-    "always open": "always_open",
-    "always closed": "always_closed",
-    "varies": "conditional",
-    "open on all": "open_on_all",
-    "closed on all": "closed_on_all",
-  }
-  head = ["layer", "units", "open", *counted, "correlation"]
+  counted = ("always_open", "always_closed", "varies", "open_on_all", "closed_on_all")
+  titles = [key.replace("_", " ") for key in counted]
+  head = ["layer", "units", "open", *titles, "correlation"]
   layers = [head]
   for name, row in zip(names, analysis.rows(), strict=True):
-    counts = [str(row[key]) for key in counted.values()]
+    counts = [str(row[key]) for key in counted]
     share, correlation = format_percent(row["open"], 1), f"{row['correlation']:.3f}"
     layers.append([name, str(row["units"]), share, *counts, correlation])
   if len(layers) == 1:

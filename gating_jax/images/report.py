@@ -18,11 +18,9 @@ from gating_jax.analysis.outcomes import ALWAYS_CLOSED, by_layer
 from gating_jax.images.build import Experiment
 from gating_jax.images.compile import check_compilable
 from gating_jax.ops.priors import Prior
-from gating_jax.reports import classes as class_pages
-from gating_jax.reports import conclusion, frame, page, predictions, tables
+from gating_jax.reports import conclusion, frame, page, predictions, score_parts, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports import images as image_pictures
-from gating_jax.reports import sets as set_pages
 from gating_jax.reports.text import format_count, plain
 from gating_jax.training import evaluation, rundir
 from gating_jax.training.evaluation import Evaluation, GateBehaviour, ImageBehaviour
@@ -139,7 +137,7 @@ def describe_run(
   shaped = config.loss.regulariser == "batch_shaping" and shaping.coefficient > 0
   # Pixels of scenes have classes, too.
   example = "pixel" if class_names is None else noun
-  confusions = class_pages.confusion_section(result, experiment.test.class_names, example)
+  confusions = score_parts.confusion_section(result, experiment.test.class_names, example)
   return ImageRun(
     title=f"{config.model.name} on {config.data.name}",
     subtitle=f"{run_dir.path.name}, step {step:,} of {total:,}, gates: {config.model.gating}",
@@ -157,7 +155,7 @@ def describe_run(
     config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
     read=lambda index: experiment.test.read(index)[0],
     pictures=pictures,
-    confusions=[*set_pages.sets_section(result), *confusions],
+    confusions=[*score_parts.sets_section(result), *confusions],
     around=frame.read_surroundings(
       run_dir,
       config,

@@ -74,7 +74,8 @@ class Analysis:
   def rows(self) -> list[dict[str, Any]]:
     """Returns a table row for each group of units.
 
-    `correlation` is the mean absolute correlation between two different units.
+    `correlation` is the mean absolute correlation between two different units. `conditional` is the
+    former name of `varies` and has the same number.
     """
     return list(map(_row, self.gate_statistics))
 
@@ -446,6 +447,7 @@ def _row(counted: GroupStatistics) -> dict[str, Any]:
   units = counted.group.gates
   # The diagonal is left out: a unit's correlation with itself is 1.
   others = ~np.eye(units, dtype=bool)
+  varying = int(counted.varies.sum())
   return {
     "part": counted.part,
     "group": counted.index,
@@ -454,7 +456,9 @@ def _row(counted: GroupStatistics) -> dict[str, Any]:
     "open": float(counted.open_rates.mean()) if units else 0.0,
     "always_open": int(counted.always_open.sum()),
     "always_closed": int(counted.always_closed.sum()),
-    "conditional": int(counted.varies.sum()),
+    "varies": varying,
+    # Readers of rows know it by this name.
+    "conditional": varying,
     "open_on_all": int((counted.opened == counted.images).sum()),
     "closed_on_all": int((counted.opened == 0).sum()),
     "correlation": float(np.abs(counted.correlation[others]).mean()) if units > 1 else 0.0,

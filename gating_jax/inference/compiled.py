@@ -457,23 +457,29 @@ def baseline_programs(
   may be quicker on a CPU.
 
   Args:
-    run: `(weights, [N, ...]) -> outputs`, for any N.
+    run: `(weights, batch) -> outputs`, for any number of examples.
     weights: of the network.
-    batches: the inputs that are timed, `[N, ...]` each.
+    batches: the inputs that are timed: arrays `[N, ...]`, or trees of them.
   """
   programs = {UNGATED: TimedProgram(run, weights)}
-  if len(batches[0]) == 1:
+  examples = len(jax.tree.leaves(batches[0])[0])
+  if examples == 1:
     return programs
   # Taken apart beforehand, so that no call times that.
   singles = {}
   for batch in batches:
-    singles[id(batch)] = [batch[i : i + 1] for i in range(len(batch))]
+    singles[id(batch)] = [_take_example(batch, i) for i in range(examples)]
 
   def run_one_by_one(weights: Any, batch: Any) -> list[Any]:
     """Runs on the examples of one of the batches."""
     return [run(weights, single) for single in singles[id(batch)]]
 
   return programs | {ONE_BY_ONE: TimedProgram(run_one_by_one, weights)}
+
+
+def _take_example(batch: Any, index: int) -> Any:
+  """Returns a batch of one of the examples."""
+  return jax.tree.map(lambda x: x[index : index + 1], batch)
 
 
 def count_runs(programs: Mapping[str, TimedProgram]) -> int:

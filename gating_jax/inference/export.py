@@ -91,7 +91,7 @@ def export_model(
   model: FoldedNet | CompiledImages | Callable[[jax.Array], Any],
   directory: str | os.PathLike,
   *,
-  input_shape: tuple[int, int, int],
+  input_shape: tuple[int, int, int] | None = None,
   batch_size: int | None = None,
   card: Mapping[str, Any] = MappingProxyType({}),
   platforms: Sequence[str] = PLATFORMS,
@@ -104,7 +104,7 @@ def export_model(
       strategies among `EXPORTABLE`, or of `compile_exits`; or any function of `[N, H, W, D]` that
       `jax.jit` takes, whose weights are then in the program.
     directory: a path that does not exist yet; its parent does.
-    input_shape: `(H, W, D)`.
+    input_shape: `(H, W, D)`; None for that of a compiled program, which has one.
     batch_size: N; None for a program that takes any N, or for a compiled program's own N.
     card: facts about the network, as JSON: accuracy, classes, how to normalise images.
     platforms: platforms that the program is for; all can be written from any of them.
@@ -144,6 +144,8 @@ def export_model(
   directory = user_path(directory)
   if directory.exists() or directory.is_symlink():
     raise ExportError(f"export directory must be new; {directory} exists")
+  if input_shape is None and isinstance(model, CompiledImages):
+    input_shape = model.input_shape
   input_shape = check_image_shape(input_shape)
   if batch_size is not None:
     arguments.whole_number("batch_size", batch_size)

@@ -26,6 +26,7 @@ from gating_jax.inference.compiled import (
   Compiled,
   TimedProgram,
   Timing,
+  baseline_programs,
   count_pieces,
   count_runs,
   time_programs,
@@ -295,7 +296,8 @@ class _Network(NamedTuple):
       programs[name] = TimedProgram(
         self.program(name), weights, open_weights=open_weights, open_run=all_open.program(name)
       )
-    return programs | dense_programs(self.model, weights, inputs, prepare=self.prepare)
+    dense = dense_program(self.model, self.prepare)
+    return programs | baseline_programs(dense, weights, [inputs])
 
   def mac_ratios(self, inputs: Inputs, counts: VideoCounts | None) -> MacRatios:
     """Computes the ratios of multiply-accumulates to those of the baseline.
@@ -336,32 +338,18 @@ class _Network(NamedTuple):
     )
 
 
-def dense_programs(
-  model: SegmentNet, variables: Mapping[str, Any], inputs: Inputs, *, prepare: Prepare
-) -> dict[str, TimedProgram]:
-  """Makes the programs of the heavy net on all segments of a batch, without light net and gate.
-
-  They take all videos at once, or one after the other.
+def dense_program(
+  model: SegmentNet, prepare: Prepare
+) -> Callable[[Mapping[str, Any], Inputs], Outputs]:
+  """Makes the program of the heavy net on all segments, without light net and gate.
 
   Args:
-    model, variables, prepare: as in `compile_segments`.
-    inputs: of the batch.
+    model, prepare: as in `compile_segments`.
+  Returns:
+    a jitted function `(variables, inputs) -> outputs`.
   """
   dense = model.clone(selection="all", light=None, light_head=False)
-  whole = jax.jit(lambda variables, inputs: dense.apply(variables, prepare(inputs))[0])
-  # On the device once, so that no call times a copy.
-  weights = jax.device_put(variables)
-  videos = [_take_video(inputs, i) for i in range(len(inputs["valid"]))]
-
-  def run_one_by_one(variables: Mapping[str, Any], inputs: Inputs) -> list[Outputs]:
-    """Runs on the videos of the batch, which are taken apart beforehand."""
-    del inputs
-    return [whole(variables, video) for video in videos]
-
-  return {
-    "at once": TimedProgram(whole, weights),
-    "one by one": TimedProgram(run_one_by_one, weights),
-  }
+  return jax.jit(lambda variables, inputs: dense.apply(variables, prepare(inputs))[0])
 
 
 def opened_variables(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -373,11 +361,6 @@ def opened_variables(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping
   bias = gate["logits"]["bias"] + _ALWAYS
   gate = {**gate, "logits": {**gate["logits"], "bias": bias}}
   return {**variables, "params": {**variables["params"], GATE_NAME: gate}}
-
-
-def _take_video(inputs: Inputs, index: int) -> Inputs:
-  """Returns a batch of one of the videos."""
-  return jax.tree.map(lambda x: x[index : index + 1], inputs)
 
 
 def fitting_capacities(capacities: Sequence[int], segments: int) -> tuple[int, ...]:

@@ -90,10 +90,12 @@ def gated_chain(
     RuntimeError: the native kernel is not available; with the reason.
     TypeError: an argument is no array of real numbers; also on differentiation.
   """
-  chain, layers = _checked_chain(x, kernels, biases, gates, shortcut, strides, weighted)
+  chain, layers = _checked_chain(
+    x, kernels, biases, gates=gates, shortcut=shortcut, strides=strides, weighted=weighted
+  )
   if not available():
     raise RuntimeError(f"the native kernel is not available: {why_not()}")
-  return _not_differentiable(_native, layers, relu, chain)
+  return _not_differentiable(_native, layers, relu=relu, chain=chain)
 
 
 def masked_chain(
@@ -111,8 +113,10 @@ def masked_chain(
 
   It runs anywhere. Arguments are as there.
   """
-  chain, layers = _checked_chain(x, kernels, biases, gates, shortcut, strides, weighted)
-  return _not_differentiable(_masked, layers, relu, chain)
+  chain, layers = _checked_chain(
+    x, kernels, biases, gates=gates, shortcut=shortcut, strides=strides, weighted=weighted
+  )
+  return _not_differentiable(_masked, layers, relu=relu, chain=chain)
 
 
 class _Layers(NamedTuple):
@@ -152,6 +156,7 @@ def _checked_chain(
   x: Array,
   kernels: Sequence[Array],
   biases: Sequence[Array],
+  *,
   gates: Sequence[Array | None],
   shortcut: Array | None,
   strides: Sequence[int] | None,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gating_jax.analysis.outcomes import OUTCOMES, Diagnosis
 from gating_jax.checks import printable
-from gating_jax.reports import classes, page, sets
+from gating_jax.reports import page, score_parts
 from gating_jax.reports.text import align_columns, format_percent, plain
 
 
@@ -57,11 +57,11 @@ def classification_rows(result: Mapping[str, Any]) -> list[Row]:
   accuracy = f"{format_percent(result['accuracy'], 2)}  ({result['images']:,} images)"
   return [
     Row("test accuracy", accuracy),
-    *_as_rows(classes.score_rows(result, "accuracy")),
-    *_as_rows(sets.set_rows(result)),
+    *_as_rows(score_parts.score_rows(result, "accuracy")),
+    *_as_rows(score_parts.set_rows(result)),
     *_size_and_gate_rows(result),
     *_teacher_rows(result),
-    *_as_rows(classes.class_rows(result)),
+    *_as_rows(score_parts.class_rows(result)),
   ]
 
 
@@ -93,7 +93,7 @@ def scene_rows(result: Mapping[str, Any]) -> list[Row]:
   return [
     # The mean first: it is the score by which runs are compared.
     Row("mean IoU", f"{mean_iou}  ({len(class_rows)} classes, {result['images']:,} scenes)"),
-    *_as_rows(classes.score_rows(result, "mean_iou")),
+    *_as_rows(score_parts.score_rows(result, "mean_iou")),
     Row("pixels that are right", format_percent(result["accuracy"], 2)),
     *_size_and_gate_rows(result),
     Row("MACs of the head, always run", f"{result['head_macs']:,}"),
@@ -171,7 +171,7 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
   key = "accuracy" if "accuracy" in result else "mean_average_precision"
   rows = [
     _video_score(result),
-    *_as_rows(classes.score_rows(result, key)),
+    *_as_rows(score_parts.score_rows(result, key)),
     Row("MACs per video, heavy net on all segments", f"{result['all_segments_macs']:,.0f}"),
     Row(
       "MACs per video, this net",
@@ -201,7 +201,7 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
       timed = format_percent(result["timed_share"], 1)
       baseline += f"; {result['timed_videos']} videos, {timed} of their segments chosen"
     rows.append(Row("videos per second", f"{result['videos_per_second']:.1f}  ({baseline})"))
-  return rows + _as_rows(classes.class_rows(result))
+  return rows + _as_rows(score_parts.class_rows(result))
 
 
 def _split_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -344,9 +344,9 @@ def task_rows(result: Mapping[str, Any]) -> list[Row]:
       ratio = format_percent(macs / result["dense_macs"], 1)
       rows.append(Row(f"MACs per image, {words}", f"{macs:,.0f}  ({ratio} of dense)"))
   for setting in _tested_settings(result):
-    for name, value in classes.score_rows(result[setting], "average_accuracy"):
+    for name, value in score_parts.score_rows(result[setting], "average_accuracy"):
       rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
-    for name, value in classes.class_rows(result[setting]):
+    for name, value in score_parts.class_rows(result[setting]):
       rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
   rows.append(Row("parameters", f"{result['params']:,}"))
   rows.append(Row("memory beyond the parameters", f"{result['memory_mb']:,.2f} MB"))

@@ -15,6 +15,7 @@ import ml_collections
 from gating_jax import config_files
 from gating_jax.checks import one_of
 from gating_jax.config_files import Config
+from gating_jax.data.image_sets import SetSource
 from gating_jax.layers.gate import GateSettings
 from gating_jax.training import rundir
 
@@ -158,6 +159,19 @@ def check_channels(data: Config, channels: int) -> None:
         f"data.{name} must hold 1 number, or one for each of {channels} channels; "
         f"got {tuple(data[name])}"
       )
+
+
+def source_of(data: Config, split: str) -> SetSource:
+  """Returns a split of the images of a config, by its section `data`."""
+  image, label = feature_names(data)
+  return SetSource(
+    data.name,
+    split,
+    data.data_dir,
+    image=image,
+    label=label,
+    in_use=(data.train_split, data.test_split),
+  )
 
 
 def feature_names(data: Config) -> tuple[str, str]:

@@ -13,13 +13,13 @@ import numpy as np
 
 from gating_jax import programmes
 from gating_jax.analysis import statistics
-from gating_jax.reports import classes as class_pages
 from gating_jax.reports import (
   conclusion,
   curves,
   frame,
   page,
   predictions,
+  score_parts,
   tables,
   text,
   timeline,
@@ -146,7 +146,7 @@ def write_report(
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections = [
     page.Section("Result", parts=[tables.defined_table(tables.video_rows(result))]),
-    *class_pages.confusion_section(result, experiment.test.class_names, "video"),
+    *score_parts.confusion_section(result, experiment.test.class_names, "video"),
     page.Section(
       "Segments",
       parts=[

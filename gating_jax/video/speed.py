@@ -13,8 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from gating_jax.inference.compiled import AUTO, Timing, runs_over, spread_indices
-from gating_jax.inference.segments import CompiledSegments, compile_segments, dense_programs
+from gating_jax.inference.compiled import (
+  AUTO,
+  Timing,
+  baseline_programs,
+  runs_over,
+  spread_indices,
+)
+from gating_jax.inference.segments import CompiledSegments, compile_segments, dense_program
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import compaction
 from gating_jax.reports import conclusion, measured_times, timings
@@ -78,8 +84,9 @@ def speed(
   if not skips(experiment):
     return {}
   inputs, network = _read(experiment, videos), _compile(experiment, variables)
-  dense = dense_programs(_model(experiment), network.weights, inputs, prepare=experiment.prepare)
-  runs = {SEGMENTS: lambda: network(inputs).outputs, **runs_over(dense, [inputs])}
+  dense = dense_program(_model(experiment), experiment.prepare)
+  baselines = runs_over(baseline_programs(dense, network.weights, [inputs]), [inputs])
+  runs = {SEGMENTS: lambda: network(inputs).outputs, **baselines}
   (record, *channels) = network(inputs).records
   gates, valid = np.asarray(record.gates), np.asarray(inputs["valid"])
   heavy_macs = experiment.counts.heavy.per_example(tuple(channels), gates.shape)

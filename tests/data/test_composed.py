@@ -8,6 +8,7 @@ import pytest
 from gating_jax.data import composed as module
 from gating_jax.data import image_sets
 from gating_jax.data.composed import CLASS_NAMES, FRAMES, SIZE, UNIT_NAMES, make_videos, motions
+from gating_jax.data.image_sets import SetSource
 
 CENTRE = 4
 VELOCITIES = ((0, -1), (0, 1), (-1, 0), (1, 0), (0, 0))  # left, right, up, down, still
@@ -52,7 +53,7 @@ def test_a_set_has_all_that_training_asks_for(train):
 
 
 def test_validation_videos_are_of_digits_that_training_has_not_seen():
-  digits = image_sets.load(image_sets.DIGITS, "train")
+  digits = image_sets.load(SetSource(image_sets.DIGITS, "train"))
   parts = [module._part_of(digits, split, 0.2) for split in ("train", "validation")]
   assert sum(len(part.labels) for part in parts) == len(digits.labels)
   assert len(parts[1].labels) == pytest.approx(0.2 * len(digits.labels), abs=10)
@@ -163,7 +164,9 @@ def test_clips_show_the_splits_own_digits_in_the_middle_of_their_motion(
   load = lambda name: {
     image.tobytes(): label
     for image, label in zip(
-      *(lambda d: (d.pixels[..., 0], d.labels))(image_sets.load(image_sets.DIGITS, name)),
+      *(lambda d: (d.pixels[..., 0], d.labels))(
+        image_sets.load(SetSource(image_sets.DIGITS, name))
+      ),
       strict=True,
     )
   }

@@ -6,6 +6,7 @@ import pytest
 
 from configs import video_common
 from gating_jax.data import image_sets
+from gating_jax.data.image_sets import SetSource
 from gating_jax.data.video_tables import read_breakfast
 from gating_jax.video import sets
 from tests.helpers import made_tfds, made_videos
@@ -69,11 +70,11 @@ def test_prepared_sets_are_read_in_a_folder_of_any_name_below_the_home_folder(ho
   for name in NAMES:
     (home / "first").rename(home / name)
     for folder in (f"~/{name}", str(home / name)):
-      read = image_sets.load("made_set", "train", folder)
+      read = image_sets.load(SetSource("made_set", "train", folder))
       assert sorted(read.pixels.sum(axis=(1, 2, 3))) == sorted(images.sum(axis=(1, 2, 3)))
     (home / name).rename(home / "first")
 
 
 def test_a_folder_of_prepared_sets_that_is_no_text_is_refused(home):
   with pytest.raises(ValueError, match=r"data.data_dir must be UTF-8 text.*got '.*\\udcff'"):
-    image_sets.load("made_set", "train", f"~/{os.fsdecode(bytes([255]))}")
+    image_sets.load(SetSource("made_set", "train", f"~/{os.fsdecode(bytes([255]))}"))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from gating_jax.data import features, image_sets, streaming
 from gating_jax.data import tfds as tfds_sets
+from gating_jax.data.image_sets import SetSource
 from gating_jax.data.tfds import DatasetNotPreparedError
 from tests.helpers import made_tfds
 from tests.helpers.made_tables import refused
@@ -57,7 +58,7 @@ def read(images):
 
 @pytest.fixture(params=sorted(LOADERS))
 def loader(request):
-  return LOADERS[request.param]
+  return lambda *fields, **names: LOADERS[request.param](SetSource(*fields, **names))
 
 
 def scaled(dtype, white):
@@ -172,7 +173,7 @@ def test_one_image_outside_the_scale_is_named(tmp_path):
   with pytest.raises(
     ValueError, match=r"example \d+ of split 'train' of .*: feature 'image' of .* must be in \[0, 1"
   ):
-    image_sets.load(name, "train", tmp_path)
+    image_sets.load(SetSource(name, "train", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_a_picture_of_too_many_pixels_is_named_with_what_to_do(tmp_path):
     "pixels; got 8193 x 8193. Prepare the data set with a smaller image, or "
     "use a split without it"
   ):
-    image_sets.load(name, "train", tmp_path)
+    image_sets.load(SetSource(name, "train", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -259,13 +260,13 @@ def test_labels_are_counted_once_for_all_splits(tmp_path, monkeypatch):
     lambda self, split, _: counted.append(split) or [b"a", b"b", b"c"],
   )
   for split in ("train", "test", "train"):
-    image_sets.load(name, split, tmp_path)
+    image_sets.load(SetSource(name, split, tmp_path))
   assert sorted(counted) == ["test", "train"]
 
 
 def test_classes_that_are_counted_and_gaps_between_them_are_said(tmp_path, caplog):
   name = made(tmp_path, PIXEL, TYPES.Scalar(dtype=np.int64), labelled([0, 2, 5]))
-  images = image_sets.load(name, "train", tmp_path)
+  images = image_sets.load(SetSource(name, "train", tmp_path))
   assert (read(images)[1], len(images.class_names)) == ([0, 2, 5], 6)
   said = [record.getMessage() for record in caplog.records if name in record.getMessage()]
   assert f"feature 'label' of {name}: no image has class 1, 3, 4, of 6" in said
@@ -345,7 +346,9 @@ def test_other_features_are_chosen_by_name(tmp_path, loader):
   made_tfds.write_splits(tmp_path, of, {"train": examples}, name=name)
   images = loader(name, "train", tmp_path, image="picture", label="kind")
   assert (read(images)[1], images.class_names) == ([0, 1], ("cat", "dog"))
-  assert image_sets.count_images(name, "train", tmp_path, image="picture", label="kind") == 2
+  assert (
+    image_sets.count_images(SetSource(name, "train", tmp_path, image="picture", label="kind")) == 2
+  )
   with pytest.raises(
     ValueError,
     match=rf"a data set with image and label; {name} has no \['image', 'label'\]. "
@@ -395,7 +398,7 @@ def test_a_damaged_description_of_a_set_is_named_on_one_line(tmp_path, text, mes
   (tmp_path / "moved").rename(tmp_path / f"{name}_copy" / "1.0.0")  # TFDS knows only its files
   (tmp_path / f"{name}_copy" / "1.0.0" / file.name).write_text(text)
   with pytest.raises(DatasetNotPreparedError, match=message) as caught:
-    image_sets.load(f"{name}_copy", "train", tmp_path)
+    image_sets.load(SetSource(f"{name}_copy", "train", tmp_path))
   assert len(str(caught.value).splitlines()) == 1
 
 

@@ -3,14 +3,13 @@
 import io
 import logging
 import os
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gating_jax.data import faults, features, folders, image_sets, streaming
+from gating_jax.data import features, folders, image_sets, streaming
+from gating_jax.data.image_sets import SetSource
 
 RED = (200, 10, 10)
 
@@ -196,14 +195,14 @@ def test_both_loaders_read_a_folder(tmp_path):
   saved(tmp_path / "train" / "cat" / "wide.png", picture(size=(40, 10)))
   folder = str(tmp_path)
   with pytest.raises(ValueError, match="images of different sizes .* set data.image_size"):
-    image_sets.load(folders.FOLDER, "train", folder)
-  images = image_sets.load(folders.FOLDER, "train", folder, image_size=4)
+    image_sets.load(SetSource(folders.FOLDER, "train", folder))
+  images = image_sets.load(SetSource(folders.FOLDER, "train", folder), image_size=4)
   assert images.pixels.shape == (7, 4, 4, 3)
   assert images.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
-  assert image_sets.count_images(folders.FOLDER, "train", folder) == 7
+  assert image_sets.count_images(SetSource(folders.FOLDER, "train", folder)) == 7
   with pytest.raises(ValueError, match="data.image_size must be set"):
-    streaming.open_stream(folders.FOLDER, "train", folder)
-  stream = streaming.open_stream(folders.FOLDER, "train", folder, image_size=4)
+    streaming.open_stream(SetSource(folders.FOLDER, "train", folder))
+  stream = streaming.open_stream(SetSource(folders.FOLDER, "train", folder), image_size=4)
   pixels, labels = stream.read(np.arange(7))
   assert pixels.shape == (7, 4, 4, 3)
   assert labels.tolist() == images.labels.tolist()
@@ -215,7 +214,7 @@ def test_the_middle_of_an_image_is_kept_in_its_proportions(tmp_path):
   pixels = np.zeros((4, 12, 3), np.uint8)
   pixels[:, 4:8] = 100
   saved(tmp_path / "train" / "cat" / "a.png", Image.fromarray(pixels))
-  images = image_sets.load(folders.FOLDER, "train", str(tmp_path), image_size=4)
+  images = image_sets.load(SetSource(folders.FOLDER, "train", str(tmp_path)), image_size=4)
   assert (images.pixels == 100).all()
 
 
@@ -236,21 +235,6 @@ def test_pictures_are_turned_only_where_that_is_asked():
   picture().save(buffer, "PNG", exif=exif)
   assert features.decode_picture(buffer.getvalue(), 3).shape == (4, 6, 3)
   assert features.decode_picture(buffer.getvalue(), 3, upright=True).shape == (6, 4, 3)
-
-
-def test_ctrl_c_while_files_are_checked_waits_for_no_file_that_has_not_begun(monkeypatch):
-  begun = []
-
-  def interrupted(found, **_):
-    next(iter(found))
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(faults, "usable_cores", lambda: 1)
-  monkeypatch.setattr(faults, "progress_bar", interrupted)
-  read = lambda file: (begun.append(file), time.sleep(0.005))
-  with pytest.raises(KeyboardInterrupt):
-    faults.find_faults([Path(str(i)) for i in range(100)], read, "checking", describe=str)
-  assert 1 <= len(begun) < 50
 
 
 def opened(folder, split="train", in_use=None):

@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 from gating_jax.data import image_sets, tfds
 from gating_jax.data.image_sets import (
   Images,
+  SetSource,
   batch_indices,
   join,
   make_tasks,
@@ -19,7 +20,8 @@ from gating_jax.data.image_sets import (
 
 @pytest.fixture(scope="module")
 def digits():
-  return image_sets.load("digits", "train"), image_sets.load("digits", "test")
+  train, test = SetSource("digits", "train"), SetSource("digits", "test")
+  return image_sets.load(train), image_sets.load(test)
 
 
 def test_digits_have_their_sizes_and_types(digits):
@@ -53,14 +55,16 @@ def test_digits_splits_share_no_image(digits, monkeypatch):
   monkeypatch.setattr("sklearn.datasets.load_digits", lambda: numbered)
   places = []
   for split, real in zip(("train", "test"), digits, strict=True):
-    images = image_sets.load("digits", split)
+    images = image_sets.load(SetSource("digits", split))
     places.append(images.pixels[:, 0, 0, 0].astype(int) * 255 + images.pixels[:, 0, 1, 0])
     np.testing.assert_array_equal(images.labels, real.labels)
   assert sorted(np.concatenate(places)) == list(range(1797))
 
 
 def test_digits_are_the_same_each_time(digits):
-  np.testing.assert_array_equal(image_sets.load("digits", "test").pixels, digits[1].pixels)
+  np.testing.assert_array_equal(
+    image_sets.load(SetSource("digits", "test")).pixels, digits[1].pixels
+  )
 
 
 def test_labels_belong_to_their_images(digits):
@@ -75,7 +79,7 @@ def test_an_unknown_split_of_digits_is_refused():
   with pytest.raises(
     ValueError, match="data split of digits must be 'train' or 'test'; got 'validation'"
   ):
-    image_sets.load("digits", "validation")
+    image_sets.load(SetSource("digits", "validation"))
 
 
 def test_images_are_read_by_index():
@@ -89,7 +93,7 @@ def test_images_are_read_by_index():
 
 
 def test_the_size_of_a_split_is_known_without_reading_it():
-  sizes = [image_sets.count_images("digits", split) for split in ("train", "test")]
+  sizes = [image_sets.count_images(SetSource("digits", split)) for split in ("train", "test")]
   assert sizes == [1437, 360]
 
 
@@ -104,12 +108,12 @@ def test_a_split_without_labels_is_refused(monkeypatch, bad):
   image = np.full((2, 2, 1), 7, np.uint8)
   made = MadeSource({"image": image, "label": label} for label in (0, 1, 1))
   monkeypatch.setattr(tfds, "open_tfds", lambda *_: made)
-  read = image_sets.load("made", "train")
+  read = image_sets.load(SetSource("made", "train"))
   assert read.labels.tolist() == [0, 1, 1]
   assert read.class_names == ("cat", "dog")
   made.append({"image": image, "label": bad})
   with pytest.raises(ValueError, match="data split 'train' of made has images without a label"):
-    image_sets.load("made", "train")
+    image_sets.load(SetSource("made", "train"))
 
 
 def images(per_class=20, classes=6, seed=0):
@@ -333,10 +337,10 @@ def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_read(monke
   example = {"image": np.full((2, 2, 1), 7, np.uint8), "label": 0}
   monkeypatch.setattr(tfds, "open_tfds", lambda *_: MadeSource([example] * 3))
   monkeypatch.setattr(image_sets, "_available_memory", lambda: 12)
-  assert len(image_sets.load("made", "train")) == 3
+  assert len(image_sets.load(SetSource("made", "train"))) == 3
   monkeypatch.setattr(image_sets, "_available_memory", lambda: 11)
   with pytest.raises(ValueError, match="its 3 images of 2x2x1 are .* Set data.loader=streaming"):
-    image_sets.load("made", "train")
+    image_sets.load(SetSource("made", "train"))
 
 
 def test_the_memory_that_is_available_is_at_most_all_of_it():

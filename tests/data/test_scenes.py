@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gating_jax.data import image_sets, scenes, tfds
-from gating_jax.data.image_sets import Images
+from gating_jax.data.image_sets import Images, SetSource
 from gating_jax.data.scenes import IGNORED, make_scenes, open_scenes
 from gating_jax.data.tfds import DatasetNotPreparedError
 
@@ -45,7 +45,7 @@ def test_scenes_depend_on_the_seed_alone_and_splits_share_no_digit(monkeypatch):
   np.testing.assert_array_equal(train.labels, again.labels)
   assert np.mean(train.pixels != other.pixels) > 0.1
   images = {
-    split: {image.tobytes() for image in image_sets.load("digits", split).pixels}
+    split: {image.tobytes() for image in image_sets.load(SetSource("digits", split)).pixels}
     for split in ("train", "test")
   }
   seen = lambda made: {image.tobytes() for image in made.pixels}

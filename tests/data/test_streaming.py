@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gating_jax.data import image_sets, streaming, tfds
+from gating_jax.data.image_sets import SetSource
 from tests.helpers import made_tfds
 
 SHAPE = (12, 10, 3)
@@ -29,7 +30,7 @@ def uneven(tmp_path_factory):
 
 
 def test_resident_images_are_those_written(prepared):
-  train = image_sets.load("made_set", "train", str(prepared))
+  train = image_sets.load(SetSource("made_set", "train", str(prepared)))
   pixels, labels = made_tfds.images(22, SHAPE)
   order = [int(np.flatnonzero((pixels == image).all(axis=(1, 2, 3)))[0]) for image in train.pixels]
   assert sorted(order) == list(range(22))
@@ -39,8 +40,8 @@ def test_resident_images_are_those_written(prepared):
 
 @pytest.mark.parametrize("first_step", [0, 3, 7])
 def test_streamed_batches_are_those_of_the_resident_loader(prepared, first_step):
-  train = image_sets.load("made_set", "train", str(prepared))
-  stream = streaming.open_stream("made_set", "train", str(prepared), seed=5)
+  train = image_sets.load(SetSource("made_set", "train", str(prepared)))
+  stream = streaming.open_stream(SetSource("made_set", "train", str(prepared)), seed=5)
   got = list(stream.batches(4, first_step, 1, 12))
   assert len(got) == 12 - first_step
   for step, (pixels, labels) in enumerate(got, first_step):
@@ -50,7 +51,7 @@ def test_streamed_batches_are_those_of_the_resident_loader(prepared, first_step)
 
 
 def test_several_steps_a_call_hold_the_same_images(prepared):
-  stream = streaming.open_stream("made_set", "train", str(prepared), seed=5)
+  stream = streaming.open_stream(SetSource("made_set", "train", str(prepared)), seed=5)
   single = [pixels[:, 0] for pixels, _ in stream.batches(4, 0, 1, 4)]
   (first, _), (second, _) = stream.batches(4, 0, 2, 4)
   assert first.shape == (4, 2, *SHAPE)
@@ -60,7 +61,7 @@ def test_several_steps_a_call_hold_the_same_images(prepared):
 
 
 def test_processes_share_a_batch_between_them(prepared):
-  stream = streaming.open_stream("made_set", "train", str(prepared), seed=5)
+  stream = streaming.open_stream(SetSource("made_set", "train", str(prepared)), seed=5)
   whole, _ = next(stream.batches(6, 2, 1, 3))
   parts = [next(stream.batches(6, 2, 1, 3, process=(i, 3)))[0] for i in range(3)]
   np.testing.assert_array_equal(np.concatenate(parts), whole)
@@ -68,15 +69,19 @@ def test_processes_share_a_batch_between_them(prepared):
 
 @pytest.mark.slow
 def test_worker_processes_give_the_same_batches(prepared):
-  one = streaming.open_stream("made_set", "train", str(prepared), seed=5, crop_area=0.3)
-  two = streaming.open_stream("made_set", "train", str(prepared), seed=5, crop_area=0.3, workers=2)
+  one = streaming.open_stream(SetSource("made_set", "train", str(prepared)), seed=5, crop_area=0.3)
+  two = streaming.open_stream(
+    SetSource("made_set", "train", str(prepared)), seed=5, crop_area=0.3, workers=2
+  )
   for (a, b), (c, d) in zip(one.batches(4, 0, 1, 3), two.batches(4, 0, 1, 3), strict=True):
     np.testing.assert_array_equal(a, c)
     np.testing.assert_array_equal(b, d)
 
 
 def test_images_of_different_sizes_are_brought_to_one(uneven):
-  train = streaming.open_stream("uneven_set", "train", str(uneven), image_size=8, crop_area=0.2)
+  train = streaming.open_stream(
+    SetSource("uneven_set", "train", str(uneven)), image_size=8, crop_area=0.2
+  )
   a, _ = next(train.batches(4, 0, 1, 2))
   b, _ = next(train.batches(4, 0, 1, 2))
   (_, _), (c, _) = train.batches(4, 0, 1, 2)
@@ -86,8 +91,8 @@ def test_images_of_different_sizes_are_brought_to_one(uneven):
 
 
 def test_resident_images_of_different_sizes_are_brought_to_one(uneven):
-  train = "uneven_set", "train", str(uneven)
-  read, source = image_sets.load(*train, image_size=8), tfds.open_tfds(*train)
+  train = SetSource("uneven_set", "train", str(uneven))
+  read, source = image_sets.load(train, image_size=8), tfds.open_tfds(*train[:3])
   assert read.shape == (8, 8, 3)
   for pixels, example in zip(read.pixels, map(source.__getitem__, range(4)), strict=True):
     rows, columns = (np.array_split(np.arange(n), 2) for n in example["image"].shape[:2])
@@ -113,11 +118,11 @@ def test_channels_are_resized_on_their_own():
 
 
 def test_embedded_digits_are_resized_as_well():
-  assert image_sets.load("digits", "test", image_size=4).shape == (4, 4, 1)
+  assert image_sets.load(SetSource("digits", "test"), image_size=4).shape == (4, 4, 1)
 
 
 def test_evaluation_covers_a_stream_exactly_once_without_cropping_at_random(uneven):
-  stream = streaming.open_stream("uneven_set", "test", str(uneven), image_size=8)
+  stream = streaming.open_stream(SetSource("uneven_set", "test", str(uneven)), image_size=8)
   once = list(image_sets.padded_batches(stream, 3))
   assert [valid for _, valid in once] == [3, 1]
   again = list(image_sets.padded_batches(stream, 3))
@@ -155,17 +160,17 @@ def test_random_crop_reaches_every_corner():
 )
 def test_bad_settings_are_named(uneven, arguments, message):
   with pytest.raises(ValueError, match=message):
-    streaming.open_stream("uneven_set", "train", str(uneven), **arguments)
+    streaming.open_stream(SetSource("uneven_set", "train", str(uneven)), **arguments)
 
 
 def test_uneven_images_are_refused_by_the_resident_loader(uneven):
   with pytest.raises(ValueError, match=r"\); set data.image_size$"):
-    image_sets.load("uneven_set", "train", str(uneven))
+    image_sets.load(SetSource("uneven_set", "train", str(uneven)))
 
 
 def test_digits_have_no_stream():
   with pytest.raises(ValueError, match="data.loader must be 'resident' for digits"):
-    streaming.open_stream("digits", "train")
+    streaming.open_stream(SetSource("digits", "train"))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gating_jax.data import image_sets
+from gating_jax.data.image_sets import SetSource
 from gating_jax.data.tfds import DatasetNotPreparedError
 
 DATA_DIR = os.environ.get("GATING_JAX_DATA_DIR")
@@ -20,13 +21,13 @@ def real_cifar10(test):
 def test_a_half_prepared_set_has_no_warning_before_its_error(tmp_path, capfd):
   (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
   with pytest.raises(DatasetNotPreparedError):
-    image_sets.load("cifar10", "train", str(tmp_path))
+    image_sets.load(SetSource("cifar10", "train", str(tmp_path)))
   assert "Variant folder" not in capfd.readouterr().err
 
 
 def test_a_known_set_that_is_not_prepared_is_named_with_what_to_do(tmp_path):
   with pytest.raises(DatasetNotPreparedError) as caught:
-    image_sets.load("cifar10", "train", str(tmp_path))
+    image_sets.load(SetSource("cifar10", "train", str(tmp_path)))
   message = str(caught.value)
   assert f"data set 'cifar10' is not prepared in {tmp_path}" in message
   assert (
@@ -39,7 +40,7 @@ def test_a_known_set_that_is_not_prepared_is_named_with_what_to_do(tmp_path):
 
 def test_an_unknown_set_is_named_with_the_nearest_known_one(tmp_path):
   with pytest.raises(DatasetNotPreparedError) as caught:
-    image_sets.load("cifar11", "train", str(tmp_path))
+    image_sets.load(SetSource("cifar11", "train", str(tmp_path)))
   message = str(caught.value)
   assert "data.name must be 'digits' or a TFDS data set; got 'cifar11'" in message
   assert str(tmp_path) in message
@@ -48,7 +49,9 @@ def test_an_unknown_set_is_named_with_the_nearest_known_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def cifar10():
-  return {split: image_sets.load("cifar10", split, DATA_DIR) for split in ("train", "test")}
+  return {
+    split: image_sets.load(SetSource("cifar10", split, DATA_DIR)) for split in ("train", "test")
+  }
 
 
 @real_cifar10
@@ -69,11 +72,11 @@ def test_channel_means_of_cifar10_are_those_of_the_config(cifar10):
 
 @real_cifar10
 def test_a_part_of_a_split_is_read():
-  part = image_sets.load("cifar10", "train[:100]", DATA_DIR)
+  part = image_sets.load(SetSource("cifar10", "train[:100]", DATA_DIR))
   assert part.pixels.shape == (100, 32, 32, 3)
 
 
 @real_cifar10
 def test_an_unknown_split_of_cifar10_is_named():
   with pytest.raises(ValueError, match="data split 'validation' of cifar10 cannot be read"):
-    image_sets.load("cifar10", "validation", DATA_DIR)
+    image_sets.load(SetSource("cifar10", "validation", DATA_DIR))

@@ -7,7 +7,13 @@ import pytest
 from PIL import Image
 
 from gating_jax.data import folders, image_sets, scenes, streaming, unions
-from gating_jax.data.image_sets import EqualShares, Images, batch_indices, process_indices
+from gating_jax.data.image_sets import (
+  EqualShares,
+  Images,
+  SetSource,
+  batch_indices,
+  process_indices,
+)
 from tests.helpers import made_tfds
 
 MADE = "union(digits,turned_digits)"
@@ -15,8 +21,8 @@ SHARES = EqualShares(sizes=(3, 10), per_set=10)
 
 
 def test_a_union_of_made_sets_has_the_classes_of_each_in_three_colours():
-  made = image_sets.load(MADE, "test")
-  digits = image_sets.load("digits", "test")
+  made = image_sets.load(SetSource(MADE, "test"))
+  digits = image_sets.load(SetSource("digits", "test"))
   assert made.class_names[:2] == ("digits/0", "digits/1")
   assert made.class_names[10:12] == ("turned_digits/0", "turned_digits/1")
   count = len(digits)
@@ -29,14 +35,14 @@ def test_a_union_of_made_sets_has_the_classes_of_each_in_three_colours():
 
 
 def test_the_number_of_a_set_is_a_fourth_channel_that_resizing_keeps():
-  told = image_sets.load("union_told(digits,turned_digits)", "test", image_size=11)
+  told = image_sets.load(SetSource("union_told(digits,turned_digits)", "test"), image_size=11)
   assert told.shape == (11, 11, 4)
   same = np.broadcast_to((told.labels >= 10)[:, None, None], told.pixels.shape[:3])
   np.testing.assert_array_equal(told.pixels[..., 3], same)
 
 
 def test_scenes_of_digits_have_the_highest_of_these_for_a_class():
-  shown = unions.open_union("union(digit_scenes)", "test")
+  shown = unions.open_union(SetSource("union(digit_scenes)", "test"))
   assert shown.shape == (24, 24, 3)
   made = scenes.make_scenes("test", scenes=1000, size=(24, 24), most=3)
   for i in range(0, 1000, 300):
@@ -98,15 +104,19 @@ def test_sets_of_tfds_and_folders_are_brought_to_one_size(files):
   name = f"union(made_set,folder:{files / 'flowers'},digits)"
   assert unions.source_names(name) == ("made_set", "flowers", "digits")
   with pytest.raises(ValueError, match=r"has images of different sizes .*; set data\.image_size"):
-    image_sets.load(name, "test", str(files / "tfds"))
-  images = image_sets.load(name, "train;test;test", str(files / "tfds"), image_size=4)
+    image_sets.load(SetSource(name, "test", str(files / "tfds")))
+  images = image_sets.load(SetSource(name, "train;test;test", str(files / "tfds")), image_size=4)
   assert images.shape == (4, 4, 3)
   assert images.class_names[:4] == ("made_set/dark", "made_set/light", "flowers/rose", "digits/0")
   # TFDS has an order of its own.
   assert sorted(images.labels[:7]) == [0, 0, 0, 1, 1, 2, 2]
-  assert image_sets.count_images(name, "train;test;test", str(files / "tfds")) == 5 + 2 + 360
+  assert (
+    image_sets.count_images(SetSource(name, "train;test;test", str(files / "tfds"))) == 5 + 2 + 360
+  )
   np.testing.assert_array_equal(images.pixels[6], np.full((4, 4, 3), (200, 10, 0)))
-  stream = streaming.open_stream(name, "train;test;test", str(files / "tfds"), image_size=4)
+  stream = streaming.open_stream(
+    SetSource(name, "train;test;test", str(files / "tfds")), image_size=4
+  )
   assert stream.shape == (4, 4, 3)
   assert stream.read(np.array([5, 6]))[1].tolist() == [2, 2]
   # Both loaders keep the largest square in the middle.
@@ -129,7 +139,7 @@ def test_sets_of_tfds_and_folders_are_brought_to_one_size(files):
 )
 def test_a_wrong_union_is_named(name, split, message):
   with pytest.raises(ValueError, match=message):
-    image_sets.load(name, split)
+    image_sets.load(SetSource(name, split))
 
 
 class Opened(list):
@@ -143,12 +153,13 @@ class Opened(list):
 
 
 def test_images_without_a_class_are_of_no_other_set():
-  union = unions.UnionExamples("union(x,y)", [Opened(5), Opened(1)], "image", "label")
+  source = SetSource("union(x,y)", "train")
+  union = unions.UnionExamples(source, [Opened(5), Opened(1)])
   assert [union[i]["label"] for i in range(2)] == [-1, 3]
   with pytest.raises(IndexError, match="one of 2 examples; got 2"):
     union[2]
   with pytest.raises(ValueError, match="sets of a union must have 1 or 3 channels; y has 4"):
-    unions.UnionExamples("union(x,y)", [Opened(0), Opened(0, depth=4)], "image", "label")
+    unions.UnionExamples(source, [Opened(0), Opened(0, depth=4)])
 
 
 def test_the_path_of_a_folder_in_a_union_may_have_commas(tmp_path):
@@ -160,7 +171,7 @@ def test_the_path_of_a_folder_in_a_union_may_have_commas(tmp_path):
   assert unions.source_names(name) == ("digits", "red, green,blue", "red", "worlds")
   folders._list_images.cache_clear()
   part = f"union(folder:{tmp_path}/red, green,blue)"
-  assert unions.open_union(part, "train").class_names == ("red, green,blue/rose",)
+  assert unions.open_union(SetSource(part, "train")).class_names == ("red, green,blue/rose",)
   with pytest.raises(ValueError, match="has none for 'red,blue/rose'"):
     unions.class_sources("union(folder:/missing/red,blue)", ["red,blue/rose"])
 
@@ -170,5 +181,5 @@ def test_the_classes_of_a_folder_in_a_union_are_those_of_the_splits_in_use(files
   place.mkdir(parents=True)
   Image.new("RGB", (4, 4), (200, 0, 0)).save(place / "a.png")
   name, splits = f"union(digits,folder:{files / 'flowers'})", ("train", "test;test")
-  union = unions.open_union(name, "train", None, "image", "label", splits)
+  union = unions.open_union(SetSource(name, "train", in_use=splits))
   assert union.class_names[10:] == ("flowers/rose",)

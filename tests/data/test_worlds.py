@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from gating_jax.data import image_sets, worlds
+from gating_jax.data.image_sets import SetSource
 
 TRAIN = worlds.make_worlds("train", 300)
 
@@ -73,20 +74,20 @@ def test_quarters_are_moved_and_turned_and_nothing_is_lost():
 
 
 def test_a_set_of_worlds_is_read_as_any_other():
-  made = image_sets.load("worlds", "train[100:300]")
+  made = image_sets.load(SetSource("worlds", "train[100:300]"))
   np.testing.assert_array_equal(made.pixels, TRAIN.pixels[100:])
   np.testing.assert_array_equal(made.labels, TRAIN.labels[100:])
   assert made.class_names == tuple("0123456789")
-  assert image_sets.count_images("worlds", "train[100:300]") == 200
-  told = image_sets.load("worlds_told", "train[:300]")
+  assert image_sets.count_images(SetSource("worlds", "train[100:300]")) == 200
+  told = image_sets.load(SetSource("worlds_told", "train[:300]"))
   np.testing.assert_array_equal(told.pixels[..., :3], TRAIN.pixels)
   np.testing.assert_array_equal(
     told.pixels[..., 3], np.broadcast_to(TRAIN.worlds[:, None, None], (300, 16, 16))
   )
-  assert image_sets.load("worlds", "test[:2]", image_size=8).shape == (8, 8, 3)
+  assert image_sets.load(SetSource("worlds", "test[:2]"), image_size=8).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("split", ["validation", "train[5:5]", "train[:50%]", "train[-5:]"])
 def test_an_unknown_split_is_named(split):
   with pytest.raises(ValueError, match="^data split of worlds must be 'train' or 'test', or a"):
-    image_sets.load("worlds", split)
+    image_sets.load(SetSource("worlds", split))

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from gating_jax.data import image_sets, streaming
+from gating_jax.data.image_sets import SetSource
 from gating_jax.images import classification, export
 from gating_jax.images.model_card import hub_files
 from gating_jax.inference.export import export_model, load_exported
@@ -70,7 +71,7 @@ def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance)
   workdir, _ = exported
   result = json.loads((workdir / "result.json").read_text())
   loaded = load_exported(workdir / folder)
-  test = image_sets.load("digits", "test")
+  test = image_sets.load(SetSource("digits", "test"))
   images = (test.pixels / 255 - np.array(loaded.card["mean"])) / np.array(loaded.card["std"])
   outputs, _ = loaded(images)
   accuracy = np.mean(np.argmax(np.asarray(outputs), axis=1) == test.labels)
@@ -122,7 +123,7 @@ def test_the_onnx_model_scores_as_the_export_does_and_the_card_has_its_time(expo
 
 def test_an_export_is_a_folder_for_a_model_hub(exported, tmp_path, monkeypatch, capsys):
   folder = exported[0] / "export"
-  image = image_sets.load("digits", "test").pixels[0]
+  image = image_sets.load(SetSource("digits", "test")).pixels[0]
   Image.fromarray(image[..., 0]).save(tmp_path / "digit.png")
   # As `python load.py digit.png` does, without this package.
   monkeypatch.setattr(sys, "argv", ["load.py", str(tmp_path / "digit.png")])
@@ -206,7 +207,7 @@ def test_an_export_prepares_a_photograph_as_the_test_does(tmp_path, loader):
   table = tmp_path / "images.csv"
   table.write_text("path,label,split\na.png,a,test\ndeep.png,b,test\n")
   opened = {"resident": image_sets.load, "streaming": streaming.open_stream}[loader]
-  pixels, _ = opened("folder", "test", str(table), image_size=16).read(np.arange(2))
+  pixels, _ = opened(SetSource("folder", "test", str(table)), image_size=16).read(np.arange(2))
   card = card_of(data={"loader": loader})
   for name, content in hub_files(card, (16, 16, 3)).items():
     (tmp_path / name).write_bytes(content)

@@ -137,9 +137,9 @@ def test_a_run_on_a_union_says_what_became_of_each_set(tmp_path, monkeypatch):
   runs.without_reports(monkeypatch)
   whole, opened = unions.open_union, []
 
-  def few(name, split, *given):
-    opened.append(split)
-    return _Few(whole(name, split, *given))
+  def few(source):
+    opened.append(source.split)
+    return _Few(whole(source))
 
   monkeypatch.setattr(unions, "open_union", few)
   said = runs.said(classification, tiny_config(), tmp_path, "train")
@@ -177,7 +177,7 @@ class _Few:
 def test_a_union_with_an_empty_set_is_refused(monkeypatch):
   monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
   whole = unions.open_union
-  monkeypatch.setattr(unions, "open_union", lambda *given: _Few(whole(*given), (24, 0)))
+  monkeypatch.setattr(unions, "open_union", lambda source: _Few(whole(source), (24, 0)))
   with pytest.raises(ValueError, match="data.train_split must have .* none of turned_digits"):
     build.build(tiny_config())
 

@@ -114,7 +114,9 @@ def test_a_row_has_the_rates_and_counts_of_its_gates(analysis):
   o = analysis.gate_statistics[0]
   assert row["units"] == 4
   assert row["open"] == pytest.approx(o.open_rates.mean())
-  assert row["always_open"] + row["always_closed"] + row["conditional"] == 4
+  assert row["always_open"] + row["always_closed"] + row["varies"] == 4
+  # By its former name.
+  assert row["conditional"] == row["varies"]
   assert (row["open_on_all"], row["closed_on_all"]) == (
     (o.opened == 150).sum(),
     (o.opened == 0).sum(),

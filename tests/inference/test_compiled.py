@@ -70,6 +70,10 @@ def test_the_baseline_takes_a_batch_at_once_or_one_by_one_whichever_is_quicker(m
   np.testing.assert_array_equal(np.concatenate(singles), 2 * batches[0])
   assert calls == [1, 1, 1]
   assert list(compiled.baseline_programs(run, weight, [np.ones((1, 2))])) == ["ungated"]
+  tree = {"clips": batches[0], "valid": np.ones((3, 1), bool)}
+  masked_run = lambda weights, batch: weights * batch["clips"] * batch["valid"]
+  singles = compiled.baseline_programs(masked_run, weight, [tree])["one by one"].run(weight, tree)
+  np.testing.assert_array_equal(np.concatenate(singles), 2 * batches[0])
 
   def race(runs, *_, **__):
     spent = {"ungated": 4.0, "one by one": 3.0}

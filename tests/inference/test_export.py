@@ -115,7 +115,9 @@ def test_a_program_with_exits_is_exported(tmp_path):
   made = compile_exits(
     model, random_variables(model), input_shape=SHAPE, batch_size=4, strategy="exit_dispatch"
   )
-  loaded = load_exported(export_model(made, tmp_path / "net", input_shape=SHAPE))
+  # It knows the shape of its images.
+  loaded = load_exported(export_model(made, tmp_path / "net"))
+  assert loaded.card["input_shape"] == list(SHAPE)
   assert "stages.0.parts.0.conv.kernel" in loaded.weights
   assert_same(loaded(images(4)), made(images(4)))
 
@@ -232,6 +234,7 @@ def test_nothing_is_left_of_an_export_that_fails(net, tmp_path, monkeypatch):
   ("options", "message"),
   [
     ({"input_shape": (9, 8)}, r"input_shape must be \(H, W, D\)"),
+    ({"input_shape": None}, r"input_shape must be \(H, W, D\), whole numbers >= 1; got None"),
     ({"input_shape": (9, 8, 1)}, "images must have 3 channels, as the network expects; got 1"),
     ({"batch_size": 0}, "batch_size must be >= 1; got 0"),
     ({"platforms": ("gpu",)}, "platforms must be one of cpu, cuda, rocm, tpu; got 'gpu'"),

@@ -583,7 +583,7 @@ def test_speed_is_of_spread_videos_relative_to_the_quickest_way_to_see_all(
 
     return race
 
-  clock = {"segments": 1.0, "at once": 2.0, "one by one": 1.5}
+  clock = {"segments": 1.0, "ungated": 2.0, "one by one": 1.5}
   monkeypatch.setattr(speed, "race", race_in(clock))
   found = speed.speed(experiment, variables, videos=4)
   assert (found["videos_per_second"], found["timed_videos"]) == (4 / 1.0, 4)
