@@ -334,6 +334,18 @@ def test_shortcut_a_cannot_drop_channels():
   assert shape_of(BasicBlock(4, shortcut="B")) == (1, 4, 4, 4)
 
 
+def test_mixed_kernels_need_full_convolutions():
+  with pytest.raises(ValueError, match="^convolution must be full for mixed kernels; got 'fact"):
+    shape_of(BasicBlock(8, gating="kernels", convolution="factorised"))
+
+
+def test_extra_channels_need_the_pixels_of_the_input():
+  x, extra = jnp.zeros((1, 4, 4, 4)), jnp.zeros((1, 2, 2, 4))
+  message = r"^extra must have the examples and pixels of x, \(1, 4, 4\); got shape \(1, 2, 2, 4\)"
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lambda: BasicBlock(4).init(jax.random.key(0), x, extra=extra))
+
+
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_extra_channels_are_taken_by_their_former_name(block):
   x = jnp.zeros((1, 4, 4, 4), jnp.float32)
