@@ -238,6 +238,33 @@ def test_pictures_are_turned_only_where_that_is_asked():
   assert features.decode_picture(buffer.getvalue(), 3, upright=True).shape == (6, 4, 3)
 
 
+def test_a_split_and_a_folder_whose_files_are_all_damaged_are_named(tmp_path):
+  classes(tmp_path / "train", 1)
+  for split in ("val", "test"):
+    (tmp_path / split / "cat").mkdir(parents=True)
+    (tmp_path / split / "cat" / "0.png").write_bytes(b"no picture")
+  with pytest.raises(ValueError, match="data split 'val' of .* must hold at least one .* is empty"):
+    folders.open_folder(str(tmp_path), "val")
+  with pytest.raises(ValueError, match="test has no readable image$"):
+    folders.open_folder(str(tmp_path / "test"), "train")
+
+
+def test_a_folder_that_cannot_be_opened_is_left_out_and_named(tmp_path, monkeypatch, caplog):
+  classes(tmp_path, 1, names=("cat", "dog"))
+  closed, scan = tmp_path / "dog" / "closed", os.scandir
+  saved(closed / "0.png")
+
+  def scandir(path):
+    if Path(path) == closed:
+      raise PermissionError(13, "Permission denied", str(path))
+    return scan(path)
+
+  monkeypatch.setattr(os, "scandir", scandir)
+  found = folders.list_files(tmp_path, (".png",)).entries
+  assert sorted(entry.label for entry in found) == ["cat", "dog"]
+  assert f"{closed}: left out a folder that cannot be opened: Permission denied" in caplog.text
+
+
 def test_ctrl_c_while_files_are_checked_waits_for_no_file_that_has_not_begun(monkeypatch):
   begun = []
 
