@@ -163,6 +163,12 @@ def test_an_error_of_another_kind_stays():
     require_extra(extra)
 
 
+def test_an_extra_without_one_of_its_libraries_is_named(monkeypatch):
+  monkeypatch.setitem(EXTRAS, "export", ("onnx", "no_such_library"))
+  with pytest.raises(ModuleNotFoundError, match=r"^no_such_library is .*gating-jax\[export\]"):
+    require_extra("export")
+
+
 def test_the_version_is_that_of_the_package():
   assert "version" in PROJECT["dynamic"]
   dynamic = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]

@@ -203,6 +203,16 @@ def test_a_factor_on_top_of_a_wrong_order_is_named_too():
   assert "un-sort forgotten and mean where a sum was meant (1/N): constant factor 0.1429" in message
 
 
+def test_a_wrong_order_alone_is_named_without_a_factor():
+  message = message_for(WRONG["un-sort forgotten"], devices=None)
+  assert "un-sort forgotten; in column(s) 0, 1, 2" in message
+
+
+def test_a_gradient_that_is_nan_at_ordinary_values_is_named():
+  message = message_for(with_gradient(lambda x: jnp.where(x > 0, jnp.nan, 2 * x)), devices=None)
+  assert "not finite at ordinary values; in column(s) 0, 1, 2" in line_of("gradient", message)
+
+
 @pytest.mark.parametrize(
   ("factor", "slip"),
   [
@@ -306,6 +316,14 @@ def test_a_loss_not_written_for_check_vma_is_checked_by_the_other_layouts():
   result = check_loss(loss)
   assert result.skipped.startswith("shard_map with check_vma: ")
   assert "4 devices by shard_map" in result.errors
+
+
+def test_fewer_real_devices_than_asked_for_leave_out_shard_map(monkeypatch):
+  (device, *_) = jax.devices()
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+  result = check_loss(gap_loss, shape=(3, 1), devices=2)
+  assert result.skipped == "shard_map: there are fewer than 2 real devices"
+  assert "2 devices by vmap" in result.errors
 
 
 @pytest.mark.slow

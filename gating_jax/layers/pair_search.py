@@ -359,12 +359,6 @@ def _after_squeeze(axis: int, params: Mapping[str, Any], shape: Any, result: Any
   return None if axis in gone else axis - sum(1 for other in gone if other < axis)
 
 
-def _after_expand(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
-  """Returns an axis after new ones of length 1 were put between."""
-  kept = [place for place in range(len(result)) if place not in params["dimensions"]]
-  return kept[axis]
-
-
 def _after_reduction(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
   """Returns an axis without those over which values are summed, or the like."""
   gone = params["axes"]
@@ -404,7 +398,6 @@ _MOVES: dict[str, Callable[[int, Mapping[str, Any], Any, Any], int | None]] = {
   "broadcast_in_dim": _after_broadcast,
   "reshape": _after_reshape,
   "squeeze": _after_squeeze,
-  "expand_dims": _after_expand,
   "pad": _after_pad,
   "slice": _after_part,
   "dynamic_slice": _after_part,

@@ -336,8 +336,6 @@ def _check(chain: _Chain, strides: tuple[int, ...]) -> None:
   if 0 in x.shape[1:] or any(0 in shape for shape in shapes):
     raise ValueError(f"x and kernels must not be empty; got {x.shape}, {shapes}")
   out = _shape(x, kernels, strides)
-  if min(out[1:]) < 1:
-    raise ValueError(f"x must be at least as large as the windows; got {x.shape}, {shapes}")
   for i, bias in enumerate(biases):
     size = channels[i + 1]
     if jnp.shape(bias) != (size,):

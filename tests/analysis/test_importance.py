@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from gating_jax.analysis import select_units, unit_importance, with_prior
+from gating_jax.analysis.importance import UnitImportance, describe_units
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnets import ResNet
@@ -98,7 +99,6 @@ def test_the_prior_has_normal_scores_of_ranks():
   np.testing.assert_array_equal(gate["gain"], 0.5)
 
 
-@pytest.mark.slow
 def test_what_has_no_importance_is_named():
   x = images(2)
   layer = ResNet(3, (1,), features=4, gating="layer")
@@ -111,12 +111,19 @@ def test_what_has_no_importance_is_named():
   variables = random_variables(plain)
   with pytest.raises(ValueError, match="images must hold at least one image; got none"):
     unit_importance(plain, variables, x[:0])
-  found = unit_importance(plain, variables, x)
+  found = describe_units(plain, variables, x)
   with pytest.raises(ValueError, match="must have a prior for each of 4 gates at stage1_block1/ga"):
     with_prior(variables, found)
   wider = jax.eval_shape(ungated.clone(inner_width=2.0).init, jax.random.key(0), x)
   with pytest.raises(ValueError, match="differ in units alone; .* has shape .*8.* there, and .*4"):
     select_units(variables, found, wider)
+
+
+def test_no_more_units_than_there_are_can_be_chosen():
+  units = UnitImportance((), (), (), np.array([0.5, 2.0]))
+  assert units.most(2).tolist() == [0, 1]
+  with pytest.raises(ValueError, match=r"^count must be in 0 \.\. 2; got 3"):
+    units.most(3)
 
 
 def test_a_prior_needs_gates_that_learn():

@@ -3,12 +3,14 @@
 import io
 import logging
 import os
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gating_jax.data import features, folders, image_sets, streaming
+from gating_jax.data import checked_files, features, folders, image_sets, streaming
 from gating_jax.data.image_sets import SetSource
 
 RED = (200, 10, 10)
@@ -235,6 +237,48 @@ def test_pictures_are_turned_only_where_that_is_asked():
   picture().save(buffer, "PNG", exif=exif)
   assert features.decode_picture(buffer.getvalue(), 3).shape == (4, 6, 3)
   assert features.decode_picture(buffer.getvalue(), 3, upright=True).shape == (6, 4, 3)
+
+
+def test_a_split_and_a_folder_whose_files_are_all_damaged_are_named(tmp_path):
+  classes(tmp_path / "train", 1)
+  for split in ("val", "test"):
+    (tmp_path / split / "cat").mkdir(parents=True)
+    (tmp_path / split / "cat" / "0.png").write_bytes(b"no picture")
+  with pytest.raises(ValueError, match="data split 'val' of .* must hold at least one .* is empty"):
+    folders.open_folder(str(tmp_path), "val")
+  with pytest.raises(ValueError, match="test has no readable image$"):
+    folders.open_folder(str(tmp_path / "test"), "train")
+
+
+def test_a_folder_that_cannot_be_opened_is_left_out_and_named(tmp_path, monkeypatch, caplog):
+  classes(tmp_path, 1, names=("cat", "dog"))
+  closed, scan = tmp_path / "dog" / "closed", os.scandir
+  saved(closed / "0.png")
+
+  def scandir(path):
+    if Path(path) == closed:
+      raise PermissionError(13, "Permission denied", str(path))
+    return scan(path)
+
+  monkeypatch.setattr(os, "scandir", scandir)
+  found = folders.list_files(tmp_path, (".png",)).entries
+  assert sorted(entry.label for entry in found) == ["cat", "dog"]
+  assert f"{closed}: left out a folder that cannot be opened: Permission denied" in caplog.text
+
+
+def test_ctrl_c_while_files_are_checked_waits_for_no_file_that_has_not_begun(monkeypatch):
+  begun = []
+
+  def interrupted(found, **_):
+    next(iter(found))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(checked_files, "usable_cores", lambda: 1)
+  monkeypatch.setattr(checked_files, "progress_bar", interrupted)
+  read = lambda file: (begun.append(file), time.sleep(0.005))
+  with pytest.raises(KeyboardInterrupt):
+    checked_files.find_faults([Path(str(i)) for i in range(100)], read, "checking", describe=str)
+  assert 1 <= len(begun) < 50
 
 
 def opened(folder, split="train", in_use=None):

@@ -166,6 +166,12 @@ def test_held_out_images_are_stratified_and_a_choice_of_the_seed():
   assert not np.array_equal(held(first), held(other))
 
 
+def test_of_several_labels_each_a_fraction_of_all_images_is_held_out():
+  labels = np.eye(10, 3, dtype=np.int32)
+  held = image_sets.hold_out(labels, 0.3, np.random.default_rng(0))
+  np.testing.assert_array_equal(held, np.sort(np.random.default_rng(0).permutation(10)[:3]))
+
+
 def test_fewer_tasks_and_joined_ones():
   tasks = make_tasks(images(), images(), classes_per_task=2, count=2)
   assert len(tasks) == 2
@@ -341,6 +347,16 @@ def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_read(monke
   monkeypatch.setattr(image_sets, "_available_memory", lambda: 11)
   with pytest.raises(ValueError, match="its 3 images of 2x2x1 are .* Set data.loader=streaming"):
     image_sets.load(SetSource("made", "train"))
+
+
+def test_without_a_file_that_says_so_all_memory_is_available(monkeypatch):
+  def read_text(path):
+    raise FileNotFoundError(path)
+
+  # Only Linux has it.
+  monkeypatch.setattr(image_sets.Path, "read_text", read_text)
+  monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}.get)
+  assert image_sets._available_memory() == 7 * 4096
 
 
 def test_the_memory_that_is_available_is_at_most_all_of_it():

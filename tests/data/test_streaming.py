@@ -163,6 +163,18 @@ def test_bad_settings_are_named(uneven, arguments, message):
     streaming.open_stream(SetSource("uneven_set", "train", str(uneven)), **arguments)
 
 
+def test_images_without_a_label_are_refused_when_they_are_read():
+  example = {"image": np.zeros((2, 2, 1), np.uint8), "label": -1}
+  stream = streaming.Stream([example], ("a", "b"), (2, 2, 1))
+  with pytest.raises(ValueError, match="^the data split has images without a label; use another"):
+    stream.read_one(0, None)
+
+
+def test_an_unknown_split_of_a_prepared_set_is_named(prepared):
+  with pytest.raises(ValueError, match="^data split 'validation' of made_set cannot be read: "):
+    streaming.open_stream(SetSource("made_set", "validation", str(prepared)))
+
+
 def test_uneven_images_are_refused_by_the_resident_loader(uneven):
   with pytest.raises(ValueError, match=r"\); set data.image_size$"):
     image_sets.load(SetSource("uneven_set", "train", str(uneven)))

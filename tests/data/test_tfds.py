@@ -1,11 +1,12 @@
 import importlib
 import os
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gating_jax.data import image_sets
+from gating_jax.data import image_sets, tfds
 from gating_jax.data.image_sets import SetSource
 from gating_jax.data.tfds import DatasetNotPreparedError
 
@@ -45,6 +46,27 @@ def test_an_unknown_set_is_named_with_the_nearest_known_one(tmp_path):
   assert "data.name must be 'digits' or a TFDS data set; got 'cifar11'" in message
   assert str(tmp_path) in message
   assert "Did you mean: cifar11 -> cifar10" in message
+
+
+def test_an_empty_split_is_named(monkeypatch):
+  class Empty(list):
+    dataset_info = types.SimpleNamespace(features={"image": None})
+
+  monkeypatch.setattr(tfds, "_open_source", lambda *_: Empty())
+  readers = {"image": lambda feature, name: None}
+  with pytest.raises(ValueError, match="split 'test' of made must hold at least one .* is empty"):
+    tfds.open_tfds("made", "test", readers=readers)
+
+
+def test_foreign_features_are_found_behind_files_that_are_damaged_or_name_none(tmp_path):
+  (tmp_path / "1.0.0").mkdir()
+  (tmp_path / "features.json").write_text("{")
+  (tmp_path / "metadata.json").write_text('{"default_config_name": "plain"}')
+  # Damaged files are TFDS's to report.
+  tfds._check_features(tmp_path)
+  (tmp_path / "1.0.0" / "features.json").write_text('{"pythonClassName": "evil.Feature"}')
+  with pytest.raises(DatasetNotPreparedError, match="only features of .*; got 'evil.Feature'"):
+    tfds._check_features(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,13 @@ def test_what_is_no_feature_array_is_refused(tmp_path, array, message):
     read_features(tmp_path / "a.npy")
 
 
+def test_a_file_of_an_unknown_version_is_refused(tmp_path):
+  with open(tmp_path / "a.npy", "wb") as file:
+    np.lib.format.write_array(file, np.zeros((2, 2)), version=(3, 0))
+  with pytest.raises(ValueError, match=r"must be a .npy file of version 1.0 or 2.0; got 3.0"):
+    read_features(tmp_path / "a.npy")
+
+
 def test_an_archive_of_two_arrays_is_refused(tmp_path):
   np.savez(tmp_path / "a.npz", x=np.zeros((1, 1)), y=np.zeros((1, 1)))
   with pytest.raises(ValueError, match=r"must hold one array; got \['x', 'y'\]"):

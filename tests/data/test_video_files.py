@@ -409,6 +409,44 @@ def test_a_count_of_samples_that_no_file_of_its_size_can_hold_is_refused(tmp_pat
     read_clips(path, 2, 2, (8, 8))
 
 
+def test_what_is_no_box_ends_the_search_for_them():
+  box = (12).to_bytes(4, "big") + b"free" + bytes(4)
+  data = box + (4).to_bytes(4, "big") + b"junk" + box
+  found = list(video_files._boxes(io.BytesIO(data), 0, len(data)))
+  assert found == [(b"free", 8, 12)]
+
+
+def test_kept_frames_before_the_first_segment_are_no_answer():
+  film = video_files._Film(
+    times=np.arange(10), end=10, zero=0, tick=0.1, counted=False, announced=10
+  )
+  frame = np.zeros((2, 2, 3), np.uint8)
+
+  class Cache:
+    """Holds a film whose frames up to a time could be decoded."""
+
+    def __init__(self, last):
+      shown = video_files._Shown(
+        pixels={0: frame},
+        firsts=dict.fromkeys(range(10), 0),
+        times=[last],
+        intact=10,
+        interlaced=False,
+      )
+      self.film = video_files._pack_film(film, shown, by_fields=False)
+
+    def key(self, path, *, kind, **settings):
+      return kind
+
+    def get(self, key):
+      return self.film
+
+  clips, _ = video_files.read_cached(Cache(9), "a.mp4", 1, length=1, size=(2, 2))
+  np.testing.assert_array_equal(clips, frame[None, None])
+  with pytest.raises(ValueError, match="^only 10 of 10 frames can be decoded"):
+    video_files.read_cached(Cache(3), "a.mp4", 1, length=1, size=(2, 2))
+
+
 def test_frames_too_large_for_any_cinema_are_not_decoded(tmp_path, monkeypatch):
   path = made_videos.write(tmp_path / "a.mp4", 6)
   monkeypatch.setattr(video_files, "_LIMITS", {"max_pixels": str(32 * 48 - 1)})

@@ -464,6 +464,12 @@ def test_what_is_wrong_with_multithumos_is_named(tmp_path, file, text, message):
     read_multithumos(tmp_path, "train")
 
 
+def test_a_split_without_a_video_is_named(tmp_path):
+  write(tmp_path, {"class_list.txt": "1 Run\n", "annotations/Run.txt": "video_test_0000002 1 2\n"})
+  with refused("must hold at least one video of the train split; it has none"):
+    read_multithumos(tmp_path, "train")
+
+
 def test_a_class_without_its_file_is_named(tmp_path):
   write(tmp_path, THUMOS)
   (tmp_path / "annotations" / "Run.txt").unlink()

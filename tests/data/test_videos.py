@@ -258,6 +258,18 @@ def test_training_on_files_none_of_which_can_be_read_is_refused_with_the_first_f
   assert len(videos.unreadable) == len(warnings) == 7
 
 
+def test_files_that_are_all_damaged_after_the_first_batch_stop_the_training(tmp_path, warnings):
+  for name in NAMES:
+    np.save(tmp_path / f"{name}.npy", np.ones((3, 2)))
+  videos = FeatureFolder(table(), tmp_path, segments=2)
+  videos.check_readable()
+  for name in NAMES:
+    (tmp_path / f"{name}.npy").write_bytes(b"nothing")
+  with pytest.raises(ValueError, match=r"^none of 7 videos can be read: v3 \("):
+    videos._read_for_training(3, (0, 0, 0))
+  assert len(warnings) == 7
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_batches_are_the_same_after_a_restart_and_follow_the_resident_order(folder, workers):
   videos = VideoFolder(table(), folder, **CLIPS, seed=5, jitter=True)

@@ -152,6 +152,12 @@ def test_bad_calibration_is_named(analysis, calibration, message):
     analyse(analysis.net, None, calibration)
 
 
+def test_the_error_of_pruning_needs_an_image(analysis):
+  none = [PruneMask.nothing(counted.group.gates) for counted in analysis.gate_statistics]
+  with pytest.raises(ValueError, match="^images must be at least one; got none"):
+    pruning_error(analysis.net, none, iter(()))
+
+
 def test_a_last_smaller_batch_runs_in_the_same_program():
   net = fold(MODEL, VARIABLES)
   sizes = [(len(x), len(y), len(logits[0])) for x, y, logits in observe(net, images(200))]

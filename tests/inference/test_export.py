@@ -97,6 +97,8 @@ def test_a_program_that_skips_is_exported_with_its_weights_beside_it(name, strat
     ValueError, match="batch_size must be None or 2, that of the compiled model; got 3"
   ):
     export_model(made, tmp_path / "other", input_shape=SHAPE, batch_size=3)
+  with pytest.raises(ValueError, match=r"input_shape must be \(9, 8, 3\), that of the compiled"):
+    export_model(made, tmp_path / "other", input_shape=(8, 8, 3))
 
 
 @pytest.mark.thin(3)

@@ -230,6 +230,33 @@ def test_what_static_gates_close_in_a_chain_is_gone(closed):
   )
 
 
+def test_a_convolution_without_a_norm_is_taken_with_its_bias():
+  model = VGG(3, (4,), norm=False)
+  variables = random_variables(model)
+  conv, own = fold(model, variables).parts[0].conv, variables["params"]["layer1"]["conv"]["conv"]
+  np.testing.assert_array_equal(conv.kernel, own["kernel"])
+  np.testing.assert_array_equal(conv.bias, own["bias"])
+
+
+def test_static_gates_of_a_sigmoid_scale_what_they_let_through():
+  gate = GateSettings(context="none", relaxation="sigmoid")
+  model = VGG(3, (4,), norm=False, gating="channel", gate=gate)
+  variables = random_variables(model)
+  layer = variables["params"]["layer1"]
+  layer["gate"]["logits"] = np.float32([0, 1, -1, 2])
+  scale = 1 / (1 + np.exp([0, -1, 1, -2]))
+  found = fold(model, variables).parts[0].conv.bias
+  np.testing.assert_allclose(found, layer["conv"]["conv"]["bias"] * scale, rtol=1e-5)
+
+
+def test_runners_must_be_one_for_each_part_and_a_dead_branch_leaves_the_shortcut():
+  x = jnp.array([-1.0, 2.0]).reshape(1, 1, 1, 2)
+  net = folded.FoldedNet((folded.Block(()),), pooled=False)
+  np.testing.assert_array_equal(folded.run(net, x)[0].ravel(), [0, 2])
+  with pytest.raises(ValueError, match="^runners must be one for each of 1 parts; got 2"):
+    folded.run(net, x, [folded.masked] * 2)
+
+
 DENSE = VGG(3, (4, POOL, 6), hidden=(7, 5), pooled=2, gating="channel", gate=GateSettings(hidden=4))
 
 

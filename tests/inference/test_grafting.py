@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
 
 from gating_jax import GatedModel, find_pairs, shift_thresholds
 from gating_jax.inference import costs, folded
@@ -251,6 +252,34 @@ def between(act, **settings):
 def test_pairs_that_cannot_be_folded_are_named_with_the_reason(model, reason):
   gated = GatedModel(model(), (("a", "b"),), GATE)
   with pytest.raises(ValueError, match=rf"Conv - BatchNorm - ReLU - Conv .* a, b \(.*{reason}"):
+    fold(gated, random_variables(gated), images())
+
+
+@pytest.mark.parametrize(
+  "act",
+  [
+    lambda h: jnp.maximum(checkpoint_name(h, "features"), 0),
+    lambda h: jax.lax.max(h, jnp.zeros_like(h)),
+  ],
+)
+def test_a_relu_may_be_written_in_other_ways(act):
+  gated = GatedModel(between(act)(), (("a", "b"),), GATE)
+  variables = jax.eval_shape(gated.init, jax.random.key(0), images(1))
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+  first, second = fold(gated, zeros, images(1)).parts
+  assert first.relu
+  assert not second.relu
+
+
+def test_convolutions_along_one_axis_are_not_folded():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      h = nn.relu(nn.Conv(4, (3,), name="a")(x[:, 0]))
+      return nn.Conv(2, (3,), name="b")(h)
+
+  gated = GatedModel(Model(), (("a", "b"),), GATE)
+  with pytest.raises(ValueError, match=r"a, b \(.*a is not over height and width"):
     fold(gated, random_variables(gated), images())
 
 

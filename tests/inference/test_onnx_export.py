@@ -3,12 +3,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gating_jax.inference import folded
 from gating_jax.inference.analysing import analyse, prune
+from gating_jax.inference.folded import Conv, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
+from gating_jax.inference.grafting import GraftedNet
 from gating_jax.inference.onnx_export import load_onnx, to_onnx
 from gating_jax.inference.quantising import quantise
 from gating_jax.layers.blocks import Bottleneck
@@ -16,6 +19,7 @@ from gating_jax.models.resnets import ResNet
 from gating_jax.models.vggs import POOL, VGG
 from tests.helpers.gated_models import MODELS, RECIPE, SHAPE, images, random_variables
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 run = jax.jit(folded.run)
 # The recipe with a prior: each gate of a block's two groups has a shift of its own.
@@ -32,6 +36,14 @@ MORE = (
   *("scaled outputs", "static weights"),
 )
 EACH = [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+
+
+def net_of_one_gate(context):
+  """Returns a net of one layer, whose gate reads a context."""
+  head = Head(
+    jnp.zeros((3, 1)), jnp.zeros(1), jnp.zeros((1, 1)), jnp.zeros(1), (Group(1),), (context,)
+  )
+  return FoldedNet((Layer(Conv(jnp.zeros((1, 1, 3, 1)), jnp.zeros(1)), head),), pooled=False)
 
 
 def assert_alike(program, net, x):
@@ -75,7 +87,23 @@ def test_the_gates_of_an_image_that_is_not_finite_are_nan():
   assert np.isfinite(logits[0][1]).all()
 
 
+def test_padding_on_one_side_is_that_of_the_network():
+  rng = np.random.default_rng(0)
+  kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 2)), jnp.float32)
+  # Nine rows have a border above and below, eight columns one on the right alone.
+  conv = Conv(kernel, jnp.ones(2), stride=2, same=True)
+  net = FoldedNet((Layer(conv),), pooled=False)
+  assert_alike(load_onnx(to_onnx(net, SHAPE)), net, images(2))
+
+
 def test_what_cannot_be_an_onnx_model_is_named():
+  with pytest.raises(
+    ValueError, match="net must be of a ResNet or a VGG; the other layers of a Ga"
+  ):
+    to_onnx(GraftedNet(()), SHAPE)
+  part = net_of_one_gate("told")
+  with pytest.raises(ValueError, match="net must have contexts that ONNX models .*; got 'told'"):
+    to_onnx(part, SHAPE)
   model = MODELS["ungated"]
   net = fold(model, random_variables(model))
   with pytest.raises(TypeError, match="net must be a folded network"):
@@ -98,3 +126,7 @@ def test_what_an_onnx_model_cannot_take_is_named():
     load_onnx("model.onnx")
   with pytest.raises(ValueError, match=r"data must be .*; onnxruntime cannot read it: "):
     load_onnx(data[: len(data) // 2])
+  other = onnx.load_from_string(data)
+  other.graph.input[0].name = other.graph.node[0].input[0] = "pixels"
+  with pytest.raises(ValueError, match="data must be the bytes of a model, .*; it takes pixels"):
+    load_onnx(other.SerializeToString())

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -220,6 +221,22 @@ def test_units_of_several_channels_and_channels_without_gate_are_rounded_in_chan
   (choice,) = pruning.find_static_units(one_block(group), [found], multiple=6)
   assert choice.removed.tolist() == [True, False, False, True]
   assert pruning.apply_pruning(one_block(group), [choice]).parts[1].convs[0].bias.size == 6
+
+
+def test_gates_of_a_blocks_output_stay_where_those_inside_are_pruned():
+  (stem, block), inner, outer = one_block(Group(2)).parts, Group(2), Group(2)
+  head = dataclasses.replace(
+    block.head, logits=jnp.zeros((3, 4)), logits_bias=jnp.zeros(4), groups=(inner, outer)
+  )
+  net = FoldedNet((stem, dataclasses.replace(block, head=head, output_gate=True)))
+  closed = counted([0, 4], 4, [-1, 1])
+  found = [closed, dataclasses.replace(closed, index=1)]
+  choices = pruning.find_static_units(net, found, multiple=1)
+  assert [choice.removed.tolist() for choice in choices] == [[True, False], [False, False]]
+  assert [choice.ungated.tolist() for choice in choices] == [[False, True], [False, False]]
+  small = pruning.apply_pruning(net, choices).parts[1]
+  assert small.head.groups == (Group(0, always=1), outer)
+  assert small.head.logits.shape == (3, 2)
 
 
 def test_order_is_ungated_first_and_logits_follow():

@@ -19,6 +19,7 @@ def test_values_and_scales_by_hand():
   assert conv.kernel.values.dtype == jnp.int8
   assert conv.kernel.values[0, 0].tolist() == [[127, 0], [-64, 0], [0, 0]]
   np.testing.assert_allclose(conv.kernel.scale, [0.01, 1.0], rtol=1e-6)
+  assert (conv.kernel.shape, conv.kernel.size) == ((1, 1, 3, 2), 6)
   np.testing.assert_array_equal(conv.bias, np.float32([0.3, 0.7]))
   np.testing.assert_allclose(
     dequantise(net).parts[0].conv.kernel[0, 0, :, 0], [1.27, -0.64, 0.0], rtol=1e-6

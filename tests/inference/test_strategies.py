@@ -1,16 +1,20 @@
 """The accounted MACs of strategies against those of their convolutions, run one by one."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.inference import conditional, costs, folded
+from gating_jax.inference import clusters, conditional, costs, folded
 from gating_jax.inference.analysing import gates_of
 from gating_jax.inference.folded import Group
 from gating_jax.inference.strategies import (
   EXPORTABLE,
   STRATEGIES,
   PartBatch,
+  PartContext,
   account,
   capacities,
   contexts_of,
@@ -95,6 +99,47 @@ def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
       compared += 1
     shape, _ = costs.part_macs(part, shape)
   assert compared
+
+
+def test_the_weight_of_a_layer_gate_multiplies_the_branch():
+  part, rng = net("weighted layers").parts[1], np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(4, 5, 4, 6)), jnp.float32)
+  gates = (jnp.array([[0.0], [0.5], [1.5], [0.0]]),)
+  own, run = STRATEGIES["layer_dispatch"].make(part, PartContext(2))
+  y, expected = jax.jit(run)(own, x, gates, ()), folded.masked(part, x, gates, ())
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_that_a_strategy_cannot_run_are_left_to_others():
+  block = net("blocks").parts[1]
+  (first, last), head = block.convs, dataclasses.replace(block.head, scales=True)
+  strided = dataclasses.replace(block, convs=(first, dataclasses.replace(last, stride=2)))
+  for strategy, part in {
+    "cluster": block,
+    "native": folded.Block(()),
+    "pallas": strided,
+  }.items():
+    assert STRATEGIES[strategy].make(part, PartContext(4)) is None
+  assert STRATEGIES["native"].make(dataclasses.replace(block, head=head), PartContext(4)) is None
+
+
+def test_the_native_kernel_runs_on_processors_alone(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert why_not("native") == "it runs on CPUs; the default backend is gpu"
+  assert why_not("switch") == ""
+
+
+def test_one_program_leaves_no_sets_of_channels_to_cluster():
+  gates = [np.array([[1, 0], [0, 1]])]
+  assert clusters.unions([Group(2, channels=16)], gates, 0) == []
+  assert len(clusters.unions([Group(2, channels=16)], gates, 2)) == 2
+
+
+def test_a_part_without_a_convolution_computes_all_there_is():
+  account = costs.Account(
+    dense=[0], opened=[0], computed=[{"masked": 0, "native": 0}], heads=[3], outer=0
+  )
+  assert account.part_ratios(0) == (1.0, {"masked": 1.0, "native": 1.0})
 
 
 def test_capacities_of_groups_that_switch_together():

@@ -258,6 +258,22 @@ def test_a_layer_gate_needs_equal_shapes_and_counts_all_convolutions(
   assert macs_of(block, shape, gating="layer", **settings)[1] == expected
 
 
+def test_a_bottleneck_whose_backward_leaves_out_examples_has_the_same_outputs():
+  x, key = image(6, 2, 2, 8), jax.random.key(0)
+  whole = Bottleneck(2, gating="layer", group_norm=True, gate=GateSettings(hidden=2))
+  variables = variables_of(whole, x)
+  settings = {"train": True, "rngs": {"gate": key}, "mutable": "batch_stats"}
+
+  @jax.jit
+  def outputs(variables):
+    blocks = (whole, whole.clone(backward_share=0.99))
+    return [block.apply(variables, x, **settings)[0] for block in blocks]
+
+  (y, (record,)), (skipped, _) = outputs(variables)
+  assert 0 < record.gates.sum() < 6
+  np.testing.assert_allclose(skipped, y, rtol=1e-5, atol=1e-6)
+
+
 def test_records_name_what_writes_and_reads_their_channels():
   x = image(1, 6, 6, 3)
   basic = dict(features=2, stride=2, gating="all_channels")
@@ -332,6 +348,18 @@ def test_shortcut_a_cannot_drop_channels():
   with pytest.raises(ValueError, match=message):
     shape_of(BasicBlock(4, shortcut="A"))
   assert shape_of(BasicBlock(4, shortcut="B")) == (1, 4, 4, 4)
+
+
+def test_mixed_kernels_need_full_convolutions():
+  with pytest.raises(ValueError, match="^convolution must be full for mixed kernels; got 'fact"):
+    shape_of(BasicBlock(8, gating="kernels", convolution="factorised"))
+
+
+def test_extra_channels_need_the_pixels_of_the_input():
+  x, extra = jnp.zeros((1, 4, 4, 4)), jnp.zeros((1, 2, 2, 4))
+  message = r"^extra must have the examples and pixels of x, \(1, 4, 4\); got shape \(1, 2, 2, 4\)"
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lambda: BasicBlock(4).init(jax.random.key(0), x, extra=extra))
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])

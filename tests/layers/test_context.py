@@ -60,6 +60,11 @@ def test_a_glance_sees_images_and_clips_of_any_size(shape):
   assert variables["params"]["conv"]["kernel"].shape == (3, 3, shape[-1], 8)
 
 
+def test_a_glance_needs_images_or_clips():
+  with pytest.raises(ValueError, match=r"^a glance needs images or clips; got shape \(3, 5\)"):
+    glance(jnp.zeros((3, 5)))
+
+
 def test_a_glance_is_the_equation_computed_by_hand():
   # Eight pixels a side are their own thumbnail.
   x = RANDOM.normal(size=(2, 8, 8, 3)).astype(np.float32)

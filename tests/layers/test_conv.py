@@ -149,6 +149,18 @@ def test_a_factorised_convolution_of_images_is_refused():
     FactorisedConvNorm(2, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), False)
 
 
+@pytest.mark.parametrize(
+  ("shape", "stride", "message"),
+  [
+    ((1, 4, 3), 1, r"x must be \[N, H, W, D\] or \[N, F, H, W, D\]; got shape \(1, 4, 3\)"),
+    ((1, 4, 4, 3), (1, 2, 2), r"stride must be .* one for each of 2 axes; got \(1, 2, 2\)"),
+  ],
+)
+def test_inputs_and_strides_that_do_not_fit_are_named(shape, stride, message):
+  with pytest.raises(ValueError, match=f"^{message}"):
+    ConvNorm(2, 3, stride).init(jax.random.key(0), jnp.zeros(shape), False)
+
+
 def test_scaled_channels():
   assert [scaled(16, w) for w in (1.0, 0.25, 1.41, 0.01)] == [16, 4, 23, 1]
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
 
 from gating_jax import GatedModel, batch_shaping_loss, beta, find_pairs, model_summary
 from gating_jax.layers.gate import GateSettings, gate_controls, is_gate_path
@@ -192,8 +193,35 @@ def test_layers_between_which_pixels_move_are_a_pair():
     lambda h: h[:, ::-1] - jnp.mean(h, axis=(1, 2), keepdims=True),
     lambda h: jnp.tanh(h.reshape(-1, 4)).reshape(h.shape),
     lambda h: h.transpose(3, 0, 1, 2)[:, :, 1:].transpose(1, 2, 3, 0),
+    lambda h: jnp.squeeze(h[:, None], 1),
+    lambda h: checkpoint_name(h, "features"),
   ):
     assert find_pairs(with_examples_moved(move), IMAGES).pairs == (("a", "b"),)
+
+
+def test_examples_that_a_reshape_parts_are_lost():
+  parted = with_examples_moved(lambda h: h.reshape(2, -1, 4).reshape(h.shape))
+  assert find_pairs(parted, IMAGES).refused["a"].startswith("examples are mixed, or change their")
+
+
+def test_a_reader_of_another_number_of_examples_is_refused():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(2, name="b")(nn.Dense(4, name="a")(x)[None])
+
+  found = find_pairs(Model(), np.ones((3, 5), np.float32))
+  assert found.refused["a"] == "b reads another number of examples"
+
+
+def test_a_reader_inside_of_a_transformation_is_refused():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.jit(nn.Dense)(2, name="b")(nn.Dense(4, name="a")(x))
+
+  found = find_pairs(Model(), np.ones((3, 5), np.float32))
+  assert found.refused["a"] == "its reader b is inside nn.scan, nn.remat, nn.vmap or nn.jit"
 
 
 def test_what_cannot_be_gated_has_a_reason():
@@ -453,9 +481,11 @@ def test_a_layer_that_is_called_twice_is_named():
     @nn.compact
     def __call__(self, x):
       twice = nn.Dense(3, name="twice")
-      return nn.Dense(2, name="last")(twice(twice(x)))
+      return nn.Dense(2, name="last")(twice(twice(nn.Dense(3, name="first")(x))))
 
   x = np.ones((2, 3), np.float32)
   with pytest.raises(ValueError, match="'twice' is called more than once"):
     GatedModel(Shared(), (("twice", "last"),)).init(jax.random.key(0), x)
-  assert find_pairs(Shared(), x).refused["twice"] == "it is called 2 times"
+  refused = find_pairs(Shared(), x).refused
+  assert refused["twice"] == "it is called 2 times"
+  assert refused["first"] == "its reader twice is called 2 times"

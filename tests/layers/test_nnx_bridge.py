@@ -184,6 +184,47 @@ def test_layers_inside_of_transformations_run_but_have_no_gates():
     GatedModel(linen, (("first", "inner"),)).init(jax.random.key(0), x)
 
 
+def test_a_norm_inside_of_a_transformation_runs_by_its_own_code():
+  class Rematerialised(nnx.Module):
+    def __init__(self, rngs):
+      self.norm = nnx.BatchNorm(3, epsilon=1.0, rngs=rngs)
+
+    def __call__(self, x):
+      return jax.checkpoint(lambda x: self.norm(x))(x)
+
+  linen = from_nnx(Rematerialised(nnx.Rngs(0)))
+  x = np.array([[1.0, 2.0, 3.0]], np.float32)
+  variables = linen.init(jax.random.key(0), x)
+  # Fresh statistics are a mean of 0 and a variance of 1.
+  np.testing.assert_allclose(linen.apply(variables, x), x / np.sqrt(2), rtol=1e-6)
+
+
+class Count(nnx.Variable):
+  pass
+
+
+def test_what_the_model_changes_is_given_back_and_what_it_sows_where_asked_for():
+  class Counting(nnx.Module):
+    def __init__(self):
+      self.count, self.seen = Count(jnp.zeros(())), nnx.Intermediate(jnp.zeros(()))
+
+    def __call__(self, x):
+      self.count.set_value(self.count.get_value() + 1)
+      self.seen.set_value(jnp.sum(x))
+      return x * self.count.get_value()
+
+  linen, x = from_nnx(Counting()), np.array([2.0, 3.0], np.float32)
+  variables = linen.init(jax.random.key(0), x, mutable=True)
+  (counts,) = {*variables} - {"intermediates"}
+  y, changed = linen.apply(variables, x, mutable=[counts])
+  assert changed.keys() == {counts}
+  np.testing.assert_array_equal(y, changed[counts]["count"] * x)
+  again, _ = linen.apply({**variables, **changed}, x, mutable=[counts])
+  np.testing.assert_array_equal(again - y, x)
+  _, changed = linen.apply(variables, 2 * x, mutable=[counts, "intermediates"])
+  assert changed["intermediates"] == {"seen": 10}
+
+
 class FrozenKernel(nnx.Variable):
   pass
 

@@ -14,6 +14,8 @@ import gating_jax as gj
 from gating_jax.layers.conv import ConvNorm
 from gating_jax.layers.experts import mixture
 from gating_jax.layers.gate import GateHead
+from gating_jax.models.generator import Generator, classes_of
+from gating_jax.models.summary import solve_share
 from gating_jax.models.timegate import Dropout, pool
 from gating_jax.testing import check_loss
 
@@ -230,6 +232,11 @@ NETWORKS = {
     TypeError,
     "inputs['heavy'] must be an array of real numbers; got [[0.5]]",
   ),
+  "videos of other segments than the mask": (
+    lambda: init(VIDEO_NET, {"heavy": VIDEOS[:, :2], "valid": VALID}),
+    ValueError,
+    "inputs['heavy'] must be [B, T, ...] like valid, (2, 3); got shape (2, 2, 4)",
+  ),
   "lists for a block": (
     lambda: gj.BasicBlock(4).init(KEY, [[1.0]]),
     TypeError,
@@ -254,6 +261,11 @@ NETWORKS = {
     lambda: pool([[1.0]], VALID, "mean"),
     TypeError,
     "features must be an [B, T, C] array of real numbers; got ",
+  ),
+  "gates of other segments to pool": (
+    lambda: pool(VIDEOS, VALID[:, :2], "mean"),
+    ValueError,
+    "gates must be [B, T] for features [B, T, C]; got (2, 2), (2, 3, 4)",
   ),
   "all of a feature dropped": (
     lambda: init(Dropout(1.0), IMAGES),
@@ -303,6 +315,16 @@ COUNTS = {
     lambda: init(VIDEO_NET, {"heavy": VIDEOS[:, :0], "valid": VALID[:, :0]}),
     ValueError,
     "inputs must have at least one segment of each video; got (2, 0) of valid",
+  ),
+  "a generator without labels": (
+    lambda: classes_of(Generator((8, 8, 1), latent=4)),
+    ValueError,
+    "the generator must be conditional on labels; got classes None",
+  ),
+  "MACs for a network without gates": (
+    lambda: solve_share(FOLDABLE, (4, 4, 3), 100),
+    ValueError,
+    "model must have gates; got one without",
   ),
   "a batch for an image": (
     lambda: gj.model_summary(gj.vgg("vgg8", 3), (5, 8, 8, 3)),

@@ -379,6 +379,26 @@ def test_files_that_hold_no_network_are_refused(tmp_path):
     load_pretrained(other)
 
 
+def test_files_of_other_arrays_are_refused(tmp_path):
+  header = b'{"fc.bias": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}'
+  eight_bits = tmp_path / "net.safetensors"
+  eight_bits.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+  with pytest.raises(ValueError, match="must be of type F16, F32 or F64; it holds F8_E4M3"):
+    load_pretrained(eight_bits)
+  with open(tmp_path / "net.npz", "wb") as file:
+    np.save(file, np.zeros(2))
+  with pytest.raises(ValueError, match="is damaged or no npz file: it holds a single array"):
+    load_pretrained(tmp_path / "net.npz")
+
+
+def test_variables_of_a_layer_that_torchvision_does_not_have_are_named(tmp_path):
+  variables = {
+    "params": {"stem": {"norm": {"bias": np.zeros(2)}}, "adapter": {"bias": np.zeros(2)}}
+  }
+  with pytest.raises(ValueError, match="network of torchvision's, which has no adapter/bias"):
+    save_pretrained(variables, tmp_path / "net.npz")
+
+
 def test_prefixes_that_all_names_have_are_left_out(tmp_path):
   state = resnet_state((1,))
   longer = {f"_orig_mod.module.{name}": value for name, value in state.items()}

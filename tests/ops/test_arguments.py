@@ -10,7 +10,7 @@ from scipy import special
 
 import gating_jax as gj
 from gating_jax.checks import shown
-from gating_jax.ops import compaction, confidence, macs, penalties, selection
+from gating_jax.ops import arguments, compaction, confidence, macs, penalties, selection
 
 Z, KEY, PRIOR = (
   jnp.linspace(-2, 2, 8, dtype=jnp.float32).reshape(4, 2),
@@ -94,6 +94,16 @@ LOSSES = {
     "n must be a whole number >= 1; got ",
   ),
   "no examples": (lambda: gj.noise_floor(0), ValueError, "n must be >= 1; got 0"),
+  "a truth value for the number of examples": (
+    lambda: gj.noise_floor(True),
+    TypeError,
+    "n must be a whole number >= 1; got True",
+  ),
+  "rows of unequal lengths for a parameter": (
+    lambda: gj.normal([[0.0], [0.0, 1.0]]),
+    TypeError,
+    "normal's mean must be finite; got [[0.0], [0.0, 1.0]]",
+  ),
   "whole numbers to sort": (
     lambda: gj.sort_with_vjp(jnp.arange(3, dtype=jnp.int32)),
     TypeError,
@@ -323,6 +333,11 @@ LAYERS = {
     TypeError,
     "gates must be an [B, T] array of real numbers; got [[1.0, 0.0]",
   ),
+  "scores of one video": (
+    lambda: selection.top_k(Z[0], Z > 0, 1),
+    ValueError,
+    "scores must be [B, T]; got shape (2,)",
+  ),
   "scores of other segments": (
     lambda: selection.top_k(Z[:, :1], Z > 0, 1),
     ValueError,
@@ -511,6 +526,19 @@ def test_one_number_has_a_gate():
     for logit in (0.5, 3, np.float64(0.5)):
       assert gate(logit).shape == ()
       np.testing.assert_allclose(gate(logit), gate(jnp.float32(logit)), rtol=1e-6)
+
+
+def test_a_size_that_is_not_known_yet_is_a_whole_number():
+  (n,) = jax.export.symbolic_shape("n")
+  assert arguments.whole_number("n", n, least=2) is None
+
+
+def test_an_array_of_another_library_holds_no_real_numbers():
+  class Tensor:
+    shape, dtype = (2,), "a type unknown to JAX"
+
+  with pytest.raises(TypeError, match="^logits must be an array of real numbers; got "):
+    gj.threshold_gate(Tensor())
 
 
 def test_a_value_is_shown_in_one_short_line():

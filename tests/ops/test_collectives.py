@@ -15,6 +15,11 @@ def test_gather_batch_has_the_examples_in_device_order():
     np.testing.assert_array_equal(gathered[device], np.arange(48.0).reshape(16, 3))
 
 
+def test_gather_batch_without_devices_is_the_batch():
+  x = np.arange(6.0).reshape(2, 3)
+  assert collectives.gather_batch(x, None) is x
+
+
 def test_gather_batch_sums_the_cotangents_of_all_devices():
   x = jnp.zeros((DEVICES, 2), jnp.float32)
   cotangents = jnp.asarray(

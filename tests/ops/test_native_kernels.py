@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
+from gating_jax.native import build
 from gating_jax.ops import native_kernels
 
 needs_native = pytest.mark.skipif(
@@ -370,6 +371,8 @@ def test_arguments_that_do_not_fit_are_refused():
   }.items():
     with pytest.raises(ValueError, match=message):
       call()
+  with pytest.raises(TypeError, match=r"^biases\[0\] must be an array of real numbers; got 'bias'"):
+    open_conv(x, kernel, "bias")
 
 
 @both
@@ -391,6 +394,20 @@ def test_derivatives_are_refused(implementation):
   run = lambda x: open_conv(x, ONES, zeros(2), implementation=implementation).sum()
   with pytest.raises(TypeError, match="for inference and have no derivatives"):
     jax.grad(run)(IMAGE)
+
+
+def test_a_build_that_failed_is_the_reason_and_is_not_tried_again(monkeypatch):
+  tried = []
+
+  def load():
+    tried.append(1)
+    raise build.NotBuilt("no compiler")
+
+  monkeypatch.setattr(build, "load", load)
+  # Its own memory, so that the kernel of other tests stays registered.
+  register = functools.cache(native_kernels._register.__wrapped__)
+  assert [register(), register()] == ["no compiler"] * 2
+  assert len(tried) == 1
 
 
 def test_without_the_kernel_the_reason_is_named(monkeypatch):

@@ -107,6 +107,20 @@ def test_a_function_is_exported_for_any_number_of_examples(name):
       np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)
 
 
+def test_the_levels_of_samples_not_known_yet_are_those_of_any_number():
+  def levels(samples, x):
+    return gj.empirical(samples).cdf(x)
+
+  (m,) = export.symbolic_shape("m")
+  shapes = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (m, 4)]
+  exported = export.export(jax.jit(levels))(*shapes)
+  x = np.float32([1, 1.5, 2, 3])
+  # At the j-th of M samples the level is j / (M + 1); equal ones have the mean of theirs.
+  for samples, right in (([3, 1, 2], [1, 1.5, 2, 3]), ([1, 2, 2, 3], [1, 1.5, 2.5, 4])):
+    got = exported.call(np.float32(samples), x)
+    np.testing.assert_allclose(got, np.array(right) / (len(samples) + 1), rtol=1e-6)
+
+
 def test_a_choice_by_a_table_needs_a_known_number_of_segments():
   shape = jax.ShapeDtypeStruct(export.symbolic_shape("n, t"), jnp.float32)
   for choose in (
