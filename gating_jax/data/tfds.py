@@ -96,7 +96,7 @@ def open_tfds(
   for feature, make in readers.items():
     made[feature] = make(own[feature], f"feature {feature!r} of {name}")
   if not len(source):
-    raise ValueError(f"data split {split!r} of {name} must hold at least one image; it is empty")
+    raise ValueError(_empty(name, split))
   return Examples(source, f"{name} in {folder}", made)
 
 
@@ -130,6 +130,9 @@ def _open_source(name: str, split: str, folder: str) -> Any:
   except (NotImplementedError, AssertionError, FileNotFoundError, ValueError) as error:
     if isinstance(error, ValueError) and "split" in str(error).lower():
       raise ValueError(f"data split {split!r} of {name} cannot be read: {error}") from None
+    # array_record's, of a split without files, such as train[:0].
+    if "of 0 length" in str(error):
+      raise ValueError(_empty(name, split)) from None
     raise DatasetNotPreparedError(
       f"data set {name!r} is not prepared in {folder} (as array_record). To download and prepare "
       f"it:\n{_how_to_prepare(name, folder)}"
@@ -139,6 +142,11 @@ def _open_source(name: str, split: str, folder: str) -> Any:
     raise DatasetNotPreparedError(
       f"data set {name!r} in {folder} cannot be opened: {_error_line(error)}"
     ) from error
+
+
+def _empty(name: str, split: str) -> str:
+  """Returns the error of a split without examples."""
+  return f"data split {split!r} of {name} must hold at least one image; it is empty"
 
 
 def _is_not_about_folders(record: Any) -> bool:

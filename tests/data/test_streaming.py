@@ -175,6 +175,11 @@ def test_an_unknown_split_of_a_prepared_set_is_named(prepared):
     streaming.open_stream(SetSource("made_set", "validation", str(prepared)))
 
 
+def test_a_part_of_a_split_without_examples_is_named(prepared):
+  with pytest.raises(ValueError, match=r"^data split 'train\[:0\]' of made_set .* it is empty$"):
+    image_sets.load(SetSource("made_set", "train[:0]", str(prepared)))
+
+
 def test_uneven_images_are_refused_by_the_resident_loader(uneven):
   with pytest.raises(ValueError, match=r"\); set data.image_size$"):
     image_sets.load(SetSource("uneven_set", "train", str(uneven)))
