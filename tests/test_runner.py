@@ -1,3 +1,4 @@
+import contextlib
 import fcntl
 import importlib
 import os
@@ -10,6 +11,7 @@ import pytest
 
 from gating_jax import programmes, runner
 from gating_jax.training import loop, outlines
+from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.rundir import RunDirError
 from tests.helpers.programmes import StandIn
 
@@ -143,6 +145,25 @@ def test_a_training_stopped_by_ctrl_c_ends_in_an_interrupt_after_its_checkpoint(
   stopped = number == signal.SIGINT or at < 3
   assert ("stopped as asked; a checkpoint is saved" in capsys.readouterr().out) == stopped
   assert (tmp_path / "checkpoints" / str(at + 1)).is_dir()
+
+
+def test_a_checkpoint_beyond_the_steps_of_the_config_is_refused(tmp_path):
+  fresh = {"w": jnp.ones(1)}
+  with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+    checkpoints.save(5, fresh)
+  with runner.Training(tmp_path, fresh, 5) as training:
+    assert training.step == 5
+  message = "holds a checkpoint of step 5, beyond the 4 of this config"
+  with pytest.raises(RunDirError, match=f"^{tmp_path} {message}$"):
+    runner.Training(tmp_path, fresh, 4)
+
+
+def test_a_training_has_no_journal_before_it_begins(tmp_path):
+  with runner.Training(tmp_path, {"w": jnp.ones(1)}, 4) as training:
+    with pytest.raises(ValueError, match="a training has no journal before it begins"):
+      training.say("too early")
+    training.begin("a toy")
+    assert training.journal is not None
 
 
 class _WithClasses(StandIn):
