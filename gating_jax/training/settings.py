@@ -51,12 +51,10 @@ def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: s
       kind = list
     section = isinstance(default, ml_collections.ConfigDict)
     # A section that the config lacks is newer than the run, as a field of its own may be.
-    if section and name not in fields and all(unset is None for unset in default.values()):
+    if section and name not in fields and set(rundir.flatten(default).values()) <= {None}:
       continue
     if section and isinstance(value, Mapping):
       _check_fields(file, default, value, f"{prefix}{name}.")
-      continue
-    if section and name not in fields and set(rundir.flatten(default).values()) == {None}:
       continue
     # A whole number may stand for a float; True is an int in Python, but not a number here.
     fits = isinstance(value, (int, float) if kind is float else kind) and (
