@@ -194,3 +194,10 @@ def test_a_config_of_an_earlier_version_sets_the_fields_of_today(tmp_path, caplo
 )
 def test_an_override_of_a_renamed_field_sets_that_of_today(given, taken):
   assert config_files.rename_override(given) == taken
+
+
+def test_a_config_file_has_the_ending_of_python(tmp_path):
+  file = tmp_path / "mine.txt"
+  file.write_text("def get_config(): pass")
+  with pytest.raises(ValueError, match=f"^config {file}: a config file must end with .py$"):
+    config_files.check(file, None)

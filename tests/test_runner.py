@@ -1,6 +1,7 @@
 import contextlib
 import fcntl
 import importlib
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -186,3 +187,24 @@ def test_a_run_is_refused_where_its_data_have_other_classes_than_at_its_beginnin
     with pytest.raises(RunDirError, match="number 1 is the first that differs: .10. and .2."):
       runner.run(programme, tmp_path, mode)
   assert len(written) == 3
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"examples": -1}, "examples must be an integer >= 0; it has -1"),
+    ({"examples": True}, "examples must be an integer >= 0; it has True"),
+    ({"class_names": "ab"}, "class_names must be texts; it has 'ab'"),
+    ({"shapes": [3]}, r"shapes must be a section; it has \(3,\)"),
+    ({"shape": [8, 0]}, r"a shape must be of integers >= 1; it has \(8, 0\)"),
+  ],
+)
+def test_a_damaged_outline_of_the_data_is_named(tmp_path, changes, message):
+  outlines.write_outlines(tmp_path, [outlines.Outline(3, ("a", "b"), (8, 8, 1))])
+  (kept,) = outlines.read_outlines(tmp_path)
+  assert (kept.examples, kept.class_names, kept.shape) == (3, ("a", "b"), (8, 8, 1))
+  file = tmp_path / outlines.DATA_FILE
+  (fields,) = json.loads(file.read_text())["sets"]
+  file.write_text(json.dumps({"sets": [fields | changes]}))
+  with pytest.raises(RunDirError, match=f"{file.name} is damaged: {message}$"):
+    outlines.read_outlines(tmp_path)

@@ -47,3 +47,11 @@ def test_confusions_are_a_picture_or_a_table():
   (section,) = classes.confusion_section({"confusions": [["a", "b", 7]]}, ["x"] * many, "image")
   assert isinstance(section.parts[0], page.Table)
   assert classes.confusion_section({}, NAMES, "image") == []
+
+
+def test_classes_are_named_in_a_picture_while_they_are_few():
+  count = classes._NAMED + 1
+  axes = classes.draw_confusion(np.eye(count, dtype=int), ["x"] * count).axes[0]
+  assert len(axes.texts) == 0
+  assert "x" not in [label.get_text() for label in axes.get_xticklabels()]
+  np.testing.assert_array_equal(axes.images[0].get_array(), 100 * np.eye(count))
