@@ -14,9 +14,11 @@ import sys
 
 import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import gating_jax
-from gating_jax import __main__, cli, config_files, interrupts, programmes
+from gating_jax import __main__, cli, command_flags, config_files, interrupts, programmes
 from gating_jax.images import classification
 from gating_jax.models import resnets
 from gating_jax.reports import timings
@@ -77,6 +79,21 @@ def test_a_wrong_argument_is_named_before_anything_is_compiled(
   assert "Traceback" not in said
   assert "Finished XLA compilation" not in caplog.text
   assert not (tmp_path / "new").exists()
+
+
+def test_only_an_override_that_the_config_lacks_is_called_unknown(monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["gating-jax"])
+
+  def unknown(override):
+    with flagsaver.flagsaver():
+      flags.FLAGS.unparse_flags()
+      try:
+        return command_flags._unknown_field(["gating-jax", CONFIG, override])
+      finally:
+        flags.FLAGS.mark_as_parsed()
+
+  assert unknown("--config.optim.epochs=3") is None
+  assert "got 'epoch'. Did you mean 'epochs'" in unknown("--config.optim.epoch=3")
 
 
 def test_fields_are_set_back_to_none_by_flags(tmp_path, monkeypatch):
@@ -281,6 +298,10 @@ def test_a_config_is_asked_for_to_train_and_refused_to_compare(tmp_path):
     2,
     "error: --processes must not be given with --mode=compare, which is one process; got 2\n",
   )
+  assert run_command(workdir, "--mode=report", "--smoke") == (
+    2,
+    "error: --smoke requires --mode=train; got --mode=report, which uses a run that is trained\n",
+  )
   status, said = run_command("--config.optim.epochs=3", workdir, "--mode=evaluate")
   assert status == 2
   assert "--config.optim.epochs changes a field of --config, which is not given" in said
@@ -362,6 +383,10 @@ def test_a_run_whose_config_is_damaged_is_named(content, message, tmp_path):
     ("def get_config(arg=''): pass", "get_config must return a ConfigDict; got NoneType"),
     ("def get_config(arg=''): raise ValueError('unheard of')", ": unheard of"),
     ("", "has no attribute 'get_config'"),
+    (
+      "import ml_collections\ndef get_config(arg=''): return ml_collections.ConfigDict()",
+      "the field experiment must name one; got None",
+    ),
   ],
 )
 def test_what_is_wrong_with_a_config_file_is_said_in_a_line(text, message, tmp_path):

@@ -212,3 +212,10 @@ def test_a_config_file_of_an_earlier_version_has_the_fields_that_are_none(tmp_pa
 )
 def test_an_override_of_a_renamed_field_sets_that_of_today(given, taken):
   assert config_files.rename_override(given) == taken
+
+
+def test_a_config_file_has_the_ending_of_python(tmp_path):
+  file = tmp_path / "mine.txt"
+  file.write_text("def get_config(): pass")
+  with pytest.raises(ValueError, match=f"^config {file}: a config file must end with .py$"):
+    config_files.check(file, None)

@@ -12,6 +12,7 @@ import subprocess
 import tomllib
 
 import jax
+import numpy as np
 import pytest
 
 from gating_jax.training import hosts
@@ -143,6 +144,33 @@ def test_a_job_that_cannot_begin_ends_on_all_with_the_reason_of_one(tmp_path):
 def test_processes_that_make_no_job_are_refused(processes, process, message):
   with pytest.raises(ValueError, match=message):
     hosts.connect("localhost:1", processes, process)
+
+
+def test_a_launcher_that_joins_processes_itself_is_told_no_numbers():
+  message = "processes and process must not be given with coordinator=auto; got 2, None"
+  with pytest.raises(ValueError, match=message):
+    hosts.connect("auto", 2, None)
+
+
+def test_processes_agree_on_what_one_has_seen_and_gather_their_parts(monkeypatch):
+  batch = {"x": np.arange(6)}
+  assert (hosts.any_of(False), hosts.broadcast_from_writer(3)) == (False, 3)
+  assert hosts.allgather(batch) is batch
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+
+  def gather(mine, tiled=False):
+    """Stands in for the other process, which has seen it, and has the smaller numbers."""
+    if tiled:
+      return {name: np.concatenate([part - 3, part]) for name, part in mine.items()}
+    return np.stack([np.True_, mine])
+
+  monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+  monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda mine: mine + 4)
+  assert (hosts.any_of(False), hosts.broadcast_from_writer(3)) == (True, 7)
+  part = hosts.local_shard(batch)
+  assert part["x"].tolist() == [3, 4, 5]
+  assert hosts.allgather(part)["x"].tolist() == batch["x"].tolist()
 
 
 @pytest.mark.parametrize("coordinator", ["localhost", "localhost:", ":1", "localhost:http"])

@@ -1,5 +1,7 @@
+import contextlib
 import fcntl
 import importlib
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import pytest
 
 from gating_jax import programmes, runner
 from gating_jax.training import loop, outlines
+from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.rundir import RunDirError
 from tests.helpers.programmes import StandIn
 
@@ -145,6 +148,25 @@ def test_a_training_stopped_by_ctrl_c_ends_in_an_interrupt_after_its_checkpoint(
   assert (tmp_path / "checkpoints" / str(at + 1)).is_dir()
 
 
+def test_a_checkpoint_beyond_the_steps_of_the_config_is_refused(tmp_path):
+  fresh = {"w": jnp.ones(1)}
+  with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+    checkpoints.save(5, fresh)
+  with runner.Training(tmp_path, fresh, 5) as training:
+    assert training.step == 5
+  message = "holds a checkpoint of step 5, beyond the 4 of this config"
+  with pytest.raises(RunDirError, match=f"^{tmp_path} {message}$"):
+    runner.Training(tmp_path, fresh, 4)
+
+
+def test_a_training_has_no_journal_before_it_begins(tmp_path):
+  with runner.Training(tmp_path, {"w": jnp.ones(1)}, 4) as training:
+    with pytest.raises(ValueError, match="a training has no journal before it begins"):
+      training.say("too early")
+    training.begin("a toy")
+    assert training.journal is not None
+
+
 class _WithClasses(StandIn):
   """A programme whose data have these classes."""
 
@@ -165,3 +187,24 @@ def test_a_run_is_refused_where_its_data_have_other_classes_than_at_its_beginnin
     with pytest.raises(RunDirError, match="number 1 is the first that differs: .10. and .2."):
       runner.run(programme, tmp_path, mode)
   assert len(written) == 3
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"examples": -1}, "examples must be an integer >= 0; it has -1"),
+    ({"examples": True}, "examples must be an integer >= 0; it has True"),
+    ({"class_names": "ab"}, "class_names must be texts; it has 'ab'"),
+    ({"shapes": [3]}, r"shapes must be a section; it has \(3,\)"),
+    ({"shape": [8, 0]}, r"a shape must be of integers >= 1; it has \(8, 0\)"),
+  ],
+)
+def test_a_damaged_outline_of_the_data_is_named(tmp_path, changes, message):
+  outlines.write_outlines(tmp_path, [outlines.Outline(3, ("a", "b"), (8, 8, 1))])
+  (kept,) = outlines.read_outlines(tmp_path)
+  assert (kept.examples, kept.class_names, kept.shape) == (3, ("a", "b"), (8, 8, 1))
+  file = tmp_path / outlines.DATA_FILE
+  (fields,) = json.loads(file.read_text())["sets"]
+  file.write_text(json.dumps({"sets": [fields | changes]}))
+  with pytest.raises(RunDirError, match=f"{file.name} is damaged: {message}$"):
+    outlines.read_outlines(tmp_path)

@@ -33,6 +33,31 @@ def test_no_file_takes_the_number_of_a_closed_stream(closed):
   assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode > 2
 
 
+def test_streams_that_are_missing_are_opened_and_take_any_text(monkeypatch):
+  placed, fstat = [], os.fstat
+
+  def closed(number):
+    if number == 2:
+      raise OSError("bad file descriptor")
+    return fstat(number)
+
+  # The stream of this test itself must stay.
+  monkeypatch.setattr(terminal.os, "fstat", closed)
+  monkeypatch.setattr(terminal.os, "dup2", lambda nowhere, number: placed.append(number))
+  written = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+  monkeypatch.setattr(sys, "stdout", written)
+  monkeypatch.setattr(sys, "stdin", None)
+  monkeypatch.setattr(sys, "stderr", closed_stream())
+  terminal.prepare_streams()
+  assert placed == [2]
+  assert sys.stdin.read() == ""
+  sys.stderr.write("lost")
+  print("\udcff \xfc")
+  assert written.buffer.getvalue() == b"\\udcff \\xfc\n"
+  for stream in (sys.stdin, sys.stderr):
+    stream.close()
+
+
 def test_texts_that_the_encoding_lacks_are_written_nevertheless():
   program = "from gating_jax.terminal import prepare_streams; prepare_streams(); print('\\udcff ü')"
   done = subprocess.run(
@@ -74,6 +99,18 @@ def test_warnings_without_stderr_end_nothing(monkeypatch, handler):
     monkeypatch.setattr(logging.root, "handlers", [handler()])
     warn("%d of %d", 1, 2)
   assert "1 of 2\n" in stream.getvalue()
+
+
+def test_a_warning_that_fails_with_stderr_in_place_is_an_error(monkeypatch):
+  def fail(*_):
+    raise ValueError("not all arguments converted")
+
+  monkeypatch.setattr(terminal.logging, "warning", fail)
+  monkeypatch.setattr(sys, "stderr", None)
+  warn("%d of %d", 1)
+  monkeypatch.setattr(sys, "stderr", io.StringIO())
+  with pytest.raises(ValueError, match="not all arguments converted"):
+    warn("%d of %d", 1)
 
 
 def test_warnings_are_of_the_line_that_they_come_from(caplog):
@@ -185,3 +222,18 @@ def test_each_program_of_a_training_is_compiled_and_takes_its_own_time(monkeypat
   ahead = terminal.lasting(17 * 5.0 + 10 * 1.0)  # from step 13 on
   compiled = ["compiling the generator step", "compiling the training step"]
   assert said == [*compiled, (13, f"about {ahead} of training to go")]
+
+
+def test_a_program_with_no_steps_left_does_not_keep_the_time_left_from_being_said(monkeypatch):
+  said, clock = [], [0.0]
+  pace = terminal.Pace(lambda step, line: said.append(line), 20, lambda step: {"generator": 0})
+  monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr(terminal, "working", lambda *_: contextlib.nullcontext())
+
+  def advance(state, step):
+    clock[0] += 2
+
+  paced = pace(advance)
+  for step in range(5):
+    paced(None, step)
+  assert said == ["about 32 s of training to go"]

@@ -147,3 +147,27 @@ def test_what_is_too_small_is_refused():
     ValueError, match="generator.images must be at least 2, one per class of a task; got 1"
   ):
     generative(images=1)
+
+
+def test_replayed_images_are_as_many_on_each_device():
+  spread = dataclasses.replace(PROBLEM, axis_name="devices", normalise=lambda pixels: pixels)
+  generate = lambda own, z, labels: jnp.broadcast_to(own, (len(z), *SHAPE))
+
+  def replay(count):
+    def on_device(_):
+      own = jnp.arange(3, dtype=jnp.uint8)
+      replayed = rehearsal.replay_of_all(
+        generate, own, spread, task=jnp.int32(1), key=KEY, count=count, latent=2
+      )
+      return replayed.x, replayed.labels
+
+    return jax.vmap(on_device, axis_name="devices")(jnp.zeros(2))
+
+  pixels, labels = replay(4)
+  assert (pixels.shape, labels.shape) == ((2, 2, *SHAPE), (2, 2))
+  # An image is of the task of its class.
+  np.testing.assert_array_equal(pixels[..., 0, 0, 0], labels // 2)
+  with pytest.raises(
+    ValueError, match="replayed images must be a multiple of the 2 devices; got 3"
+  ):
+    replay(3)

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from gating_jax import runner
-from gating_jax.continual import build, compile, registry, run, training
+from gating_jax.continual import build, compile, registry, report, run, training
 from gating_jax.continual.method import LearnerState, Prediction, TaskTable
 from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
@@ -217,6 +217,14 @@ def test_every_task_has_the_steps_that_are_asked_for_and_says_its_epochs(config)
   assert experiment.describe_training(1) == line
   by_epochs = build.build(config(**{"optim.epochs": 3}))
   assert by_epochs.steps_per_task == 3 * by_epochs.steps_per_epoch + 1
+
+
+def test_a_step_of_pretraining_takes_no_more_images_than_a_task_has(config):
+  generative = {"router.rehearsal": "generative", "generator.batch_size": 160}
+  message = "generator.batch_size times generator.critic_steps must be at most .*; got 320"
+  with pytest.raises(ValueError, match=message):
+    build.build(config(**generative))
+  assert build.build(config(**{"generator.batch_size": 160})).pretrain_steps == 0
 
 
 @pytest.mark.parametrize(("method", "alike"), [("hat", True), ("fine_tuning", False)])
@@ -872,3 +880,96 @@ def test_steps_of_generators_that_are_left_are_those_of_this_task_and_the_next()
   experiment = SimpleNamespace(steps_per_task=20, pretrain_steps=10, stages=range(2))
   left = {step: run._pretrain_steps_left(experiment, step) for step in (0, 4, 10, 19, 20, 25, 39)}
   assert left == {0: 20, 4: 16, 10: 10, 19: 10, 20: 10, 25: 5, 39: 0}
+
+
+def test_the_closing_lines_name_the_accuracies_that_a_result_has():
+  score = {"average_accuracy": 0.75, "forgetting": 0.125}
+  result = {"task_names": ["a", "b"], "task_aware": score, "task_aware_macs": 50, "dense_macs": 200}
+  numbers = run.ContinualLearning(None).main_numbers
+  macs = ("MACs per image, task known", "50, 25.0 % of the net without gates")
+  known = ("accuracy, task known", "75.00 %, mean of 2 tasks; forgetting: 12.50 points")
+  assert numbers(result) == [known, macs]
+  alone = score | {"forgetting": None}
+  unknown = ("accuracy, task unknown", "75.00 %, mean of 2 tasks")
+  assert numbers(result | {"task_agnostic": alone}) == [known, unknown, macs]
+
+
+def test_a_training_that_is_asked_to_stop_ends_no_task_and_has_no_result(tmp_path, monkeypatch):
+  called = []
+  experiment = SimpleNamespace(
+    config=SimpleNamespace(method="gates", data=SimpleNamespace(name="digits")),
+    tasks=[SimpleNamespace(train="images")],
+    stages=[0],
+    total_steps=4,
+    steps_per_task=4,
+    pretrain_steps=0,
+    first_step=lambda task: 0,
+    phases=lambda task: [SimpleNamespace(total_steps=3)],
+    describe_training=lambda task: "task 1",
+    method=SimpleNamespace(check_capacity=lambda learner: None),
+    fresh=lambda: SimpleNamespace(task=jnp.int32(0)),
+  )
+  monkeypatch.setattr(run.outlines, "write_outlines", lambda *_: None)
+  monkeypatch.setattr(run, "make_advance", lambda experiment: lambda task: None)
+  monkeypatch.setattr(run, "make_evaluate", lambda experiment: None)
+  monkeypatch.setattr(run, "_make_end_stage", lambda *_: called.append)
+
+  class Stopped:
+    """Stands in for a training that is asked to stop at once."""
+
+    def __init__(self, folder, fresh, total_steps):
+      self.state, self.step = fresh, 0
+
+    __enter__ = begin = lambda self, *_, **__: self
+    __exit__ = lambda self, *_: None
+
+    def say(self, text):
+      called.append(text)
+
+    def run(self, *_, **__):
+      return False
+
+  monkeypatch.setattr(runner, "Training", Stopped)
+  assert run.ContinualLearning(experiment).train(rundir.RunDir(tmp_path)) is None
+  # The line of the training is there, and no task has ended.
+  assert called == ["task 1"]
+
+
+def test_a_task_that_is_half_learnt_is_not_predicted(monkeypatch, capsys):
+  experiment = SimpleNamespace(steps_per_task=10)
+  programme, learner = run.ContinualLearning(experiment), SimpleNamespace(task=jnp.int32(2))
+  monkeypatch.setattr(run, "make_evaluate", lambda experiment: "evaluate")
+  monkeypatch.setattr(run, "test_tasks", lambda learner, evaluate, learnt: learner)
+  monkeypatch.setattr(run, "predict_tasks", lambda learner, evaluate, learnt: [evaluate] * learnt)
+  monkeypatch.setattr(run.metrics, "collect_result", lambda *given: given[2])
+  assert programme._predict(23, learner, "evaluate") is None
+  assert programme._predict(20, learner, "evaluate") == ["evaluate"] * 2
+  capsys.readouterr()
+  assert programme.test(23, learner) is None
+  said_so = "a task is being learnt; the results are those of the earlier tasks"
+  assert said_so in capsys.readouterr().out
+  assert programme.test(20, learner) == ["evaluate"] * 2
+  assert said_so not in capsys.readouterr().out
+
+
+def test_a_unit_that_no_task_opens_has_no_picture(monkeypatch):
+  logits = np.array([[[5.0, -5.0, -5.0]] * 4, [[5.0, -5.0, 1.0]] * 4])
+  looks = [report._Look(np.full((4, 2, 2, 1), task, np.uint8), [logits[task]]) for task in (0, 1)]
+  experiment = SimpleNamespace(
+    task_names=["first", "second"],
+    method=SimpleNamespace(footprint=lambda learner: SimpleNamespace(relevant={"conv1": None})),
+  )
+  monkeypatch.setattr(report, "_make_look", lambda experiment: lambda learner, task: looks[task])
+  drawn = []
+  monkeypatch.setattr(
+    report.image_pictures, "draw_image_rows", lambda rows, labels: drawn.append(labels)
+  )
+  monkeypatch.setattr(report.page, "embed_figure", lambda figure, caption, photo: caption)
+  section = report._one_gate_across_tasks(experiment, SimpleNamespace(task=2))
+  assert section.parts == ["conv1, unit 0.", "conv1, unit 2."]
+  opened = [label.split("\n") for labels in drawn for label in labels]
+  assert opened == [
+    ["first", "open: 100 %"],
+    ["second", "open: 100 %"],
+    ["second", "open: 100 %"],
+  ]

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -372,6 +373,20 @@ def test_a_result_says_what_its_accuracy_is_worth(ungated):
   page = (workdir / "report.html").read_text()
   assert "Confusions of classes" in page
   assert "majority rate" in page
+
+
+def test_only_known_predictions_are_scored_class_by_class():
+  test = SimpleNamespace(class_names=("a", "b"))
+  programme = classification.Classification(SimpleNamespace(test=test))
+
+  def entries(labels, predicted):
+    return programme.class_entries(
+      SimpleNamespace(images=SimpleNamespace(labels=labels, predicted=predicted))
+    )
+
+  labels = np.array([0, 0, 1])
+  assert entries(labels, np.array([0, 1, 1]))["confusion"] == [[1, 1], [0, 1]]
+  assert entries(labels, None) == entries(None, labels) == {}
 
 
 def check_modes(made, workdir, total):

@@ -8,6 +8,7 @@ from gating_jax import runner
 from gating_jax.images import classification, compile
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models import resnets
+from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.reports import timings
 from gating_jax.training import rundir
 from gating_jax.training.evaluation import Evaluation
@@ -38,6 +39,13 @@ def test_scales_skip_nothing():
   assert compile.skips(of())
   assert not compile.skips(of(gate=GateSettings(relaxation="scale")))
   compile.check_compilable(of(gate=GateSettings(relaxation="scale")))
+
+
+def test_networks_with_exits_have_a_compiler_of_their_own(monkeypatch):
+  monkeypatch.setattr(compile, "fold_exits", lambda model, variables: ("folded", variables))
+  monkeypatch.setattr(compile, "compile_exits", lambda *given: given)
+  make = compile._compiler(resnets.resnet("resnet8", 10, kind=EarlyExitNet), {"params": {}})
+  assert make("images") == (("folded", {"params": {}}), "images")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -326,6 +327,40 @@ def test_the_program_that_skips_is_not_counted_where_it_is_not_timed(monkeypatch
     "pruned, skipping": {"1"},
   }
   assert pieces == [(done, 5) for done in range(1, 6)]
+
+
+def test_an_onnx_model_that_could_not_run_says_so():
+  said_so = "neither tested nor timed, since onnxruntime is not installed"
+  assert export._onnx_summary({"onnx": None}) == said_so
+  measured = {"accuracy": 0.75, "milliseconds": {"1": 0.5, "64": 8.0}}
+  assert export._onnx_summary({"onnx": measured}) == (
+    "75.00 %, 0.50 ms, 8.00 ms for 64 images in onnxruntime"
+  )
+
+
+def test_the_time_of_the_trained_net_stands_next_to_that_of_the_same_checkpoint(tmp_path):
+  ratios = {"mac_ratio": 0.5, "computed_ratio": 0.5, "time_ratio": 0.5, "chosen": False}
+  rows = [
+    {"part": None, "strategy": "masked", "seconds": 0.002, **ratios},
+    {"part": None, "strategy": "chosen", "seconds": 0.001, **ratios},
+    {"part": 0, "strategy": "masked", "seconds": 0.0005, **ratios},
+  ]
+  times = {"step": 22, "device": "cpu", "timings": {"1 image at a time": rows}}
+  (tmp_path / "compile.json").write_text(json.dumps(times))
+  of_step = lambda step: export._as_compiled(rundir.RunDir(tmp_path), step, 2.5)
+  assert of_step(22) == "2.50 ms; 2.00 ms by --mode=compile"
+  assert of_step(11) == "2.50 ms"
+
+
+def test_a_net_without_gated_layers_has_a_table_of_its_ways_alone():
+  ways = [{"strategy": "masked", "macs": 1500.0, "ratio": 0.75}]
+  layer = dict.fromkeys(("units", "always_open", "always_closed", "conditional"), 3)
+  layer |= {"open_on_all": 1, "closed_on_all": 2, "open": 0.5, "correlation": 0.25}
+  analysis = lambda layers: SimpleNamespace(mac_rows=lambda: ways, rows=lambda: layers)
+  alone = export._analysis_lines(analysis([]), [])
+  assert [line.split() for line in alone[1:]] == [["masked", "1,500", "75.0", "%"]]
+  both = export._analysis_lines(analysis([layer]), ["stage1"])
+  assert (both[1].split()[:2], both[2], both[3:]) == (["stage1", "3"], "", alone)
 
 
 def test_what_is_said(exported):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -116,6 +117,13 @@ def test_what_gates_tell_of_the_class(monkeypatch):
   assert list(classes) == list(report_data.CLASSES)
 
 
+def test_classes_beyond_those_that_fit_the_map_are_counted(monkeypatch):
+  run, counted = report_data.run(), " of 3 classes, the 2 whose rates differ most. Similar gates"
+  assert counted not in captions(report._classes(run))[0]
+  monkeypatch.setattr(gate_pictures, "MOST_CLASSES", 2)
+  assert counted in captions(report._classes(run))[0]
+
+
 def test_sections_that_make_no_sense_are_left_out_or_say_so():
   titles = lambda run: [s.title for s in report.make_sections(run)]
   assert titles(report_data.run()) == [
@@ -174,6 +182,20 @@ def test_easy_and_hard_are_quarters_by_loss_wherever_they_stand():
   assert [run.images.macs[quarter].mean() for quarter in report._quarters(run)] == [
     result[f"macs_of_quarter{i}"] for i in range(1, 5)
   ]
+
+
+def test_easy_and_hard_images_may_take_as_many_macs():
+  run = report_data.run()
+  same = dataclasses.replace(run.images, macs=np.full(60, 500.0))
+  assert report._on_hard(dataclasses.replace(run, images=same)).startswith(
+    "The hardest quarter of images takes as many MACs as the easiest (500 and 500)."
+  )
+
+
+def test_a_network_without_gates_has_no_behaviour_of_gates():
+  assert report_data.run().gated is not None
+  with pytest.raises(ValueError, match="the network has no gates"):
+    _ = report_data.run("ungated").gated
 
 
 def test_large_numbers_stand_next_to_the_ungated_baseline():

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -282,6 +283,16 @@ def test_confusion_is_that_of_scikit_learn_for_each_scene():
     np.testing.assert_array_equal(
       got, metrics.confusion_matrix(truth[counted], guess[counted], labels=range(K))
     )
+
+
+def test_only_known_pixels_are_scored_class_by_class():
+  test = SimpleNamespace(class_names=("a", "b"))
+  programme = segmentation.Segmentation(SimpleNamespace(test=test))
+  entries = lambda confusion: programme.class_entries(
+    SimpleNamespace(images=SimpleNamespace(confusion=confusion))
+  )
+  assert entries(np.array([[[1, 1], [0, 2]]] * 3))["confusion"] == [[3, 3], [0, 6]]
+  assert entries(None) == {}
 
 
 def test_mean_iou_is_that_of_the_whole_set_without_absent_classes():

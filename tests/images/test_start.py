@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
-from gating_jax import ResNet, load_pretrained, save_pretrained
+from gating_jax import ResNet, load_pretrained, runner, save_pretrained
 from gating_jax.data.image_sets import EqualShares, Images
 from gating_jax.images import build, classification, start, teacher
 from gating_jax.layers.blocks import BasicBlock
@@ -311,6 +311,11 @@ def test_thresholds_begin_at_the_share_that_is_solved_for(config, monkeypatch):
   # Of static gates, and of others.
   assert begun == [built.model.gate.share] * 2
   assert 0.3 < begun[0] < 0.5
+  # Where the share falls in training, they are those of its first step, of all gates at most.
+  for scheduled, share in ((lambda step: 0.75 - step, 0.75), (lambda step: 1.5, 1.0)):
+    falling = dataclasses.replace(built, share=scheduled)
+    start._with_prior(falling, steps.TrainState(0, {}, {}, ()), None)
+    assert begun[-2:] == [share] * 2
 
 
 def test_importance_is_of_sets_in_equal_shares(config):
@@ -349,6 +354,82 @@ def test_a_teacher_of_other_classes_or_an_unfinished_run_is_refused(config, tmp_
   made.loss.distillation.teacher = str(tmp_path)
   with pytest.raises(rundir.RunDirError, match="teacher must name a finished run; .* holds none"):
     teacher.load_teacher(classification.build(made))
+
+
+def test_a_teacher_must_take_the_images_of_the_data(config, tmp_path):
+  file, _ = weights(tmp_path)
+  made = config(**COMPARED, **{"loss.distillation.teacher": str(file), "model.width": 0.5})
+  data = Outline(512, DIGITS, (8, 8, 3))
+  made.data.mean = made.data.std = (0.5,) * 3
+  message = r"teacher must take images of shape \(8, 8, 3\); \S+of_10.safetensors does not: "
+  with pytest.raises(ValueError, match=f"^loss.distillation.{message}"):
+    teacher.load_teacher(build.build(made, outlines=[data, data]))
+
+
+@pytest.mark.parametrize(
+  ("kept", "changes", "error", "message"),
+  [
+    ("segmentation_digits", {}, ValueError, "a run of classification; {} is of segmentation"),
+    (
+      "digits_resnet20",
+      {"data.mean": (0.25,)},
+      ValueError,
+      r"a run with data.mean=\(0.5,\); that of {} has \(0.25,\)",
+    ),
+    ("digits_resnet20", {}, rundir.RunDirError, "a run with a checkpoint; got {}"),
+  ],
+)
+def test_a_run_that_cannot_teach_is_named(config, tmp_path, kept, changes, error, message):
+  data, folder = Outline(512, DIGITS, (8, 8, 1)), tmp_path / "run"
+  made = config(**COMPARED, **{"loss.distillation.teacher": str(folder), "data.mean": (0.5,)})
+  theirs = importlib.import_module(f"configs.{kept}").get_config()
+  theirs.update_from_flattened_dict({"data.mean": (0.5,), "data.std": made.data.std, **changes})
+  folder.mkdir()
+  (folder / "config.json").write_text(theirs.to_json())
+  (folder / "result.json").write_text("{}")
+  outlines.write_outlines(folder, [data, data])
+  with pytest.raises(
+    error, match=f"^loss.distillation.teacher must name {message.format(folder)}$"
+  ):
+    teacher.load_teacher(build.build(made, outlines=[data, data]))
+
+
+def test_a_pruned_network_is_no_wider_than_the_run_that_it_starts_from(config, tmp_path):
+  changes = {**UNGATED, "model.init_from": str(tmp_path), "model.importance.form": "prune"}
+  made = config(**changes, **{"model.inner_width": 0.75})
+  (tmp_path / "config.json").write_text(config(**UNGATED).to_json())
+  assert start.check_start(made).model.inner_width == 1.0
+  (tmp_path / "config.json").write_text(config(**UNGATED, **{"model.inner_width": 0.5}).to_json())
+  message = (
+    "model.inner_width must be at most that of the run that model.init_from names, 0.5, where "
+    "model.importance.form is 'prune'; got 0.75"
+  )
+  with pytest.raises(ValueError, match=f"^{message}$"):
+    start.check_start(made)
+
+
+def test_a_run_without_a_checkpoint_starts_nothing(config, tmp_path, monkeypatch):
+  data = Outline(512, DIGITS, (8, 8, 1))
+  outlined = lambda made: build.build(made, outlines=[data, data])
+  monkeypatch.setattr(start, "build", outlined)
+  (tmp_path / "config.json").write_text(config(**UNGATED).to_json())
+  built = outlined(config(**UNGATED, **{"model.init_from": str(tmp_path)}))
+  message = "model.init_from must name a run with a checkpoint; .* has none"
+  with pytest.raises(rundir.RunDirError, match=message):
+    start.start_from(built, None)
+
+
+def test_a_run_that_has_begun_does_without_the_file_of_its_start(config, tmp_path, monkeypatch):
+  made = config(**{"model.init_from": str(tmp_path / "gone.npz")})
+  called = []
+  monkeypatch.setattr(classification, "build", lambda made: SimpleNamespace(config=made))
+  monkeypatch.setattr(classification, "load_teacher", lambda *_, **__: None)
+  monkeypatch.setattr(runner, "run", lambda programme, workdir, mode: called.append(mode))
+  with rundir.open_run(tmp_path / "run", made) as run_dir, pytest.raises(FileNotFoundError):
+    classification.run(made, run_dir.path, "train")
+  (run_dir.checkpoints / "1").mkdir(parents=True)
+  classification.run(made, run_dir.path, "train")
+  assert called == ["train"]
 
 
 @pytest.mark.parametrize(
@@ -391,12 +472,24 @@ def test_a_run_on_other_data_is_no_teacher(config, tmp_path, changes, names, sha
       "model.importance.scale must be None, or with the form 'prior' a finite number > 0; got 0.0",
     ),
     (
+      {**PRIOR, "model.init_from": "runs/dense", "model.importance.images": 0},
+      "model.importance.images must be None or >= 1; got 0",
+    ),
+    (
+      {**PRIOR, "model.init_from": "runs/dense", "model.importance.static_layers": ()},
+      "static_layers must be None, or with the form 'prior' a tuple of names; got ()",
+    ),
+    (
       {**PRIOR, "model.init_from": "runs/dense", "model.importance.static_layers": ("stem", "x")},
       "each of model.importance.static_layers must be the beginning of one of classifier, stage1_",
     ),
     (
       {"loss.distillation.temperature": 2.0},
       "loss.distillation.temperature must be None without loss.distillation.coefficient; got 2.0",
+    ),
+    (
+      {"loss.distillation.coefficient": 0.5, "loss.distillation.temperature": 0.0},
+      "loss.distillation.temperature must be None or a finite number > 0; got 0.0",
     ),
     (
       {"loss.distillation.coefficient": 0.5},

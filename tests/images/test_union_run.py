@@ -88,6 +88,7 @@ def test_a_share_of_pairs_of_gates_is_solved_too():
     ("", {"model.gate.share": 0.5}, "model.gate.share must be None .*; got 0.5"),
     ("row=ungated", {"model.equal_inner_width": 1.0}, "equal_inner_width must be None where no"),
     ("", {"model.equal_inner_width": 9.0}, "^model.equal_inner_width: macs must be above .* most"),
+    ("", {"model.equal_inner_width": 0.0}, "must be None or a positive number; got 0.0"),
     ("row=told", {"model.sources": 2}, "model.sources must be 3, the number of sets .*; got 2"),
     ("", {"model.sources": 3}, r"data.name must be a union_told\(...\) where model.sources"),
     ("row=told", {"data.mean": (0.45,)}, "data.mean must hold a number .* 0 for the last, where"),
@@ -95,6 +96,16 @@ def test_a_share_of_pairs_of_gates_is_solved_too():
     ("", {"data.images_per_set": 0}, "data.images_per_set must be None or >= 1; got 0"),
     ("heads=own", {}, "loss.scope must be one of"),
     ("", {"data.name": "digits"}, "data.images_per_set must be None unless data.name is a union"),
+    (
+      "heads=source",
+      {"data.name": "digits", "data.images_per_set": None},
+      "loss.scope must be None unless data.name is a union; got 'source'",
+    ),
+    (
+      "row=ungated,heads=source",
+      {"model.gating": "exits", "loss.regulariser": "none"},
+      "loss.scope must be None where model.gating is 'exits'; got 'source'",
+    ),
   ],
 )
 def test_a_setting_that_fits_no_union_is_named(variants, changes, message):

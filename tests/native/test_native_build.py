@@ -61,6 +61,37 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(cache, compiler):
   assert not list((cache / "gating_jax").iterdir())
 
 
+@pytest.mark.parametrize("asked", ["--version", "-std=c++17"])
+def test_a_compiler_that_does_not_answer_is_named_and_leaves_nothing(
+  cache, compiler, monkeypatch, asked
+):
+  whole = subprocess.run
+
+  def run(command, **settings):
+    if asked in command:
+      raise subprocess.TimeoutExpired(command, 300)
+    return whole(command, **settings)
+
+  monkeypatch.setattr(build.subprocess, "run", run)
+  with pytest.raises(build.NotBuilt, match="cxx failed: .* timed out after 300 seconds"):
+    build.built()
+  assert not list(cache.rglob("*.part"))
+
+
+def test_without_a_home_it_says_which_folder_to_name(monkeypatch, compiler):
+  def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.delenv(build.SWITCH, raising=False)
+  monkeypatch.setattr(build.Path, "home", no_home)
+  with pytest.raises(
+    build.NotBuilt,
+    match="no folder for the native library: Could not determine .*; set XDG_CACHE_HOME",
+  ):
+    build.built()
+
+
 def test_what_cannot_be_loaded_is_said(cache, compiler):
   with pytest.raises(build.NotBuilt, match="could not be loaded"):
     build.load()
@@ -108,3 +139,10 @@ def test_the_command_says_why_and_does_not_fail(cache, monkeypatch, capsys):
   monkeypatch.setenv(build.SWITCH, "0")
   build.main()
   assert capsys.readouterr().out.startswith("native kernels: none (switched off")
+
+
+def test_the_command_names_the_file_that_it_built(cache, compiler, monkeypatch, capsys):
+  monkeypatch.setattr(build.ctypes, "CDLL", lambda file: file)
+  build.main()
+  (file,) = (cache / "gating_jax").iterdir()
+  assert capsys.readouterr().out == f"native kernels: {file}\n"

@@ -280,6 +280,14 @@ def test_a_point_says_how_the_config_of_its_run_differs():
   )
 
 
+def test_a_point_counts_the_settings_for_which_it_has_no_room(monkeypatch):
+  monkeypatch.setattr(comparison, "_MOST_LINES", 1)
+  for point in comparison.page_content(family())[0].picture.points:
+    assert len(point.lines) == 4
+    assert point.lines[2].startswith("model.gating: ")
+    assert point.lines[3] == "and 1 more settings"
+
+
 def times(step, device="a cpu", seconds=0.002):
   row = {"part": None, "strategy": "masked", "chosen": True, "seconds": seconds}
   return Times(

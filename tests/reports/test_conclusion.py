@@ -160,6 +160,17 @@ def test_a_run_without_a_checkpoint_leaves_a_page_that_says_why(tmp_path, error)
   assert {"Learning curves", "seed", "About this run"} <= set(rest)
 
 
+def test_the_page_of_a_failed_run_has_each_journal_under_its_name(tmp_path, monkeypatch):
+  shown = {}
+  monkeypatch.setattr(conclusion.curves, "make_section", lambda phases: shown.update(phases))
+  monkeypatch.setattr(conclusion.page, "write_page", lambda *_, **__: None)
+  for folder in (tmp_path, tmp_path / "pretrain"):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("")
+  conclusion._write_journal(rundir.RunDir(tmp_path), CONFIG, conclusion.page.Opening())
+  assert shown == {"training": tmp_path, "pretrain": tmp_path / "pretrain"}
+
+
 @pytest.mark.parametrize(
   "error", [ValueError("model.init_from must name a run"), RuntimeError("out of memory")]
 )

@@ -7,7 +7,7 @@ from configs import split_digits
 from gating_jax import programmes
 from gating_jax.continual import registry
 from gating_jax.reports import frame, page
-from gating_jax.training.rundir import flatten
+from gating_jax.training.rundir import RunDir, flatten
 from tests.helpers import tiny_tasks
 
 CONFIG = {
@@ -222,6 +222,23 @@ def test_what_an_old_run_does_not_tell_is_not_recorded(starts):
     found[name].partition(" (")[0]
     for name in ("started", "command", "commit", "versions", "hardware")
   } == {"not recorded"}
+
+
+def test_only_the_process_that_writes_reads_the_runs_nearby(tmp_path, monkeypatch):
+  config = split_digits.get_config()
+  (tmp_path / "compile.json").write_text(json.dumps(TIMES))
+  run_dir = RunDir(tmp_path)
+  assert frame.read_surroundings(run_dir, config, step=3).times is not None
+  monkeypatch.setattr(frame.hosts, "is_writer", lambda: False)
+  around = frame.read_surroundings(run_dir, config, step=3)
+  assert (around.times, around.starts, around.baseline) == (None, (), None)
+  assert (around.step, around.seed, around.workdir) == (3, config.seed, str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_listed_has_no_neighbours(made, tmp_path):
+  other = made("other")
+  assert frame._neighbours(tmp_path / "mine") == [other]
+  assert frame._neighbours(tmp_path / "gone" / "mine") == []
 
 
 def test_an_ungated_run_is_its_own_baseline():

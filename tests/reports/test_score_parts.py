@@ -103,3 +103,11 @@ def test_with_a_head_a_set_only_its_own_classes_compete_and_none_is_recognised()
 def test_a_result_without_sets_has_no_rows_and_no_section():
   assert score_parts.set_rows({}) == []
   assert score_parts.sets_section({}) == []
+
+
+def test_classes_are_named_in_a_picture_while_they_are_few():
+  count = score_parts._NAMED + 1
+  axes = score_parts.draw_confusion(np.eye(count, dtype=int), ["x"] * count).axes[0]
+  assert len(axes.texts) == 0
+  assert "x" not in [label.get_text() for label in axes.get_xticklabels()]
+  np.testing.assert_array_equal(axes.images[0].get_array(), 100 * np.eye(count))

@@ -136,6 +136,15 @@ def test_the_time_of_tasks_is_the_mean_over_tasks_of_single_images():
   assert "mean over 2 tasks" in found.meaning
 
 
+def test_without_an_ungated_network_there_is_nothing_to_compare_a_time_with():
+  timings = {"1 image at a time": [row(0.001, "switch", chosen=True)]}
+  alone = measured_times.parse_times({"step": 1, "device": "d", "timings": timings})
+  assert measured_times.time_number(alone, "image").value == "–"
+  assert measured_times._page_rows("a", alone.timings["1 image at a time"]) == [
+    ["a", "switch ✓", "1", "–", "50.0", "–"]
+  ]
+
+
 def one_image(step, pixels=None):
   rows = [row(0.001, "switch", chosen=True), row(0.002, "ungated")]
   return measured_times.parse_times(

@@ -356,3 +356,13 @@ def test_a_save_that_orbax_refuses_is_an_error(open_checkpoints, monkeypatch):
     OSError, match="a checkpoint cannot be written in .*: orbax refused to save step 5"
   ):
     checkpoints.save(5, state(5))
+
+
+def test_a_full_disk_is_named_before_anything_is_written(open_checkpoints, tmp_path, monkeypatch):
+  checkpoints = open_checkpoints()
+  nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda folder: nearly_full)
+  message = r"no space left on device: \d+\.\d MB needed, 0\.0 MB free"
+  with pytest.raises(OSError, match=message):
+    checkpoints.save(5, state(5))
+  assert not list((tmp_path / "checkpoints").iterdir())

@@ -198,6 +198,18 @@ def test_replicate_puts_a_copy_on_every_device():
   assert [shard.data.tolist() for shard in tree["a"].addressable_shards] == [[0, 1, 2]] * 8
 
 
+def test_processes_place_their_own_copies_also_of_numbers_that_are_not(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  # As of two processes: not by device_put, which would compare their arrays.
+  monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("arrays are compared"))
+  tree = devices.replicate({"a": np.array([np.nan, 1.0], np.float32), "b": 3})
+  assert tree["a"].sharding.is_fully_replicated
+  assert len(tree["a"].addressable_shards) == 8
+  for shard in tree["a"].addressable_shards:
+    np.testing.assert_array_equal(shard.data, [np.nan, 1.0])
+  assert tree["b"].addressable_data(7) == 3
+
+
 def spread(fn, way, axes=devices.AXIS):
   """Runs `fn(replicated, batch)` on eight devices, in one of JAX's ways.
 

@@ -182,6 +182,13 @@ def test_a_gate_fires_where_it_is_open_whatever_its_logit():
     )
 
 
+def test_gates_without_an_image_have_no_behaviour():
+  _, _, gates = evaluation.evaluate(run, padded_batches(images(), 8), COUNTS, **GATES)
+  assert gates is not None
+  with pytest.raises(ValueError, match="no image was added"):
+    evaluation._GateResults(classes=2, noise_scale=0.5).behaviour()
+
+
 def test_a_class_without_images_has_no_rate():
   *_, gates = evaluation.evaluate(
     run, padded_batches(images(), 8), COUNTS, classes=3, noise_scale=1

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from concurrent import futures
@@ -357,6 +358,39 @@ def test_a_ctrl_c_that_a_launch_script_handles_does_not_count_as_the_users(handl
       assert (stop.requested, stop.interrupted) == (True, interrupted)
   finally:
     signal.signal(signal.SIGINT, previous)
+
+
+def test_signals_of_an_event_loop_go_on_to_it_and_ctrl_c_is_confirmed(capfd):
+  mine, other = socket.socketpair()
+  for end in (mine, other):
+    end.setblocking(False)
+  previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+  signal.set_wakeup_fd(mine.fileno())
+  try:
+    with StopRequest() as stop:
+      send(signal.SIGINT)
+      assert (stop.requested, stop.interrupted) == (True, True)
+    assert other.recv(1) == bytes([signal.SIGINT])
+  finally:
+    assert signal.set_wakeup_fd(-1) == mine.fileno()
+    signal.signal(signal.SIGINT, previous)
+    mine.close()
+    other.close()
+  assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_other_signals_stop_nothing(monkeypatch):
+  ended, seen = [], []
+  monkeypatch.setattr(loop, "_PATIENCE_AGAIN", 0.01)
+  monkeypatch.setattr(loop, "_end_process", ended.append)
+  previous = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+  try:
+    with StopRequest() as stop:
+      send(signal.SIGUSR1)
+      assert not threading.Event().wait(0.1)
+      assert (seen, ended, stop.requested) == ([signal.SIGUSR1], [], False)
+  finally:
+    signal.signal(signal.SIGUSR1, previous)
 
 
 def test_a_process_that_must_end_at_once_ends_its_workers_first(monkeypatch, capsys):

@@ -1,3 +1,5 @@
+import subprocess
+
 import pytest
 
 from gating_jax.training import provenance
@@ -42,3 +44,26 @@ def test_the_oldest_start_and_the_newest_are_kept(tmp_path, monkeypatch):
     provenance.record_start(tmp_path)
   kept = [start["number"] for start in provenance.read_starts(tmp_path)]
   assert kept == [0, *range(11, 60)]
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+  assert provenance._versions(["numpy", "no-such-package"]).keys() == {"numpy"}
+
+
+def test_only_a_checkout_that_git_can_describe_has_a_commit(tmp_path, monkeypatch):
+  file = tmp_path / "gating_jax" / "training" / "provenance.py"
+  monkeypatch.setattr(provenance, "__file__", str(file))
+  # An installed package may lie in the checkout of another project.
+  assert provenance._commit() is None
+  (tmp_path / ".git").mkdir()
+  monkeypatch.setattr(
+    subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "abc-dirty\n")
+  )
+  assert provenance._commit() == "abc-dirty"
+  for error in (FileNotFoundError("git"), subprocess.TimeoutExpired("git", 10)):
+
+    def fail(*_, error=error, **__):
+      raise error
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert provenance._commit() is None

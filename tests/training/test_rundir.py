@@ -11,6 +11,7 @@ import pytest
 from gating_jax.training.rundir import (
   CONFIG_FILE,
   RunDirError,
+  check_usable,
   existing_run,
   open_run,
   staged,
@@ -227,6 +228,16 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 def test_a_folder_without_write_permission_is_refused(tmp_path):
   tmp_path.chmod(0o500)
   refused(tmp_path / "run", "cannot be written: Permission denied")
+
+
+def test_a_folder_that_may_not_be_written_is_named_before_the_data_are_opened(
+  tmp_path, monkeypatch
+):
+  check_usable(tmp_path / "run", config())
+  monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+  with pytest.raises(RunDirError, match="workdir .*run cannot be written: Permission denied"):
+    check_usable(tmp_path / "run", config())
+  assert not (tmp_path / "run").exists()
 
 
 def test_there_is_no_run_to_look_at_where_none_began(tmp_path):

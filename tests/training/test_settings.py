@@ -1,12 +1,13 @@
 import importlib
 import json
+from math import inf
 
 import pytest
 
 from gating_jax import config_files
 from gating_jax.continual import registry
 from gating_jax.training.rundir import RunDirError
-from gating_jax.training.settings import config_of
+from gating_jax.training.settings import all_numbers, config_of
 from gating_jax.video import build, sets
 
 
@@ -53,6 +54,7 @@ def test_a_run_from_before_hats_own_limit_on_the_gradient_keeps_that_of_all_meth
     ({"seed": True}, "seed must be of type int; it has True"),
     ({"eval_every": None}, "eval_every must be of type float; it has None"),
     ({"optim__epochs": ...}, "optim.epochs must be of type int; it has no such field"),
+    ({"model__gate": ...}, "model.gate must be a section; it has no such field"),
     ({"optim__lr_drop_at": "0.5"}, "optim.lr_drop_at must be of type list; it has '0.5'"),
     ({"model__gate": [1]}, r"model.gate must be a section; it has \[1\]"),
     ({"model": ...}, "model must be a section; it has no such field"),
@@ -72,3 +74,23 @@ def test_a_section_of_fields_that_may_be_none_may_be_newer_than_the_run(tmp_path
   assert config.budget.scope is None
   assert build.scope_of(config) is None
   assert not sets.holds_out(config)
+
+
+def test_a_section_of_sections_may_be_newer_than_the_run_where_all_is_none(tmp_path, monkeypatch):
+  write(tmp_path)
+  base = config_files.base("classification")
+  base.unlock()
+  base.newer = {"inner": {"a": None, "b": None}}
+  monkeypatch.setattr(config_files, "base", lambda experiment: base)
+  assert "newer" not in config_of(tmp_path)
+  base.newer.inner.b = 3
+  with pytest.raises(RunDirError, match="newer must be a section; it has no such field"):
+    config_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("values", "fit"),
+  [((), True), ((0.5, 1), True), ([0.5], False), (0.5, False), (("0",), False), ((inf,), False)],
+)
+def test_numbers_of_a_tuple_are_finite(values, fit):
+  assert all_numbers(values) == fit

@@ -151,6 +151,13 @@ def test_images_keep_the_size_that_a_teacher_takes(opened):
   assert smoke.shrink(config_of("imagenet_resnet18", **teacher)).data.image_size == 224
 
 
+def test_tasks_that_are_listed_are_the_first_two(opened):
+  listed = {"tasks.classes": ((0, 1), (2, 3), (4, 5)), "tasks.count": 0}
+  small = smoke.shrink(config_of("split_digits", **listed))
+  assert (small.tasks.classes, small.tasks.count) == (((0, 1), (2, 3)), 0)
+  assert smoke.shrink(config_of("split_digits")).tasks.classes is None
+
+
 @pytest.mark.parametrize("name", sorted({*smoke._SHALLOW, *smoke._SHALLOW.values()}))
 def test_a_shallow_network_is_one_that_configs_can_name(name):
   assert name in {*RESNETS, *VGGS, *LIGHT_NETS, *HEAVY_NETS}

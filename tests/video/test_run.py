@@ -177,6 +177,13 @@ def test_the_oracle_needs_to_know_which_segments_matter(config, tmp_path):
     )
 
 
+def test_nets_learn_unit_actions_only_where_the_data_have_them(config):
+  message = "pretrain.target must be 'label': the data have no unit actions; got 'units'"
+  with pytest.raises(ValueError, match=f"^{message}$"):
+    build._check_data(config(), SimpleNamespace(shapes={"label": ()}))
+  build._check_data(config(), SimpleNamespace(shapes={"units": ()}))
+
+
 def folder_of_features(folder, rng, lengths=(3, 9, 1, 6), copies=8, multi_label=False):
   """Makes 32 videos of 1 to 9 segments, one of which holds the class's number; and their tables."""
   rows = []
@@ -367,6 +374,10 @@ def restore_last(workdir, like):
     ({"budget.scope": "batch"}, "budget.scope must be one of set, video; got 'batch'"),
     ({"data.crop_padding": -1}, "data.crop_padding must be >= 0 or None; got -1"),
     ({"data.colour": 1.0}, r"data.colour must be in \[0, 1\) or None; got 1.0"),
+    (
+      {"data.name": "features", "data.flip": True},
+      "data.crop_padding, data.flip and data.colour must be None for 'features', .* None, True",
+    ),
     ({"data.cache": "cache"}, "data.cache must be None unless data.name is 'videos', .*'cache'"),
     ({"data.cache_gb": 0.0}, "data.cache_gb must be a positive finite number or None; got 0.0"),
   ],
@@ -919,6 +930,16 @@ def test_picked_segments_are_valid_and_their_own(config):
   np.testing.assert_array_equal(np.ravel(picked["light"]), np.ravel(index + np.array([[0], [5]])))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_concepts_are_trained_where_the_config_says_so(config, trained):
+  made = config(**{"model.gate.trained_concepts": trained, "optim.kind": "sgd"})
+  optimiser = build._optimiser(made, 10)
+  params = {"concepts": {"kernel": np.ones(2, np.float32)}, "other": np.ones(2, np.float32)}
+  updates, _ = optimiser.update(params, optimiser.init(params), params)
+  assert bool(np.any(updates["concepts"]["kernel"])) == trained
+  assert np.any(updates["other"])
+
+
 @pytest.mark.slow
 def test_concepts_stay_as_they_were_found(config, tmp_path):
   experiment = build.build(config(**{"optim.weight_decay": 0.1}))
@@ -1003,3 +1024,82 @@ def test_the_backward_holds_the_segments_that_may_be_chosen(config, changes, cap
 def test_a_backward_that_cannot_be_skipped_exactly_is_refused(config, field, value, message):
   with pytest.raises(ValueError, match=message):
     build.build(config(**{**SKIPPED, "model.skip_backward": True, field: value}))
+
+
+def test_training_says_where_segments_overlap_and_a_test_does_not(config, tmp_path, monkeypatch):
+  made, printed = config(), []
+  experiment = SimpleNamespace(config=made, train="films", validation=None, test="others")
+  monkeypatch.setattr(run, "build", lambda _: experiment)
+  monkeypatch.setattr(run, "check_apart", lambda **splits: printed.append(splits))
+  monkeypatch.setattr(run, "say", printed.append)
+  monkeypatch.setattr(runner, "run", lambda *_: None)
+  monkeypatch.setattr(sets, "advise_segments", lambda films, data: f"{films} overlap")
+  run.run(made, tmp_path / "run", "train")
+  assert printed == [{"training": "films", "validation": None, "test": "others"}, "films overlap"]
+  with rundir.open_run(tmp_path / "run", made) as run_dir:
+    (run_dir.checkpoints / "1").mkdir(parents=True)
+  run.run(made, tmp_path / "run", "evaluate")
+  assert len(printed) == 2
+
+
+def state_of(bias):
+  """A state of training whose only parameter is the bias of the gate."""
+  return {"params": {"gate": {"logits": {"bias": jnp.full(1, bias)}}}}
+
+
+@pytest.fixture
+def of_states(config, monkeypatch):
+  """A programme whose states are those of `state_of`; no network is built or tested."""
+  monkeypatch.setattr(run.LongVideo, "fresh", lambda self: state_of(0.0))
+  monkeypatch.setattr(run.LongVideo, "_validate", lambda self, training, variables: 0.5)
+  monkeypatch.setattr(video_nets, "whole_network", lambda experiment, state, nets: state)
+  monkeypatch.setattr(thresholds, "find_thresholds", lambda *_: {"gate": 0.25})
+  made = config(training="end_to_end")
+  return run.LongVideo(SimpleNamespace(config=made, pretraining=None, validation="films"))
+
+
+@pytest.mark.parametrize(("score", "step"), [(0.75, 2), (0.5, 4), (0.25, 4)])
+def test_the_state_with_the_best_validation_score_is_taken_and_restored(
+  of_states, tmp_path, score, step
+):
+  printed = []
+  training = SimpleNamespace(step=4, state=state_of(4.0), say=printed.append)
+  with thresholds.BestState(tmp_path) as best:
+    best.offer(2, state_of(2.0), score)
+    found, variables = of_states._choose_state(training, tmp_path, None, best)
+  # Each bias is the number of its step, less the threshold.
+  assert (found, variables["params"]["gate"]["logits"]["bias"].tolist()) == (step, [step - 0.25])
+  assert thresholds.load(tmp_path) == thresholds.Chosen(step, step == 2, {"gate": 0.25})
+  said_so = (
+    "taking the state of step 2, with the best validation score: 75.00 %, 50.00 % at the end"
+  )
+  assert (said_so in printed) == (step == 2)
+  restored = of_states.restore(rundir.RunDir(tmp_path))
+  if step == 2:
+    assert restored.step == 2
+    assert restored.state["params"]["gate"]["logits"]["bias"].tolist() == [1.75]
+  else:
+    # The folder has no checkpoint of the training itself.
+    assert restored is None
+
+
+def test_a_run_without_pretraining_has_no_nets_to_train_or_to_take(of_states, tmp_path):
+  with pytest.raises(ValueError, match=r"^the config has no pretraining$"):
+    of_states.pretrain(rundir.RunDir(tmp_path))
+  with pytest.raises(ValueError, match="pretrain.epochs must be that of the pretrained run; got 0"):
+    video_nets.trained_nets(of_states.experiment, tmp_path)
+
+
+def test_a_speed_is_measured_unless_the_config_says_not_to(of_states, monkeypatch):
+  monkeypatch.setattr(speed, "speed", lambda *_: {"videos_per_second": 3.0})
+  assert of_states._speed(None) == {"videos_per_second": 3.0}
+  of_states.config.speed = False
+  assert of_states._speed(None) == {}
+
+
+def test_a_split_that_is_not_held_out_cannot_be_tested():
+  experiment = SimpleNamespace(train="a", validation=None, test="b")
+  assert evaluate.videos_of(experiment, "training") == "a"
+  message = "data.validation must hold videos out for the split 'validation'; got None"
+  with pytest.raises(ValueError, match=f"^{message}$"):
+    evaluate.videos_of(experiment, "validation")

@@ -1,6 +1,8 @@
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -75,3 +77,21 @@ def test_only_a_higher_score_replaces_the_best_state_also_after_a_restart(tmp_pa
 def test_scores_are_compared_by_accuracy_or_else_by_mean_average_precision():
   assert thresholds.score_of({"accuracy": 0.5, "share": 1.0}) == 0.5
   assert thresholds.score_of({"mean_average_precision": 0.25}) == 0.25
+
+
+def test_a_threshold_needs_videos_that_can_be_read(monkeypatch):
+  config = ml_collections.ConfigDict(
+    {"model": {"selection": "gate"}, "loss": {"sparsity": {"kind": "target", "target": 0.5}}}
+  )
+  found = {
+    "weight": np.array([0.0, 1.0]),
+    "score": np.array([[9.0, 9.0], [1.0, 3.0]]),
+    "valid": np.ones((2, 2), bool),
+  }
+  monkeypatch.setattr(thresholds.evaluate, "compute_over", lambda *_, **__: found)
+  experiment = SimpleNamespace(config=config, validation="films")
+  # Of the one that can be read, half of the segments pass.
+  assert 1 <= thresholds.find_thresholds(experiment, {})["gate"] < 3
+  found["weight"][:] = 0
+  with pytest.raises(ValueError, match="data.validation: none of 2 validation videos could be re"):
+    thresholds.find_thresholds(experiment, {})
