@@ -408,12 +408,11 @@ def test_a_pruned_network_is_no_wider_than_the_run_that_it_starts_from(config, t
     start.check_start(made)
 
 
-def test_a_run_without_a_checkpoint_starts_nothing(config, tmp_path, monkeypatch):
-  data = Outline(512, DIGITS, (8, 8, 1))
-  outlined = lambda made: build.build(made, outlines=[data, data])
-  monkeypatch.setattr(start, "build", outlined)
+def test_a_run_without_a_checkpoint_starts_nothing(config, tmp_path):
+  data = [Outline(512, DIGITS, (8, 8, 1))] * 2
+  outlines.write_outlines(tmp_path, data)
   (tmp_path / "config.json").write_text(config(**UNGATED).to_json())
-  built = outlined(config(**UNGATED, **{"model.init_from": str(tmp_path)}))
+  built = build.build(config(**UNGATED, **{"model.init_from": str(tmp_path)}), outlines=data)
   message = "model.init_from must name a run with a checkpoint; .* has none"
   with pytest.raises(rundir.RunDirError, match=message):
     start.start_from(built, None)

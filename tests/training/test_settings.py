@@ -82,7 +82,7 @@ def test_a_section_of_sections_may_be_newer_than_the_run_where_all_is_none(tmp_p
   base.unlock()
   base.newer = {"inner": {"a": None, "b": None}}
   monkeypatch.setattr(config_files, "base", lambda experiment: base)
-  assert "newer" not in config_of(tmp_path)
+  assert config_of(tmp_path).newer.inner.to_dict() == {"a": None, "b": None}
   base.newer.inner.b = 3
   with pytest.raises(RunDirError, match="newer must be a section; it has no such field"):
     config_of(tmp_path)
