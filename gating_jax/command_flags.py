@@ -252,13 +252,15 @@ def _unknown_field(argv: list[str]) -> str | None:
   sys.argv = others
   flags.FLAGS(sys.argv)
   for override in overrides:
-    section = CONFIG.value
+    section, path = CONFIG.value, "config"
     for part in override.split(".")[1:]:
+      if not hasattr(section, "keys"):
+        return f"--{override}: {path} has no fields; its value is {section!r}"
       try:
         one_of(f"--{override}: the field", part, section.keys())
-      except (ValueError, AttributeError) as error:
+      except ValueError as error:
         return str(error)
-      section = section[part]
+      section, path = section[part], f"{path}.{part}"
   return None
 
 

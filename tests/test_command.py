@@ -34,6 +34,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
   [
     ("--config.optim.lerning_rate=1", "got 'lerning_rate'. Did you mean 'learning_rate'"),
     ("--config.modle.gating=none", "got 'modle'. Did you mean 'model'"),
+    ("--config.seed.first=1", "--config.seed.first: config.seed has no fields; its value is 0\n"),
     (
       "--config.model.gating=chanel",
       "model.gating must be one of .*; got 'chanel'. Did you mean 'channel'",

@@ -525,9 +525,9 @@ def find_file(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | 
   """Returns the first file of this name and one of the suffixes; None if there is none.
 
   Suffixes may be in capitals. A name with a video's suffix also stands for the file of its
-  features.
+  features, as does one with a suffix of features.
   """
-  if "" not in suffixes and name.lower().endswith(VIDEO_SUFFIXES):
+  if "" not in suffixes and name.lower().endswith((*VIDEO_SUFFIXES, *suffixes)):
     name = str(PurePosixPath(name).with_suffix(""))
   # As cameras write them: .MP4.
   for suffix in (*suffixes, *[suffix.upper() for suffix in suffixes if suffix]):

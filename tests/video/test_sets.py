@@ -88,6 +88,17 @@ def test_folders_have_the_classes_of_the_splits_that_a_config_uses(tmp_path):
   assert sets.open_set(config, "train").class_names == ("a", "b", "c")
 
 
+def test_features_in_folders_of_their_classes_are_opened(tmp_path):
+  for name in ("train/a", "train/b", "test/a"):
+    (tmp_path / name).mkdir(parents=True)
+  config = of_features(tmp_path, ("train/a/1", "train/b/2", "test/a/3"), layout="folders")
+  assert opened(config) == [
+    (("train/a/1.npy", "train/b/2.npy"), [0, 1], ("a", "b")),
+    (("test/a/3.npy",), [0], ("a", "b")),
+  ]
+  assert sets.open_set(config, "train").read([1])["light"].max() == 1
+
+
 def of_table(folder, count, **data):
   """Returns a config that opens videos of a class each, all of which are trained on."""
   names = [f"v{i}" for i in range(count)]
