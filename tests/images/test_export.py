@@ -354,7 +354,7 @@ def test_the_time_of_the_trained_net_stands_next_to_that_of_the_same_checkpoint(
 
 def test_a_net_without_gated_layers_has_a_table_of_its_ways_alone():
   ways = [{"strategy": "masked", "macs": 1500.0, "ratio": 0.75}]
-  layer = dict.fromkeys(("units", "always_open", "always_closed", "conditional"), 3)
+  layer = dict.fromkeys(("units", "always_open", "always_closed", "varies"), 3)
   layer |= {"open_on_all": 1, "closed_on_all": 2, "open": 0.5, "correlation": 0.25}
   analysis = lambda layers: SimpleNamespace(mac_rows=lambda: ways, rows=lambda: layers)
   alone = export._analysis_lines(analysis([]), [])

@@ -322,7 +322,7 @@ COUNTS = {
     "the generator must be conditional on labels; got classes None",
   ),
   "MACs for a network without gates": (
-    lambda: solve_share(FOLDABLE, (4, 4, 3), 100),
+    lambda: solve_share(FOLDABLE, (4, 4, 3), macs=100),
     ValueError,
     "model must have gates; got one without",
   ),

@@ -711,7 +711,6 @@ def pretrained(config, tmp_path_factory):
   return made, run_dir.path
 
 
-@pytest.mark.slow
 def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained, tmp_path):
   made, workdir = pretrained
   other = made.copy_and_resolve_references()
