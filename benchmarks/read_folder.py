@@ -1,18 +1,17 @@
-"""Images per second that a folder of pictures streams at, next to Pillow's own rate of decoding.
+"""Images per second of a stream from a folder of pictures, next to Pillow's own rate.
 
     python benchmarks/read_folder.py FOLDER [--images=20000] [--batch=128] [--repeats=5]
         [--workers=0,2] [--size=64]
 
 FOLDER holds `train/CLASS/*.jpg` and `test/CLASS/*.jpg`, of `--size` pixels a side. Each repeat
-measures all ways, one after the other, on other images. Pillow's is the fastest there is on these
-cores: one process a core decodes its share to RGB, and passes nothing on. The stream makes batches
-and hands them over, as a training takes them. Prints medians, and the median of the ratios within a
-repeat.
+measures all ways, one after the other, on other images. For Pillow's rate a process on each core
+decodes its share to RGB, and passes nothing on: nothing reads faster on these cores. The stream
+makes batches and hands them over, as a training takes them. Prints medians, and the median of the
+ratios within a repeat.
 """
 
 import argparse
 import concurrent.futures
-import os
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
+from gating_jax.cores import usable_cores
 from gating_jax.data.image_sets import SetSource
 from gating_jax.data.streaming import open_stream
 
@@ -38,14 +38,14 @@ def decode(files):
       np.asarray(image.convert("RGB"))
 
 
-def rate_of_pillow(pool, cores, files):
+def measure_pillow(pool, cores, files):
   """Returns the images per second of one process on each core."""
   began = time.perf_counter()
   list(pool.map(decode, [files[core::cores] for core in range(cores)]))
   return len(files) / (time.perf_counter() - began)
 
 
-def rate_of_stream(stream, batch, first, steps):
+def measure_stream(stream, batch, first, steps):
   """Returns the images per second of a stream that has begun, and goes on afterwards."""
   batches = stream.batches(batch, first, 1, total_steps=first + steps + 2 * AHEAD)
   for _ in range(AHEAD):
@@ -68,7 +68,9 @@ def main():
   parser.add_argument("--workers", default="0,2", help="0 for threads")
   parser.add_argument("--size", type=int, default=64)
   args = parser.parse_args()
-  cores = len(os.sched_getaffinity(0))
+  if args.images < args.batch:
+    parser.error(f"--images must be at least --batch, {args.batch}; got {args.images}")
+  cores = usable_cores()
   source = SetSource("folder", "train", str(args.folder))
   began = time.perf_counter()
   ways = {}
@@ -81,12 +83,12 @@ def main():
   rates = {"Pillow": [], **{name: [] for name in ways}}
   with concurrent.futures.ProcessPoolExecutor(cores) as pool:
     # Its processes start here.
-    rate_of_pillow(pool, cores, files[: 10 * cores])
+    measure_pillow(pool, cores, files[: 10 * cores])
     for repeat in range(args.repeats):
       chosen = [files[i] for i in np.roll(order, -repeat * args.images)[: args.images]]
-      rates["Pillow"].append(rate_of_pillow(pool, cores, chosen))
+      rates["Pillow"].append(measure_pillow(pool, cores, chosen))
       for name, stream in ways.items():
-        rates[name].append(rate_of_stream(stream, args.batch, repeat * steps, steps))
+        rates[name].append(measure_stream(stream, args.batch, repeat * steps, steps))
   for name, found in rates.items():
     ratios = [rate / pillow for rate, pillow in zip(found, rates["Pillow"], strict=True)]
     print(f"{name:<20}{statistics.median(found):>10,.0f} images/s{statistics.median(ratios):>8.2f}")

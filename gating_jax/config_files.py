@@ -247,7 +247,7 @@ def add_newer_fields(fields: MutableMapping[str, Any]) -> None:
 def add_unset_fields(config: Config, default: Config) -> None:
   """Gives a config of an earlier version the fields whose default is None, in place.
 
-  Whoever reads a loaded config need not ask whether it has them.
+  Whoever reads a loaded config of images need not ask whether it has them.
 
   Args:
     config: a config or a section of one.
@@ -255,7 +255,9 @@ def add_unset_fields(config: Config, default: Config) -> None:
   """
   with config.unlocked():
     for name, value in default.items():
-      if name not in config and is_unset(value):
+      # Also a section that the config sets to None.
+      lacks = name not in config or (_is_section(value) and config[name] is None)
+      if lacks and is_unset(value):
         # A reference keeps the type that the field has once it is set.
         config[name] = default.get_ref(name) if value is None else value
       elif _is_section(value) and _is_section(config.get(name)):
@@ -351,6 +353,9 @@ def check(path: Path, variant: str | None) -> Config:
     raise ValueError(
       f"config {path}: get_config must return a ConfigDict; got {type(config).__name__}"
     )
+  # One that is frozen could not be completed.
+  if isinstance(config, ml_collections.FrozenConfigDict):
+    config = ml_collections.ConfigDict(config)
   experiment: Any = config.get("experiment")
   if not isinstance(experiment, str):
     raise ValueError(f"config {path}: the field experiment must name one; got {experiment!r}")

@@ -47,7 +47,7 @@ class ProgrammeRow:
   Attributes:
     module: its module, with `run(config, workdir, mode)` and
       `build(config, outlines)`.
-    programme: the name of the class there, a `runner.Programme` of one argument, what `build` made.
+    programme: the name of the class there, a `runner.Programme`, made of what `build` made.
     base: the module in `configs`, and its function, that list every field with its default.
     example: for `--help`.
     scores: of a finished run, the most important first.

@@ -1,8 +1,8 @@
 """Shared set-up: eight virtual devices, quick compilation with a cache, optional float64."""
 
-import collections
 import ctypes
 import gc
+import itertools
 import os
 import resource
 import signal
@@ -65,42 +65,76 @@ def pytest_collection_modifyitems(items):
   Slow are tests on real data, and the cases of a test marked `thin` that the fast tier can do
   without.
   """
-  families = collections.defaultdict(list)
+  fast = {}
   for item in items:
     if item.get_closest_marker("real_data"):
       item.add_marker("slow")
-    if item.get_closest_marker("thin") and not item.get_closest_marker("slow"):
-      families[item.nodeid.partition("[")[0]].append(item)
-  for cases in families.values():
-    kept = fast_cases(cases)
-    for case in cases:
-      if case not in kept:
-        case.add_marker("slow")
+    if item.get_closest_marker("thin"):
+      # Of all cases that there are, whichever of them are run.
+      test = item.nodeid.partition("[")[0]
+      if test not in fast:
+        fast[test] = fast_cases(lists_of(item), item.get_closest_marker("thin").args[0])
+      if case_of(item) not in fast[test]:
+        item.add_marker("slow")
   items.sort(key=lambda item: _rank(item.path))
 
 
-def fast_cases(cases):
-  """Returns those cases of a test marked `thin(k)` that are of the fast tier.
+def lists_of(item):
+  """Returns the lists of a test's cases, as `parametrize` has them, the last one first."""
+  marks = reversed(list(item.iter_markers("parametrize")))
+  return [(mark.args[0], list(mark.args[1])) for mark in marks]
 
-  They are every k-th case. Of a test with several lists of values there are also as many more as it
-  takes until each argument has had each of its values.
+
+def case_of(item):
+  """Returns a case's place in each of the lists."""
+  # Among the cases of all lists together, of which the first list changes fastest.
+  number = next(iter(item.callspec.indices.values()))
+  places = []
+  for _, values in lists_of(item):
+    number, place = divmod(number, len(values))
+    places.append(place)
+  return tuple(places)
+
+
+def fast_cases(lists, step):
+  """Returns those cases of a test marked `thin(step)` that are of the fast tier.
+
+  They are every k-th case: those whose places have a sum that `step` divides. Of a test with
+  several lists there are also as many more as it takes until each argument has had each of its
+  values.
+
+  Args:
+    lists: the names and the values of each.
   """
-  step = cases[0].get_closest_marker("thin").args[0]
-  kept = [case for case in cases if place(case) % step == 0]
-  lists = [mark for mark in cases[0].iter_markers("parametrize") if len(mark.args[1]) > 1]
-  if len(lists) < 2:
+  cases = {}
+  for places in itertools.product(*[range(len(values)) for _, values in lists]):
+    chosen = [(names, values[place]) for (names, values), place in zip(lists, places, strict=True)]
+    marks = [mark.name for _, value in chosen for mark in getattr(value, "marks", ())]
+    if "slow" not in marks:
+      cases[places] = set().union(*[arguments(names, value) for names, value in chosen])
+  kept = {places for places in cases if sum(places) % step == 0}
+  if sum(len(values) > 1 for _, values in lists) < 2:
     return kept
-  missing = set().union(*map(values, cases)).difference(*map(values, kept))
+  missing = set().union(*cases.values()).difference(*[cases[places] for places in kept])
   while missing:
-    best = max(cases, key=lambda case: len(values(case) & missing))
-    kept.append(best)
-    missing -= values(best)
+    best = max(cases, key=lambda places: len(cases[places] & missing))
+    kept.add(best)
+    missing -= cases[best]
   return kept
 
 
-def values(case):
-  """Returns the arguments of a case, each with its value as text."""
-  return {(name, repr(value)) for name, value in case.callspec.params.items()}
+def arguments(names, value):
+  """Returns the names of arguments, each with its value as text."""
+  if isinstance(names, str):
+    names = [name.strip() for name in names.split(",")]
+  # As `pytest.param` makes them.
+  if hasattr(value, "marks"):
+    values = value.values
+  elif len(names) > 1:
+    values = value
+  else:
+    values = (value,)
+  return {(name, repr(value)) for name, value in zip(names, values, strict=True)}
 
 
 def _rank(path):
@@ -120,20 +154,6 @@ def pytest_collection_finish():
   gc.set_threshold(20_000, 20, 50)
 
 
-def place(item):
-  """Returns a case's place in its list.
-
-  With several lists it is the sum of the places, which pairs their values in turn.
-  """
-  number = next(iter(item.callspec.indices.values()))  # among the cases of all lists together
-  places = 0
-  # The list above the others changes fastest.
-  for mark in reversed(list(item.iter_markers("parametrize"))):
-    number, at = divmod(number, len(mark.args[1]))
-    places += at
-  return places
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
   """Records the seconds of the set-up separately: a shared run's first test waits for it.
@@ -148,9 +168,12 @@ def pytest_runtest_makereport(item, call):
 
 
 def peak_memory():
-  """Returns the most bytes that this process has held."""
+  """Returns the most bytes that this process has held, or an ended one that it has started."""
   unit = 1 if sys.platform == "darwin" else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  peaks = []
+  for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+    peaks.append(resource.getrusage(who).ru_maxrss)
+  return max(peaks) * unit
 
 
 def memory():

@@ -481,7 +481,7 @@ def test_processes_without_a_coordinator_and_a_folder_that_is_a_file_are_named(t
     "error: --processes requires --coordinator, such as --coordinator=localhost:1234\n",
   )
   status, said = run_command(CONFIG, f"--workdir={tmp_path / 'file' / 'run'}")
-  # After the long operations.
+  # The lines before it tell of long operations.
   assert (status, said.splitlines()[-1]) == (
     2,
     f"error: workdir {tmp_path}/file/run cannot be written: Not a directory",

@@ -188,14 +188,20 @@ def test_a_config_file_of_an_earlier_version_has_the_fields_that_are_none(tmp_pa
     "  config = common.image_config()\n"
     "  del config.model.stem, config.model.gate.share, config.model.dense_first\n"
     "  del config.optim.epochs\n"
+    "  config.model.kernels = None\n"
     "  return config.lock()\n"
   )
   config = config_files.load_config(str(own))
   assert config.is_locked
   assert config.model.stem is config.model.gate.share is config.model.dense_first.form is None
   assert config.model.get_type("stem") is str
+  # Also a section that is none as a whole.
+  assert config.model.kernels.count is None
   # No value stands for what this field was before.
   assert "epochs" not in config.optim
+  frozen = own.read_text().replace("config.lock()", "ml_collections.FrozenConfigDict(config)")
+  own.write_text(f"import ml_collections\n{frozen}")
+  assert config_files.load_config(str(own)).model.stem is None
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_when_a_process_is_killed_the_others_end_and_the_job_goes_on_to_the_same
   assert tiny.bit_equal(saved_state(disturbed), saved_state(quiet))
 
 
-def test_a_termination_while_a_checkpoint_is_written(tmp_path, quiet):
+def test_a_termination_while_a_checkpoint_is_written_loses_nothing(tmp_path, quiet):
   workdir = tmp_path / "run"
   job = launch(workdir)
   wait_until(lambda: saved_steps(workdir) and any((workdir / "checkpoints").glob("*tmp*")), job)

@@ -16,9 +16,9 @@ PRIOR = beta(0.6, 0.4)  # open for about 60 % of images
 
 
 def init(key):
-  # Gates start open.
   layers = {
     "hidden": (64, UNITS, 0.0),
+    # Gates start open.
     "gate": (64, UNITS, 3.0),
     "out": (UNITS, 10, 0.0),
   }

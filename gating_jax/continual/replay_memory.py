@@ -49,8 +49,8 @@ class ReplaySettings:
         raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
 
 
-# No `MemoryNode`, whose values are in the order of their names: checkpoints of earlier runs have a
-# checksum of the values in this order.
+# Not a `MemoryNode`: that sorts values by name, and checksums of earlier checkpoints cover this
+# order.
 class ReplayMemory(struct.PyTreeNode):
   """A memory of labelled images.
 

@@ -50,7 +50,7 @@ class SetSource(NamedTuple):
       worlds also a part such as `train[:50000]`; for TFDS any split expression.
     data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`. Of `folder`, the
       folder of classes or a table; see `data/folders.py`.
-    image, label: names of the features that hold them in a TFDS set, and in the examples of any.
+    image, label: names of the features with the image and the label, in a TFDS set and in examples.
     in_use: of a folder, the splits that agree on the classes, which are those of their images; None
       for all.
   """

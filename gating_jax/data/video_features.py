@@ -19,9 +19,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from gating_jax.checks import check_unpacked, few
-from gating_jax.data.video_tables import VideoTable
+from gating_jax.data.video_tables import FEATURE_SUFFIXES, VideoTable
 from gating_jax.data.videos import (
-  FEATURE_SUFFIXES,
   Batch,
   Segments,
   VideoSet,

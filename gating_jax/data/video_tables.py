@@ -35,10 +35,12 @@ BREAKFAST_TEST_PERSONS = range(47, 55)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _BREAKFAST_FPS = 15
 _BREAKFAST_FILES = {".avi", ".mp4", ".mkv", ".npy", ".npz"}
+FEATURE_SUFFIXES = (".npy", ".npz")
 # Videos and features that may lie in folders of classes.
 _FOLDER_FILES = (
-  ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".npy", ".npz"
-)  # fmt: skip
+  *(".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv"),
+  *FEATURE_SUFFIXES,
+)
 
 
 class Interval(NamedTuple):
@@ -241,9 +243,10 @@ def read_folders(folder: str | Path, split: str, in_use: Sequence[str] | None = 
   # The names that the folders have.
   found = folders.find_split(split, listing.splits)
   used = None if wanted is None else {folders.find_split(name, listing.splits) for name in wanted}
-  own = [entry for entry in listing.entries if entry.split == found]
+  entries = _one_each(listing.entries)
+  own = [entry for entry in entries if entry.split == found]
   if not own:
-    splits = sorted({entry.split for entry in listing.entries})
+    splits = sorted({entry.split for entry in entries})
     lost = listing.outside.get(found or "", 0)
     advice = f"; {lost} lie outside folders of classes" if lost else ""
     raise ValueError(
@@ -251,13 +254,30 @@ def read_folders(folder: str | Path, split: str, in_use: Sequence[str] | None = 
       f"of their classes; it has those of {few(splits) or 'none'}{advice}"
     )
   labels = set()
-  for entry in listing.entries:
+  for entry in entries:
     if used is None or entry.split in used:
       labels.add(entry.label)
   class_names = folders.in_class_order(labels)
   names = tuple(entry.file.relative_to(root).as_posix() for entry in own)
   encoded = _encode_labels([[entry.label] for entry in own], class_names, multi_label=False)
   return VideoTable(names, encoded, class_names)
+
+
+def _one_each(entries: Sequence[folders.Entry]) -> list[folders.Entry]:
+  """Returns the files without those of features next to their video, or to a first such file."""
+  # Videos first: they stand for their features.
+  ordered = sorted(entries, key=lambda entry: _has_features(entry.file))
+  seen, left = set(), set()
+  for entry in ordered:
+    video = entry.file.with_suffix("")
+    if video not in seen or not _has_features(entry.file):
+      left.add(entry)
+    seen.add(video)
+  return [entry for entry in entries if entry in left]
+
+
+def _has_features(file: Path) -> bool:
+  return file.suffix.lower() in FEATURE_SUFFIXES
 
 
 def read_breakfast(

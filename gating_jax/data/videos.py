@@ -29,7 +29,7 @@ import numpy as np
 from gating_jax.checks import few, printable, user_path
 from gating_jax.data.image_sets import process_indices
 from gating_jax.data.streaming import prefetch
-from gating_jax.data.video_tables import Intervals, VideoTable
+from gating_jax.data.video_tables import FEATURE_SUFFIXES, Intervals, VideoTable
 from gating_jax.terminal import warn
 
 Batch = dict[str, np.ndarray]
@@ -49,7 +49,6 @@ VIDEO_SUFFIXES = (
   ".3gp",
   ".ogg",
 )
-FEATURE_SUFFIXES = (".npy", ".npz")
 # Bytes of two files of one size that are compared before they are read whole.
 _BEGINNING = 64 * 1024
 # Results of `map` that are prefetched: few, since each may be a whole batch of videos.
@@ -524,9 +523,13 @@ def timed_starts(
 def find_file(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None:
   """Returns the first file of this name and one of the suffixes; None if there is none.
 
-  Suffixes may be in capitals. A name with a video's suffix also stands for the file of its
-  features, as does one with a suffix of features.
+  Suffixes may be in capitals, and the name may have its own. A name with a video's suffix also
+  stands for the file of its features.
   """
+  if name.lower().endswith(tuple(suffixes)):
+    path = Path(user_path(folder), name)
+    if path.is_file():
+      return path
   if "" not in suffixes and name.lower().endswith((*VIDEO_SUFFIXES, *suffixes)):
     name = str(PurePosixPath(name).with_suffix(""))
   # As cameras write them: .MP4.

@@ -1,7 +1,4 @@
-"""Checks of the settings of an image experiment, before its data are opened.
-
-They are those that classification and segmentation share.
-"""
+"""Checks of the settings of images before data are opened, and the names that they allow."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
   begins = not RunDir(user_path(workdir)).has_checkpoint()
   if start is not None and names_weights(start) and not begins:
     start = None
-  # They are read for checks alone, and are not kept while the network trains.
+  # The weights of a file are read once for the checks, and dropped before the training.
   weights = None
   # Before data are opened, which may take minutes.
   if start is not None and names_weights(start):
@@ -245,8 +245,7 @@ class Classification(runner.Programme):
       # Kept in the run directory, so that the model can be loaded without its data.
       outlines.write_outlines(run_dir.path, [train, experiment.test])
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
-    with working("loading the teacher, if there is one", "up to a minute"):
-      teacher = self.teacher or load_teacher(experiment)
+    teacher = self.teacher or load_teacher(experiment)
     if teacher is not None:
       say(f"the teacher is {teacher.source}, of {teacher.macs:,.0f} MACs an image")
     with training:

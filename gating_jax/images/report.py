@@ -182,7 +182,10 @@ def _list_tests(run_dir: RunDir, last: Mapping[str, Any], score: str) -> list[Ma
 def _list_histograms(
   run_dir: RunDir, step: int, gates: GateBehaviour | None, layers: Sequence[tuple[str, int]]
 ) -> list[dict[str, Any]]:
-  """Returns the histograms of the same tests, without damaged lines; layers have numbers."""
+  """Returns the histograms of this test and of earlier ones that count the same.
+
+  Layers have numbers.
+  """
   last = evaluation.histograms(gates, layers) if gates is not None else {}
   measures = _measures(last)
   found = []

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import ml_collections
 import numpy as np
 from flax import traverse_util
 
+from gating_jax import config_files
 from gating_jax.analysis import importance as units
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
@@ -71,10 +73,14 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
     )
   if with_checkpoint and not start.has_checkpoint():
     raise RunDirError(_no_start(start))
-  # Fields that their config lacks, being older, are taken from this one.
+  known = ml_collections.ConfigDict(rundir.with_tuples(start.config()))
+  default = config_files.base(config.experiment)
+  if default is not None:
+    config_files.add_unset_fields(known, default)
+  # Other fields that their config lacks, being older, are taken from this one.
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
-    theirs.update(rundir.with_tuples(start.config()))
+    theirs.update(known)
   # A pruned network is narrower where units were: inside blocks, or in all layers of a chain.
   pruned = "model.width" if config.model.name in VGGS else "model.inner_width"
   prunes = config.model.importance.form == PRUNE

@@ -44,7 +44,7 @@ PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
 # Written by default; `rocm` is known, too, but has to be named.
 PLATFORMS = ("cpu", "cuda", "tpu")
 _KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
-# Number of the format of the card and the files' names; another one is not read.
+# Version of the card and of the names of files; other versions are refused.
 FORMAT = 1
 
 

@@ -492,7 +492,7 @@ class ChannelGate(nn.Module):
     s = self.settings
     if not s.normalise and s.threshold == "zero" and not s.prior:
       return logits, logits
-    # Gates that are shut permanently stay so: they have no deviation and no place among the others.
+    # Gates that are shut permanently stay shut, without a deviation or a place among the others.
     # They have exactly this value, which no kernel arrives at: other low logits have a place.
     counts, z = logits != SHUT, logits
     if s.normalise:

@@ -49,8 +49,13 @@ def whole_weights(weights: AnyArray, x: Array, *, name: str, axis: int = 0) -> A
   Args:
     weights: of the shape of `x`, or `[N]`, one per example.
     x: the batch, with N examples along `axis`.
-    name: of the argument that is `x`.
-    axis: counted from the front.
+    name: the name of the argument `x`, for messages.
+    axis: the axis of examples, counted from the front.
+  Returns:
+    an array of the shape and type of `x`.
+  Raises:
+    TypeError: weights are no array of real numbers.
+    ValueError: weights are of another shape.
   """
   arguments.real_array("weights", weights)
   weights = whole_batch(lax.stop_gradient(jnp.asarray(weights, x.dtype)))

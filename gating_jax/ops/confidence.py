@@ -273,7 +273,8 @@ def _segment_weights(
   Raises:
     ValueError: that fraction is above the budget.
   """
-  # A segment of a video of n adds 1 / (n M) to the mean fraction.
+  # Small integers would overflow. A segment of a video of n adds 1 / (n M) to the mean fraction.
+  segments = np.asarray(segments, np.float64)
   weights = np.broadcast_to(1 / (len(segments) * segments)[:, None], shape)
   least = float(weights[:, 0].sum())
   if least > share + _ROUNDING:

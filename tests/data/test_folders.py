@@ -3,14 +3,13 @@
 import io
 import logging
 import os
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gating_jax.data import checked_files, features, folders, image_sets, streaming
+from gating_jax.data import features, folders, image_sets, streaming
 from gating_jax.data.image_sets import SetSource
 
 RED = (200, 10, 10)
@@ -264,21 +263,6 @@ def test_a_folder_that_cannot_be_opened_is_left_out_and_named(tmp_path, monkeypa
   found = folders.list_files(tmp_path, (".png",)).entries
   assert sorted(entry.label for entry in found) == ["cat", "dog"]
   assert f"{closed}: left out a folder that cannot be opened: Permission denied" in caplog.text
-
-
-def test_ctrl_c_while_files_are_checked_waits_for_no_file_that_has_not_begun(monkeypatch):
-  begun = []
-
-  def interrupted(found, **_):
-    next(iter(found))
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(checked_files, "usable_cores", lambda: 1)
-  monkeypatch.setattr(checked_files, "progress_bar", interrupted)
-  read = lambda file: (begun.append(file), time.sleep(0.005))
-  with pytest.raises(KeyboardInterrupt):
-    checked_files.find_faults([Path(str(i)) for i in range(100)], read, "checking", describe=str)
-  assert 1 <= len(begun) < 50
 
 
 def opened(folder, split="train", in_use=None):

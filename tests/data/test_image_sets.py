@@ -168,8 +168,14 @@ def test_held_out_images_are_stratified_and_a_choice_of_the_seed():
 
 def test_of_several_labels_each_a_fraction_of_all_images_is_held_out():
   labels = np.eye(10, 3, dtype=np.int32)
-  held = image_sets.hold_out(labels, 0.3, np.random.default_rng(0))
-  np.testing.assert_array_equal(held, np.sort(np.random.default_rng(0).permutation(10)[:3]))
+  held, same, other = (
+    image_sets.hold_out(labels, 0.3, np.random.default_rng(seed)) for seed in (0, 0, 1)
+  )
+  assert len(set(held)) == len(held) == 3
+  assert set(held) <= set(range(10))
+  np.testing.assert_array_equal(held, np.sort(held))
+  np.testing.assert_array_equal(held, same)
+  assert not np.array_equal(held, other)
 
 
 def test_fewer_tasks_and_joined_ones():

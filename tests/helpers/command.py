@@ -20,7 +20,7 @@ def run_command(*arguments):
     patch.setattr(sys, "path", [*sys.path])
     stack.enter_context(flagsaver.flagsaver())
     stack.enter_context(warnings.catch_warnings())
-    # By ml_collections.
+    # ml_collections calls it.
     warnings.filterwarnings("ignore", message="the load_module", category=DeprecationWarning)
     written = io.StringIO()
     stack.enter_context(contextlib.redirect_stdout(written))

@@ -49,7 +49,7 @@ def write(
     stream.height, stream.width = size
     stream.pix_fmt = pixels or _PIXELS.get(codec, "yuv420p")
     stream.gop_size = 5
-    # These only have places for frames.
+    # AVI and MPEG files only have places for frames.
     tick = Fraction(1, rate) if path.suffix in (".avi", ".mpg") else _TICK
     if times is not None:
       stream.codec_context.time_base = tick

@@ -311,7 +311,7 @@ def test_thresholds_begin_at_the_share_that_is_solved_for(config, monkeypatch):
   # Of static gates, and of others.
   assert begun == [built.model.gate.share] * 2
   assert 0.3 < begun[0] < 0.5
-  # Where the share falls in training, they are those of its first step, of all gates at most.
+  # A share that changes in training begins as at step 0, at most with all gates.
   for scheduled, share in ((lambda step: 0.75 - step, 0.75), (lambda step: 1.5, 1.0)):
     falling = dataclasses.replace(built, share=scheduled)
     start._with_prior(falling, steps.TrainState(0, {}, {}, ()), None)

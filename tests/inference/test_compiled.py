@@ -44,11 +44,6 @@ def test_a_shape_that_is_no_shape_is_named():
       compiled.check_image_shape(shape)
 
 
-def test_what_a_compiled_network_runs_on_is_said_by_its_kind():
-  with pytest.raises(NotImplementedError):
-    compiled.Compiled({}, {})(np.ones(2))
-
-
 def test_time_is_relative_to_the_quickest_way_to_compute_everything():
   """Here that is a strategy with a kernel of its own, with every unit open."""
   times = {

@@ -170,6 +170,9 @@ def test_the_threshold_of_steps_for_a_budget_by_hand(share, threshold, reached):
   logits = two_classes(CONFIDENCES)
   found = confidence.step_threshold_for_budget(logits, COUNTS, share=share)
   assert found == pytest.approx(threshold)
+  # In numbers of 8 bits the sum of all segments would overflow.
+  many = (np.tile(logits, (50, 1, 1)), np.tile(COUNTS, 50).astype(np.int8))
+  assert confidence.step_threshold_for_budget(*many, share=share) == pytest.approx(threshold)
   assert mean_share(logits, COUNTS, found) == pytest.approx(reached)
 
 

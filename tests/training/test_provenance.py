@@ -53,12 +53,11 @@ def test_a_package_that_is_not_installed_has_no_version():
 def test_only_a_checkout_that_git_can_describe_has_a_commit(tmp_path, monkeypatch):
   file = tmp_path / "gating_jax" / "training" / "provenance.py"
   monkeypatch.setattr(provenance, "__file__", str(file))
-  # An installed package may lie in the checkout of another project.
+  done = subprocess.CompletedProcess([], 0, "abc-dirty\n")
+  monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+  # An installed package may lie in the checkout of another project, which git describes.
   assert provenance._commit() is None
   (tmp_path / ".git").mkdir()
-  monkeypatch.setattr(
-    subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "abc-dirty\n")
-  )
   assert provenance._commit() == "abc-dirty"
   for error in (FileNotFoundError("git"), subprocess.TimeoutExpired("git", 10)):
 

@@ -99,6 +99,20 @@ def test_features_in_folders_of_their_classes_are_opened(tmp_path):
   assert sets.open_set(config, "train").read([1])["light"].max() == 1
 
 
+def test_features_next_to_their_films_are_opened_once(tmp_path):
+  config = of_films(tmp_path, ["train/a/1.mp4", "train/a/1.avi", "train/b/2.mp4", "test/b/3.mp4"])
+  films = opened(config)
+  for name in ("train/a/1.npy", "train/b/2.npy", "train/b/4.npy", "train/b/4.npz", "test/b/3.npy"):
+    (tmp_path / name).touch()
+  assert opened(config)[1] == films[1]
+  assert opened(config)[0][0] == (*films[0][0], "train/b/4.npy")
+  config = of_features(tmp_path, ("train/a/1", "train/b/2", "train/b/4", "test/b/3"))
+  config.data.layout = "folders"
+  (tmp_path / "train" / "a" / "1.avi").unlink()
+  names = ("train/a/1.mp4", "train/b/2.mp4", "train/b/4.npy")
+  assert [part[0] for part in opened(config)] == [names, ("test/b/3.mp4",)]
+
+
 def of_table(folder, count, **data):
   """Returns a config that opens videos of a class each, all of which are trained on."""
   names = [f"v{i}" for i in range(count)]
