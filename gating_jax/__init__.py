@@ -1,4 +1,4 @@
-"""Pure functions and Flax modules for conditional computation by learned gates.
+"""Pure functions and Flax modules for conditional computation by learnt gates.
 
 The README gives a tour; each name is documented where it is defined. A name is imported when it is
 first used, so that `import gating_jax` takes no time and loads no JAX.

@@ -355,7 +355,8 @@ def check(path: Path, variant: str | None) -> Config:
     )
   # One that is frozen could not be completed.
   if isinstance(config, ml_collections.FrozenConfigDict):
-    config = ml_collections.ConfigDict(config)
+    thawed: Any = config.as_configdict()
+    config = thawed
   experiment: Any = config.get("experiment")
   if not isinstance(experiment, str):
     raise ValueError(f"config {path}: the field experiment must name one; got {experiment!r}")

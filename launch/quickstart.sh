@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a channel-gated ResNet20 on scikit-learn's handwritten digits and prints what its gates learned.
+# Trains a channel-gated ResNet20 on scikit-learn's handwritten digits and prints what its gates learnt.
 # Sets up a virtual environment in .venv first: a minute or two, once. The training takes two minutes on two cores.
 # Usage: bash launch/quickstart.sh [--help] [--dry-run] [run directory, by default runs/digits]
 set -euo pipefail

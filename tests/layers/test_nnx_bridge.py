@@ -206,7 +206,8 @@ class Count(nnx.Variable):
 def test_what_the_model_changes_is_given_back_and_what_it_sows_where_asked_for():
   class Counting(nnx.Module):
     def __init__(self):
-      self.count, self.seen = Count(jnp.zeros(())), nnx.Intermediate(jnp.zeros(()))
+      zero = jnp.zeros((), jnp.float32)
+      self.count, self.seen = Count(zero), nnx.Intermediate(zero)
 
     def __call__(self, x):
       self.count.set_value(self.count.get_value() + 1)
