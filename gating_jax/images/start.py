@@ -20,7 +20,6 @@ import numpy as np
 from flax import traverse_util
 
 from gating_jax import config_files
-from gating_jax.analysis import importance as units
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.data import image_sets
@@ -28,6 +27,7 @@ from gating_jax.images.build import Experiment
 from gating_jax.images.checks import PRIOR, PRUNE
 from gating_jax.images.restore import restore_network
 from gating_jax.layers.gate import GateSettings, is_gate_path
+from gating_jax.models import importance as units
 from gating_jax.models.pretrained import (
   IMAGENET_MEAN,
   IMAGENET_STD,
