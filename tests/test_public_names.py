@@ -66,6 +66,7 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
     ),
     ("inference.strategies", "inference.costs", "exit_dispatch_macs"),
     ("models.columns", "models.summary", "ColumnMacs column_macs"),
+    ("analysis", "models", "UnitImportance select_units unit_importance with_prior"),
     (
       "reports.timings",
       "reports.measured_times",

@@ -26,7 +26,13 @@ from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import Experiment, build
 from gating_jax.images.checks import EXITS, scope_of
-from gating_jax.images.start import check_can_start, check_start, read_weights, start_from
+from gating_jax.images.start import (
+  Weights,
+  check_can_start,
+  check_start,
+  read_weights,
+  start_from,
+)
 from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
 from gating_jax.programmes import UNGATED_NETS
@@ -88,7 +94,7 @@ def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
   begins = not RunDir(user_path(workdir)).has_checkpoint()
   if start is not None and names_weights(start) and not begins:
     start = None
-  # The weights of a file are read once for the checks, and dropped before the training.
+  # The weights of a file are read once: for the checks, a teacher and the training.
   weights = None
   # Before data are opened, which may take minutes.
   if start is not None and names_weights(start):
@@ -99,10 +105,12 @@ def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
     experiment = build(config)
   if start is not None:
     check_can_start(experiment, weights)
-  if mode != "train":
-    return Classification(experiment)
-  with working("loading the teacher, if there is one", "up to a minute"):
-    return Classification(experiment, load_teacher(experiment))
+  programme = Classification(experiment, weights)
+  if mode == "train":
+    with working("loading the teacher, if there is one", "up to a minute"):
+      # A wrong one is found before there is a run directory.
+      _ = programme.teacher
+  return programme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +119,12 @@ class Classification(runner.Programme):
 
   Attributes:
     experiment: the experiment of the run.
-    teacher: the teacher of the loss, where it is loaded; otherwise a training loads it.
+    weights: those of the file that `model.init_from` names, where they are read already.
     score: key of the score among the result's numbers, and its name.
   """
 
   experiment: Experiment
-  teacher: Teacher | None = None
+  weights: Weights | None = None
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.export_run,
@@ -128,6 +136,11 @@ class Classification(runner.Programme):
   def noun(self) -> str:
     """Returns the word for an example."""
     return programmes.PROGRAMMES[self.config.experiment].noun
+
+  @functools.cached_property
+  def teacher(self) -> Teacher | None:
+    """Loads the teacher of the loss, at its first use; None without one."""
+    return load_teacher(self.experiment, self.weights)
 
   def prepare(self, key: jax.Array, pixels: jax.Array) -> jax.Array:
     """Augments and normalises uint8 pixels for training."""
@@ -245,14 +258,14 @@ class Classification(runner.Programme):
       # Kept in the run directory, so that the model can be loaded without its data.
       outlines.write_outlines(run_dir.path, [train, experiment.test])
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
-    teacher = self.teacher or load_teacher(experiment)
+    teacher = self.teacher
     if teacher is not None:
       say(f"the teacher is {teacher.source}, of {teacher.macs:,.0f} MACs an image")
     with training:
       # A resumed run has its own parameters; only a fresh one starts from those of another.
       if not training.step and self.config.model.init_from is not None:
         with working("taking what is trained already", "up to a minute"):
-          training.state = start_from(experiment, training.state, train)
+          training.state = start_from(experiment, training.state, train, self.weights)
       training.begin(f"{self.title}, tested on {len(experiment.test):,} {self.noun}s")
       evaluate = functools.partial(self._evaluate, training, self.make_test())
       ended = training.run(
