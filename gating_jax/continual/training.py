@@ -73,7 +73,9 @@ def make_step(
       # 0 for the first step of an epoch, 1 for the last; an epoch of one step has only 0.
       place=place / max(1, steps_per_epoch - 1),
     )
-    differentiate = value_and_grad_over_devices(_with_total(method.loss), axis_name, has_aux=True)
+    differentiate = value_and_grad_over_devices(
+      _with_total(method.loss), axis_name=axis_name, has_aux=True
+    )
     (_, (terms, batch_stats)), grads = differentiate(learner.params, learner, batch)
     metrics = mean_over_devices(terms, axis_name)
     # Before the optimiser: the gradient of the loss, without momentum and weight decay.

@@ -332,7 +332,7 @@ class _Network(NamedTuple):
       opened=float(opened),
       computed={
         MASKED: counts.computed(valid),
-        SEGMENTS: counts.computed(valid, taken),
+        SEGMENTS: counts.computed(valid, taken=taken),
         UNGATED: counts.all_segments,
       },
     )
@@ -425,7 +425,7 @@ def _encode(
   """
   # Padded by the capacity, so that no slice from a chosen segment on is cut off: `dynamic_slice`
   # would move it.
-  index, taken = open_indices(gates.reshape(-1), gates.size + capacity)
+  index, taken = open_indices(gates.reshape(-1), capacity=gates.size + capacity)
   index = lax.dynamic_slice_in_dim(index, start, capacity)
   taken = lax.dynamic_slice_in_dim(taken, start, capacity)
   # Each segment is a video of its own, `[K, 1, ...]`, as `prepare` takes them.
@@ -434,7 +434,7 @@ def _encode(
     seen[name] = x.reshape(-1, 1, *x.shape[2:])[index]
   heavy = prepare(seen)["heavy"][:, 0]
   encoded = model.apply(variables, heavy, method="encode")
-  return jax.tree.map(lambda x: scatter_back(x, index, taken, gates.size), encoded)
+  return jax.tree.map(lambda x: scatter_back(x, index, taken, size=gates.size), encoded)
 
 
 def _classify(

@@ -40,6 +40,7 @@ from flax import traverse_util
 
 from gating_jax.checks import check_unpacked, few, first_line, one_of, printable, user_path
 from gating_jax.extras import naming_extra
+from gating_jax.former_names import former_positional
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.resnets import RESNETS, ResNet
@@ -115,9 +116,10 @@ class Entry(NamedTuple):
   absorbed: bool = False
 
 
+@former_positional("name")
 @naming_extra()
 def load_pretrained(
-  path: str | os.PathLike, name: str | None = None, *, classifier: bool = True
+  path: str | os.PathLike, *, name: str | None = None, classifier: bool = True
 ) -> tuple[ResNet | VGG, dict[str, Any]]:
   """Loads a network that torchvision or timm trained, with its weights.
 

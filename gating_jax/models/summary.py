@@ -89,7 +89,8 @@ class ModelCounts:
     always = jnp.full(shape, float(self.always_macs + further))
     return always + executed_macs(records).reshape(shape) if records else always
 
-  def of_results(self, results: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+  @former_positional("count")
+  def of_results(self, results: Mapping[str, np.ndarray], *, count: int) -> np.ndarray:
     """Computes the MACs of each example, `[N]` float64, from the results of an evaluation.
 
     Args:
@@ -348,7 +349,8 @@ class VideoCounts:
     heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
     return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
 
-  def computed(self, valid: np.ndarray, taken: float | None = None) -> float:
+  @former_positional("taken")
+  def computed(self, valid: np.ndarray, *, taken: float | None = None) -> float:
     """Computes the mean over videos of the MACs of programs that mask channels.
 
     The heavy net has every channel and its gate networks, and runs on padding and on segments that

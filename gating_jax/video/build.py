@@ -340,7 +340,7 @@ def _backward_capacity(config: Config, model: SegmentNet, segments: int) -> int:
     return math.ceil(config.model.backward_share * videos * segments)
   # Other selections take the same number of segments of every full-length video, at most.
   full_length = np.ones((1, segments), bool)
-  return videos * int(selection.budget_to_k(full_length, model.share)[0])
+  return videos * int(selection.budget_to_k(full_length, share=model.share)[0])
 
 
 def _optimiser(config: Config, total: int) -> optax.GradientTransformation:
