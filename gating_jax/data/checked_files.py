@@ -26,7 +26,7 @@ from gating_jax.terminal import progress_bar
 # Bytes of all entries. A picture takes 21, and the longest unused entries go first.
 _MOST_BYTES = 256_000_000
 # Part of every key: a change of what is read must change it. So does another decoder.
-_VERSION = 1
+_VERSION = 2
 _DIGEST = 16
 _TYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
 

@@ -106,9 +106,9 @@ class _Checked(NamedTuple):
 class FolderImages(Sequence):
   """Images of a split, decoded when they are read.
 
-  An example has the picture, uint8 `[H, W, 3]`, and its class. Palettes, grey, 16 bits, CMYK and
-  transparency become colours of 8 bits; the orientation that a camera noted is applied; of several
-  frames the first is read.
+  An example has the picture, uint8 `[H, W, 3]`, and its class. Palettes, grey, 16 bits and CMYK
+  become colours of 8 bits; white shows through what is transparent; the orientation that a camera
+  noted is applied; of several frames the first is read.
 
   Attributes:
     class_names: one per class.
@@ -258,7 +258,7 @@ def find_split(name: str, splits: Iterable[str]) -> str | None:
 
 
 def read_picture(encoded: bytes) -> np.ndarray:
-  """Decodes a file of any of `ENDINGS` to uint8 `[H, W, 3]`, upright.
+  """Decodes a file of any of `ENDINGS` to uint8 `[H, W, 3]`, upright and on white.
 
   Raises:
     Exception: any error of Pillow for damaged files; a file of too many pixels.
@@ -267,8 +267,8 @@ def read_picture(encoded: bytes) -> np.ndarray:
 
 
 def _decode(encoded: bytes) -> np.ndarray:
-  """Decodes a file to `[H, W, 3]` of the file's own type, upright."""
-  return features.decode_picture(encoded, _CHANNELS, upright=True)
+  """Decodes a file to `[H, W, 3]` of the file's own type, upright and on white."""
+  return features.decode_picture(encoded, _CHANNELS, upright=True, on_white=True)
 
 
 def _find_root(data_dir: str | None) -> Path:

@@ -100,6 +100,42 @@ def test_pictures_of_every_mode_become_colours(tmp_path, mode, suffix):
     np.testing.assert_allclose(pixels[1, 1], RED, atol=12)
 
 
+@pytest.mark.parametrize(
+  ("mode", "suffix"),
+  [
+    *((mode, ".png") for mode in ("RGBA", "LA", "P", "L", "I;16")),
+    *((mode, suffix) for mode in ("RGBA", "P", "L") for suffix in (".webp", ".gif")),
+  ],
+)
+def test_white_shows_through_what_is_transparent(tmp_path, mode, suffix):
+  shades = np.array([[0, 100, 100]], np.uint8)
+  expected, settings = [255, 100, 100], {"lossless": True} if suffix == ".webp" else {}
+  if mode == "I;16":
+    image, settings["transparency"] = Image.fromarray(shades * np.uint16(257)), 0
+  else:
+    image = Image.fromarray(shades)
+    if mode in ("RGBA", "LA"):
+      image.putalpha(Image.fromarray(np.array([[0, 255, 128]], np.uint8)))
+      image, expected = image.convert(mode), [255, 100, 255 - round(155 * 128 / 255)]
+    elif mode == "P":
+      image = Image.fromarray(np.array([[2, 1, 1]], np.uint8)).convert("P")
+      image.putpalette([0, 0, 0, 100, 100, 100, 7, 7, 7])
+      settings["transparency"] = 2
+    else:
+      settings["transparency"] = 0
+  if suffix == ".gif" and mode == "RGBA":
+    # A GIF has no half transparency.
+    expected[2] = 100
+  if suffix == ".webp" and mode in ("P", "L"):
+    image.info["transparency"] = settings["transparency"]
+  file = saved(tmp_path / f"a{suffix}", image, **settings)
+  pixels = folders.read_picture(file.read_bytes())
+  np.testing.assert_allclose(pixels[0, :, 0], expected, atol=1)
+  assert (pixels == pixels[..., :1]).all()
+  # Only folders lay pictures on white.
+  assert features.to_uint8(features.decode_picture(file.read_bytes(), 3))[0, 0].max() < 10
+
+
 def test_sixteen_bits_become_eight(tmp_path):
   deep = Image.fromarray(np.full((4, 6), 257 * 100, np.uint16))
   file = saved(tmp_path / "deep.png", deep)
