@@ -56,6 +56,21 @@ class ContinualExperiment:
   steps_per_epoch: int
 
   @property
+  def unreadable(self) -> dict[str, str]:
+    """Returns the reason for each file of the data that could not be read, by its path."""
+    found: dict[str, str] = {}
+    # All tasks are of the same two splits.
+    for split in (self.tasks[0].train, self.tasks[0].test):
+      found |= getattr(split, "unreadable", {})
+    return found
+
+  def file_entries(self) -> dict[str, int]:
+    """Returns the entry of a result with the number of these files; none for data without files."""
+    if not image_sets.has_folder(self.config.data.name):
+      return {}
+    return {"unreadable_files": len(self.unreadable)}
+
+  @property
   def pretrain_steps(self) -> int:
     """Returns the steps of the phase before each task's own training."""
     return self.config.generator.steps if self.method.pretrain_step else 0

@@ -25,6 +25,7 @@ from gating_jax.continual.training import (
   test_tasks,
   validate,
 )
+from gating_jax.data.checked_files import write_unreadable
 from gating_jax.reports import conclusion, tables
 from gating_jax.reports import predictions as prediction_tables
 from gating_jax.reports.text import format_percent
@@ -119,6 +120,7 @@ class ContinualLearning(runner.Programme):
     """Learns the tasks that are left; returns the result, or None where it was asked to stop."""
     experiment = self.experiment
     outlines.write_outlines(run_dir.path, [task.train for task in experiment.tasks])
+    hosts.on_writer(write_unreadable, run_dir.path, experiment.unreadable)
     with working("making the network", "up to half a minute"):
       training = runner.Training(run_dir.path, self.fresh(), experiment.total_steps)
     with training:

@@ -21,7 +21,8 @@ from gating_jax.analysis import outcomes, sources
 from gating_jax.analysis import scores as class_scores
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
-from gating_jax.data import augment, folders, image_sets, streaming
+from gating_jax.data import augment, folders, image_sets, streaming, unions
+from gating_jax.data.checked_files import write_unreadable
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import Experiment, build
@@ -257,6 +258,8 @@ class Classification(runner.Programme):
       train = experiment.open_train()
       # Kept in the run directory, so that the model can be loaded without its data.
       outlines.write_outlines(run_dir.path, [train, experiment.test])
+      # Also of a run that is stopped before its end.
+      hosts.on_writer(write_unreadable, run_dir.path, self._unreadable(train))
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
     teacher = self.teacher
     if teacher is not None:
@@ -282,7 +285,8 @@ class Classification(runner.Programme):
         evaluated.result.update(teacher.entries(evaluated.result["macs"]))
       if evaluated.gates is not None:
         evaluated.result["batch_shaping_reduction"] = experiment.objective.reduction
-      self._add_names(evaluated)
+      self._add_names(evaluated, train)
+      hosts.on_writer(write_unreadable, run_dir.path, self._unreadable(train))
       with working("drawing the report", "about half a minute", training.say):
         hosts.on_writer(self._write_files, run_dir, training, evaluated)
     return evaluated.result | {"step": training.step}
@@ -418,10 +422,25 @@ class Classification(runner.Programme):
     training.say(f"test {name} {format_percent(evaluated.result[key], 2)}")
     return evaluated
 
-  def _add_names(self, evaluated: Evaluation) -> None:
-    """Adds the outcomes of each layer's gates to the result, and the classes of a folder."""
-    if self.config.data.name == folders.FOLDER:
+  def _unreadable(self, train: Any = None) -> dict[str, str]:
+    """Returns the reasons for files that cannot be read, of the test set and of the training's."""
+    found = {}
+    for opened in (train, self.experiment.test):
+      found |= getattr(opened, "unreadable", {})
+    return found
+
+  def _add_names(self, evaluated: Evaluation, train: Any = None) -> None:
+    """Adds the outcomes of each layer's gates to the result, and what is known of folders' files.
+
+    Args:
+      evaluated: a test.
+      train: the training set, where it is open.
+    """
+    name = self.config.data.name
+    if name == folders.FOLDER or unions.is_union(name):
       evaluated.result["classes"] = list(self.experiment.test.class_names)
+    if image_sets.has_folder(name):
+      evaluated.result["unreadable_files"] = len(self._unreadable(train))
     if evaluated.gates is not None:
       evaluated.result["layers"] = outcomes.by_layer(
         evaluated.gates.diagnosis, self.experiment.counts.gate_layers

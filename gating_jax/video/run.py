@@ -20,6 +20,7 @@ import jax
 
 from gating_jax import runner
 from gating_jax.config_files import Config
+from gating_jax.data.checked_files import write_unreadable
 from gating_jax.data.image_sets import process_indices
 from gating_jax.data.videos import VideoArrays, check_apart
 from gating_jax.reports import tables
@@ -178,6 +179,7 @@ class LongVideo(runner.Programme):
       validation = experiment.validation
       result |= video_evaluation.count_unread(validation, video_evaluation.VALIDATION)
       result |= video_evaluation.count_copies(experiment.train, validation, experiment.test)
+      hosts.on_writer(write_unreadable, run_dir.path, self._unreadable())
       # Timed once, at the end: a test during training is not slowed down by it.
       result |= self._speed(variables)
       with working("drawing the report", "up to a minute"):
@@ -189,6 +191,13 @@ class LongVideo(runner.Programme):
       if self.config.pretrained and self.config.training == "two_stage":
         hosts.on_writer(video_nets.keep_nets, self.config.pretrained, run_dir.path)
     return result | {"step": step}
+
+  def _unreadable(self) -> dict[str, str]:
+    """Returns the reason for each video of any split that could not be read, by its name."""
+    found, experiment = {}, self.experiment
+    for videos in (experiment.train, experiment.validation, experiment.test):
+      found |= getattr(videos, "unreadable", {})
+    return found
 
   def pretrain(self, run_dir: RunDir, started: float | None = None) -> dict[str, Any] | None:
     """Trains both nets on single segments; returns their variables, or None where it stopped.

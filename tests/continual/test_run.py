@@ -453,6 +453,8 @@ def finished(config, programs, tmp_path_factory):
 def test_a_result_says_what_its_accuracies_are_worth(finished):
   _, workdir, printed = finished
   result = json.loads((workdir / "result.json").read_text())
+  assert sorted(result["classes"]) == [str(digit) for digit in range(10)]
+  assert "unreadable_files" not in result
   for setting in ("task_aware", "task_agnostic"):
     of_setting = result[setting]
     low, high = of_setting["average_accuracy_low"], of_setting["average_accuracy_high"]

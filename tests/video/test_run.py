@@ -632,6 +632,11 @@ def test_a_run_leaves_what_it_measured(finished):
   check_run(made, workdir, steps=2, videos=15)
   result = read_result(workdir)
   assert result["unreadable"] == 1
+  assert result["classes"] == ["class 0", "class 1", "class 2"]
+  # Of all splits.
+  named = (workdir / "unreadable_files.csv").read_text().splitlines()
+  unread = result["unreadable"] + result["training_unreadable"]
+  assert (named[0], len(named)) == ("path,reason", 1 + unread)
   assert 0 < result["share"] <= 1
   assert result["mac_ratio"] == pytest.approx(result["macs"] / result["all_segments_macs"])
   assert {path.name for path in workdir.glob("*.png")} == {"segments.png", "timeline.png"}
