@@ -51,8 +51,8 @@ gating-jax trains networks that decide, per input, what they compute, and shows 
 
 Examples, one for each programme. No downloads are needed: the data ship with scikit-learn.
 {examples}
-The same command resumes a run that was stopped. Without --workdir, each trains a new run, in \
-runs/digits_resnet20-1 and so on. Then, for a trained run:
+The same command resumes a run that was stopped; without --workdir, it trains a new run.
+Then, for a trained run:
   gating-jax --workdir=runs/digits --mode=compile
 
 Modes:
