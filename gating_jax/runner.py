@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from gating_jax import interrupts
 from gating_jax.checks import one_of
 from gating_jax.config_files import Config
 from gating_jax.reports import conclusion
@@ -300,7 +301,7 @@ class Training:
         stop=stop,
       )
     if self.step < settings.total_steps or stop.interrupted:
-      self.say("stopped as asked; a checkpoint is saved, run the same command to resume")
+      self.say(f"stopped as asked; a checkpoint is saved, run {interrupts.same_command} to resume")
       # Whoever pressed Ctrl-C wants nothing that follows: no later cell, no next command.
       if stop.interrupted:
         raise loop.Interrupted

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gating_jax import interrupts
 from gating_jax.config_files import Config
 from gating_jax.terminal import say, ticking
 from gating_jax.training import hosts
@@ -157,8 +158,8 @@ class _Deadline:
 def _end_process(number: int) -> None:
   """Ends this process at once, after its workers, with the status of this signal."""
   say(
-    "asked to stop while busy: ended without another checkpoint; run the same command to resume "
-    "from the newest one"
+    "asked to stop while busy: ended without another checkpoint; run "
+    f"{interrupts.same_command} to resume from the newest one"
   )
   # Closed pools free their shared memory, but each waits for its workers, perhaps in vain.
   closing = threading.Thread(target=_close_pools, daemon=True)
