@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import statistics
 import subprocess
 import sys
 import warnings
@@ -68,6 +69,7 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
     ),
     ("inference.strategies", "inference.costs", "exit_dispatch_macs"),
     ("models.columns", "models.summary", "ColumnMacs column_macs"),
+    ("analysis", "models", "UnitImportance select_units unit_importance with_prior"),
     (
       "reports.timings",
       "reports.measured_times",
@@ -175,6 +177,41 @@ def test_neither_the_package_nor_the_command_loads_jax_before_it_is_used(module)
     [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
   )
   assert done.stdout.split() == ["False"]
+
+
+def test_the_package_loads_no_library_of_an_extra():
+  libraries = "optax orbax grain PIL matplotlib tensorflow ml_collections"
+  program = (
+    f"import sys, gating_jax; print(*[n for n in {libraries!r}.split() if n in sys.modules])"
+  )
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.split() == []
+
+
+# The README's first line is the usual one; the package alone loads JAX when a name is used.
+IMPORTS = (
+  "import gating_jax",
+  "from gating_jax import batch_shaping_loss, beta, straight_through_gate",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_importing_takes_at_most_a_fifth_longer_than_importing_jax_and_flax():
+  seconds = {line: [] for line in ("import jax, flax.linen", *IMPORTS)}
+  # In turns, so that a busy machine slows all of them; the first round loads the files.
+  for attempt in range(8):
+    for line, found in seconds.items():
+      program = f"import time; t = time.perf_counter()\n{line}\nprint(time.perf_counter() - t)"
+      done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+      )
+      if attempt:
+        found.append(float(done.stdout))
+  both, *ours = map(statistics.median, seconds.values())
+  assert max(ours) <= 1.2 * both, seconds
 
 
 @pytest.mark.parametrize("name", ["", ".analysis", ".inference", ".layers", ".models", ".ops"])

@@ -1,7 +1,7 @@
 """Registry of the methods of continual learning, and of rehearsals: a builder for each name.
 
 A builder, `(config, problem) -> ` the method or rehearsal, reads its sections of the config and
-builds the networks that it needs. To add a method, see docs/extend.md.
+builds the networks that it needs. docs/extend/continual_method.md says how to add a method.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import functools
 import math
 import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from gating_jax.data import folders, tfds
+from gating_jax.data.checked_files import FaultNotes
 from gating_jax.terminal import progress_bar
 
 DIGITS = "digits"
@@ -91,12 +92,14 @@ class Images:
     class_names: one per class.
     shares: of a union to train on, how its sets come into batches; None for permutations of all
       images.
+    unreadable: the reason for each file of a folder that could not be read, by its path.
   """
 
   pixels: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
   shares: EqualShares | None = None
+  unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -117,7 +120,8 @@ class Images:
 
   def take(self, index: np.ndarray) -> Images:
     """Returns the set of the images at `index`, with the same classes."""
-    return Images(self.pixels[index], self.labels[index], self.class_names)
+    pixels, labels = self.read(index)
+    return dataclasses.replace(self, pixels=pixels, labels=labels, shares=None)
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order."""
@@ -155,15 +159,16 @@ def load(source: SetSource, image_size: int = 0) -> Images:
       return made
     return dataclasses.replace(made, pixels=np.stack([fit(pixels) for pixels in made.pixels]))
   opened = open_images(source)
+  notes = FaultNotes(getattr(opened, "unreadable", {}))
   # The first image has the shape that all must have; the array is then filled in place.
-  first = fit(opened[0][source.image])
+  first = fit(folders.read_or_replace(opened, 0, notes)[source.image])
   _check_fits(len(opened), first.shape, f"data split {split!r} of {name}")
   pixels = np.empty((len(opened), *first.shape), np.uint8)
   labels = np.empty(len(opened), np.int32)
   for i in progress_bar(
     range(len(opened)), desc=f"reading {name} {split}", unit="image", leave=False
   ):
-    example = opened[i]
+    example = folders.read_or_replace(opened, i, notes)
     pixel = fit(example[source.image])
     if pixel.shape != first.shape:
       raise ValueError(
@@ -176,7 +181,7 @@ def load(source: SetSource, image_size: int = 0) -> Images:
         "'validation'"
       )
     pixels[i], labels[i] = pixel, example[source.label]
-  return Images(pixels, labels, opened.class_names)
+  return Images(pixels, labels, opened.class_names, unreadable=notes.checked | notes.later)
 
 
 def open_images(source: SetSource) -> Any:
@@ -219,6 +224,17 @@ def _available_memory() -> int:
     # Only Linux has it.
     pass
   return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def has_folder(name: str) -> bool:
+  """Returns whether a set is a folder of images, or a union with one.
+
+  >>> has_folder("folder"), has_folder("union(mnist,folder:/data/a)"), has_folder("mnist")
+  (True, True, False)
+  """
+  if _unions().is_union(name):
+    return any(part.startswith(f"{folders.FOLDER}:") for part in _unions().parts_of(name))
+  return name == folders.FOLDER
 
 
 def keeps_proportions(name: str) -> bool:
@@ -553,7 +569,7 @@ def _reordered(images: Images, order: np.ndarray) -> Images:
   taken = np.flatnonzero(order >= 0)
   place[order[taken]] = taken
   names = tuple(images.class_names[c] if c >= 0 else "" for c in order)
-  return Images(images.pixels, place[images.labels], names)
+  return dataclasses.replace(images, labels=place[images.labels], class_names=names)
 
 
 def _worlds() -> types.ModuleType:

@@ -221,9 +221,13 @@ class UnionExamples(Sequence):
     class_names: the name of the set, a slash and that of the class.
     sizes: images of each set.
     shape: `(H, W, D)`; None for a size that differs between images.
+    unreadable: as in `folders.FolderImages`, of all folders.
   """
 
   def __init__(self, source: SetSource, sets: Sequence[Any]):
+    self.unreadable: dict[str, str] = {}
+    for each in sets:
+      self.unreadable |= getattr(each, "unreadable", {})
     self._sets, self._image, self._label = sets, source.image, source.label
     self._told = is_told(source.name)
     self.sizes = tuple(len(each) for each in sets)

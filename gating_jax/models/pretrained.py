@@ -166,13 +166,19 @@ def load_pretrained(
     one_of("name", name, (*RESNET_NAMES, *_VGG_NAMES))
   arguments.instance("classifier", classifier, bool, "True or False")
   model, variables = read_network(path, name, classifier=classifier)
-  if classifier and model.classes is None:
+  if classifier:
+    require_classifier(model, path)
+  return model, variables
+
+
+def require_classifier(model: Any, path: str | os.PathLike) -> None:
+  """Raises a ValueError where a network that was read from a file has no classifier."""
+  if model.classes is None:
     raise ValueError(
       f"the weights in {user_path(path)} must have a classifier, {_classifier_name(model)}; they "
       "have none, as backbones do. load_pretrained(path, classifier=False) returns the network "
       "without one, and a run with model.init_from gives it a fresh one"
     )
-  return model, variables
 
 
 @naming_extra()

@@ -27,7 +27,7 @@ from gating_jax.layers.mac_trace import Call, kernel_calls, sum_macs
 from gating_jax.models.columns import Column, output_shapes, trace_column
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import arguments
-from gating_jax.ops.macs import conv_macs, executed_macs, gated_macs
+from gating_jax.ops.macs import conv_macs, dense_layer_macs, executed_macs, gated_macs
 from gating_jax.types import Array, GateRecord, Path, Records, cached
 
 
@@ -452,7 +452,7 @@ def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int
   for height, width, channels in inner:
     layers += conv_macs((1, 1, j * channels, channels), (1, height, width, channels))
   # The classifier's adapter reads the mean of the last output.
-  head += conv_macs((j * last[-1], last[-1]), (1, last[-1]))
+  head += dense_layer_macs((j * last[-1], last[-1]))
   return ColumnMacs(layers, head)
 
 

@@ -118,6 +118,7 @@ def test_network(
     "unreadable": int(np.sum(~read)),
     "unreadable_names": _name_unread(test_set, read),
     "missing": len(getattr(test_set, "missing", ())),
+    "classes": list(test_set.class_names),
     **_score(experiment, test_set, tested),
     **segments,
     "macs": float(macs.mean()),
