@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.core import tracers
 
@@ -70,8 +71,9 @@ class GatedModel(nn.Module):
   gates open the outputs are those of the model, bit for bit; without pairs it is the model.
 
   Gates have BatchNorm: training needs the collection `batch_stats`, also where the model has none.
-  Transformations go around the gated model, as in `jax.checkpoint(gated.apply)`: from `nn.remat`,
-  `nn.scan` and the like inside of the model gates could not leave.
+  Transformations go around the gated model, as in `jax.checkpoint(gated.apply)` or
+  `nn.remat(GatedModel, static_argnums=(2,))`, called as `(x, train)`: from
+  `nn.remat`, `nn.scan` and the like inside of the model gates could not leave.
 
   Attributes:
     model: the model, called as `model(x)` or, where it has such an argument, `model(x,
@@ -195,8 +197,15 @@ def _read_mode(model: nn.Module, train: bool, given: Mapping[str, Any]) -> bool:
     train: as the gated model was called.
     given: further arguments of the model, among them perhaps its own word for the mode.
   Raises:
+    TypeError: one of them is traced.
     ValueError: they contradict each other.
   """
+  for name, value in {"train": train, **given}.items():
+    if name in _MODES and isinstance(value, jax.core.Tracer):
+      raise TypeError(
+        f"{name} must be True or False while JAX traces the model; got {shown(value)}. In nn.remat "
+        "give it by its place, and name that: nn.remat(GatedModel, static_argnums=(2,))"
+      )
   modes = {"train": True} if train else {}
   own, names = mode_of(model, train), inspect.signature(type(model).__call__).parameters
   for name, means_training in _MODES.items():

@@ -111,9 +111,14 @@ class Scanned(nn.Module):
 
 
 class Rematerialised(nn.Module):
+  block: type[nn.Module] = nn.remat(MlpBlock)
+
   @nn.compact
-  def __call__(self, x):
-    return nn.Dense(2, name="head")(nn.remat(MlpBlock)(5, name="block")(x.mean((1, 2))))
+  def __call__(self, x, train=False):
+    norm = nn.BatchNorm(use_running_average=not train)
+    x = nn.relu(norm(nn.Conv(4, (3, 3), strides=2, use_bias=False, name="stem")(x)))
+    x = self.block(5, name="block")(nn.relu(nn.Conv(6, (1, 1), name="conv")(x)).mean((1, 2)))
+    return nn.Dense(2, name="head")(x)
 
 
 PAIRS = {
@@ -123,7 +128,7 @@ PAIRS = {
   Mixer: (("tokens/Dense_0", "tokens/Dense_1"), ("channels/Dense_0", "channels/Dense_1")),
   WithSetup: (("layers_0", "layers_1"), ("layers_1", "layers_2")),
   Scanned: (),
-  Rematerialised: (),
+  Rematerialised: (("stem", "conv"),),
 }
 GATED = [kind for kind, pairs in PAIRS.items() if pairs]
 each_model = pytest.mark.parametrize("kind", GATED, ids=lambda kind: kind.__name__)
@@ -222,17 +227,18 @@ def test_a_dense_layer_that_reads_channels_in_another_order_has_no_pair(flatten)
 
 
 def test_a_flattened_map_is_trained_with_its_gates_and_not_folded():
-  gated, variables, _ = made(PlainCNN)
-  run = lambda params: gated.apply(
-    {**variables, "params": params},
-    IMAGES,
-    train=True,
-    mutable=["batch_stats"],
-    rngs={"gate": jax.random.key(1)},
-  )[0][0].sum()
-  grads = jax.grad(run)(variables["params"])
-  assert np.any(grads["Conv_1"]["gate"]["head"]["logits"]["bias"])
-  with pytest.raises(ValueError, match=r"Conv_1, Dense_0 \(Dense_0 is no nn.Conv\)"):
+  gated = GatedModel(into_dense(READ_BY_DENSE["flattened"][0]), (("a", "b"),), SMALL)
+  variables = jax.jit(gated.init)(jax.random.key(0), IMAGES)
+
+  def total(params):
+    """Sums the outputs of a pass in training."""
+    whole, rngs = {**variables, "params": params}, {"gate": jax.random.key(1)}
+    (y, _), _ = gated.apply(whole, IMAGES, train=True, mutable=["batch_stats"], rngs=rngs)
+    return y.sum()
+
+  gradients = jax.jit(jax.grad(total))(variables["params"])
+  assert np.any(gradients["a"]["gate"]["head"]["logits"]["bias"])
+  with pytest.raises(ValueError, match=r"others are a, b \(b is no nn.Conv\)"):
     fold(gated, variables, IMAGES)
 
 
@@ -314,6 +320,7 @@ def test_what_cannot_be_gated_has_a_reason():
   assert refused[Scanned]["first"].startswith("its channels go through scan")
   assert refused[Scanned]["block/Dense_0"] == "it is inside nn.scan, nn.remat, nn.vmap or nn.jit"
   assert refused[Rematerialised]["block/Dense_0"].startswith("it is inside nn.scan, nn.remat")
+  assert refused[Rematerialised]["conv"].startswith("its channels go through remat2, which")
 
 
 @pytest.mark.thin(3)
@@ -430,6 +437,48 @@ def test_it_trains_under_jit_grad_and_remat(kind):
   assert len(gates) == len(PAIRS[kind])
   assert all(np.any(moved[path] != 0) for path in gates)
   assert jax.tree.structure(stats) == jax.tree.structure(dict(variables["batch_stats"]))
+
+
+def with_gradients(model):
+  """What a gated model makes and trains to, with its mode given by its place."""
+  variables = jax.jit(lambda: model.init(jax.random.key(0), IMAGES, False))()
+
+  def loss(params):
+    """Sums the outputs and the costs of a pass in training."""
+    whole = {**variables, "params": params}
+    rngs = {"gate": jax.random.key(1)}
+    (y, records), new = model.apply(whole, IMAGES, True, mutable=["batch_stats"], rngs=rngs)
+    return (y**2).sum() + 1e-3 * executed_macs(records).mean(), new
+
+  gradients = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+  evaluated = jax.jit(lambda: model.apply(variables, IMAGES, False))()
+  return variables, evaluated, gradients
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda kind, model: nn.remat(kind, static_argnums=(2,))(model, (("stem", "conv"),), SMALL),
+    lambda kind, model: kind(model.clone(block=nn.remat(MlpBlock)), (("stem", "conv"),), SMALL),
+  ],
+  ids=["around", "inside"],
+)
+def test_rematerialised_around_or_inside_it_computes_the_same(change):
+  plain = Rematerialised(block=MlpBlock)
+  expected = with_gradients(GatedModel(plain, (("stem", "conv"),), SMALL))
+  found = with_gradients(change(GatedModel, plain))
+  # Names, numbers and records alike.
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  gradients, _ = found[2]
+  assert np.any(gradients["stem"]["gate"]["head"]["logits"]["bias"])
+
+
+def test_a_mode_that_is_traced_is_refused_with_the_way_to_give_it():
+  model = nn.remat(GatedModel)(Rematerialised(), (("stem", "conv"),), SMALL)
+  with pytest.raises(TypeError, match=r"train must be True or False .* static_argnums=\(2,\)"):
+    model.init(jax.random.key(0), IMAGES, train=True)
 
 
 def test_the_noise_of_gates_can_be_set_for_one_pass():
