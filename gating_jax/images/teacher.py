@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from gating_jax.checks import user_path
 from gating_jax.images.build import Experiment
 from gating_jax.images.checks import scope_of
-from gating_jax.images.restore import restore_network
-from gating_jax.images.start import Weights
+from gating_jax.images.start import Weights, restore_network
 from gating_jax.models.pretrained import names_weights, read_network, require_classifier
 from gating_jax.models.summary import model_summary
 from gating_jax.training import settings
