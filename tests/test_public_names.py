@@ -54,7 +54,7 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
   ("former", "today", "names"),
   [
     ("checks", "extras", "EXTRAS missing_extra naming_extra require_extra"),
-    ("checks", "former_names", "former_keyword former_positional"),
+    ("checks", "names", "former_keyword former_positional"),
     (
       "inference.folded",
       "inference.costs",
@@ -218,7 +218,7 @@ def test_type_checkers_dir_and_python_find_the_same_names(name):
       imported |= {alias.name: node.module for alias in node.names}
     elif isinstance(node, ast.ImportFrom) and node.module == "gating_jax":
       modules += [alias.asname for alias in node.names]
-  assert imported.pop("lazy_names") == "gating_jax.lazy"
+  assert imported.pop("lazy_names") == "gating_jax.names"
   assert package.__all__ == sorted(imported)
   assert modules == ([] if name else SUBMODULES.split())
   assert set(package.__all__) <= set(dir(package))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 
 OUTCOMES = ("always_open", "always_closed", "random_dropout", "conditional")
 # A gate is always open, or always closed, if it opens for more, or less, than this fraction of

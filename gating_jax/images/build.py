@@ -26,7 +26,6 @@ from gating_jax.images.checks import (
   PRIOR,
   SCALE,
   check_config,
-  scope_of,
 )
 from gating_jax.layers.blocks import GATINGS, KERNELS
 from gating_jax.layers.gate import is_gate_path
@@ -106,7 +105,7 @@ class Experiment:
 
   def competing(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the logits that are compared: with a head a set, those of an image's own set."""
-    if scope_of(self.config) == "source":
+    if self.config.loss.scope == "source":
       return logits_of_source(logits, labels, np.asarray(self.class_sources))
     return logits
 
@@ -177,7 +176,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     return experiment
   class_sources = tuple(unions.class_sources(data.name, experiment.test.class_names).tolist())
   objective = experiment.objective
-  if scope_of(config) == "source":
+  if config.loss.scope == "source":
     own = functools.partial(fit_sources, class_sources=class_sources)
     objective = dataclasses.replace(objective, fit=own)
   return dataclasses.replace(

@@ -32,11 +32,6 @@ SCALE = "scale"
 PRIOR, PRUNE = IMPORTANCE_FORMS = ("prior", "prune")
 
 
-def scope_of(config: Config) -> str:
-  """Returns which classes compete in the cross-entropy: `all`, or those of the `source`."""
-  return config.loss.scope or "all"
-
-
 def check_config(
   config: Config,
   *,
@@ -224,7 +219,7 @@ def _check_equal_macs(model: Config) -> None:
 
 def _check_union(config: Config) -> None:
   """Raises a ValueError where a setting of unions is wrong, or goes with no union."""
-  data, model, scope = config.data, config.model, scope_of(config)
+  data, model, scope = config.data, config.model, config.loss.scope or "all"
   one_of("loss.scope", scope, SCOPES)
   # Scenes have no such field.
   per_set = data.get("images_per_set")

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.former_names import former_keyword
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import (
   AUTO,
@@ -46,6 +45,7 @@ from gating_jax.inference.folded import ExitNet, FoldedNet, Layer
 from gating_jax.inference.folding import check_foldable, fold_conv, fold_stages
 from gating_jax.inference.strategies import for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
+from gating_jax.names import former_keyword
 from gating_jax.ops import confidence
 from gating_jax.timing import EXIT_DISPATCH, MASKED, ReportProgress
 from gating_jax.types import Array

@@ -36,7 +36,7 @@ from gating_jax.layers.context import (
   grid_means,
   standardised_thumbnail,
 )
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 from gating_jax.ops.macs import dense_layer_macs
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import AnyArray, Array

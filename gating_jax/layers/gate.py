@@ -30,7 +30,6 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 
 from gating_jax.checks import one_of, shown
-from gating_jax.former_names import former_positional
 from gating_jax.layers.context import (
   GLANCE_NAME,
   NOTHING_SHARED,
@@ -40,6 +39,7 @@ from gating_jax.layers.context import (
   context_of,
   shared_part,
 )
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives, quantiles, relaxations
 from gating_jax.ops.arguments import float_dtype
 from gating_jax.ops.macs import UnitMacs

@@ -40,11 +40,11 @@ from flax import traverse_util
 
 from gating_jax.checks import check_unpacked, few, first_line, one_of, printable, user_path
 from gating_jax.extras import naming_extra
-from gating_jax.former_names import former_positional
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.resnets import RESNETS, ResNet
 from gating_jax.models.vggs import POOL, VGG, Chain
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.types import Path
 

@@ -21,11 +21,11 @@ from flax import traverse_util
 from flax.errors import FlaxError
 
 from gating_jax.checks import first_line, shown
-from gating_jax.former_names import former_keyword, former_positional
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.layers.mac_trace import Call, kernel_calls, sum_macs
 from gating_jax.models.columns import Column, output_shapes, trace_column
 from gating_jax.models.timegate import SegmentNet
+from gating_jax.names import former_keyword, former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.macs import conv_macs, dense_layer_macs, executed_macs, gated_macs
 from gating_jax.types import Array, GateRecord, Path, Records, cached

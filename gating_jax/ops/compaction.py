@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import shown
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float
 from gating_jax.types import AnyArray, Array

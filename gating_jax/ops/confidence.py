@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.former_names import former_keyword, former_positional
+from gating_jax.names import former_keyword, former_positional
 from gating_jax.ops import arguments
 from gating_jax.types import Array
 

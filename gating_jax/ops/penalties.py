@@ -24,7 +24,7 @@ from jax import lax
 from jax.scipy.special import entr
 
 from gating_jax.checks import is_array
-from gating_jax.former_names import former_keyword, former_positional
+from gating_jax.names import former_keyword, former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float, one_dtype
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, mac_fraction

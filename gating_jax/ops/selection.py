@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import shown
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float, float_dtype
 from gating_jax.ops.collectives import example_keys
