@@ -200,8 +200,8 @@ GATES = [
   Mutant(
     "thresholds_of_infinite_logits",
     "ops/quantiles.py",
-    "kth = jnp.clip(_largest_with(z, weights, needed, axis_name), limits.min, limits.max)",
-    "kth = _largest_with(z, weights, needed, axis_name)",
+    "jnp.clip(_largest_with(z, weights, needed, axis_name=axis_name), limits.min, limits.max)",
+    "_largest_with(z, weights, needed, axis_name=axis_name)",
     "ops/test_quantiles.py",
   ),
   Mutant(

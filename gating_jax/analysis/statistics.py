@@ -136,6 +136,7 @@ def layer_histograms(
   names: Sequence[str],
   logits: Sequence[np.ndarray],
   open_rates: Sequence[np.ndarray],
+  *,
   group: str = "gates",
 ) -> dict[str, np.ndarray]:
   """Returns `[BINS]` counts over [0, 1] of each layer's open probabilities and open rates.

@@ -250,4 +250,4 @@ def draw_inputs(
   # Both cases are computed: whether the memory holds anything is known only at run time.
   x = jnp.where(filled, problem.prepare(changes, entries.pixels), batch.x[stand_ins])
   labels = jnp.where(filled, entries.labels, batch.labels[stand_ins])
-  return Drawn(x, labels, entries.extra, filled)
+  return Drawn(x, labels, extra=entries.extra, filled=filled)

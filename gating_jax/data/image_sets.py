@@ -198,7 +198,7 @@ def open_images(source: SetSource) -> Any:
       source.data_dir, source.split, image=image, label=label, in_use=source.in_use
     )
   readers = tfds.class_readers(image, label)
-  return tfds.open_tfds(source.name, source.split, source.data_dir, readers)
+  return tfds.open_tfds(source.name, source.split, source.data_dir, readers=readers)
 
 
 def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
@@ -437,13 +437,13 @@ def batch_indices(seed: int, step: int, batch_size: int, examples: int | EqualSh
       f"batch_size must be in [1, {in_epoch}], the number of training images; got {batch_size}"
     )
   if isinstance(examples, EqualShares):
-    return _shared_indices(seed, step * batch_size, batch_size, examples.sizes)
+    return _shared_indices(seed, first=step * batch_size, count=batch_size, sizes=examples.sizes)
   epoch, position = divmod(step, examples // batch_size)
   order = _order_of((seed, epoch), examples)
   return order[position * batch_size : (position + 1) * batch_size]
 
 
-def _shared_indices(seed: int, first: int, count: int, sizes: Sequence[int]) -> np.ndarray:
+def _shared_indices(seed: int, first: int, count: int, *, sizes: Sequence[int]) -> np.ndarray:
   """Returns the images at places `first` and after it of the endless turns of sets, `[count]`."""
   starts = np.cumsum([0, *sizes[:-1]])
   found = np.empty(count, np.int32)

@@ -94,7 +94,7 @@ class Experiment:
 
   def init_state(self) -> steps.TrainState:
     """Initialises the state with which training begins."""
-    return steps.init_state(self.model, self.optimiser, self.config.seed, self.test.shape)
+    return steps.init_state(self.model, self.optimiser, self.config.seed, shapes=self.test.shape)
 
   def competing(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the logits that are compared: with a head a set, those of an image's own set."""
@@ -260,7 +260,7 @@ def assemble(
   test: Any = outlines[-1] if outlines else open_test()
   settings.check_channels(data, test.shape[-1])
   classes = len(test.class_names)
-  of_model = _at_equal_macs(config.model, classes, test.shape, network)
+  of_model = _at_equal_macs(config.model, classes, test.shape, network=network)
   share = _share_schedule(of_model, total)
   model = network(of_model, classes)
   # The same network without the limit, for batches that open more than it holds.
@@ -269,8 +269,8 @@ def assemble(
     unlimited = ml_collections.ConfigDict({**config.model, "backward_share": 1.0})
     full = network(unlimited, classes)
   counts = model_summary(model, test.shape)
-  _check_layers("optim.frozen_layers", training.frozen_layers, model, test.shape)
-  _check_layers("model.importance.static_layers", static, model, test.shape)
+  _check_layers("optim.frozen_layers", training.frozen_layers, model, shape=test.shape)
+  _check_layers("model.importance.static_layers", static, model, shape=test.shape)
   # The objective sees training images, whose MACs differ with their size.
   at_training = model_summary(model, train_shape) if train_shape else counts
   check_budget("loss.sparsity", config.loss.sparsity, at_training)
@@ -359,7 +359,7 @@ def _is_frozen(layers: Sequence[str] | None, path: Sequence[str]) -> bool:
 
 
 def _check_layers(
-  field: str, names: Sequence[str] | None, model: nn.Module, shape: tuple[int, ...]
+  field: str, names: Sequence[str] | None, model: nn.Module, *, shape: tuple[int, ...]
 ) -> None:
   """Raises a ValueError unless each name in a field is the beginning of a layer's name."""
   if names is None:
@@ -391,6 +391,7 @@ def _at_equal_macs(
   model: Config,
   classes: int,
   shape: tuple[int, ...],
+  *,
   network: Callable[[Config, int], nn.Module],
 ) -> Config:
   """Returns the section `config.model` with the share that its gates may open.

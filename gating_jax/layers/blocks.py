@@ -109,8 +109,8 @@ class _ResidualBlock(nn.Module):
     one_of("convolution", self.convolution, CONVOLUTIONS)
     arguments.whole_number("features", self.features)
     arguments.whole_number("stride", self.stride)
-    arguments.number("inner_width", self.inner_width, "> 0", lambda v: 0 < v < math.inf)
-    arguments.number("backward_share", self.backward_share, "in (0, 1]", lambda v: 0 < v <= 1)
+    arguments.number("inner_width", self.inner_width, "> 0", holds=lambda v: 0 < v < math.inf)
+    arguments.number("backward_share", self.backward_share, "in (0, 1]", holds=lambda v: 0 < v <= 1)
 
   def _conv(
     self, name: str, *, features: int, window: int, stride: int = 1, dilation: int = 1
@@ -134,13 +134,15 @@ class _ResidualBlock(nn.Module):
     )
 
   def _mixes(
-    self, x: Array, train: bool, shared: Shared, convs: Sequence[Conv]
+    self, x: Array, train: bool, shared: Shared, *, convs: Sequence[Conv]
   ) -> list[tuple[Array, ...]]:
     """Returns the further arguments of each convolution: its weights, where kernels are mixed."""
     mixed = [isinstance(conv, MixedConvNorm) for conv in convs]
     if not any(mixed):
       return [()] * len(convs)
-    weigh = KernelWeights(sum(mixed), self.kernels, self.gate, self.axis_name, name=GATE_NAME)
+    weigh = KernelWeights(
+      sum(mixed), self.kernels, self.gate, axis_name=self.axis_name, name=GATE_NAME
+    )
     weights = iter(weigh(x, train, shared))
     return [(next(weights),) if is_mixed else () for is_mixed in mixed]
 
@@ -232,7 +234,7 @@ class _ResidualBlock(nn.Module):
       branch,
       [conv.variables for conv in convs],
       x,
-      records[0].gates[:, 0],
+      gates=records[0].gates[:, 0],
       # Its size must be static, so it cannot be the number of open examples itself.
       capacity=math.ceil(self.backward_share * len(x)),
     )
@@ -309,7 +311,7 @@ class BasicBlock(_ResidualBlock):
     conv2 = self._conv("conv2", features=self.features, window=3, dilation=second)
     project = self._project(x, self.features)
     convs = (conv1, conv2)
-    first_mix, second_mix = self._mixes(x, train, shared, convs)
+    first_mix, second_mix = self._mixes(x, train, shared, convs=convs)
     h = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train, *first_mix), shared))
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
@@ -360,7 +362,7 @@ class Bottleneck(_ResidualBlock):
     convs = (conv1, conv2, conv3)
     project = self._project(x, out)
     # The 1x1 convolutions have one kernel.
-    _, mix, _ = self._mixes(x, train, shared, convs)
+    _, mix, _ = self._mixes(x, train, shared, convs=convs)
     h1 = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train), shared))
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):

@@ -101,7 +101,7 @@ def gate_controls(
   >>> gate_controls({"block1": {"conv": 0, "gate": {"logits": 0}}}, share=0.5)
   {'block1': {'gate': {'share': 0.5}}}
   """
-  arguments.instance("params", params, Mapping, "a tree of parameters")
+  arguments.instance("params", params, Mapping, rule="a tree of parameters")
   values = {}
   for name, value in ((_SCALE, noise_scale), (_SHARE, share), (_SOFTNESS, softness)):
     if value is not None:
@@ -138,7 +138,7 @@ def shift_thresholds(variables: Mapping[str, Any], *, shift: float | Array) -> d
   >>> print(moved["batch_stats"]["block1"]["gate"]["shift"])
   1.0
   """
-  arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
+  arguments.instance("variables", variables, Mapping, rule="a mapping with params and batch_stats")
   flat: dict[Path, Any] = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
   moved = {}
   for path, leaf in flat.items():
@@ -223,10 +223,10 @@ class GateSettings:
   def __post_init__(self):
     check_sampling(self)
     arguments.whole_number("gate block", self.block)
-    arguments.number("gate normalise", self.normalise, ">= 0", lambda v: 0 <= v < math.inf)
-    arguments.number("gate share", self.share, "in (0, 1]", lambda v: 0 < v <= 1)
-    arguments.instance("gate weighted", self.weighted, bool, "True or False")
-    arguments.instance("gate prior", self.prior, bool, "True or False")
+    arguments.number("gate normalise", self.normalise, ">= 0", holds=lambda v: 0 <= v < math.inf)
+    arguments.number("gate share", self.share, "in (0, 1]", holds=lambda v: 0 < v <= 1)
+    arguments.instance("gate weighted", self.weighted, bool, rule="True or False")
+    arguments.instance("gate prior", self.prior, bool, rule="True or False")
     _check_context(self.context)
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
     one_of("gate threshold", self.threshold, THRESHOLDS)
@@ -249,8 +249,8 @@ class GateSettings:
     quantile = self.threshold == "quantile"
     if self.context == "none":
       # The same logits for all examples have no deviation, and are a prior themselves.
-      refuse("normalise", self.normalise > 0, "0", "if context is none")
-      refuse("prior", self.prior, "False", "if context is none")
+      refuse("normalise", self.normalise > 0, "0", why="if context is none")
+      refuse("prior", self.prior, "False", why="if context is none")
     for name, is_set, rule in (
       ("normalise", self.normalise > 0, "0"),
       ("threshold", quantile, "zero"),
@@ -258,15 +258,17 @@ class GateSettings:
       ("prior", self.prior, "False"),
     ):
       if not learnt:
-        refuse(name, is_set, rule, f"if context is {self.context}")
+        refuse(name, is_set, rule, why=f"if context is {self.context}")
       if not hard:
-        refuse(name, is_set, rule, f"if relaxation is {self.relaxation}")
+        refuse(name, is_set, rule, why=f"if relaxation is {self.relaxation}")
     if not quantile and self.context != "assigned":
-      refuse("share", self.share < 1, "1", "unless threshold is quantile or context is assigned")
+      refuse(
+        "share", self.share < 1, "1", why="unless threshold is quantile or context is assigned"
+      )
     if self.relaxation == "scale" and self.context in _ALONE:
-      refuse("context", True, "a sum of parts such as pooled", "if relaxation is scale")
+      refuse("context", True, "a sum of parts such as pooled", why="if relaxation is scale")
     if self.context == "assigned":
-      refuse("relaxation", not hard, "straight_through", "if context is assigned")
+      refuse("relaxation", not hard, "straight_through", why="if context is assigned")
 
   @property
   def parts(self) -> tuple[str, ...]:
@@ -328,14 +330,16 @@ def _check_context(context: object) -> None:
 def check_sampling(gate: Any) -> None:
   """Raises an error unless the fields that settings of all gates have are in their range."""
   arguments.whole_number("gate hidden", gate.hidden)
-  arguments.number("gate initial_open", gate.initial_open, "in (0, 1)", lambda v: 0 < v < 1)
-  arguments.number("gate temperature", gate.temperature, "> 0", lambda v: 0 < v < math.inf)
-  arguments.number("gate noise_scale", gate.noise_scale, ">= 0", lambda v: 0 <= v < math.inf)
+  arguments.number("gate initial_open", gate.initial_open, "in (0, 1)", holds=lambda v: 0 < v < 1)
+  arguments.number("gate temperature", gate.temperature, "> 0", holds=lambda v: 0 < v < math.inf)
+  arguments.number("gate noise_scale", gate.noise_scale, ">= 0", holds=lambda v: 0 <= v < math.inf)
 
 
 def check_gate_settings(name: str, settings: object) -> None:
   """Raises a TypeError unless `settings` are `GateSettings`."""
-  arguments.instance(name, settings, GateSettings, "GateSettings, such as GateSettings(hidden=16)")
+  arguments.instance(
+    name, settings, GateSettings, rule="GateSettings, such as GateSettings(hidden=16)"
+  )
 
 
 class GateHead(nn.Module):
@@ -438,7 +442,7 @@ class ChannelGate(nn.Module):
     check_examples(x, train)
     units = [self._units(group.channels) for group in self.groups]
     # One head decides on the units of all groups, which are then split.
-    trained, weighing = self._relative(self._logits(x, sum(units), train, shared), train)
+    trained, weighing = self._relative(self._logits(x, sum(units), train, shared=shared), train)
     logits = self._shifted(trained, train)
     # Before the splits: the order in which the logits' gradients add up is that of these lines.
     probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
@@ -483,11 +487,11 @@ class ChannelGate(nn.Module):
       raise TypeError(f"groups must be {what}; got {shown(self.groups)}")
     for i, group in enumerate(self.groups):
       rule = "GatedChannels, such as GatedChannels(channels=32, macs_per_channel=0)"
-      arguments.instance(f"groups[{i}]", group, GatedChannels, rule)
+      arguments.instance(f"groups[{i}]", group, GatedChannels, rule=rule)
       arguments.whole_number(f"groups[{i}].channels", group.channels)
       for cost in ("macs_per_channel", "macs_per_pair"):
         value = getattr(group, cost)
-        arguments.number(f"groups[{i}].{cost}", value, ">= 0", lambda v: v >= 0)
+        arguments.number(f"groups[{i}].{cost}", value, ">= 0", holds=lambda v: v >= 0)
     check_gate_settings("settings", self.settings)
 
   def _relative(self, logits: Array, train: bool) -> tuple[Array, Array]:

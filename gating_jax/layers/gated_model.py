@@ -115,7 +115,7 @@ class GatedModel(nn.Module):
     """Applies the model to x; `kwargs` are further arguments of it."""
     check_gate_settings("gate", self.gate)
     train = _read_mode(self.model, train, kwargs)
-    gates = _Pass(check_pairs(self.pairs), self.gate, self.axis_name, train)
+    gates = _Pass(check_pairs(self.pairs), self.gate, self.axis_name, train=train)
     gates.trace, gates.depth = tracers.current_trace(), len(self.path)
     with nn.intercept_methods(gates.intercept):
       y = self.model(x, **{**mode_of(self.model, train), **kwargs})
@@ -148,7 +148,7 @@ def check_pairs(pairs: Sequence[tuple[str, str]]) -> Pairs:
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
       raise TypeError(f"pairs must be {rule}; got {shown(pair)}")
     for path in pair:
-      arguments.instance("each path of pairs", path, str, 'a text, such as "block1/conv1"')
+      arguments.instance("each path of pairs", path, str, rule='a text, such as "block1/conv1"')
     writer, reader = pair
     if writer in readers or reader in writers or writer == reader:
       raise ValueError(

@@ -130,7 +130,7 @@ class SegmentGate(nn.Module):
   @nn.compact
   def __call__(self, x: Array, valid: Array, train: bool = False) -> GateRecord:
     rule = "SegmentGateSettings, such as SegmentGateSettings(concepts=128)"
-    arguments.instance("settings", self.settings, SegmentGateSettings, rule)
+    arguments.instance("settings", self.settings, SegmentGateSettings, rule=rule)
     s = self.settings
     check_examples(x, train)
     arguments.real_array("valid", valid, "[B, T]")

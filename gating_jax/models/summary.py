@@ -183,7 +183,7 @@ def solve_share(model: nn.Module, input_shape: Any, *, macs: float) -> float:
   counts = _count(trace)
   if not counts.gates:
     raise ValueError("model must have gates; got one without")
-  arguments.number("macs", macs, "> 0", lambda v: v > 0)
+  arguments.number("macs", macs, "> 0", holds=lambda v: v > 0)
   singles = 0
   for record in trace.records:
     singles += record.gates.shape[-1] * record.macs_per_unit
@@ -248,14 +248,16 @@ def _is_shape(node: Any) -> bool:
 
 def _trace(model: nn.Module, input_shape: Any) -> _Trace:
   """Runs a model on shapes alone."""
-  arguments.instance("model", model, nn.Module, "a network, such as resnet('resnet20', classes=10)")
+  arguments.instance(
+    "model", model, nn.Module, rule="a network, such as resnet('resnet20', classes=10)"
+  )
   shapes = jax.tree.leaves(input_shape, is_leaf=_is_shape)
   rule = "a tuple of whole numbers, such as (32, 32, 3), or a tree of them"
   # Without a tuple there are no leaves, and the input shape itself is at fault.
   if isinstance(input_shape, list) and all(isinstance(size, int) for size in input_shape):
     raise TypeError(f"input_shape must be {rule}; got {shown(input_shape)}")
   for shape in shapes or [input_shape]:
-    arguments.instance("input_shape", shape, tuple, rule)
+    arguments.instance("input_shape", shape, tuple, rule=rule)
     for size in shape:
       arguments.whole_number("each of input_shape", size)
 
@@ -392,10 +394,12 @@ def video_summary(
   >>> video_summary(model, shapes, precomputed=(100, 1000)).heavy.macs
   1000
   """
-  arguments.instance("model", model, SegmentNet, "a SegmentNet")
-  arguments.instance("shapes", shapes, Mapping, "a mapping of names to shapes")
+  arguments.instance("model", model, SegmentNet, rule="a SegmentNet")
+  arguments.instance("shapes", shapes, Mapping, rule="a mapping of names to shapes")
   for name in ("heavy", "valid", *(("light",) if model.light is not None else ())):
-    arguments.instance(f"shapes[{name!r}]", shapes.get(name), tuple, "a tuple of whole numbers")
+    arguments.instance(
+      f"shapes[{name!r}]", shapes.get(name), tuple, rule="a tuple of whole numbers"
+    )
   segments = shapes["valid"][0]
   heavy = model_summary(model.heavy.clone(parent=None), shapes["heavy"][1:])
   light = NOTHING

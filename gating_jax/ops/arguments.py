@@ -29,7 +29,7 @@ from gating_jax.types import AnyArray, Array, GateRecord
 _NO_NUMBERS = "OSUcmM"
 
 
-def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:
+def instance(name: str, value: object, kind: type | tuple[type, ...], *, rule: str) -> None:
   """Raises a TypeError unless `value` is an instance of `kind`.
 
   >>> instance("settings", {"hidden": 4}, int, "a whole number")
@@ -46,7 +46,7 @@ def function(name: str, value: object, rule: str = "a function") -> None:
     raise TypeError(f"{name} must be {rule}; got {shown(value)}")
 
 
-def number(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
+def number(name: str, value: Any, rule: str, *, holds: Callable[[Any], bool]) -> None:
   """Raises an error unless `value` is a real number that fulfils the rule.
 
   Numbers computed from unknown sizes, as in `jax.export`, are accepted.
@@ -91,7 +91,7 @@ def whole_number(name: str, value: Any, least: int = 1) -> None:
     raise ValueError(f"{name} must be >= {least}; got {value}")
 
 
-def parameter(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> Any:
+def parameter(name: str, value: Any, rule: str, *, holds: Callable[[Any], Any]) -> Any:
   """Returns `value` as a number or an array, checked as far as it is known.
 
   Args:

@@ -215,7 +215,7 @@ def open_backward(
     )
   if not 1 <= capacity <= len(x):
     raise ValueError(f"capacity must be from 1 to the {len(x)} examples of x; got {capacity}")
-  return _open_backward(f, capacity, variables, jnp.asarray(x), jnp.asarray(gates))
+  return _open_backward(f, capacity, variables, x=jnp.asarray(x), gates=jnp.asarray(gates))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

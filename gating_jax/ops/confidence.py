@@ -136,8 +136,8 @@ def threshold_for_budget(
   """
   arguments.real_array("stay", stay, "[N, X]")
   arguments.real_array("macs", macs, "[X]")
-  arguments.number("always_macs", always_macs, ">= 0", lambda v: v >= 0)
-  arguments.number("share", share, "in (0, 1]", lambda v: 0 < v <= 1)
+  arguments.number("always_macs", always_macs, ">= 0", holds=lambda v: v >= 0)
+  arguments.number("share", share, "in (0, 1]", holds=lambda v: 0 < v <= 1)
   stay, costs = np.asarray(stay, np.float64), np.asarray(macs, np.float64)
   if not stay.size or costs.shape != stay.shape[1:]:
     raise ValueError(f"stay must be [N, X] for X macs; got shapes {stay.shape} and {costs.shape}")
@@ -338,6 +338,9 @@ def _highest_so_far(
 
 def _log_odds(threshold: float) -> float:
   arguments.number(
-    "threshold", threshold, "in (0, 1), a fraction of the largest entropy", lambda v: 0 < v < 1
+    "threshold",
+    threshold,
+    "in (0, 1), a fraction of the largest entropy",
+    holds=lambda v: 0 < v < 1,
   )
   return math.log(threshold) - math.log1p(-threshold)

@@ -115,7 +115,7 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
   reads = jnp.asarray(_READ_ON_DOUBLED, kernel.dtype)
   # a, b: even or odd place; i, j: taps; p, q: original pixels that they read.
   kernel = jnp.einsum("aip,bjq,ijck->pqcabk", reads, reads, kernel)
-  y = convolve_images(x, kernel.reshape(3, 3, channels, -1), (1, 1), ((1, 1), (1, 1)))
+  y = convolve_images(x, kernel.reshape(3, 3, channels, -1), (1, 1), padding=((1, 1), (1, 1)))
   y = y.reshape(n, height, width, 2, 2, -1)
   # From [N, H, W, a, b, K] to [N, H, a, W, b, K]: even and odd places alternate.
   return jnp.swapaxes(y, 2, 3).reshape(n, 2 * height, 2 * width, -1)

@@ -267,7 +267,7 @@ def _prepare(
   keys, values, of_examples = jax.tree.map(
     lambda v: v.reshape(v.shape[0], -1), (lax.stop_gradient(x), values, weights)
   )
-  return _Prepared(keys, values, of_examples, columns)
+  return _Prepared(keys, values, of_examples, columns=columns)
 
 
 def _loss_over_devices(batch: _Prepared, *, axis_name: Hashable | None, exchange: str) -> Array:

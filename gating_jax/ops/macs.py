@@ -321,9 +321,11 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
   """
   records = arguments.items("records", records, "one GateRecord per gated layer")
   for i, record in enumerate(records):
-    arguments.instance(f"records[{i}]", record, GateRecord, "a GateRecord")
+    arguments.instance(f"records[{i}]", record, GateRecord, rule="a GateRecord")
     for cost in ("macs_per_unit", "macs_per_pair"):
-      arguments.number(f"records[{i}].{cost}", getattr(record, cost), ">= 0", lambda v: v >= 0)
+      arguments.number(
+        f"records[{i}].{cost}", getattr(record, cost), ">= 0", holds=lambda v: v >= 0
+      )
     for field in fields:
       name, values = f"records[{i}].{field}", getattr(record, field)
       arguments.real_array(name, values)

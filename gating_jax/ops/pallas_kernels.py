@@ -445,7 +445,7 @@ def _per_channel(gates: Array, channels: int) -> Array:
 
 def _checked_branch(branch, x, gates):
   arguments.instance(
-    "branch", branch, Branch, "a Branch: the kernels and biases of two convolutions"
+    "branch", branch, Branch, rule="a Branch: the kernels and biases of two convolutions"
   )
   for name, array in (("x", x), ("gates", gates)):
     arguments.real_array(name, array)

@@ -85,7 +85,7 @@ def target_rate_loss(
 
   Reference: Veit and Belongie, 2018 (ConvNet-AIG).
   """
-  target = arguments.parameter("target", target, "in [0, 1]", lambda v: (v >= 0) & (v <= 1))
+  target = arguments.parameter("target", target, "in [0, 1]", holds=lambda v: (v >= 0) & (v <= 1))
   gaps = []
   for layer in _checked_layers("gates", gates, "gates"):
     rate = collectives.batch_mean(unweighted(layer), axis_name)
@@ -284,8 +284,8 @@ def mac_budget_loss(
   >>> print(f"{mac_budget_loss([record], never_gated_macs=4, budget=0.5):.4f}")
   0.0100
   """
-  arguments.number("never_gated_macs", never_gated_macs, ">= 0", lambda v: v >= 0)
-  budget = arguments.parameter("budget", budget, "in (0, 1]", lambda v: (v > 0) & (v <= 1))
+  arguments.number("never_gated_macs", never_gated_macs, ">= 0", holds=lambda v: v >= 0)
+  budget = arguments.parameter("budget", budget, "in (0, 1]", holds=lambda v: (v > 0) & (v <= 1))
   records = _as_records(records, gates=gates, macs_per_unit=macs_per_unit)
   records = checked_records(records, "gates", "probs", with_examples=True)
   expected = collectives.batch_mean(expected_macs(records), axis_name)

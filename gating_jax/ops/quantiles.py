@@ -59,7 +59,7 @@ def open_threshold(
   1.0
   """
   arguments.real_array("logits", logits)
-  share = arguments.parameter("share", share, "in (0, 1]", lambda v: (v > 0) & (v <= 1))
+  share = arguments.parameter("share", share, "in (0, 1]", holds=lambda v: (v > 0) & (v <= 1))
   z = lax.stop_gradient(collectives.whole_batch(as_float(logits)))
   if z.size == 0:
     raise ValueError(f"logits must hold at least one value; got shape {z.shape}")
@@ -77,7 +77,7 @@ def open_threshold(
   # Above 0, so that the largest logit is open.
   needed = jnp.maximum(needed, jnp.asarray(limits.tiny, z.dtype))
   # z_(k) and z_(k + 1) of the equation. With an infinite one, theta would be infinite or NaN.
-  kth = jnp.clip(_largest_with(z, weights, needed, axis_name), limits.min, limits.max)
+  kth = jnp.clip(_largest_with(z, weights, needed, axis_name=axis_name), limits.min, limits.max)
   below = _maximum(jnp.where(counts & (z < kth), z, -jnp.inf), axis_name)
   below = jnp.where(jnp.isneginf(below), kth, below)
   # Large enough to be lost in rounding neither here nor in the difference of logits and theta.
@@ -90,7 +90,7 @@ def open_threshold(
   return jnp.where(is_wrong, jnp.nan, jnp.where(total == 0, jnp.zeros_like(theta), theta))
 
 
-def _largest_with(z: Array, weights: Array, needed: Array, axis_name: Hashable | None) -> Array:
+def _largest_with(z: Array, weights: Array, needed: Array, *, axis_name: Hashable | None) -> Array:
   """Returns the largest value for which the logits at or above it weigh `needed` or more."""
   keys = _ordered(z)
   limits = jnp.iinfo(keys.dtype)

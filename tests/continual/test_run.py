@@ -940,7 +940,7 @@ def test_every_task_begins_with_a_fresh_optimiser():
     jnp.int32(7), jnp.int32(0), params, {}, moving, {}, TaskTable(*[jnp.zeros((1, 1))] * 5)
   )
   ended = training.finish_task(
-    experiment, learner, 0, lambda *_: dict.fromkeys(TaskTable._fields, 0.5)
+    experiment, learner, 0, evaluate=lambda *_: dict.fromkeys(TaskTable._fields, 0.5)
   )
   assert tiny.bit_equal(ended.opt_state, optimiser.init(params))
   assert (int(ended.step), int(ended.task)) == (8, 1)
