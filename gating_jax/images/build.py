@@ -70,7 +70,7 @@ class Experiment:
     objective: its objective.
     settings: settings of the training loop.
     noise_scale: noise scale of the gates, from step to number; None for the model's own.
-    share: share of gates that quantiles open, likewise.
+    share: fraction of gates that quantiles open, likewise.
     softness: temperature at which kernels are mixed, from step to number; None without any.
     full: the model with the whole backward pass, where its own leaves something out; else None.
     source_names, class_sources: for a union, the names of its sets, and for each class the place of
@@ -191,7 +191,7 @@ def _shares(config: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
   """Returns how the sets of a union come into batches, by the numbers of their images.
 
   Raises:
-    ValueError: a set has no image, of which no batch could have its share.
+    ValueError: a set has no image, of which no batch could have its part.
   """
   for name, size in zip(unions.source_names(config.data.name), sizes, strict=True):
     if not size:
@@ -394,13 +394,13 @@ def _at_equal_macs(
   *,
   network: Callable[[Config, int], nn.Module],
 ) -> Config:
-  """Returns the section `config.model` with the share that its gates may open.
+  """Returns the section `config.model` with the fraction of gates that may open.
 
-  With `equal_inner_width`, that is the share at which an image costs as much as in the ungated
+  With `equal_inner_width`, that is the fraction at which an image costs as much as in the ungated
   network of this inner width, gate networks included. Without it, the section as it is.
 
   Raises:
-    ValueError: no share costs as much.
+    ValueError: no fraction costs as much.
   """
   inner = model.equal_inner_width
   if inner is None:
@@ -416,7 +416,7 @@ def _at_equal_macs(
 
 
 def _share_schedule(model: Config, total: int) -> optax.Schedule | None:
-  """Returns the share of gates that quantiles open, from step to number; None for a fixed one."""
+  """Returns the schedule of the fraction of gates that quantiles open; None for a fixed one."""
   schedule = model.dense_first
   if schedule.form is None:
     return None

@@ -3,8 +3,8 @@
 A gate without an input is one parameter per unit: a mask for all examples. With hard concrete gates
 this is L0 regularisation, which closes units permanently.
 
-Thresholds are 0, or quantiles of a layer's logits, which open a given share of its gates in every
-batch. `shift_thresholds` moves them after training: one net then serves several budgets.
+Thresholds are 0, or quantiles of a layer's logits, which open a given fraction of its gates in
+every batch. `shift_thresholds` moves them after training: one net then serves several budgets.
 
 Gates with a prior begin the same for all examples, as static pruning by that prior would be.
 
@@ -51,7 +51,7 @@ GATE_NAME = "gate"
 LOGITS = ("head", "logits")
 # Name of the PRNG stream for the gates' noise.
 GATE_RNG = "gate"
-# Collection that sets the noise and the share of gates for one pass; see `gate_controls`.
+# Collection that sets the noise and the fraction of open gates for one pass; see `gate_controls`.
 NOISE = "noise"
 # Log-odds of a gate that never opens, set as its bias, without a kernel. Such a gate is neither
 # normalised nor ranked.
@@ -95,7 +95,7 @@ def gate_controls(
   Args:
     params: the model's parameters, from which the paths of the gates are taken.
     noise_scale: replaces the setting of that name; a number or a traced scalar; None leaves it.
-    share: likewise, the share of gates that a quantile opens.
+    share: likewise, the fraction of gates that a quantile opens.
     softness: likewise, T of `KernelWeights`, which is 1 otherwise.
 
   >>> gate_controls({"block1": {"conv": 0, "gate": {"logits": 0}}}, share=0.5)

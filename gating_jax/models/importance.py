@@ -149,7 +149,7 @@ def with_prior(
       prior = scale * Phi^-1((rank - 1/2) / U),   ranks 1 to U of a record, most important last
 
   The normal scores of a layer do not depend on how its importance is distributed. Thresholds that
-  are quantiles begin where they open the share by the prior alone. The argument is not changed.
+  are quantiles begin where they open that fraction by the prior alone. The argument is not changed.
 
   Args:
     variables: those of a network whose gates have `prior=True`.

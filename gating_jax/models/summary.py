@@ -155,22 +155,22 @@ def _count(trace: _Trace) -> ModelCounts:
 
 @former_positional("macs")
 def solve_share(model: nn.Module, input_shape: Any, *, macs: float) -> float:
-  """Solves for the share of open units at which an example costs this many MACs.
+  """Solves for the fraction s of open units at which an example costs this many MACs.
 
-      macs = always + a share + b share^2
+      macs = always + a s + b s^2
 
-  Here every gated layer opens this share of its units, `always` are the MACs that always run, gate
-  networks included, a those of all units alone and b those of all pairs of units of two layers one
-  after the other. So a gated network is set against an ungated one of equal cost.
+  Here every gated layer opens this fraction of its units, `always` are the MACs that always run,
+  gate networks included, a those of all units alone and b those of all pairs of units of two layers
+  one after the other. So a gated network is set against an ungated one of equal cost.
 
   Args:
-    model: a network with gates; the share that its settings open does not matter.
+    model: a network with gates; the fraction that its settings open does not matter.
     input_shape: as in `model_summary`.
     macs: multiply-accumulates per example, gate networks included.
   Returns:
-    the share, in (0, 1].
+    the fraction, in (0, 1].
   Raises:
-    ValueError: no gates, MACs that no share in (0, 1] has, or a shape as in `model_summary`.
+    ValueError: no gates, MACs that no fraction in (0, 1] has, or a shape as in `model_summary`.
     TypeError: as in `model_summary`.
 
   >>> from gating_jax.models.resnets import resnet
@@ -190,14 +190,14 @@ def solve_share(model: nn.Module, input_shape: Any, *, macs: float) -> float:
   pairs = counts.gated - singles
   # The root of the equation above, in the form that b = 0 leaves as it is.
   left = macs - counts.always_macs
-  share = 2 * left / (singles + math.sqrt(max(singles**2 + 4 * pairs * left, 0.0)))
-  if not 0 < share <= 1:
+  fraction = 2 * left / (singles + math.sqrt(max(singles**2 + 4 * pairs * left, 0.0)))
+  if not 0 < fraction <= 1:
     most = counts.always_macs + counts.gated
     raise ValueError(
       f"macs must be above {counts.always_macs:,}, those that always run, and at most {most:,}, "
       f"those of every unit and the gate networks; got {macs:,.0f}"
     )
-  return share
+  return fraction
 
 
 def reduced_macs(model: nn.Module, input_shape: Any) -> int:
@@ -347,9 +347,9 @@ class VideoCounts:
         f"gates and valid must be [M, {self.segments}]; got {np.shape(gates)} and {np.shape(valid)}"
       )
     # The selector is counted for T segments; a shorter video pays for its own ones only.
-    share = np.sum(valid, axis=1) / self.segments
+    fraction = np.sum(valid, axis=1) / self.segments
     heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
-    return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
+    return fraction * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
 
   @former_positional("taken")
   def computed(self, valid: np.ndarray, *, taken: float | None = None) -> float:

@@ -188,7 +188,7 @@ class SegmentNet(nn.Module):
       confidence = jnp.max(jax.nn.softmax(outputs["light_logits"]), axis=-1)
       least = self.get_variable(THRESHOLDS, "confidence")
       if least is None:
-        # As many of each video's own segments as the share asks for; padding is never chosen.
+        # As many of each video's own segments as `share` asks for; padding is never chosen.
         gates = selection.top_k(confidence, valid, k=selection.budget_to_k(valid, share=self.share))
       else:
         above = (confidence > least).astype(jnp.float32)

@@ -152,9 +152,9 @@ def bucket_sizes(total: int, *, buckets: int, multiple: int = 1) -> tuple[int, .
   # A set, since rounding up can make sizes equal.
   sizes = set()
   for i in range(1, buckets + 1):
-    # Both divisions round up, in whole numbers: the last share is exactly `total`.
-    share = -(-total * i // buckets)
-    sizes.add(-(-share // multiple) * multiple)
+    # Both divisions round up, in whole numbers: the last size is exactly `total`.
+    size = -(-total * i // buckets)
+    sizes.add(-(-size // multiple) * multiple)
   return tuple(sorted(sizes))
 
 

@@ -78,9 +78,9 @@ def stay_logits(exits: Array, *, threshold: float) -> Array:
   """
   arguments.real_array("exits", exits, "[N, X, K]")
   # The logits of 0 and 1 are infinite.
-  share = jnp.clip(entropy_share(exits), _EPS, 1 - _EPS)
+  entropy = jnp.clip(entropy_share(exits), _EPS, 1 - _EPS)
   # The running minimum: an example that has left does not come back at a later, unsure exit.
-  return lax.cummin(jnp.log(share) - jnp.log1p(-share), axis=1) - _log_odds(threshold)
+  return lax.cummin(jnp.log(entropy) - jnp.log1p(-entropy), axis=1) - _log_odds(threshold)
 
 
 def first_sure(answers: Array, stay: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Thresholds that open a given share of a layer's gates.
+"""Thresholds that open a given fraction of a layer's gates.
 
     theta = the (1 - share) quantile of the logits over the batch and the gates of a layer
 
@@ -29,7 +29,7 @@ def open_threshold(
   axis_name: Hashable | None = None,
   weights: Array | None = None,
 ) -> Array:
-  """Computes the threshold above which a share of all logits lies, without a gradient.
+  """Computes the threshold above which a fraction of all logits lies, without a gradient.
 
       k = share * N C, rounded, at least 1
       theta = (z_(k) + z_(k + 1)) / 2,   z_(k) the k-th largest of the N C logits
@@ -52,7 +52,7 @@ def open_threshold(
   Returns:
     a scalar: NaN where a logit that counts is NaN or a weight is negative, 0 where nothing counts.
   Raises:
-    ValueError: a share that is known and out of range, no logits, or weights of another shape.
+    ValueError: `share` is known and out of range, no logits, or weights of another shape.
     TypeError: an argument that holds no real numbers.
 
   >>> print(open_threshold(jnp.array([[3.0, -1.0], [0.0, 2.0]]), share=0.5))
@@ -70,7 +70,7 @@ def open_threshold(
   share = lax.stop_gradient(jnp.asarray(share, z.dtype))
   counts = weights != 0
   total = _sum(weights, axis_name)
-  # Half a unit less than the share of the whole rounds to the nearest number of whole units.
+  # Half a unit less than the fraction of the whole rounds to the nearest number of whole units.
   half, limits = jnp.asarray(0.5, z.dtype), jnp.finfo(z.dtype)
   # A schedule that starts at 1 may exceed it in rounding, and no more than the whole can be open.
   needed = jnp.minimum(share * total - half, total)

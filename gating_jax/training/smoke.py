@@ -177,7 +177,7 @@ def _shrink_networks(config: Config) -> None:
     if section is not None and section[field] in _SHALLOW:
       section[field] = _SHALLOW[section[field]]
   model = config.get("model", {})
-  # At a small width no share of gates may be as cheap as the network that is wanted.
+  # At a small width no fraction of gates may be as cheap as the network that is wanted.
   solved = model.get("equal_inner_width") is not None
   if model.get("gate", {}).get("block", 1) == 1 and not solved:
     _lower(config, "model.width", _WIDTH)

@@ -323,7 +323,7 @@ def test_a_budget_is_met_on_videos_that_are_held_out(held_out):
   assert one_each <= splits["validation"]["share"] + 1e-6
   assert splits["validation"]["share"] <= max(0.5, one_each) + 1e-6
   page = (workdir / "report.html").read_text()
-  assert "share of segments: training / validation / test" in page
+  assert "fraction of segments: training / validation / test" in page
 
 
 def test_the_epoch_is_the_one_that_is_best_on_videos_that_are_held_out(held_out):
