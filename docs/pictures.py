@@ -17,6 +17,7 @@ import io
 import itertools
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -192,19 +193,23 @@ def draw_selections() -> Figure:
   return figure
 
 
-def draw_exchange() -> Figure:
-  """Draws the time of the loss over devices, for its two ways to exchange the batch."""
-  rows = rows_of_table("suite.md", "## The loss: devices")
+def draw_bars(heading: str, names: Mapping[int, str]) -> Figure:
+  """Draws milliseconds of a table of docs/results/suite.md, a bar for each of these columns."""
+  table = rows_of_table("suite.md", heading)
   figure, axes = new_axes(x="milliseconds for value and gradient", y="")
-  places = np.arange(len(rows))
-  ways = ((1, "gather", _BLUE), (2, "all_to_all", _GREEN))
-  for offset, (column, way, colour) in zip((-0.2, 0.2), ways, strict=True):
-    times = [float(row[column].removesuffix(" ms")) for row in rows]
-    bars = axes.barh(places + offset, times, height=0.36, color=colour, label=way)
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8.5)
-  axes.set_yticks(places, [row[0].replace(", ", " devices,\n") for row in rows])
+  places = np.arange(len(table))
+  height = 0.8 / len(names)
+  for i, (column, name) in enumerate(names.items()):
+    # A cell may have a ratio behind its time, in brackets.
+    times = [float(row[column].split()[0].replace(",", "")) for row in table]
+    offset = (i - (len(names) - 1) / 2) * height
+    colour = (_GREEN, _BLUE, _ORANGE)[i]
+    bars = axes.barh(places + offset, times, height=0.9 * height, color=colour, label=name)
+    axes.bar_label(bars, fmt="{:,g}", padding=3, fontsize=8.5)
+  axes.set_yticks(places, [row[0].replace(", ", "\n") for row in table])
+  axes.margins(x=0.12)
   axes.invert_yaxis()
-  axes.legend(frameon=False, loc="lower right", title="exchange=")
+  figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize=8.5)
   return figure
 
 
@@ -215,7 +220,10 @@ def main(*workdirs: Path) -> None:
   write_figure("trained_net_made_cheaper", draw_trained_net_made_cheaper())
   write_figure("speed_against_open", draw_speed_against_open())
   write_figure("selections_of_segments", draw_selections())
-  write_figure("exchange", draw_exchange())
+  ways = {2: "exchange='all_to_all'", 1: "exchange='gather'"}
+  write_figure("exchange", draw_bars("## The loss: devices", ways))
+  losses = {1: "ours", 2: "plain autodiff", 3: "the authors' PyTorch loss"}
+  write_figure("time_of_the_loss", draw_bars("## The loss: time", losses))
   if not workdirs:
     return
   digits, tasks, videos = workdirs

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gating_jax.config_files import Config
+from gating_jax.config_files import Config, completed
 from gating_jax.continual.method import LearnerState, Method, Problem, TaskTable
 from gating_jax.continual.registry import (
   METHODS,
@@ -194,6 +194,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Continua
     ValueError: a setting breaks its rule; the message names the field.
     DatasetNotPreparedError: the data set is not on disk.
   """
+  config = completed(config)
   data, training = config.data, config.optim
   _check(config)
   sequence = _read_tasks(config) if outlines is None else tuple(map(_task_of, outlines))
@@ -263,7 +264,7 @@ def _build_problem(config: Config, *, tasks: int, shape: tuple[int, int, int]) -
       key, pixels, pad=data.crop_padding, flip=data.flip, axis_name=devices.AXIS
     )
 
-  listed = config.tasks.get("classes")
+  listed = config.tasks.classes
   own = None if listed is None else tuple(len(group) for group in listed)
   return Problem(
     tasks=tasks,
@@ -282,8 +283,7 @@ def _training_steps(config: Config, steps_per_epoch: int) -> int:
 
   An epoch is one of the smallest task: where that is tiny, the others would hardly be trained.
   """
-  # Older configs have no such field.
-  given = config.optim.get("steps_per_task")
+  given = config.optim.steps_per_task
   return config.optim.epochs * steps_per_epoch if given is None else given
 
 
@@ -367,10 +367,10 @@ def _check_tasks(config: Config) -> None:
   between = config.eval_every
   if between is not None and not 0 <= between < math.inf:
     raise ValueError(f"eval_every must be None or a finite number >= 0; got {between}")
-  given = config.optim.get("steps_per_task")
+  given = config.optim.steps_per_task
   if given is not None and given < 1:
     raise ValueError(f"optim.steps_per_task must be >= 1 or None; got {given}")
-  listed = config.tasks.get("classes")
+  listed = config.tasks.classes
   if listed is None:
     return
   for group in listed:

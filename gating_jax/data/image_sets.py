@@ -203,7 +203,7 @@ def open_images(source: SetSource) -> Any:
 
 def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
   """Raises a ValueError where so many images of this shape do not fit in memory."""
-  needed, available = count * math.prod(shape), _available_memory()
+  needed, available = count * math.prod(shape), available_memory()
   if needed > available:
     size = "x".join(map(str, shape))
     raise ValueError(
@@ -213,7 +213,7 @@ def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
     )
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
   """Returns the bytes of memory that this process may still take; all of it where none says so."""
   try:
     # With what the cache of files would give back, unlike the pages that `sysconf` calls available.
@@ -224,6 +224,38 @@ def _available_memory() -> int:
     # Only Linux has it.
     pass
   return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def decoded_bytes(source: SetSource, image_size: int = 0, channels: int | None = None) -> int:
+  """Returns the bytes that the images of a split take in memory; at most one of them is read.
+
+  Errors are as in `load`. Made images, which are in memory in any case, count as 0.
+
+  Args:
+    source, image_size: as in `load`.
+    channels: of an image; None for those of the set.
+  """
+  if _unions().is_union(source.name):
+    parts = _unions().part_sources(source)
+    # Grey becomes colours, and an image may be told its set.
+    return sum(decoded_bytes(part, image_size, _unions().COLOURS + 1) for part in parts)
+  if source.name in (*MADE, *_unions().MADE):
+    return 0
+  if source.name == folders.FOLDER:
+    opened = open_images(source)
+    shape = opened.shape
+    if not image_size:
+      # All must have one size.
+      shape = folders.read_or_replace(opened, 0, FaultNotes({}))[source.image].shape
+  else:
+    opened = tfds.open_tfds(source.name, source.split, source.data_dir, readers={})
+    own = opened.dataset_info.features
+    shape = own[source.image].shape if source.image in own else ()
+  height, width, depth = shape if len(shape) == 3 else (0, 0, 0)
+  if image_size:
+    height = width = image_size
+  # What is no picture, or of unknown size, is refused when it is loaded.
+  return len(opened) * (height or 0) * (width or 0) * (channels or depth or 0)
 
 
 def has_folder(name: str) -> bool:

@@ -25,7 +25,7 @@ from gating_jax.data import augment, folders, image_sets, streaming, unions
 from gating_jax.data.checked_files import write_unreadable
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
-from gating_jax.images.build import Experiment, build
+from gating_jax.images.build import AUTO, Experiment, build
 from gating_jax.images.checks import EXITS, scope_of
 from gating_jax.images.start import (
   Weights,
@@ -90,6 +90,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
 
 def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
   """Opens the data of a run, and checks what a training begins with."""
+  config = _with_own_loader(config, workdir)
   start = config.model.init_from if mode == "train" else None
   # A resumed run has parameters of its own, and does without the file.
   begins = not RunDir(user_path(workdir)).has_checkpoint()
@@ -112,6 +113,20 @@ def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
       # A wrong one is found before there is a run directory.
       _ = programme.teacher
   return programme
+
+
+def _with_own_loader(config: Config, workdir: Path) -> Config:
+  """Returns the config with the loader that a run has in place of `auto`; as it is for a new run.
+
+  A run keeps its loader, however much memory there is when it is resumed.
+  """
+  run_dir = RunDir(user_path(workdir))
+  if config.data.loader != AUTO or not run_dir.exists() or not run_dir.has_progress():
+    return config
+  own = config.copy_and_resolve_references()
+  with own.unlocked():
+    own.data.loader = run_dir.config().get("data", {}).get("loader", AUTO)
+  return own.lock()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,10 +73,7 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
     )
   if with_checkpoint and not start.has_checkpoint():
     raise RunDirError(_no_start(start))
-  known = ml_collections.ConfigDict(rundir.with_tuples(start.config()))
-  default = config_files.base(config.experiment)
-  if default is not None:
-    config_files.add_unset_fields(known, default)
+  known = config_files.completed(ml_collections.ConfigDict(rundir.with_tuples(start.config())))
   # Other fields that their config lacks, being older, are taken from this one.
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():

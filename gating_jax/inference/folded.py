@@ -452,6 +452,11 @@ class ExitNet:
     stages: X + 1 networks.
     exits: X networks, each to `[N, K]` logits.
     threshold: fraction of the largest entropy; an image leaves at an exit of less entropy.
+
+  >>> last = FoldedNet(parts=(), classifier=(jnp.ones((3, 2)), jnp.zeros(2)))
+  >>> net = ExitNet((FoldedNet(parts=(), pooled=False), last), exits=(last,), threshold=0.3)
+  >>> len(net.stages), len(net.exits), net.threshold
+  (2, 1, 0.3)
   """
 
   stages: tuple[FoldedNet, ...]

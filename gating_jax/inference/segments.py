@@ -156,6 +156,15 @@ class CompiledSegments(Compiled):
   Attributes:
     strategy: `segments`, or `masked` where the heavy net runs on all segments.
     program: the call is `program(weights, inputs)`.
+
+  >>> from gating_jax.models.video_backbones import FeaturePool
+  >>> model = SegmentNet(classes=10, light=FeaturePool(), heavy=FeaturePool())
+  >>> x, valid = jnp.ones((2, 6, 4)), jnp.ones((2, 6), bool)
+  >>> inputs = {"light": x, "heavy": x, "valid": valid}
+  >>> variables = jax.jit(model.init)(jax.random.key(0), inputs)
+  >>> program = compile_segments(model, variables, capacities=(12,), strategy="masked")
+  >>> program.strategy, program(inputs).outputs["logits"].shape
+  ('masked', (2, 10))
   """
 
   def __init__(

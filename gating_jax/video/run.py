@@ -379,8 +379,7 @@ class LongVideo(runner.Programme):
 
   def _speed(self, variables: Any) -> dict[str, float]:
     """Times the whole network, as `video.speed.speed` does, unless the config says not to."""
-    # Older configs have no such field.
-    if self.config.get("speed") is False:
+    if self.config.speed is False:
       return {}
     with working("timing runs that skip segments", "up to a minute"):
       return speed.speed(self.experiment, variables)

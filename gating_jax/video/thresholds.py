@@ -25,7 +25,7 @@ from gating_jax.ops import confidence
 from gating_jax.training import devices, hosts, rundir
 from gating_jax.training.journal import read_json, write_json
 from gating_jax.video import evaluate
-from gating_jax.video.build import VideoExperiment, scope_of
+from gating_jax.video.build import VideoExperiment
 from gating_jax.video.objectives import SET
 
 CHOSEN_FILE = "chosen.json"
@@ -87,7 +87,7 @@ def _has_threshold(config: Config) -> str | None:
   if selection == _GATE and config.loss.sparsity.kind == "target":
     return _GATE
   # Otherwise every video has the same fraction of its segments chosen.
-  if selection == _CONFIDENCE and scope_of(config) == SET:
+  if selection == _CONFIDENCE and config.budget.scope == SET:
     return _CONFIDENCE
   return None
 
