@@ -490,7 +490,7 @@ def _order(rng, n):
   """Draws a random permutation that is not its own inverse."""
   while True:
     order = rng.permutation(n)
-    # In an order that is its own inverse, sorting and un-sorting cannot be told from each other.
+    # In an order that is its own inverse, sorting and un-sorting cannot be distinguished.
     if (order[order] != np.arange(n)).any():
       return order
 

@@ -126,7 +126,7 @@ def keep_first(memory: ReplayMemory, pixels: Any, labels: Any, extra: Any = ()) 
     return jnp.asarray(np.concatenate([x[chosen], free]))
 
   kept = jax.tree.map(fill, offered)
-  # Label 0 is a class: `EMPTY` tells slots without an image.
+  # Label 0 is a class: `EMPTY` marks slots without an image.
   return kept.replace(labels=jnp.where(jnp.arange(slots) < len(chosen), kept.labels, EMPTY))
 
 

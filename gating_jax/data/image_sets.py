@@ -237,7 +237,7 @@ def decoded_bytes(source: SetSource, image_size: int = 0, channels: int | None =
   """
   if _unions().is_union(source.name):
     parts = _unions().part_sources(source)
-    # Grey becomes colours, and an image may be told its set.
+    # Grey becomes colours, and an image may have the number of its set.
     return sum(decoded_bytes(part, image_size, _unions().COLOURS + 1) for part in parts)
   if source.name in (*MADE, *_unions().MADE):
     return 0

@@ -123,7 +123,7 @@ def open_worlds(name: str, split: str) -> Images:
 
   Args:
     name: `worlds`; or `worlds_told`, whose images have the number of their world as a fourth
-      channel, for networks that are told.
+      channel, for networks that know it.
     split: `train` or `test`, with the numbers of images as TFDS has them: `train[:50000]`.
   Raises:
     ValueError: an unknown name or split.

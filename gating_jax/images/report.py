@@ -561,7 +561,7 @@ def _mostly(run: ImageRun, gate: int) -> str:
 
 
 def _classes(run: ImageRun) -> page.Section:
-  """Shows the gates that tell most about the class."""
+  """Shows the gates with the most information about the class."""
   title, diagnosis = "Gates and classes", run.gated.diagnosis
   class_rates, information = run.gated.class_rates, diagnosis.class_information
   # As for all sets whose images have classes.

@@ -263,7 +263,7 @@ def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
 
 
 def count_pieces(progress: ReportProgress | None, total: int) -> Callable[[], None]:
-  """Returns a function that tells `progress` of one more finished piece of `total` at each call."""
+  """Returns a function that reports one more piece of `total` to `progress` at each call."""
   done = itertools.count(1)
 
   def advance() -> None:

@@ -257,7 +257,7 @@ def compile_exits(
     max_slowdown_all_open=max_slowdown_all_open,
     advance=count_pieces(progress, count_runs(ways) + repeats),
   )
-  # Both programs let the same images leave, so one of them tells the MACs of both.
+  # Both programs let the same images leave, so the MACs of one are those of both.
   stays = [np.asarray(programs[MASKED](net, x)[1]) for x in batches]
   ratios = exit_ratios(
     net, without_exits(net), options.input_shape, stays=stays, buckets=options.buckets

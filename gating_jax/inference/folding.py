@@ -189,7 +189,7 @@ def _flat(
     if path[0] in ("params", "batch_stats"):
       flat[path] = np.asarray(leaf, np.float32)
   if images is None:
-    # The first kernel tells the number of channels of images, which the model does not know.
+    # The first kernel has the number of channels of images, which the model does not know.
     first_path = ("layer1", "conv") if isinstance(model, VGG) else ("stem",)
     first = flat.get(("params", *first_path, "conv", "kernel"))
     channels = 3 if first is None else first.shape[2]

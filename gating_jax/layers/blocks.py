@@ -42,7 +42,7 @@ from gating_jax.ops.compaction import open_backward
 from gating_jax.ops.macs import ConvMacs, channel_macs
 from gating_jax.types import Array, Records
 
-# Gating of an ungated network that is told the source of each image.
+# Gating of an ungated network that knows the source of each image.
 BIAS = "bias"
 # Gating of an ungated network whose convolutions mix several kernels for each image.
 KERNELS = "kernels"
@@ -63,11 +63,11 @@ class _ResidualBlock(nn.Module):
       y = ReLU(g * branch(x) + x),   g = gate(x) in {0, 1}
 
   of a block that keeps the shape of x; blocks that change the shape always run. With `"bias"` there
-  are no gates: each source of images, of which the network is told, has a bias of its own for every
-  channel between the convolutions, before the ReLU. With `"kernels"` there are none either: every
-  convolution with a window has several kernels, which each image mixes by weights of its own, of a
-  network such as that of gates. Gates may read parts of a context that the network computes once;
-  it passes them as `shared`.
+  are no gates: the network knows the source of each image, and each source has its own bias for
+  every channel between the convolutions, before the ReLU. With `"kernels"` there are none either:
+  every convolution with a window has several kernels, and each image mixes them by its own weights,
+  from a network like that of gates. Gates may read parts of a context that the network computes
+  once; it passes them as `shared`.
 
   Attributes:
     features: output channels; a quarter of them for `Bottleneck`.
@@ -175,7 +175,7 @@ class _ResidualBlock(nn.Module):
       return ()
     return ChannelGate(groups, self.gate, self.axis_name, name=GATE_NAME)(x, train, shared)
 
-  def _told(self, name: str, h: Array, shared: Shared) -> Array:
+  def _add_source_bias(self, name: str, h: Array, shared: Shared) -> Array:
     """Adds the bias of each example's source to features between the convolutions."""
     if self.gating != BIAS:
       return h
@@ -312,7 +312,9 @@ class BasicBlock(_ResidualBlock):
     project = self._project(x, self.features)
     convs = (conv1, conv2)
     first_mix, second_mix = self._mixes(x, train, shared, convs=convs)
-    h = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train, *first_mix), shared))
+    h = nn.relu(
+      self._add_source_bias("bias1", conv1(self._joined(x, extra), train, *first_mix), shared)
+    )
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)
@@ -363,12 +365,14 @@ class Bottleneck(_ResidualBlock):
     project = self._project(x, out)
     # The 1x1 convolutions have one kernel.
     _, mix, _ = self._mixes(x, train, shared, convs=convs)
-    h1 = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train), shared))
+    h1 = nn.relu(self._add_source_bias("bias1", conv1(self._joined(x, extra), train), shared))
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)
     else:
-      h2 = nn.relu(self._told("bias2", conv2(self._gated(h1, records, 0), train, *mix), shared))
+      h2 = nn.relu(
+        self._add_source_bias("bias2", conv2(self._gated(h1, records, 0), train, *mix), shared)
+      )
       branch = conv3(self._gated(h2, records, 1), train)
     shortcut = self._shortcut(x, train, features=out, project=project)
     return self._join(branch, shortcut, records)
@@ -377,8 +381,8 @@ class Bottleneck(_ResidualBlock):
 class SourceBias(nn.Module):
   """Adds a bias for each source of images and channel, `[N, ..., C]` to the same.
 
-  It is what an ungated network can do with the number of an image's source, and costs nothing: a
-  baseline for gates, which know more than the image where they are told.
+  An ungated network can use the number of an image's source in this way, at no cost. It is the
+  baseline for gates that know the source, too.
   """
 
   @nn.compact

@@ -68,7 +68,7 @@ _SCALE, _SHARE, _SOFTNESS = "scale", "share", "softness"
 # Names in `batch_stats`: of the running mean of thresholds, and of what `shift_thresholds` adds.
 THRESHOLD, SHIFT = "threshold", "shift"
 # Names in `params` of gates that have a prior: what is added to their logits, and the factor of
-# what a gate network says.
+# the outputs of a gate network.
 PRIOR, GAIN = "prior", "gain"
 # Decay of the running mean of thresholds, as of BatchNorm's statistics.
 _MOMENTUM = 0.9
@@ -175,9 +175,10 @@ class GateSettings:
     context: input of a channel gate. One or several, joined by `+`, of `pooled`, the mean over
       pixels; `moments`, mean and deviation; `grid`, means of 2 x 2 quarters; `glance`, a light look
       at the whole image, the same for all gates; `told`, the number of the image's source, where
-      the network has `sources`. Or `none`: nothing, its logits are parameters; `random`: nothing is
-      learnt, and gates are drawn at the rate `initial_open` in training and evaluation; `assigned`:
-      nothing is learnt, and each source has a fixed, random set of open gates, `share` of all.
+      the network has `sources`. Or `none`: no input, the logits are parameters; `random`: nothing
+      is learnt, and gates are drawn at the rate `initial_open` in training and evaluation;
+      `assigned`: nothing is learnt, and each source has a fixed, random set of open gates, `share`
+      of all.
     relaxation: of channel gates. `straight_through`: sampled in training, and 0/1; `hard_concrete`:
       sampled in training and in [0, 1], with exact zeros also in evaluation; `sigmoid`: the
       probability itself, never sampled; `scale`: 2 sigmoid(z), which multiplies channels and never
@@ -346,8 +347,9 @@ class GateHead(nn.Module):
   """Context to one logit per unit: Dense, BatchNorm, ReLU, Dense.
 
   `[N, H, W, D]` or `[N, D]` to `[N, units]`, computed in float32. The context is the mean over
-  pixels, or what the settings say. In training a batch without examples is a ValueError: its mean
-  is NaN, which BatchNorm would keep. `shared` holds what the network computes for all its gates.
+  pixels, or the one that the settings name. In training a batch without examples is a ValueError:
+  its mean is NaN, which BatchNorm would keep. `shared` holds what the network computes for all its
+  gates.
 
   Raises:
     TypeError, ValueError: when called, a field or an input of another kind or out of range.
@@ -499,7 +501,7 @@ class ChannelGate(nn.Module):
     s = self.settings
     if not s.normalise and s.threshold == "zero" and not s.prior:
       return logits, logits
-    # Gates that are shut permanently stay shut, without a deviation or a place among the others.
+    # Gates that are closed permanently stay closed, without a deviation or a place among others.
     # They have exactly this value, which no kernel arrives at: other low logits have a place.
     counts, z = logits != SHUT, logits
     if s.normalise:

@@ -182,7 +182,7 @@ def holds_channels(read: Sequence[int], made: Sequence[int]) -> bool:
 
 
 def mode_of(model: nn.Module, train: bool) -> dict[str, bool]:
-  """Returns the argument that tells a model whether it is trained; none where it has none."""
+  """Returns the argument by which a model knows whether it is trained; none where it has none."""
   names = inspect.signature(type(model).__call__).parameters
   for name, means_training in _MODES.items():
     if name in names:

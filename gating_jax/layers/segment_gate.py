@@ -84,7 +84,7 @@ class SegmentGateSettings:
         DeprecationWarning,
         stacklevel=3,
       )
-      # Segments have contexts and relaxations of their own, and nothing else of channels' gates.
+      # Segments have their own contexts and relaxations, and no other field of channels' gates.
       for name in ("normalise", "threshold", "share", "weighted", "prior"):
         unset, value = getattr(GateSettings, name), getattr(gate, name)
         if value != unset:

@@ -134,7 +134,7 @@ def load_pretrained(
 
   Names and shapes are all that is known of the original. timm's nets that compute something else
   with a ResNet's names, such as `resnetaa50`, `resnetblur50` and those with dilated windows, cannot
-  be told apart: their logits here are wrong. timm's VGG nets slide their dense layers over last
+  be distinguished: their logits here are wrong. timm's VGG nets slide their dense layers over last
   maps of more than 7 x 7 pixels; such images are refused.
 
   Args:

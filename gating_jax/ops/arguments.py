@@ -115,7 +115,7 @@ def parameter(name: str, value: Any, rule: str, *, holds: Callable[[Any], Any]) 
     raise TypeError(f"{name} must be {rule}; got {shown(value)}")
   if not np.all(holds(known.astype(np.float64))):
     raise ValueError(f"{name} must be {rule}; got {shown(value)}")
-  # A Python number keeps no type of its own, so it takes part in float32 and float64 alike.
+  # A Python number has no fixed type, so it takes part in float32 and float64 alike.
   return float(value) if isinstance(value, numbers.Real) else jnp.asarray(value)
 
 

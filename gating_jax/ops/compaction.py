@@ -232,7 +232,7 @@ def _open_backward_fwd(f, capacity, variables, x, gates):
 def _open_backward_bwd(f, capacity, residuals, ct):
   variables, x, gates = residuals
   index, taken = open_indices(gates, capacity=capacity)
-  # The forward pass of the open examples again: nothing of it was kept.
+  # Runs the forward pass of the open examples again, since none of it was kept.
   _, pull = jax.vjp(f, variables, x[index])
   # Padding repeats example 0, whose cotangent must not count twice.
   taken_rows = taken.reshape(-1, *[1] * (ct.ndim - 1))

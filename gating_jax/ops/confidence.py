@@ -1,4 +1,4 @@
-"""Early exit: an example leaves a network, or a video its network, once that is sure of the class.
+"""Early exit: an example, or a video, leaves its network once that is sure of the class.
 
 An image leaves at the first exit whose softmax has a low entropy, as a fraction of the largest
 possible one: thresholds then do not depend on the number of classes. A video's segments come one by
@@ -162,7 +162,7 @@ def exit_steps(
 
   A video that never reaches it is seen to its end. The confidence is the largest class probability,
   of the softmax, or of the sigmoids if multi-label: there nearly all classes are surely absent at
-  any time, so their certainty says nothing.
+  any time, so their certainty means nothing.
 
   Args:
     step_logits: `[M, T, K]` of the classifier after the first t + 1 segments in their order.

@@ -97,7 +97,7 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
   """Computes a 2-D convolution of an image enlarged to twice its sides, without enlarging it.
 
   In the enlarged image every pixel stands four times. Each of these four reads the 3 x 3 original
-  pixels around it by a kernel of its own, made of sums of the given kernel's taps. The four are
+  pixels around it by its own kernel, made of sums of the given kernel's taps. The four are
   computed as channels of one convolution.
 
   Args:

@@ -65,7 +65,7 @@ def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
 class _Empirical:
   """The distribution of sorted samples, `[M, ...]`.
 
-  A value of its own, not a closure, can be pickled.
+  Unlike a closure, it can be pickled.
   """
 
   ordered: Array

@@ -50,7 +50,7 @@ def open_threshold(
     weights: `[N]`, or of the logits' shape, non-negative. A logit of weight w counts as w of them;
       one of weight 0 is left out, NaN too.
   Returns:
-    a scalar: NaN where a logit that counts is NaN or a weight is negative, 0 where nothing counts.
+    a scalar: NaN where a logit that counts is NaN or a weight is negative, 0 where no logit counts.
   Raises:
     ValueError: `share` is known and out of range, no logits, or weights of another shape.
     TypeError: an argument that holds no real numbers.

@@ -406,7 +406,7 @@ def _large_numbers(group: RunGroup, pair: _Pair, *, alone: bool) -> list[page.Nu
   numbers = [_score_number(pair), _macs_number(pair), _time_number(pair)]
   if alone:
     return numbers
-  # Several groups share the top of the page, so each number tells its group.
+  # Several groups share the top of the page, so each number names its group.
   named = []
   for number in numbers:
     named.append(dataclasses.replace(number, name=f"{number.name}, {group.name}"))

@@ -217,7 +217,7 @@ def _failure_text(failure: Mapping[str, Any]) -> str:
 
 def _has_begun(run_dir: RunDir) -> bool:
   """Checks that a training has opened its journal, which it does just before its first step."""
-  # Runs of several nets have a journal for each in folders of their own.
+  # Runs of several nets have a journal for each, in its own folder.
   journals = [run_dir.path / TENSORBOARD_DIR, *run_dir.path.glob(f"*/{TENSORBOARD_DIR}")]
   return any(folder.exists() for folder in journals)
 
