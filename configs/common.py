@@ -12,8 +12,8 @@ from ml_collections import config_dict
 from gating_jax.checks import near
 from gating_jax.config_files import Config
 
-# Gates that open a share of units: normalised logits, the most open of a batch, without noise, and
-# open ones weighted.
+# Gates that open a fraction of units: normalised logits, the most open of a batch, without noise,
+# and open ones weighted.
 RECIPE = {
   "model.gate.normalise": 2.0,
   "model.gate.threshold": "quantile",
@@ -319,7 +319,7 @@ def _set_share(share: str) -> Mapping[str, Any]:
   """Returns the fields of gates of which this fraction is open in every batch.
 
   Logits are normalised, the most open of a batch are open, without noise, and open ones are
-  weighted. The share falls from 1 in the first half of training; no penalty acts. Networks of
+  weighted. The fraction falls from 1 in the first half of training; no penalty acts. Networks of
   normalised gates decay, since their kernels would only grow.
   """
   return {
@@ -334,7 +334,7 @@ def _set_share(share: str) -> Mapping[str, Any]:
 def _begin_by_importance(form: str) -> Mapping[str, Any]:
   """Returns the fields of a network that begins by the importance of a trained one's units.
 
-  Gates begin as static pruning does, with their share from the first step on.
+  Gates begin as static pruning does, with their fraction from the first step on.
   """
   if form == "prior":
     return {"model.importance.form": form, "model.dense_first.form": None}

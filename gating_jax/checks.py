@@ -115,7 +115,7 @@ def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
   close = difflib.get_close_matches(name, choices, n=max(1, len(choices)), cutoff=_CLOSE)
 
   def distance(choice):
-    """Returns the share of letters that differ, and how far numbers in the names are apart."""
+    """Returns the fraction of letters that differ, and how far numbers in the names are apart."""
     unlike = 1 - difflib.SequenceMatcher(None, choice, name).ratio()
     # One of the names may have fewer numbers.
     return unlike, [abs(a - b) for a, b in zip(_numbers(name), _numbers(choice), strict=False)]

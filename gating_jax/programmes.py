@@ -140,7 +140,7 @@ _CLASSIFICATION = ProgrammeRow(
     "data.loader",
   ),
   how="the variant gates=none of its config",
-  # Where the set of an image is known, its class is easier to tell.
+  # Where the set of an image is known, its class is easier to recognise.
   tested=(*_IMAGE_SET, "loss.scope"),
 )
 # Scenes have the nets and gates of images.

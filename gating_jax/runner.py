@@ -116,7 +116,7 @@ class Programme(abc.ABC):
 
 @contextlib.contextmanager
 def opening_data(
-  programme: type[Programme], config: Config, workdir: Path, mode: str
+  programme: type[Programme], config: Config, workdir: Path, *, mode: str
 ) -> Iterator[None]:
   """Announces that the block opens the data of a run, which may take minutes.
 
@@ -244,7 +244,7 @@ class Training:
     """
     if self.step:
       say(f"resuming from the checkpoint of step {self.step} in {self.folder}")
-    self._journal = Journal(self.folder, self.step, self.total_steps, self._started)
+    self._journal = Journal(self.folder, self.step, self.total_steps, started=self._started)
     self._pace = Pace(self.journal.say, self.total_steps, others)
     self.say(title)
 

@@ -1,8 +1,8 @@
 """Diagnosis of each gate: always open, always closed, random dropout or conditional.
 
-Information is in bits. What separates a random from a conditional gate is the information about the
-input that survives the noise of training, not the noise-free decision: a logit that hardly leaves 0
-is a coin in training, whatever its sign.
+Information is in bits. Random and conditional gates differ in the information about the input that
+survives the noise of training, not in the noise-free decision: a logit that hardly leaves 0 is a
+coin in training, whatever its sign.
 
 Axes: N examples, K classes, G gates of the network.
 Reference: Bejnordi et al., 2020 (the outcomes); Miller, 1955, "Note on the bias of information

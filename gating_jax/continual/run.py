@@ -48,7 +48,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     workdir: run directory.
     mode: one of those of `runner.run`; `compile` times networks that skip closed gates.
   """
-  with runner.opening_data(ContinualLearning, config, workdir, mode):
+  with runner.opening_data(ContinualLearning, config, workdir, mode=mode):
     experiment = build(config)
   runner.run(ContinualLearning(experiment), workdir, mode)
 
@@ -138,7 +138,7 @@ class ContinualLearning(runner.Programme):
     predictions = self._predict(step, learner, evaluate)
     with working("writing the report", "up to a minute"):
       result = metrics.collect_result(experiment, learner, predictions)
-      report.write_report(experiment, learner, run_dir, step, predictions=predictions)
+      report.write_report(experiment, learner, run_dir, step=step, predictions=predictions)
       if predictions is not None:
         listed = report.list_predictions(experiment, predictions)
         hosts.on_writer(prediction_tables.write_csv, run_dir.path, listed)
@@ -168,7 +168,7 @@ class ContinualLearning(runner.Programme):
       training.say(experiment.describe_training(task))
       advance = advance_on(task)
       first = experiment.first_step(task) + experiment.pretrain_steps
-      with _EpochChoice(experiment, training, task, evaluate) as choice:
+      with _EpochChoice(experiment, training, task, evaluate=evaluate) as choice:
         for phase in experiment.phases(task):
           program = TRAINING if phase.total_steps > first else _PRETRAINING
           if not training.run(advance, phase, watch=watch, evaluate=choice.test, program=program):
@@ -204,7 +204,7 @@ class ContinualLearning(runner.Programme):
     predictions = self._predict(step, learner, make_evaluate(self.experiment))
     with working("drawing the report", "up to a minute"):
       report.write_report(
-        self.experiment, learner, run_dir, step, notice=notice, predictions=predictions
+        self.experiment, learner, run_dir, step=step, notice=notice, predictions=predictions
       )
     return metrics.collect_result(self.experiment, learner, predictions)
 
@@ -263,7 +263,7 @@ class _EpochChoice:
     """Tests the state reached on the validation images, and notes the accuracy in the journal."""
     training = self._training
     with working("testing on validation images", "up to a minute", training.say):
-      score = validate(self._experiment, training.state, self._task, self._evaluate)
+      score = validate(self._experiment, training.state, self._task, evaluate=self._evaluate)
     training.journal.write(training.step, "validation", {"task_aware": score})
     training.say(f"validation accuracy {format_percent(score, 2)} with the task known")
     return score

@@ -115,7 +115,7 @@ class SharedNet:
     else:
       outputs: Any = self.model.apply(variables, x)
       features, records = outputs
-    return TaskForward(features @ kernel + bias, features, records, batch_stats)
+    return TaskForward(features @ kernel + bias, features, records, batch_stats=batch_stats)
 
   def run_tasks(self, learner: LearnerState, owns: Variables, x: Array) -> TaskForward:
     """Runs the networks of several tasks, one after the other, in evaluation.

@@ -311,8 +311,8 @@ class NetworkClassifier:
     # Every image has the same weight, in the batch or replayed; a weight of 0 or 1 leaves out one
     # of the two and stays.
     weight = rehearsed.replayed.batch_weight
-    share = len(rehearsed.batch.x) / len(x)
-    even = jnp.where((weight > 0) & (weight < 1), share, weight)
+    fraction = len(rehearsed.batch.x) / len(x)
+    even = jnp.where((weight > 0) & (weight < 1), fraction, weight)
     # Logit adjustment (Menon et al.): log(actual / fair frequency), for classes of the current task
     # and of the earlier ones.
     of_class = self.network.problem.task_of(jnp.arange(logits.shape[1]))
@@ -365,9 +365,9 @@ class NetworkClassifier:
     return TaskInference(task, log_probs, of_inferred + self.network.macs)
 
 
-def _log_ratio(share: Array | float, fair: Array | float) -> Array:
-  """Computes log(share / fair), and 0 where `fair` is 0."""
-  return jnp.log(jnp.where(fair > 0, share / jnp.where(fair > 0, fair, 1), 1))
+def _log_ratio(fraction: Array | float, fair: Array | float) -> Array:
+  """Computes log(fraction / fair), and 0 where `fair` is 0."""
+  return jnp.log(jnp.where(fair > 0, fraction / jnp.where(fair > 0, fair, 1), 1))
 
 
 @dataclasses.dataclass(frozen=True)

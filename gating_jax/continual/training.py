@@ -232,7 +232,7 @@ def end_task(
 
 
 def finish_task(
-  experiment: ContinualExperiment, learner: LearnerState, task: int, evaluate: TaskTest
+  experiment: ContinualExperiment, learner: LearnerState, task: int, *, evaluate: TaskTest
 ) -> LearnerState:
   """Ends a stage: ends its task, tests all tasks so far and prepares for the next one.
 
@@ -248,7 +248,7 @@ def finish_task(
 
 
 def validate(
-  experiment: ContinualExperiment, learner: LearnerState, task: int, evaluate: TaskTest
+  experiment: ContinualExperiment, learner: LearnerState, task: int, *, evaluate: TaskTest
 ) -> float:
   """Tests a learner on the validation images of a stage, as if the stage ended here.
 
@@ -275,7 +275,7 @@ def _end_stage(experiment: ContinualExperiment, learner: LearnerState, task: int
     method,
     experiment.optimiser,
     learner,
-    TaskData(*train.read(slice(None)), *validation.read(slice(None))),
+    data=TaskData(*train.read(slice(None)), *validation.read(slice(None))),
     learnt=task + 1,
     key=experiment.key(task + 1),
   )

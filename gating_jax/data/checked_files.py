@@ -63,7 +63,7 @@ class FaultNotes:
   def __init__(self, checked: Mapping[str, str]):
     self.checked = dict(checked)
     self.later: dict[str, str] = {}
-    # A copy in a worker process notes for itself; the process that made the notes reports.
+    # A copy in a worker process has its own notes; the process that made the notes reports.
     self._process = os.getpid()
 
   def note(self, reasons: Mapping[str, str]) -> None:

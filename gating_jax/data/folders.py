@@ -181,6 +181,7 @@ def open_folder(
   data_dir: str | None,
   split: str,
   image: str = "image",
+  *,
   label: str = "label",
   in_use: Sequence[str] | None = None,
 ) -> FolderImages:
@@ -207,7 +208,9 @@ def open_folder(
     entries = _first_of_each(checked.parts[_Part(part.split, None)], part.count)
   if not entries:
     raise ValueError(f"data split {split!r} of {root} must hold at least one image; it is empty")
-  return FolderImages(entries, checked.class_names, image, label, checked.unreadable)
+  return FolderImages(
+    entries, checked.class_names, image=image, label=label, unreadable=checked.unreadable
+  )
 
 
 def count_classes(data_dir: str | None, splits: Sequence[str]) -> int:
@@ -401,7 +404,7 @@ def _list_images(root: Path, changed: int, wanted: tuple[str, ...] | None) -> _C
     if own and missing and part.count is None:
       names = few(in_class_order(missing))
       warn("%s: split %r has no image of class %s", printable(root), part.split, names)
-  return _Checked(listing, classes, chosen, unreadable)
+  return _Checked(listing, classes, chosen, unreadable=unreadable)
 
 
 def _no_image(root: Path, listing: Listing) -> ValueError:
@@ -510,12 +513,12 @@ def _of_classes(root: Path, split: str | None, endings: Sequence[str]) -> list[E
     warn("%s: left out hidden files and other endings: %s", printable(root), few(counts))
   # Other splits may lack classes, and are not always in use.
   if split is None or _plain_name(split) == "train":
-    _doubt_classes(root, {entry.label for entry in entries}, direct, between)
+    _doubt_classes(root, {entry.label for entry in entries}, direct, between=between)
   return entries
 
 
 def _doubt_classes(
-  root: Path, labels: set[str], direct: set[str], between: Mapping[str, Path]
+  root: Path, labels: set[str], direct: set[str], *, between: Mapping[str, Path]
 ) -> None:
   """Warns of folders that were read as classes but may be something else.
 

@@ -198,7 +198,7 @@ def open_images(source: SetSource) -> Any:
       source.data_dir, source.split, image=image, label=label, in_use=source.in_use
     )
   readers = tfds.class_readers(image, label)
-  return tfds.open_tfds(source.name, source.split, source.data_dir, readers)
+  return tfds.open_tfds(source.name, source.split, source.data_dir, readers=readers)
 
 
 def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
@@ -237,7 +237,7 @@ def decoded_bytes(source: SetSource, image_size: int = 0, channels: int | None =
   """
   if _unions().is_union(source.name):
     parts = _unions().part_sources(source)
-    # Grey becomes colours, and an image may be told its set.
+    # Grey becomes colours, and an image may have the number of its set.
     return sum(decoded_bytes(part, image_size, _unions().COLOURS + 1) for part in parts)
   if source.name in (*MADE, *_unions().MADE):
     return 0
@@ -248,7 +248,7 @@ def decoded_bytes(source: SetSource, image_size: int = 0, channels: int | None =
       # All must have one size.
       shape = folders.read_or_replace(opened, 0, FaultNotes({}))[source.image].shape
   else:
-    opened = tfds.open_tfds(source.name, source.split, source.data_dir, {})
+    opened = tfds.open_tfds(source.name, source.split, source.data_dir, readers={})
     own = opened.dataset_info.features
     shape = own[source.image].shape if source.image in own else ()
   height, width, depth = shape if len(shape) == 3 else (0, 0, 0)
@@ -469,13 +469,13 @@ def batch_indices(seed: int, step: int, batch_size: int, examples: int | EqualSh
       f"batch_size must be in [1, {in_epoch}], the number of training images; got {batch_size}"
     )
   if isinstance(examples, EqualShares):
-    return _shared_indices(seed, step * batch_size, batch_size, examples.sizes)
+    return _shared_indices(seed, first=step * batch_size, count=batch_size, sizes=examples.sizes)
   epoch, position = divmod(step, examples // batch_size)
   order = _order_of((seed, epoch), examples)
   return order[position * batch_size : (position + 1) * batch_size]
 
 
-def _shared_indices(seed: int, first: int, count: int, sizes: Sequence[int]) -> np.ndarray:
+def _shared_indices(seed: int, first: int, count: int, *, sizes: Sequence[int]) -> np.ndarray:
   """Returns the images at places `first` and after it of the endless turns of sets, `[count]`."""
   starts = np.cumsum([0, *sizes[:-1]])
   found = np.empty(count, np.int32)

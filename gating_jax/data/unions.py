@@ -226,7 +226,7 @@ def shares_of(sizes: Sequence[int], per_set: int | None = None) -> EqualShares:
 class UnionExamples(Sequence):
   """The examples of all sets of a union, one set after the other.
 
-  An example has a picture `[H, W, 3]` uint8, or `[H, W, 4]` where the set is told, of the size
+  An example has a picture `[H, W, 3]` uint8, or `[H, W, 4]` where the set is known, of the size
   that it has in its set, and the number of its class among all.
 
   Args:
@@ -279,7 +279,7 @@ class UnionExamples(Sequence):
     }
 
   def _coloured(self, pixels: np.ndarray, source: int) -> np.ndarray:
-    """Returns a picture in three colours, with the number of its set where it is told."""
+    """Returns a picture in three colours, with the number of its set where that is known."""
     if pixels.shape[-1] == 1:
       pixels = np.repeat(pixels, COLOURS, axis=-1)
     if self._told:

@@ -77,7 +77,7 @@ class Experiment:
     objective: its objective.
     settings: settings of the training loop.
     noise_scale: noise scale of the gates, from step to number; None for the model's own.
-    share: share of gates that quantiles open, likewise.
+    share: fraction of gates that quantiles open, likewise.
     softness: temperature at which kernels are mixed, from step to number; None without any.
     full: the model with the whole backward pass, where its own leaves something out; else None.
     source_names, class_sources: for a union, the names of its sets, and for each class the place of
@@ -101,7 +101,7 @@ class Experiment:
 
   def init_state(self) -> steps.TrainState:
     """Initialises the state with which training begins."""
-    return steps.init_state(self.model, self.optimiser, self.config.seed, self.test.shape)
+    return steps.init_state(self.model, self.optimiser, self.config.seed, shapes=self.test.shape)
 
   def competing(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the logits that are compared: with a head a set, those of an image's own set."""
@@ -234,7 +234,7 @@ def _shares(config: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
   """Returns how the sets of a union come into batches, by the numbers of their images.
 
   Raises:
-    ValueError: a set has no image, of which no batch could have its share.
+    ValueError: a set has no image, of which no batch could have its part.
   """
   for name, size in zip(unions.source_names(config.data.name), sizes, strict=True):
     if not size:
@@ -303,7 +303,7 @@ def assemble(
   test: Any = outlines[-1] if outlines else open_test()
   settings.check_channels(data, test.shape[-1])
   classes = len(test.class_names)
-  of_model = _at_equal_macs(config.model, classes, test.shape, network)
+  of_model = _at_equal_macs(config.model, classes, test.shape, network=network)
   share = _share_schedule(of_model, total)
   model = network(of_model, classes)
   # The same network without the limit, for batches that open more than it holds.
@@ -312,8 +312,8 @@ def assemble(
     unlimited = ml_collections.ConfigDict({**config.model, "backward_share": 1.0})
     full = network(unlimited, classes)
   counts = model_summary(model, test.shape)
-  _check_layers("optim.frozen_layers", training.frozen_layers, model, test.shape)
-  _check_layers("model.importance.static_layers", static, model, test.shape)
+  _check_layers("optim.frozen_layers", training.frozen_layers, model, shape=test.shape)
+  _check_layers("model.importance.static_layers", static, model, shape=test.shape)
   # The objective sees training images, whose MACs differ with their size.
   at_training = model_summary(model, train_shape) if train_shape else counts
   check_budget("loss.sparsity", config.loss.sparsity, at_training)
@@ -402,7 +402,7 @@ def _is_frozen(layers: Sequence[str] | None, path: Sequence[str]) -> bool:
 
 
 def _check_layers(
-  field: str, names: Sequence[str] | None, model: nn.Module, shape: tuple[int, ...]
+  field: str, names: Sequence[str] | None, model: nn.Module, *, shape: tuple[int, ...]
 ) -> None:
   """Raises a ValueError unless each name in a field is the beginning of a layer's name."""
   if names is None:
@@ -434,15 +434,16 @@ def _at_equal_macs(
   model: Config,
   classes: int,
   shape: tuple[int, ...],
+  *,
   network: Callable[[Config, int], nn.Module],
 ) -> Config:
-  """Returns the section `config.model` with the share that its gates may open.
+  """Returns the section `config.model` with the fraction of gates that may open.
 
-  With `equal_inner_width`, that is the share at which an image costs as much as in the ungated
+  With `equal_inner_width`, that is the fraction at which an image costs as much as in the ungated
   network of this inner width, gate networks included. Without it, the section as it is.
 
   Raises:
-    ValueError: no share costs as much.
+    ValueError: no fraction costs as much.
   """
   inner = model.equal_inner_width
   if inner is None:
@@ -458,7 +459,7 @@ def _at_equal_macs(
 
 
 def _share_schedule(model: Config, total: int) -> optax.Schedule | None:
-  """Returns the share of gates that quantiles open, from step to number; None for a fixed one."""
+  """Returns the schedule of the fraction of gates that quantiles open; None for a fixed one."""
   schedule = model.dense_first
   if schedule.form is None:
     return None

@@ -199,7 +199,7 @@ def _check_opening(config: Config) -> None:
 
 
 def _check_equal_macs(model: Config) -> None:
-  """Raises a ValueError where no share of gates is left to be solved for."""
+  """Raises a ValueError where no fraction of gates is left to be solved for."""
   inner, gate = model.equal_inner_width, model.gate
   if inner is None:
     return
@@ -208,7 +208,7 @@ def _check_equal_macs(model: Config) -> None:
   opens_a_share = gate.threshold == "quantile" or gate.context in ("random", "assigned")
   if model.gating in (*UNGATED_NETS, *CLASSIFIER_GATINGS) or not opens_a_share:
     raise ValueError(
-      "model.equal_inner_width must be None where no gates open a fixed share of units, by a "
+      "model.equal_inner_width must be None where no gates open a fixed fraction of units, by a "
       f"quantile, at random or assigned to sources; got {inner}"
     )
   if gate.share is not None:

@@ -103,7 +103,7 @@ def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
     weights = read_weights(config)
   elif start is not None:
     check_start(config, with_checkpoint=begins)
-  with runner.opening_data(Classification, config, workdir, mode):
+  with runner.opening_data(Classification, config, workdir, mode=mode):
     experiment = build(config)
   if start is not None:
     check_can_start(experiment, weights)
@@ -283,7 +283,7 @@ class Classification(runner.Programme):
       # A resumed run has its own parameters; only a fresh one starts from those of another.
       if not training.step and self.config.model.init_from is not None:
         with working("taking what is trained already", "up to a minute"):
-          training.state = start_from(experiment, training.state, train, self.weights)
+          training.state = start_from(experiment, training.state, train, weights=self.weights)
       training.begin(f"{self.title}, tested on {len(experiment.test):,} {self.noun}s")
       evaluate = functools.partial(self._evaluate, training, self.make_test())
       ended = training.run(
@@ -341,7 +341,7 @@ class Classification(runner.Programme):
         model,
         experiment.optimiser,
         experiment.objective,
-        self.prepare,
+        prepare=self.prepare,
         seed=config.seed,
         axis_name=devices.AXIS,
         noise_scale=experiment.noise_scale,
@@ -399,7 +399,7 @@ class Classification(runner.Programme):
         lambda *batch: hosts.allgather(run_batch(state, *hosts.local_shard(batch))),
         image_sets.padded_batches(experiment.test, config.optim.batch_size),
         experiment.counts,
-        self.summarise,
+        summarise=self.summarise,
         classes=self.classes(),
         # The outcomes of gates need it: noise may draw a gate open and closed for the same image.
         noise_scale=experiment.drawn_noise_scale(int(state.step)),

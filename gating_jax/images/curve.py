@@ -77,7 +77,9 @@ def trace_curve(
       # Evaluation draws nothing.
       noise_scale=0.0,
     ).result
-    yield CurvePoint(shift, result["accuracy"], result["macs"], result["mac_ratio"])
+    yield CurvePoint(
+      shift, accuracy=result["accuracy"], macs=result["macs"], mac_ratio=result["mac_ratio"]
+    )
 
 
 def curve_run(

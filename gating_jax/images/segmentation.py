@@ -55,7 +55,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     workdir: the run directory.
     mode: one of those of `runner.run`; `compile` times programs that skip closed gates.
   """
-  with runner.opening_data(Segmentation, config, workdir, mode):
+  with runner.opening_data(Segmentation, config, workdir, mode=mode):
     experiment = build(config)
   runner.run(Segmentation(experiment), workdir, mode)
 

@@ -177,7 +177,7 @@ def check_can_start(experiment: Experiment, weights: Weights | None = None) -> N
   # Shapes are enough for the check.
   shapes = jax.eval_shape(experiment.init_state)
   image = jax.ShapeDtypeStruct((1, *experiment.test.shape), np.float32)
-  _start_from_file(experiment, shapes, image, weights)
+  _start_from_file(experiment, shapes, image, weights=weights)
 
 
 def start_from(
@@ -203,7 +203,7 @@ def start_from(
     images = _read_images(experiment, train)
     say(f"the importance of units is taken from {len(images)} training images")
   if names_weights(folder):
-    started, said = _start_from_file(experiment, state, images, weights)
+    started, said = _start_from_file(experiment, state, images, weights=weights)
     for line in said:
       say(line)
     return _with_prior(experiment, started, images)
@@ -213,7 +213,7 @@ def start_from(
   step, taken = found
   say(f"starting from the parameters of step {step} in {folder}")
   if experiment.config.model.importance.form == PRUNE:
-    taken = _pruned(theirs.model, taken, state, images)
+    taken = _pruned(theirs.model, taken, state, images=images)
   started = state.replace(
     params=_merged(state.params, taken["params"], folder),
     batch_stats=_merged(state.batch_stats, taken["batch_stats"], folder),
@@ -231,7 +231,9 @@ def _read_images(experiment: Experiment, train: Any) -> jax.Array:
     index = np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)
   else:
     count = min(count, train.in_epoch)
-    index = image_sets.batch_indices(experiment.config.seed, 0, count, train.shares)
+    index = image_sets.batch_indices(
+      experiment.config.seed, step=0, batch_size=count, examples=train.shares
+    )
   pixels, _ = train.read(index)
   return experiment.normalise(pixels)
 
@@ -240,6 +242,7 @@ def _pruned(
   model: nn.Module,
   variables: Mapping[str, Any],
   state: TrainState,
+  *,
   images: Any,
   is_fresh: Callable[[tuple[str, ...]], bool] = lambda path: False,
 ) -> dict[str, Any]:
@@ -302,7 +305,7 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
 
 
 def _start_from_file(
-  experiment: Experiment, state: TrainState, images: Any, weights: Weights | None = None
+  experiment: Experiment, state: TrainState, images: Any, *, weights: Weights | None = None
 ) -> tuple[TrainState, list[str]]:
   """Returns a state with the weights of a file, and lines that say what was taken and made.
 
@@ -344,7 +347,7 @@ def _start_from_file(
   if config.model.importance.form == PRUNE:
     whole = {"params": variables["params"], "batch_stats": statistics}
     with settings.named("model.init_from"):
-      taken = _pruned(model, whole, state, images, is_fresh)
+      taken = _pruned(model, whole, state, images=images, is_fresh=is_fresh)
     theirs, statistics = taken["params"], taken["batch_stats"]
   started = state.replace(
     params=_merged(state.params, theirs, file, what="weights", is_fresh=is_fresh),

@@ -97,7 +97,7 @@ def _of_file(source: str, experiment: Experiment, weights: Weights | None) -> Te
   model, variables = weights or read_network(source)
   require_classifier(model, source)
   counts = model_summary(model, experiment.test.shape)
-  return Teacher(source, model, variables, float(counts.macs), None)
+  return Teacher(source, model, variables, macs=float(counts.macs), accuracy=None)
 
 
 def _of_run(source: str, experiment: Experiment) -> Teacher:
@@ -132,7 +132,7 @@ def _of_run(source: str, experiment: Experiment) -> Teacher:
     raise RunDirError(f"loss.distillation.teacher must name a run with a checkpoint; got {source}")
   with run_dir.reading_result():
     macs, accuracy = float(result["macs"]), float(result["accuracy"])
-  return Teacher(source, built.model, jax.device_get(found.state), macs, accuracy)
+  return Teacher(source, built.model, jax.device_get(found.state), macs=macs, accuracy=accuracy)
 
 
 def _check_same_data(source: str, theirs: Experiment, mine: Experiment) -> None:

@@ -457,7 +457,7 @@ def part_inputs(net: FoldedNet, x: Array) -> list[PartInputs]:
   def spy(part, x, gates, before):
     """Computes a part by masking, and notes its inputs."""
     seen.append(PartInputs(x, gates, before))
-    return folded.masked(part, x, gates, before)
+    return folded.masked(part, x, gates, before=before)
 
   folded.run(net, x, spy)
   return seen

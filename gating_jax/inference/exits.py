@@ -257,9 +257,11 @@ def compile_exits(
     max_slowdown_all_open=max_slowdown_all_open,
     advance=count_pieces(progress, count_runs(ways) + repeats),
   )
-  # Both programs let the same images leave, so one of them tells the MACs of both.
+  # Both programs let the same images leave, so the MACs of one are those of both.
   stays = [np.asarray(programs[MASKED](net, x)[1]) for x in batches]
-  ratios = exit_ratios(net, without_exits(net), options.input_shape, stays, buckets=options.buckets)
+  ratios = exit_ratios(
+    net, without_exits(net), options.input_shape, stays=stays, buckets=options.buckets
+  )
   timings = choice.timings(ratios)
   return CompiledExits(net, choice.strategy, options=options, timings=timings)
 

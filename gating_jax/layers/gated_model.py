@@ -119,7 +119,7 @@ class GatedModel(nn.Module):
     """Applies the model to x; `kwargs` are further arguments of it."""
     check_gate_settings("gate", self.gate)
     train = _read_mode(self.model, train, kwargs)
-    gates = _Pass(check_pairs(self.pairs), self.gate, self.axis_name, train)
+    gates = _Pass(check_pairs(self.pairs), self.gate, self.axis_name, train=train)
     gates.trace, gates.depth = tracers.current_trace(), len(self.path)
     with nn.intercept_methods(gates.intercept):
       y = self.model(x, **{**mode_of(self.model, train), **kwargs})
@@ -152,7 +152,7 @@ def check_pairs(pairs: Sequence[tuple[str, str]]) -> Pairs:
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
       raise TypeError(f"pairs must be {rule}; got {shown(pair)}")
     for path in pair:
-      arguments.instance("each path of pairs", path, str, 'a text, such as "block1/conv1"')
+      arguments.instance("each path of pairs", path, str, rule='a text, such as "block1/conv1"')
     writer, reader = pair
     if writer in readers or reader in writers or writer == reader:
       raise ValueError(
@@ -182,7 +182,7 @@ def holds_channels(read: Sequence[int], made: Sequence[int]) -> bool:
 
 
 def mode_of(model: nn.Module, train: bool) -> dict[str, bool]:
-  """Returns the argument that tells a model whether it is trained; none where it has none."""
+  """Returns the argument by which a model knows whether it is trained; none where it has none."""
   names = inspect.signature(type(model).__call__).parameters
   for name, means_training in _MODES.items():
     if name in names:

@@ -104,7 +104,7 @@ def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
   >>> found.refused["conv1"]
   'it is read by conv2, conv3'
   """
-  arguments.instance("model", model, nn.Module, "a Flax Linen module")
+  arguments.instance("model", model, nn.Module, rule="a Flax Linen module")
   calls = _Calls()
   mode = {**mode_of(model, train=False), **kwargs}
   variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **mode), x)
@@ -299,7 +299,9 @@ class _Search:
     if mark.startswith(_WRITES):
       # A value without examples has none to move.
       count = shape[0] if rank > 1 and shape[0] != 0 else 1
-      return frozenset([_Flow(mark.removeprefix(_WRITES), shape[-1], rank - 1, 0, count)])
+      return frozenset(
+        [_Flow(mark.removeprefix(_WRITES), shape[-1], axis=rank - 1, examples=0, count=count)]
+      )
     # A name that the model itself gave.
     return flows
 
@@ -316,11 +318,11 @@ class _Search:
         self.lost.setdefault(flow.writer, name)
       return dataclasses.replace(flow, axis=None, examples=None)
     if axis is not None and name == "reshape":
-      axis = _channels_after_reshape(axis, shape, result, flow.channels)
+      axis = _channels_after_reshape(axis, shape, result, channels=flow.channels)
     elif axis is not None:
       axis = move(axis, params, shape, result)
     if examples is not None and name == "reshape":
-      examples = _examples_after_reshape(examples, shape, result, flow.count)
+      examples = _examples_after_reshape(examples, shape, result, count=flow.count)
     elif examples is not None:
       examples = move(examples, params, shape, result)
     return dataclasses.replace(flow, axis=axis, examples=examples)
@@ -341,7 +343,7 @@ def _after_broadcast(axis: int, params: Mapping[str, Any], shape: Any, result: A
   return place if result[place] == shape[axis] else None
 
 
-def _channels_after_reshape(axis: int, shape: Any, result: Any, channels: int) -> int | None:
+def _channels_after_reshape(axis: int, shape: Any, result: Any, *, channels: int) -> int | None:
   """Returns the axis of channels, which axes before it may have joined, or left again."""
   after = _product(shape[axis + 1 :])
   places = []
@@ -352,7 +354,7 @@ def _channels_after_reshape(axis: int, shape: Any, result: Any, channels: int) -
   return max(places)[1] if places else None
 
 
-def _examples_after_reshape(axis: int, shape: Any, result: Any, count: int) -> int | None:
+def _examples_after_reshape(axis: int, shape: Any, result: Any, *, count: int) -> int | None:
   """Returns the axis of examples, which may be joined with the axes after it, or parted again."""
   before = _product(shape[:axis])
   for place, size in enumerate(result):

@@ -84,7 +84,7 @@ class SegmentGateSettings:
         DeprecationWarning,
         stacklevel=3,
       )
-      # Segments have contexts and relaxations of their own, and nothing else of channels' gates.
+      # Segments have their own contexts and relaxations, and no other field of channels' gates.
       for name in ("normalise", "threshold", "share", "weighted", "prior"):
         unset, value = getattr(GateSettings, name), getattr(gate, name)
         if value != unset:
@@ -130,7 +130,7 @@ class SegmentGate(nn.Module):
   @nn.compact
   def __call__(self, x: Array, valid: Array, train: bool = False) -> GateRecord:
     rule = "SegmentGateSettings, such as SegmentGateSettings(concepts=128)"
-    arguments.instance("settings", self.settings, SegmentGateSettings, rule)
+    arguments.instance("settings", self.settings, SegmentGateSettings, rule=rule)
     s = self.settings
     check_examples(x, train)
     arguments.real_array("valid", valid, "[B, T]")

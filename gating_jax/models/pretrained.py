@@ -134,7 +134,7 @@ def load_pretrained(
 
   Names and shapes are all that is known of the original. timm's nets that compute something else
   with a ResNet's names, such as `resnetaa50`, `resnetblur50` and those with dilated windows, cannot
-  be told apart: their logits here are wrong. timm's VGG nets slide their dense layers over last
+  be distinguished: their logits here are wrong. timm's VGG nets slide their dense layers over last
   maps of more than 7 x 7 pixels; such images are refused.
 
   Args:
@@ -164,7 +164,7 @@ def load_pretrained(
   """
   if name is not None:
     one_of("name", name, (*RESNET_NAMES, *_VGG_NAMES))
-  arguments.instance("classifier", classifier, bool, "True or False")
+  arguments.instance("classifier", classifier, bool, rule="True or False")
   model, variables = read_network(path, name, classifier=classifier)
   if classifier:
     require_classifier(model, path)
@@ -249,7 +249,7 @@ def save_pretrained(
   ...   print(np.load(file)["fc.weight"].shape)
   (3, 4)
   """
-  arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
+  arguments.instance("variables", variables, Mapping, rule="a mapping with params and batch_stats")
   target = user_path(file)
   if target.suffix not in _SUFFIXES:
     raise ValueError(f"file must end in {' or '.join(_SUFFIXES)}; got {target}")

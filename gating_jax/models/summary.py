@@ -155,22 +155,22 @@ def _count(trace: _Trace) -> ModelCounts:
 
 @former_positional("macs")
 def solve_share(model: nn.Module, input_shape: Any, *, macs: float) -> float:
-  """Solves for the share of open units at which an example costs this many MACs.
+  """Solves for the fraction s of open units at which an example costs this many MACs.
 
-      macs = always + a share + b share^2
+      macs = always + a s + b s^2
 
-  Here every gated layer opens this share of its units, `always` are the MACs that always run, gate
-  networks included, a those of all units alone and b those of all pairs of units of two layers one
-  after the other. So a gated network is set against an ungated one of equal cost.
+  Here every gated layer opens this fraction of its units, `always` are the MACs that always run,
+  gate networks included, a those of all units alone and b those of all pairs of units of two layers
+  one after the other. So a gated network is set against an ungated one of equal cost.
 
   Args:
-    model: a network with gates; the share that its settings open does not matter.
+    model: a network with gates; the fraction that its settings open does not matter.
     input_shape: as in `model_summary`.
     macs: multiply-accumulates per example, gate networks included.
   Returns:
-    the share, in (0, 1].
+    the fraction, in (0, 1].
   Raises:
-    ValueError: no gates, MACs that no share in (0, 1] has, or a shape as in `model_summary`.
+    ValueError: no gates, MACs that no fraction in (0, 1] has, or a shape as in `model_summary`.
     TypeError: as in `model_summary`.
 
   >>> from gating_jax.models.resnets import resnet
@@ -183,21 +183,21 @@ def solve_share(model: nn.Module, input_shape: Any, *, macs: float) -> float:
   counts = _count(trace)
   if not counts.gates:
     raise ValueError("model must have gates; got one without")
-  arguments.number("macs", macs, "> 0", lambda v: v > 0)
+  arguments.number("macs", macs, "> 0", holds=lambda v: v > 0)
   singles = 0
   for record in trace.records:
     singles += record.gates.shape[-1] * record.macs_per_unit
   pairs = counts.gated - singles
   # The root of the equation above, in the form that b = 0 leaves as it is.
   left = macs - counts.always_macs
-  share = 2 * left / (singles + math.sqrt(max(singles**2 + 4 * pairs * left, 0.0)))
-  if not 0 < share <= 1:
+  fraction = 2 * left / (singles + math.sqrt(max(singles**2 + 4 * pairs * left, 0.0)))
+  if not 0 < fraction <= 1:
     most = counts.always_macs + counts.gated
     raise ValueError(
       f"macs must be above {counts.always_macs:,}, those that always run, and at most {most:,}, "
       f"those of every unit and the gate networks; got {macs:,.0f}"
     )
-  return share
+  return fraction
 
 
 def reduced_macs(model: nn.Module, input_shape: Any) -> int:
@@ -248,14 +248,16 @@ def _is_shape(node: Any) -> bool:
 
 def _trace(model: nn.Module, input_shape: Any) -> _Trace:
   """Runs a model on shapes alone."""
-  arguments.instance("model", model, nn.Module, "a network, such as resnet('resnet20', classes=10)")
+  arguments.instance(
+    "model", model, nn.Module, rule="a network, such as resnet('resnet20', classes=10)"
+  )
   shapes = jax.tree.leaves(input_shape, is_leaf=_is_shape)
   rule = "a tuple of whole numbers, such as (32, 32, 3), or a tree of them"
   # Without a tuple there are no leaves, and the input shape itself is at fault.
   if isinstance(input_shape, list) and all(isinstance(size, int) for size in input_shape):
     raise TypeError(f"input_shape must be {rule}; got {shown(input_shape)}")
   for shape in shapes or [input_shape]:
-    arguments.instance("input_shape", shape, tuple, rule)
+    arguments.instance("input_shape", shape, tuple, rule=rule)
     for size in shape:
       arguments.whole_number("each of input_shape", size)
 
@@ -345,9 +347,9 @@ class VideoCounts:
         f"gates and valid must be [M, {self.segments}]; got {np.shape(gates)} and {np.shape(valid)}"
       )
     # The selector is counted for T segments; a shorter video pays for its own ones only.
-    share = np.sum(valid, axis=1) / self.segments
+    fraction = np.sum(valid, axis=1) / self.segments
     heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
-    return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
+    return fraction * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
 
   @former_positional("taken")
   def computed(self, valid: np.ndarray, *, taken: float | None = None) -> float:
@@ -392,10 +394,12 @@ def video_summary(
   >>> video_summary(model, shapes, precomputed=(100, 1000)).heavy.macs
   1000
   """
-  arguments.instance("model", model, SegmentNet, "a SegmentNet")
-  arguments.instance("shapes", shapes, Mapping, "a mapping of names to shapes")
+  arguments.instance("model", model, SegmentNet, rule="a SegmentNet")
+  arguments.instance("shapes", shapes, Mapping, rule="a mapping of names to shapes")
   for name in ("heavy", "valid", *(("light",) if model.light is not None else ())):
-    arguments.instance(f"shapes[{name!r}]", shapes.get(name), tuple, "a tuple of whole numbers")
+    arguments.instance(
+      f"shapes[{name!r}]", shapes.get(name), tuple, rule="a tuple of whole numbers"
+    )
   segments = shapes["valid"][0]
   heavy = model_summary(model.heavy.clone(parent=None), shapes["heavy"][1:])
   light = NOTHING

@@ -106,12 +106,14 @@ class SegmentNet(nn.Module):
     """Checks the settings and builds the selector, the light head and the classifier."""
     one_of("selection", self.selection, SELECTIONS)
     arguments.whole_number("classes", self.classes)
-    arguments.instance("heavy", self.heavy, nn.Module, "a network, such as heavy_net('r2plus1d18')")
+    arguments.instance(
+      "heavy", self.heavy, nn.Module, rule="a network, such as heavy_net('r2plus1d18')"
+    )
     if self.light is not None:
       arguments.instance(
-        "light", self.light, nn.Module, "a network, such as light_net('mobilenet'), or None"
+        "light", self.light, nn.Module, rule="a network, such as light_net('mobilenet'), or None"
       )
-    arguments.instance("gate", self.gate, SegmentGateSettings, "SegmentGateSettings")
+    arguments.instance("gate", self.gate, SegmentGateSettings, rule="SegmentGateSettings")
     # The learned gate and the confidence read the light net's features.
     if self.light is None and (self.light_head or self.selection in ("gate", "confidence")):
       raise ValueError(
@@ -165,7 +167,10 @@ class SegmentNet(nn.Module):
       ValueError: an input is missing or has another number of videos or segments.
     """
     arguments.instance(
-      "inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light"
+      "inputs",
+      inputs,
+      Mapping,
+      rule="a mapping with arrays heavy, valid and, for a light net, light",
     )
     for name in ("valid", *(("light",) if self.light is not None else ())):
       _check_input(inputs, name)
@@ -183,7 +188,7 @@ class SegmentNet(nn.Module):
       confidence = jnp.max(jax.nn.softmax(outputs["light_logits"]), axis=-1)
       least = self.get_variable(THRESHOLDS, "confidence")
       if least is None:
-        # As many of each video's own segments as the share asks for; padding is never chosen.
+        # As many of each video's own segments as `share` asks for; padding is never chosen.
         gates = selection.top_k(confidence, valid, k=selection.budget_to_k(valid, share=self.share))
       else:
         above = (confidence > least).astype(jnp.float32)
@@ -210,7 +215,7 @@ class SegmentNet(nn.Module):
       """Runs the heavy net on single segments in training, `[K, ...]` to `[K, C]`."""
       return heavy.apply(variables, clips, True)[0]
 
-    return open_backward(encode, variables, clips, gates, capacity=capacity)
+    return open_backward(encode, variables, clips, gates=gates, capacity=capacity)
 
   def classify(self, features: Array, gates: Array) -> Array:
     """Computes the logits `[B, classes]` from `[B, T, C]` features of the chosen segments.
@@ -312,7 +317,7 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    arguments.number("rate", self.rate, "in [0, 1)", lambda v: 0 <= v < 1)
+    arguments.number("rate", self.rate, "in [0, 1)", holds=lambda v: 0 <= v < 1)
     check_examples(x, train)
     if not train or not self.rate:
       return x

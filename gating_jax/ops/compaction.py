@@ -152,9 +152,9 @@ def bucket_sizes(total: int, *, buckets: int, multiple: int = 1) -> tuple[int, .
   # A set, since rounding up can make sizes equal.
   sizes = set()
   for i in range(1, buckets + 1):
-    # Both divisions round up, in whole numbers: the last share is exactly `total`.
-    share = -(-total * i // buckets)
-    sizes.add(-(-share // multiple) * multiple)
+    # Both divisions round up, in whole numbers: the last size is exactly `total`.
+    size = -(-total * i // buckets)
+    sizes.add(-(-size // multiple) * multiple)
   return tuple(sorted(sizes))
 
 
@@ -215,7 +215,7 @@ def open_backward(
     )
   if not 1 <= capacity <= len(x):
     raise ValueError(f"capacity must be from 1 to the {len(x)} examples of x; got {capacity}")
-  return _open_backward(f, capacity, variables, jnp.asarray(x), jnp.asarray(gates))
+  return _open_backward(f, capacity, variables, x=jnp.asarray(x), gates=jnp.asarray(gates))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -232,7 +232,7 @@ def _open_backward_fwd(f, capacity, variables, x, gates):
 def _open_backward_bwd(f, capacity, residuals, ct):
   variables, x, gates = residuals
   index, taken = open_indices(gates, capacity=capacity)
-  # The forward pass of the open examples again: nothing of it was kept.
+  # Runs the forward pass of the open examples again, since none of it was kept.
   _, pull = jax.vjp(f, variables, x[index])
   # Padding repeats example 0, whose cotangent must not count twice.
   taken_rows = taken.reshape(-1, *[1] * (ct.ndim - 1))

@@ -95,7 +95,7 @@ def plain_conv(
 def factorised_conv(space: ConvMacs, time: ConvMacs, middle: int) -> ConvMacs:
   """Returns the coefficients of two convolutions, one after the other.
 
-  No pair of an input and an output channel has a cost of its own, since the channels in between
+  No pair of an input and an output channel has its own cost, since the channels in between
   always run.
 
   Args:
@@ -166,7 +166,7 @@ def channel_macs(
   read: ConvMacs | None = None,
   outputs: int | None = None,
 ) -> UnitMacs:
-  """Computes what a gated channel costs in the layer that makes it and in the one that reads it.
+  """Computes the cost of a gated channel in the layer that makes it and in the one that reads it.
 
   A layer gated on both sides costs MACs per pair of open channels. They belong to the channels that
   it makes, so that no pair counts twice.
@@ -321,9 +321,11 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
   """
   records = arguments.items("records", records, "one GateRecord per gated layer")
   for i, record in enumerate(records):
-    arguments.instance(f"records[{i}]", record, GateRecord, "a GateRecord")
+    arguments.instance(f"records[{i}]", record, GateRecord, rule="a GateRecord")
     for cost in ("macs_per_unit", "macs_per_pair"):
-      arguments.number(f"records[{i}].{cost}", getattr(record, cost), ">= 0", lambda v: v >= 0)
+      arguments.number(
+        f"records[{i}].{cost}", getattr(record, cost), ">= 0", holds=lambda v: v >= 0
+      )
     for field in fields:
       name, values = f"records[{i}].{field}", getattr(record, field)
       arguments.real_array(name, values)

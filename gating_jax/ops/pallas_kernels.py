@@ -394,7 +394,7 @@ def _remainder(number: Array, by: int) -> Array:
 def _open_first(open_tiles: Array) -> Array:
   """Returns the numbers of the tiles, `[N, T]`, with open ones first.
 
-  It compares all pairs, which XLA fuses; a sort would need kernels of its own.
+  It compares all pairs, which XLA fuses; a sort would need further kernels.
   """
   number = jnp.arange(open_tiles.shape[1], dtype=jnp.int32)
   # Unique keys: all open tiles before all closed ones, each in their order.
@@ -445,7 +445,7 @@ def _per_channel(gates: Array, channels: int) -> Array:
 
 def _checked_branch(branch, x, gates):
   arguments.instance(
-    "branch", branch, Branch, "a Branch: the kernels and biases of two convolutions"
+    "branch", branch, Branch, rule="a Branch: the kernels and biases of two convolutions"
   )
   for name, array in (("x", x), ("gates", gates)):
     arguments.real_array(name, array)

@@ -85,7 +85,7 @@ def target_rate_loss(
 
   Reference: Veit and Belongie, 2018 (ConvNet-AIG).
   """
-  target = arguments.parameter("target", target, "in [0, 1]", lambda v: (v >= 0) & (v <= 1))
+  target = arguments.parameter("target", target, "in [0, 1]", holds=lambda v: (v >= 0) & (v <= 1))
   gaps = []
   for layer in _checked_layers("gates", gates, "gates"):
     rate = collectives.batch_mean(unweighted(layer), axis_name)
@@ -210,10 +210,10 @@ def balance_loss(
   for record in checked_records(records, "gates", "probs", with_examples=True):
     # f_c of the equation, up to its sum; a step function, so without a gradient.
     is_open = (record.gates.astype(record.probs.dtype) > 0).astype(record.probs.dtype)
-    share = collectives.batch_mean(is_open, axis_name)
+    fraction = collectives.batch_mean(is_open, axis_name)
     probs = collectives.batch_mean(record.probs, axis_name)
     # C sum_c f_c P_c of the equation.
-    terms.append(probs.shape[-1] * jnp.sum(share / jnp.sum(share) * probs))
+    terms.append(probs.shape[-1] * jnp.sum(fraction / jnp.sum(fraction) * probs))
   return functools.reduce(operator.add, one_dtype(*terms))
 
 
@@ -284,8 +284,8 @@ def mac_budget_loss(
   >>> print(f"{mac_budget_loss([record], never_gated_macs=4, budget=0.5):.4f}")
   0.0100
   """
-  arguments.number("never_gated_macs", never_gated_macs, ">= 0", lambda v: v >= 0)
-  budget = arguments.parameter("budget", budget, "in (0, 1]", lambda v: (v > 0) & (v <= 1))
+  arguments.number("never_gated_macs", never_gated_macs, ">= 0", holds=lambda v: v >= 0)
+  budget = arguments.parameter("budget", budget, "in (0, 1]", holds=lambda v: (v > 0) & (v <= 1))
   records = _as_records(records, gates=gates, macs_per_unit=macs_per_unit)
   records = checked_records(records, "gates", "probs", with_examples=True)
   expected = collectives.batch_mean(expected_macs(records), axis_name)
@@ -294,9 +294,9 @@ def mac_budget_loss(
   expected, executed = one_dtype(expected, executed)
   # The value of `executed`, with the gradient of `expected`.
   mean = expected + lax.stop_gradient(executed - expected)
-  share = mac_fraction(records, mean, never_gated_macs=never_gated_macs)
-  budget = jnp.asarray(budget, share.dtype)
-  return jnp.square(share - budget)
+  fraction = mac_fraction(records, mean, never_gated_macs=never_gated_macs)
+  budget = jnp.asarray(budget, fraction.dtype)
+  return jnp.square(fraction - budget)
 
 
 def closed_share(

@@ -79,14 +79,14 @@ class Prior:
   shape: tuple[int, ...] = ()
 
   def __post_init__(self):
-    arguments.instance("a prior's name", self.name, str, "a text")
-    arguments.instance("a prior's shape", self.shape, tuple, "a tuple of whole numbers")
-    _check_functions(self.cdf, self.pdf, self.logit_cdf, self.logit_pdf)
+    arguments.instance("a prior's name", self.name, str, rule="a text")
+    arguments.instance("a prior's shape", self.shape, tuple, rule="a tuple of whole numbers")
+    _check_functions(self.cdf, self.pdf, self.logit_cdf, logit_pdf=self.logit_pdf)
 
 
 def check_prior(name: str, value: object) -> None:
   """Raises a TypeError unless `value` is a `Prior`."""
-  arguments.instance(name, value, Prior, "a Prior, such as beta(0.6, 0.4)")
+  arguments.instance(name, value, Prior, rule="a Prior, such as beta(0.6, 0.4)")
 
 
 def beta(a: float | Array, b: float | Array) -> Prior:
@@ -112,8 +112,8 @@ def beta(a: float | Array, b: float | Array) -> Prior:
   -0.4791
   """
   rule = f"in [{_SMALLEST}, {_LARGEST}]"
-  a = arguments.parameter("beta's a", a, rule, _in_beta_range)
-  b = arguments.parameter("beta's b", b, rule, _in_beta_range)
+  a = arguments.parameter("beta's a", a, rule, holds=_in_beta_range)
+  b = arguments.parameter("beta's b", b, rule, holds=_in_beta_range)
   # Known numbers have a table, which is faster; its cache also makes equal calls return one object.
   if isinstance(a, float) and isinstance(b, float):
     return _fixed_beta(a, b)
@@ -133,7 +133,7 @@ def symmetric_beta(a: float | Array) -> Prior:
   'beta(0.6, 0.4)'
   """
   a = arguments.parameter(
-    "symmetric_beta's a", a, "in [0.05, 0.95]", lambda v: (v >= _SMALLEST) & (v <= 0.95)
+    "symmetric_beta's a", a, "in [0.05, 0.95]", holds=lambda v: (v >= _SMALLEST) & (v <= 0.95)
   )
   return beta(a, 1 - a)
 
@@ -156,10 +156,10 @@ def relaxed_bernoulli(mean: float | Array, temperature: float | Array) -> Prior:
   0.7
   """
   mean = arguments.parameter(
-    "relaxed_bernoulli's mean", mean, "in (0, 1)", lambda v: (v > 0) & (v < 1)
+    "relaxed_bernoulli's mean", mean, "in (0, 1)", holds=lambda v: (v > 0) & (v < 1)
   )
   temperature = arguments.parameter(
-    "relaxed_bernoulli's temperature", temperature, "positive", _is_positive
+    "relaxed_bernoulli's temperature", temperature, "positive", holds=_is_positive
   )
   return _prior("relaxed_bernoulli", _RelaxedBernoulli(mean, temperature), mean, temperature)
 
@@ -177,8 +177,8 @@ def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
   >>> print(f"{normal(1.0, 2.0).cdf(jnp.array(3.0)):.4f}")
   0.8413
   """
-  mean = arguments.parameter("normal's mean", mean, "finite", np.isfinite)
-  std = arguments.parameter("normal's std", std, "positive", _is_positive)
+  mean = arguments.parameter("normal's mean", mean, "finite", holds=np.isfinite)
+  std = arguments.parameter("normal's std", std, "positive", holds=_is_positive)
   family = _Normal(mean, std)
   name, shape = _name("normal", mean, std), _shape("normal", mean, std)
   return Prior(name, family.cdf, family.pdf, shape=shape)
@@ -276,7 +276,7 @@ def from_cdf(
     raise ValueError(
       f"logit_cdf and logit_pdf must come together; got {shown(logit_cdf)} and {shown(logit_pdf)}"
     )
-  _check_functions(cdf, pdf, logit_cdf, logit_pdf)
+  _check_functions(cdf, pdf, logit_cdf, logit_pdf=logit_pdf)
   # Plain functions have no slope rule yet, neither on the natural nor on the logit axis.
   logit_pair = None
   if logit_cdf is not None and logit_pdf is not None:
@@ -466,7 +466,7 @@ def _uniform_logit_pdf(z: Array) -> Array:
 class _Empirical:
   """The distribution of sorted samples, `[M, ...]`.
 
-  A value of its own, not a closure, can be pickled.
+  Unlike a closure, it can be pickled.
   """
 
   ordered: Array
@@ -613,7 +613,7 @@ def _positive(parameter):
   return jnp.where(parameter > 0, parameter, jnp.nan)
 
 
-def _check_functions(cdf: object, pdf: object, logit_cdf: object, logit_pdf: object) -> None:
+def _check_functions(cdf: object, pdf: object, logit_cdf: object, *, logit_pdf: object) -> None:
   for name, value in (("cdf", cdf), ("pdf", pdf)):
     arguments.function(name, value)
   for name, value in (("logit_cdf", logit_cdf), ("logit_pdf", logit_pdf)):

@@ -176,7 +176,7 @@ _COUNTED_VIDEOS = {
 def video_rows(result: Mapping[str, Any]) -> list[Row]:
   """Returns rows of name and value, from the result of `video.evaluate.test_network`."""
   mac_ratio = format_percent(result["mac_ratio"], 1)
-  share = format_percent(result["share"], 1)
+  fraction = format_percent(result["share"], 1)
   low, high = format_percent(result["share_p10"], 1), format_percent(result["share_p90"], 1)
   key = "accuracy" if "accuracy" in result else "mean_average_precision"
   rows = [
@@ -187,7 +187,7 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
       "MACs per video, this net",
       f"{result['macs']:,.0f}  ({mac_ratio}, light net and gate included)",
     ),
-    Row("segments chosen", f"{share}  (10 to 90 % of videos: {low} to {high})"),
+    Row("segments chosen", f"{fraction}  (10 to 90 % of videos: {low} to {high})"),
     *_split_rows(result),
   ]
   # Only made videos know which of their segments the label depends on.
@@ -219,16 +219,16 @@ def _split_rows(result: Mapping[str, Any]) -> list[Row]:
   splits = result.get("splits")
   if not splits:
     return []
-  scores, shares = [], []
+  scores, fractions = [], []
   for of_split in splits.values():
     score = "accuracy" if "accuracy" in of_split else "mean_average_precision"
     scores.append(format_percent(of_split[score], 1))
-    share, spread = format_percent(of_split["share"], 1), 100 * of_split["share_std"]
-    shares.append(f"{share} (± {spread:.1f})")
+    fraction, spread = format_percent(of_split["share"], 1), 100 * of_split["share_std"]
+    fractions.append(f"{fraction} (± {spread:.1f})")
   names = " / ".join(splits)
   return [
     Row(f"score: {names}", " / ".join(scores)),
-    Row(f"share of segments: {names}", " / ".join(shares)),
+    Row(f"fraction of segments: {names}", " / ".join(fractions)),
   ]
 
 
@@ -248,8 +248,8 @@ def render_video(result: Mapping[str, Any]) -> str:
 def video_headline(result: Mapping[str, Any]) -> str:
   """Summarises the result of a run on videos in one line."""
   score = _video_score(result)
-  share, mac_ratio = format_percent(result["share"], 1), format_percent(result["mac_ratio"], 1)
-  return f"{score.name} {score.value}  {share} of segments  {mac_ratio} of MACs"
+  fraction, mac_ratio = format_percent(result["share"], 1), format_percent(result["mac_ratio"], 1)
+  return f"{score.name} {score.value}  {fraction} of segments  {mac_ratio} of MACs"
 
 
 def _video_score(result: Mapping[str, Any]) -> Row:
@@ -569,7 +569,7 @@ _MEANINGS = {
   "and the 10th and 90th percentile over videos.",
   "score:": "The score on each split: what training has seen, what thresholds and epoch were "
   "chosen on, and what neither has seen.",
-  "share of segments:": "Fraction of a video's segments that the heavy network runs on, on each "
+  "fraction of segments:": "Fraction of a video's segments that the heavy network runs on, on each "
   "split: the mean over videos, and in parentheses the standard deviation over videos, in points.",
   "chosen segments that matter": "Precision: of the chosen segments, the fraction that the label "
   "depends on.",
@@ -622,7 +622,7 @@ COMPARED_MEANINGS = {
   "mean average precision": _MEANINGS["test mean average precision"],
   "forgetting": TASK_MEANINGS["forgetting (points)"],
   "MACs": f"The {_MACS} of one image or video, mean over the test set, gate networks included.",
-  "share": "The MACs as a fraction of those of the run's own network without gates.",
+  "fraction": "The MACs as a fraction of those of the run's own network without gates.",
   "parameters": _MEANINGS["parameters"],
   "gates": "Open for 1 to 99 % of the test set (conditional), for more, for less, or decided by "
   "noise (at random).",

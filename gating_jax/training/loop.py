@@ -161,7 +161,7 @@ def _end_process(number: int) -> None:
     "asked to stop while busy: ended without another checkpoint; run "
     f"{interrupts.same_command} to resume from the newest one"
   )
-  # Closed pools free their shared memory, but each waits for its workers, perhaps in vain.
+  # Closed pools free their shared memory, but each waits for its workers, perhaps forever.
   closing = threading.Thread(target=_close_pools, daemon=True)
   closing.start()
   closing.join(1.0)

@@ -41,7 +41,7 @@ def config_of(workdir: Path) -> Config:
   return config.lock()
 
 
-def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: str = "") -> None:
+def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], *, prefix: str = "") -> None:
   """Raises a RunDirError unless a config has the fields of `base`, of their types.
 
   A field may be absent where its default is None: it is newer than the run. So may a section of
@@ -56,7 +56,7 @@ def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: s
     if name not in fields and config_files.is_unset(default):
       continue
     if section and isinstance(value, Mapping):
-      _check_fields(file, default, value, f"{prefix}{name}.")
+      _check_fields(file, default, value, prefix=f"{prefix}{name}.")
       continue
     # A whole number may stand for a float; True is an int in Python, but not a number here.
     fits = isinstance(value, (int, float) if kind is float else kind) and (

@@ -160,7 +160,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
   source = heavy_from(config)
   shapes = sets.network_shapes(train, config, heavy_from=source)
   model = _segment_net(config, len(train.class_names))
-  # Features come with the cost of the nets that made them: the config tells it.
+  # Features come with the cost of the nets that made them: the config has it.
   feature_macs = (
     0 if model.light is None else config.data.light_macs,
     config.data[f"{source}_macs"],

@@ -29,7 +29,7 @@ _CONCEPT_SEGMENTS = 20_000
 
 def initial_state(phase: Phase, seed: int) -> steps.TrainState:
   """Initialises the state with which a phase begins."""
-  return steps.init_state(phase.model, phase.optimiser, seed, phase.shapes)
+  return steps.init_state(phase.model, phase.optimiser, seed, shapes=phase.shapes)
 
 
 def restore(phase: Phase, path: Path, seed: int) -> Checkpoint:
@@ -86,7 +86,7 @@ def keep_nets(pretrained: str, path: Path) -> None:
 
 
 def begin_training(
-  experiment: VideoExperiment, state: steps.TrainState, nets: Any, train: Any
+  experiment: VideoExperiment, state: steps.TrainState, nets: Any, *, train: Any
 ) -> steps.TrainState:
   """Returns a fresh state with the results of pretraining: concepts, and nets that train on."""
   params, batch_stats = dict(state.params), dict(state.batch_stats)

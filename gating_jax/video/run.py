@@ -60,7 +60,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
   """
   if mode == "train" and config.pretrained:
     video_nets.check_pretrained(config.pretrained)
-  with runner.opening_data(LongVideo, config, workdir, mode):
+  with runner.opening_data(LongVideo, config, workdir, mode=mode):
     experiment = build(config)
     # A run may be tested on its own training videos; one that is trained says something else.
     if mode == "train":
@@ -158,16 +158,16 @@ class LongVideo(runner.Programme):
       # The checkpoint of a resumed run already holds the concepts.
       if not training.step:
         with working("finding the initial concepts of the gates", "up to a minute"):
-          training.state = video_nets.begin_training(experiment, training.state, nets, train)
+          training.state = video_nets.begin_training(experiment, training.state, nets, train=train)
       training.begin(self.title)
       # Without a test on the way there is nothing to choose from.
       best = None
       if experiment.validation is not None and phase.settings.eval_every:
         best = opened.enter_context(BestState(run_dir.path / BEST_DIR))
       evaluate = functools.partial(self._evaluate, training, nets, best)
-      if not self._run(training, phase, train, evaluate):
+      if not self._run(training, phase, train, evaluate=evaluate):
         return None
-      step, variables = self._choose_state(training, run_dir.path, nets, best)
+      step, variables = self._choose_state(training, run_dir.path, nets, best=best)
       result, behaviour = self._test(variables, training.say)
       if experiment.validation is not None:
         about = "minutes for large sets"
@@ -254,7 +254,7 @@ class LongVideo(runner.Programme):
         model,
         phase.optimiser,
         phase.objective,
-        phase.prepare,
+        prepare=phase.prepare,
         seed=config.seed,
         axis_name=devices.AXIS,
       )
@@ -279,7 +279,7 @@ class LongVideo(runner.Programme):
     """Opens the training of a phase in its folder, with a clock that has `started`."""
     with working("making the networks", "up to half a minute"):
       fresh = video_nets.initial_state(phase, self.config.seed)
-      return runner.Training(folder, fresh, phase.settings.total_steps, started)
+      return runner.Training(folder, fresh, phase.settings.total_steps, started=started)
 
   def _run(
     self,
@@ -312,6 +312,7 @@ class LongVideo(runner.Programme):
     training: runner.Training,
     folder: Path,
     nets: Any,
+    *,
     best: BestState | None,
   ) -> tuple[int, Any]:
     """Returns `(step, variables)` of the state that a training ends with, and keeps which it is.

@@ -362,7 +362,7 @@ def test_the_state_that_is_best_on_validation_images_ends_a_task(
   journal = SimpleNamespace(write=lambda *line: lines.append(line))
   training = SimpleNamespace(folder=tmp_path, journal=journal, say=said.append)
   of_step = dict(enumerate(scores, 1))
-  monkeypatch.setattr(run, "validate", lambda _, learner, *__: of_step[int(learner.step)])
+  monkeypatch.setattr(run, "validate", lambda _, learner, *__, **___: of_step[int(learner.step)])
   with run._EpochChoice(SimpleNamespace(steps_per_test=1), training, 0, None) as choice:
     for step in (1, 2):
       training.step, training.state = step, learner_at(step)
@@ -940,7 +940,7 @@ def test_every_task_begins_with_a_fresh_optimiser():
     jnp.int32(7), jnp.int32(0), params, {}, moving, {}, TaskTable(*[jnp.zeros((1, 1))] * 5)
   )
   ended = training.finish_task(
-    experiment, learner, 0, lambda *_: dict.fromkeys(TaskTable._fields, 0.5)
+    experiment, learner, 0, evaluate=lambda *_: dict.fromkeys(TaskTable._fields, 0.5)
   )
   assert tiny.bit_equal(ended.opt_state, optimiser.init(params))
   assert (int(ended.step), int(ended.task)) == (8, 1)

@@ -323,7 +323,7 @@ def test_a_budget_is_met_on_videos_that_are_held_out(held_out):
   assert one_each <= splits["validation"]["share"] + 1e-6
   assert splits["validation"]["share"] <= max(0.5, one_each) + 1e-6
   page = (workdir / "report.html").read_text()
-  assert "share of segments: training / validation / test" in page
+  assert "fraction of segments: training / validation / test" in page
 
 
 def test_the_epoch_is_the_one_that_is_best_on_videos_that_are_held_out(held_out):
@@ -723,7 +723,7 @@ def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained,
   assert set(video_nets.placed_nets(experiment, nets)["params"]) == {"light", "heavy"}
   end_to_end = build.build(config(training="end_to_end", **{"model.selection": "uniform"}))
   _, state = video_nets.restore(end_to_end.training, workdir.parent / "none", 0)
-  begun = video_nets.begin_training(end_to_end, state, nets, None)
+  begun = video_nets.begin_training(end_to_end, state, nets, train=None)
   assert tiny.bit_equal(
     begun.params["heavy"], video_nets.placed_nets(end_to_end, nets)["params"]["heavy"]
   )
@@ -946,7 +946,7 @@ def test_concepts_stay_as_they_were_found(config, tmp_path):
   nets = jax.device_get(video_nets.restore(experiment.pretraining, tmp_path, 0)[1])
   variables = {"params": nets.params, "batch_stats": nets.batch_stats}
   train = evaluate.extract_features(experiment, variables)
-  begun = video_nets.begin_training(experiment, state, variables, train)
+  begun = video_nets.begin_training(experiment, state, variables, train=train)
   before = np.asarray(begun.params["gate"]["concepts"]["kernel"])
   advance = run.LongVideo(experiment).make_advance(experiment.training, train, 0)
   after, _ = advance(begun, 0)
@@ -1065,7 +1065,7 @@ def test_the_state_with_the_best_validation_score_is_taken_and_restored(
   training = SimpleNamespace(step=4, state=state_of(4.0), say=printed.append)
   with best_state.BestState(tmp_path / best_state.BEST_DIR) as best:
     best.offer(2, state_of(2.0), score)
-    found, variables = of_states._choose_state(training, tmp_path, None, best)
+    found, variables = of_states._choose_state(training, tmp_path, None, best=best)
   # Each bias is the number of its step, less the threshold.
   assert (found, variables["params"]["gate"]["logits"]["bias"].tolist()) == (step, [step - 0.25])
   assert thresholds.load(tmp_path) == thresholds.Chosen(step, step == 2, {"gate": 0.25})

@@ -380,7 +380,7 @@ def gradient_penalty(critic: Callable[[Array], Array], images: Array) -> Array:
   return jnp.mean(jnp.square(norms - 1))
 
 
-def draw_latents(key: Array, n: int, size: int, axis_name: Hashable | None = None) -> Array:
+def draw_latents(key: Array, n: int, size: int, *, axis_name: Hashable | None = None) -> Array:
   """Draws standard normal latents.
 
   An example's latent depends on its position in the whole batch, not on the number of devices.
