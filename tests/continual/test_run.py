@@ -969,6 +969,7 @@ def test_a_training_that_is_asked_to_stop_ends_no_task_and_has_no_result(tmp_pat
   experiment = SimpleNamespace(
     config=SimpleNamespace(method="gates", data=SimpleNamespace(name="digits")),
     tasks=[SimpleNamespace(train="images")],
+    unreadable={},
     stages=[0],
     total_steps=4,
     steps_per_task=4,
