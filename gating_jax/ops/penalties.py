@@ -42,6 +42,8 @@ def l0_loss(probs: Layers) -> Array:
   Args:
     probs: one `[N, C]` array or record per layer. For hard concrete gates pass
       `hard_concrete_open_prob`.
+  Returns:
+    A scalar in [0, 1].
   Raises:
     ValueError: no layers given.
 
@@ -73,6 +75,8 @@ def target_rate_loss(
       as drawn are taken.
     target: a rate in [0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
+  Returns:
+    A scalar.
   Raises:
     ValueError: no layer, a layer without examples, or a target out of range.
     TypeError: no list of layers.
@@ -117,6 +121,8 @@ def entropy_loss(probs: Layers, *, axis_name: Hashable | None = None) -> Array:
   Args:
     probs: one `[N, C]` array or record per layer.
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
+  Returns:
+    A scalar in [0, 1].
   Raises:
     ValueError: no layer, or a layer without examples.
     TypeError: no list of layers.
@@ -163,6 +169,10 @@ def indecision_loss(probs: Layers) -> Array:
 
   The mean is over examples and all gates of all layers.
 
+  Args:
+    probs: one `[N, C]` array or record per layer.
+  Returns:
+    A scalar in [0, 1].
   Raises:
     ValueError: no layer, or a layer without examples.
     TypeError: no list of layers.
@@ -183,6 +193,8 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
   Args:
     records: their `probs` add up to 1 over the C units.
     axis_name: as in `batch_shaping_loss`; means are over the whole batch.
+  Returns:
+    A scalar.
   Raises:
     ValueError, TypeError: records as in `executed_macs`, or without examples.
 
@@ -212,6 +224,8 @@ def mac_loss(records: Records) -> Array:
 
   Args:
     records: of one forward pass, with `[N, C]` probabilities.
+  Returns:
+    A scalar in [0, 1].
   Raises:
     ValueError, TypeError: records as in `executed_macs`, or without examples.
 
