@@ -244,6 +244,8 @@ def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> 
     net: the network before pruning.
     choices: the argument of `apply_pruning`.
     images: `[M, H, W, D]` network inputs, or an iterable of batches.
+  Returns:
+    A `PruningEffect`: fractions of the images, in [0, 1], and differences of their outputs.
   Raises:
     ValueError: no images.
 

@@ -222,11 +222,12 @@ def _check_compiled(
 def load_exported(directory: str | os.PathLike) -> Loaded:
   """Loads an export on this process's default device, after checking it against its card.
 
-  Raises:
-    ExportError: a file is missing, cut off, changed, or not what the program takes.
-
   Args:
     directory: of `export_model`.
+  Returns:
+    A `Loaded`, a function of `[N, H, W, D]` images.
+  Raises:
+    ExportError: a file is missing, cut off, changed, or not what the program takes.
 
   >>> import tempfile
   >>> from gating_jax.inference.folding import fold

@@ -147,6 +147,8 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
   Args:
     net: the network.
     choices: one `PruneMask` a group.
+  Returns:
+    The smaller `FoldedNet`.
   Raises:
     ValueError, TypeError: choices that are not those of the network's groups, or a network that is
       not folded.

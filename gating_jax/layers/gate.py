@@ -668,6 +668,11 @@ def apply_gates(x: Array, gates: AnyArray) -> Array:
   The b channels of a gate are adjacent. The result has the type of the features; float32 if they
   are whole numbers, which relaxed gates do not keep whole.
 
+  Args:
+    x: `[N, H, W, C]` features, or of any number of axes between the first and the last.
+    gates: `[N, C / b]`, one for b adjacent channels.
+  Returns:
+    The gated features, of the shape of `x`.
   Raises:
     ValueError: the shapes do not fit together.
     TypeError: one of them is no array, such as a `GateRecord` in place of its `gates`.

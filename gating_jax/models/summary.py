@@ -121,6 +121,8 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
     input_shape: shape of one example: `(H, W, D)` of an image or `(F, H, W, D)` of a clip; or a
       tree of such tuples, for a model that takes a tree of arrays. Without the axis of the batch:
       a model of clips would take its size for a number of frames.
+  Returns:
+    A `ModelCounts`.
   Raises:
     TypeError: no module, one that returns something else, or a shape of another kind.
     ValueError: a shape that the model does not take.
@@ -385,6 +387,8 @@ def video_summary(
       light net, `light`.
     precomputed: MACs per segment of making the light and the heavy net's inputs, where these are
       precomputed features.
+  Returns:
+    A `VideoCounts`.
   Raises:
     TypeError: another network, or a shape that is missing.
 

@@ -100,6 +100,9 @@ def scatter_back(values: Array, index: Array, taken: Array, *, size: int) -> Arr
 def capacity_for(count: int, *, sizes: Sequence[int]) -> int:
   """Returns the smallest of some static sizes that holds `count` units; on the host, with numbers.
 
+  Args:
+    count: number of units.
+    sizes: whole numbers, such as those of `bucket_sizes`.
   Raises:
     ValueError: `count` is more than the largest size.
 
