@@ -50,11 +50,15 @@ def image_config() -> Config:
         "images_per_set": config_dict.placeholder(int),
         "image_feature": config_dict.placeholder(str),  # of TFDS; None: image
         "label_feature": config_dict.placeholder(str),  # of TFDS; None: label
-        "loader": "resident",  # the whole set on the device; or streaming, for sets that do not fit
+        # resident: the whole set on the device; streaming: read from disk in the training; auto:
+        # resident where both splits take at most half of the free memory, else streaming
+        "loader": "auto",
         "image_size": 0,  # images are resized to this; 0: they have one size already
         # streaming: smallest area of a random crop, as a fraction of the image; None: no crop
         "crop_area": config_dict.placeholder(float),
-        "workers": 0,  # streaming: processes that decode; 0: threads of this one
+        # streaming: processes that decode; 0: threads of this one; None: as many as cores, at most
+        # 8, for folders of many images, else 0
+        "workers": config_dict.placeholder(int),
         "mean": (0.5,),
         "std": (0.5,),
         "crop_padding": 0,  # random crop: largest shift in pixels

@@ -11,7 +11,7 @@ import traceback
 from absl import app, flags, logging
 
 from gating_jax import command_flags, config_files, interrupts, programmes
-from gating_jax.checks import first_line, one_of, printable, user_path
+from gating_jax.checks import first_line, one_of, printable, quoted, user_path
 from gating_jax.command_flags import COMPARE, MODES
 from gating_jax.extras import missing_extra
 from gating_jax.terminal import is_terminal, prepare_streams
@@ -32,7 +32,8 @@ def main() -> None:
       if not flags.FLAGS.is_parsed():
         _say("interrupted")
       elif command_flags.MODE.value == "train":
-        _say("interrupted; the same command resumes from the newest checkpoint, if there is one")
+        resumes = "resumes from the newest checkpoint, if there is one"
+        _say(f"interrupted; {interrupts.same_command} {resumes}")
       else:
         _say("interrupted; the same command starts over")
       sys.stdout.flush()
@@ -75,6 +76,8 @@ def _main(argv: list[str]) -> int:
     _say(f"error: {message}")
     return 2
   logging.set_verbosity(logging.WARNING)
+  if command_flags.WORKDIR.value is None:
+    _choose_workdir()
   if is_terminal(sys.stderr):
     _say("loading, a few seconds ...")
   # JAX and all that imports it load for seconds: errors in flags are reported before.
@@ -119,6 +122,17 @@ def _main(argv: list[str]) -> int:
   except Interrupted:
     return interrupts.STATUS
   return 0
+
+
+def _choose_workdir() -> None:
+  """Sets --workdir to a new directory, which is made once the config has been checked."""
+  workdir = command_flags.new_workdir()
+  flag = quoted(f"--{command_flags.WORKDIR.name}={workdir}")
+  flags.FLAGS[command_flags.WORKDIR.name].value = workdir
+  # What the run keeps as its command resumes it.
+  sys.argv.append(f"--{command_flags.WORKDIR.name}={workdir}")
+  interrupts.same_command = f"the same command with {flag}"
+  print(f"new run directory: {workdir}; to resume this run, add {flag}", flush=True)
 
 
 def _run_mode() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 import ml_collections
 from absl import flags
@@ -48,7 +51,8 @@ gating-jax trains networks that decide, per input, what they compute, and shows 
 
 Examples, one for each programme. No downloads are needed: the data ship with scikit-learn.
 {examples}
-The same command resumes a run that was stopped. Then, for a trained run:
+The same command resumes a run that was stopped; without --workdir, it trains a new run.
+Then, for a trained run:
   gating-jax --workdir=runs/digits --mode=compile
 
 Modes:
@@ -110,7 +114,8 @@ flags.FLAGS[CONFIG.name].parser = _ConfigParser()
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "The run directory: a new one, or one to resume; to compare runs, several, separated by commas.",
+  "The run directory: a new one, or one to resume; by default, to train, a new one such as "
+  "runs/digits-1. To compare runs, several, separated by commas.",
 )
 MODE = flags.DEFINE_string("mode", "train", "What to do, as above.")
 SMOKE = flags.DEFINE_bool(
@@ -279,8 +284,10 @@ def find_misuse(argv: list[str]) -> str | None:
     one_of("--mode", MODE.value, MODES)
   except ValueError as error:
     return str(error)
-  if not WORKDIR.value:
-    return "--workdir must be given, such as --workdir=runs/digits"
+  if WORKDIR.value == "":
+    return f"--{WORKDIR.name} must be given, such as --{WORKDIR.name}=runs/digits"
+  if WORKDIR.value is None and (reason := _why_workdir()):
+    return f"--{WORKDIR.name} must be given {reason}, such as --{WORKDIR.name}=runs/digits"
   if MODE.value == COMPARE:
     if CONFIG.value is not None:
       return f"--config must not be given with --mode={COMPARE}, which reads those of the runs"
@@ -309,3 +316,26 @@ def find_misuse(argv: list[str]) -> str | None:
   if CONFIG.value is None and MODE.value == "train":
     return "--config must be given to train, such as --config=digits"
   return None
+
+
+def _why_workdir() -> str | None:
+  """Returns why --workdir cannot be left out; None where a new one can be chosen."""
+  if MODE.value == COMPARE:
+    return f"with --mode={COMPARE}, which reads the runs there"
+  if MODE.value != "train":
+    return f"with --mode={MODE.value}, which reads the run there"
+  # Each process, and each restart of a job, would choose its own.
+  if COORDINATOR.value:
+    return f"with --{COORDINATOR.name}, since all processes of a job share it"
+  return None
+
+
+def new_workdir() -> str:
+  """Returns a run directory that does not exist, `runs/digits-1` for `--config=digits:epochs=3`."""
+  given = config_flags.get_config_filename(flags.FLAGS[CONFIG.name])
+  _, variant = config_files.find(given)
+  name = Path(given if variant is None else given.removesuffix(f":{variant}")).name
+  path = Path("runs", name.removesuffix(".py"))
+  numbered = (f"{path}-{number}" for number in itertools.count(1))
+  # A link to nothing is something, too.
+  return next(workdir for workdir in numbered if not os.path.lexists(workdir))

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command loads its libraries."""
+"""Ctrl-C while a command loads its libraries, and how messages name the command that resumes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 # The exit status of a command that Ctrl-C ended, as shells count it.
 STATUS = 128 + signal.SIGINT
+# What resumes a training that was stopped. The command adds the run directory that it chose itself.
+same_command = "the same command"
 
 
 @contextlib.contextmanager

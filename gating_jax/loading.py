@@ -42,6 +42,10 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, Config]:
       shapes of its data, and the data are not where the config says.
     TypeError: `workdir` is no path.
     ValueError: this version cannot read a field of the config; the message names it.
+
+  >>> load_run("runs/none")
+  Traceback (most recent call last):
+  gating_jax.training.rundir.RunDirError: workdir runs/none holds no run: it has no config.json
   """
   # Imported here: `from gating_jax import *` would otherwise load what runs need.
   from gating_jax import runner

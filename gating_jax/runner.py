@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from gating_jax import interrupts
 from gating_jax.checks import one_of
 from gating_jax.config_files import Config
 from gating_jax.reports import conclusion
@@ -196,6 +197,7 @@ class Training:
   A context: at its end the journal and the checkpoints are closed.
 
   Attributes:
+    folder: of the checkpoints' folder and the journal.
     state: the state that is reached.
     step: the steps that were taken to reach it.
     total_steps: all steps of the training.
@@ -216,7 +218,7 @@ class Training:
     """
     self.total_steps, self._started = total_steps, started
     self._journal: Journal | None = None
-    self._folder = folder
+    self.folder = folder
     self._checkpoints = Checkpoints(folder / rundir.CHECKPOINT_DIR)
     self.step, self.state = self._checkpoints.resume(fresh)
     if self.step > total_steps:
@@ -241,8 +243,8 @@ class Training:
       others: the steps of other programs than the main one, as for `Pace`.
     """
     if self.step:
-      say(f"resuming from the checkpoint of step {self.step} in {self._folder}")
-    self._journal = Journal(self._folder, self.step, self.total_steps, self._started)
+      say(f"resuming from the checkpoint of step {self.step} in {self.folder}")
+    self._journal = Journal(self.folder, self.step, self.total_steps, self._started)
     self._pace = Pace(self.journal.say, self.total_steps, others)
     self.say(title)
 
@@ -299,7 +301,7 @@ class Training:
         stop=stop,
       )
     if self.step < settings.total_steps or stop.interrupted:
-      self.say("stopped as asked; a checkpoint is saved, run the same command to resume")
+      self.say(f"stopped as asked; a checkpoint is saved, run {interrupts.same_command} to resume")
       # Whoever pressed Ctrl-C wants nothing that follows: no later cell, no next command.
       if stop.interrupted:
         raise loop.Interrupted
@@ -307,8 +309,9 @@ class Training:
     return True
 
   def save(self) -> None:
-    """Saves the state and the step that were reached outside of `run`."""
+    """Saves the state and the step that were reached outside of `run`; then they are on disk."""
     self._checkpoints.save(self.step, self.state)
+    self._checkpoints.wait()
 
 
 def _train(programme: Programme, run_dir: RunDir) -> None:

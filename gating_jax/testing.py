@@ -36,7 +36,14 @@ _UNSEEN = (
 
 
 class LossCheckError(AssertionError):
-  """The error of a loss that breaks a rule of `check_loss`; its message has one line per fault."""
+  """The error of a loss that breaks a rule of `check_loss`; its message has one line per fault.
+
+  >>> check_loss(lambda x: lax.stop_gradient(x).mean(axis=0))
+  Traceback (most recent call last):
+  gating_jax.testing.LossCheckError: the loss has 1 fault(s)
+  - gradient: constant factor 0; in column(s) 0, 1, 2, worst at column 0, example 0: got 0, \
+expected 0.142857
+  """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +54,10 @@ class LossCheck:
     errors: by rule, the worst relative error; for saturation, the fraction of the gradient that is
       not finite.
     skipped: the rules left out and why; empty if none.
+
+  >>> checked = check_loss(lambda x: x.sum(axis=0), devices=None)
+  >>> checked.errors["saturation"], checked.skipped
+  (0.0, 'devices: not requested')
   """
 
   errors: Mapping[str, float]

@@ -565,7 +565,7 @@ INFERENCE = [
     "layers/gate.py",
     "return relative, relative if weighing is None else jnp.where(counts, weighing, logits)",
     "return relative, relative",
-    "analysis/test_importance.py",
+    "models/test_importance.py",
   ),
   Mutant(
     "static_gates_that_learn",

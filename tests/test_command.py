@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -19,10 +20,12 @@ from absl.testing import flagsaver
 
 import gating_jax
 from gating_jax import __main__, cli, command_flags, config_files, interrupts, programmes
+from gating_jax.continual import run as continual
 from gating_jax.images import classification
 from gating_jax.models import resnets
 from gating_jax.reports import timings
 from gating_jax.training import hosts, loop, provenance, rundir, smoke
+from gating_jax.video import run as video
 from tests.helpers import ROOT, environment, tiny_cli
 from tests.helpers.command import run_command
 
@@ -278,12 +281,76 @@ def test_ctrl_c_says_how_to_go_on(arguments, next_step, tmp_path, monkeypatch):
   assert run_command("--help") == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("arguments", [(CONFIG,), (CONFIG, "--workdir=")])
-def test_a_workdir_is_asked_for(arguments):
+@pytest.mark.parametrize(
+  ("arguments", "reason"),
+  [
+    ((CONFIG, "--workdir="), ""),
+    ((CONFIG, "--mode=evaluate"), " with --mode=evaluate, which reads the run there"),
+    (("--mode=compile",), " with --mode=compile, which reads the run there"),
+    (("--mode=compare",), " with --mode=compare, which reads the runs there"),
+    (
+      (CONFIG, "--coordinator=localhost:1", "--processes=2", "--process=0"),
+      " with --coordinator, since all processes of a job share it",
+    ),
+  ],
+)
+def test_a_workdir_is_asked_for_where_none_can_be_chosen(arguments, reason):
   assert run_command(*arguments) == (
     2,
-    "error: --workdir must be given, such as --workdir=runs/digits\n",
+    f"error: --workdir must be given{reason}, such as --workdir=runs/digits\n",
   )
+
+
+@pytest.mark.parametrize(
+  ("config", "name"),
+  [
+    ("digits", "digits"),
+    ("digits:epochs=1", "digits"),
+    ("configs/split_digits.py:method=ewc", "split_digits"),
+    ("composed_timegate", "composed_timegate"),
+  ],
+)
+def test_a_training_without_a_workdir_takes_the_next_free_one(config, name, tmp_path, monkeypatch):
+  monkeypatch.setattr(interrupts, "same_command", interrupts.same_command)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / f"{name}-1").touch()
+  (tmp_path / "runs" / f"{name}-2").symlink_to("nowhere")
+  asked = []
+
+  def run(config, workdir, mode):
+    asked.append((workdir, mode, provenance.describe()["command"]))
+    raise KeyboardInterrupt
+
+  for module in (classification, continual, video):
+    monkeypatch.setattr(module, "run", run)
+  # It would end the tests.
+  monkeypatch.setattr(os, "_exit", sys.exit)
+  chosen = f"runs/{name}-3"
+  assert run_command(f"--config={config}") == (
+    130,
+    f"new run directory: {chosen}; to resume this run, add --workdir={chosen}\n"
+    f"interrupted; the same command with --workdir={chosen} resumes from the newest checkpoint, "
+    "if there is one\n",
+  )
+  command = f"gating-jax --config={config} --workdir={chosen}"
+  assert asked == [(Path(chosen), "train", command)]
+  # Nothing is made before the config has been checked.
+  assert not (tmp_path / chosen).exists()
+
+
+def test_a_refused_config_makes_no_directory(tmp_path, monkeypatch):
+  monkeypatch.setattr(interrupts, "same_command", interrupts.same_command)
+  monkeypatch.chdir(tmp_path)
+  for arguments in (
+    ("--config=digist",),
+    (CONFIG, "--config.optim.lerning_rate=1"),
+    (CONFIG, "--config.model.gating=chanel"),
+  ):
+    status, said = run_command(*arguments)
+    assert status == 2, said
+  assert "Did you mean 'channel'" in said
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_config_is_asked_for_to_train_and_refused_to_compare(tmp_path):

@@ -104,9 +104,13 @@ except SystemExit as end:
 """
 
 
+def fifteen_lines():
+  """Returns the README's first program in Python."""
+  return (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+
 def test_jax_and_flax_are_enough_for_the_readme_and_what_else_is_needed_is_named():
-  fifteen_lines = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-  said = run_core(f"from gating_jax import *\n{fifteen_lines}\nprint(logits.shape)\n{MISSING}")
+  said = run_core(f"from gating_jax import *\n{fifteen_lines()}\nprint(logits.shape)\n{MISSING}")
   get = "is not installed; get it by: pip install"
   before, after, shape, *missing = said.splitlines()
   assert float(after) < 0.1 * float(before)
@@ -174,49 +178,85 @@ def test_the_version_is_that_of_the_package():
   dynamic = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
   assert dynamic == {"version": {"attr": "gating_jax.__version__"}}
   assert re.fullmatch(r"\d+\.\d+\.\d+", gating_jax.__version__)
+  # No other file of the package has a version of its own.
+  assert "version" not in PROJECT
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+  """Returns the folder of the wheel and the source archive."""
+  # A copy, since the build leaves folders beside the sources.
+  folder = tmp_path_factory.mktemp("sources")
+  for part in ("pyproject.toml", "README.md", "LICENSE"):
+    shutil.copy(ROOT / part, folder)
+  for part in ("gating_jax", "configs"):
+    shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+  run_outside([sys.executable, "-m", "build", "--outdir", "dist", "."], folder)
+  return folder / "dist"
+
+
+def run_outside(command, folder):
+  """Returns what a command prints in a folder, from which this tree cannot be imported."""
+  variables = environment(devices=1)
+  del variables["PYTHONPATH"]
+  done = subprocess.run(
+    [*map(str, command)], cwd=folder, env=variables, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done.stdout
+
+
+def install(folder, *requirements):
+  """Installs requirements, at the pinned versions, into an environment that is made if missing.
+
+  Returns the folder of its programs.
+  """
+  if not folder.exists():
+    run_outside([sys.executable, "-m", "venv", "--without-pip", folder], folder.parent)
+  python = folder / "bin" / "python"
+  pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+  run_outside([*pip, "-c", ROOT / "requirements.txt", *requirements], folder)
+  return folder / "bin"
 
 
 @pytest.mark.slow
-def test_a_built_package_holds_all_its_files_and_runs(tmp_path):
-  # A copy, since the build leaves folders beside the sources.
-  for part in ("pyproject.toml", "README.md", "LICENSE"):
-    shutil.copy(ROOT / part, tmp_path)
-  for part in ("gating_jax", "configs"):
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / part, tmp_path / part, ignore=ignored)
-  subprocess.run(
-    [sys.executable, "-m", "build", "--outdir", "dist", "."],
-    cwd=tmp_path,
-    capture_output=True,
-    check=True,
-  )
-  (wheel,) = (tmp_path / "dist").glob("*.whl")
-  (source,) = (tmp_path / "dist").glob("*.tar.gz")
+def test_a_built_package_holds_all_its_files(dist):
+  (wheel,) = dist.glob("*.whl")
+  (source,) = dist.glob("*.tar.gz")
   assert f"-{gating_jax.__version__}-" in wheel.name
-  site = tmp_path / "site"
   with zipfile.ZipFile(wheel) as archive:
     inside = archive.namelist()
-    archive.extractall(site)
   with tarfile.open(source) as archive:
     unpacked = archive.getnames()
-  for name in (
-    "py.typed",
-    "native/gated_chain.cc",
-    "native/isa.inc",
-    "configs/digits_resnet20.py",
-    "reports/templates/page.html",
-  ):
+  names = ["py.typed", "native/gated_chain.cc", "native/isa.inc", "reports/templates/page.html"]
+  names += [f"configs/{file.name}" for file in (ROOT / "configs").glob("*.py")]
+  for name in names:
     assert f"gating_jax/{name}" in inside
     home = "" if name.startswith("configs") else "gating_jax/"
     assert f"gating_jax-{gating_jax.__version__}/{home}{name}" in unpacked
-  variant = "digits:epochs=1,model=simple_cnn,width=0.25"
-  done = subprocess.run(
-    [sys.executable, "-m", "gating_jax", f"--config={variant}", "--workdir=run", "--smoke"],
-    cwd=tmp_path,
-    env=environment(devices=1, PYTHONPATH=str(site)),
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_built_package_may_be_uploaded(dist, tmp_path):
+  twine = install(tmp_path / "twine", "twine") / "twine"
+  said = run_outside([twine, "--no-color", "check", "--strict", *dist.iterdir()], tmp_path)
+  assert said.count("PASSED") == 2
+
+
+@pytest.mark.slow
+def test_a_wheel_serves_with_jax_and_flax_alone_and_trains_with_its_extra(dist, tmp_path):
+  (wheel,) = dist.glob("*.whl")
+  programs = install(tmp_path / "venv", wheel)
+  place = run_outside([programs / "python", "-c", "print(__import__('gating_jax'))"], tmp_path)
+  assert str(tmp_path / "venv") in place
+  (tmp_path / "fifteen.py").write_text(fifteen_lines())
+  before, after = run_outside([programs / "python", "fifteen.py"], tmp_path).split()
+  assert float(after) < 0.1 * float(before)
+  example = ROOT / "docs" / "examples" / "plain_jax.py"
+  assert run_outside([programs / "python", example], tmp_path).startswith("accuracy 9")
+  assert not [*programs.parent.rglob("site-packages/PIL")]
+  assert install(tmp_path / "venv", f"{wheel}[train]") == programs
+  small = "--config=digits:epochs=1,model=simple_cnn,width=0.25"
+  said = run_outside([programs / "gating-jax", small, "--smoke"], tmp_path)
+  assert said.startswith("new run directory: runs/digits-1;")
+  assert (tmp_path / "runs" / "digits-1" / "report.html").exists()

@@ -2,7 +2,10 @@
 
 import ast
 import importlib
+import inspect
 import pkgutil
+import re
+import statistics
 import subprocess
 import sys
 import warnings
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 import gating_jax
-from gating_jax import testing
+from gating_jax import analysis, ops, testing
 from gating_jax.ops import relaxations
 
 # The public API before the first renaming.
@@ -30,12 +33,6 @@ FORMER = """
 """
 # What stands for itself in `gating_jax`, next to the names.
 SUBMODULES = "analysis inference layers models ops testing"
-# What a function returns or raises, whose example shows it; and what needs a run or a large
-# network, which the guides show.
-WITHOUT_EXAMPLE = """
-  Analysis CompiledConditional CompiledExits CompiledSegments ExitNet ExportError InflatedInception
-  Loaded LossCheck LossCheckError compile_exits fold_exits load_run
-"""
 
 
 @pytest.mark.parametrize("name", FORMER.split())
@@ -66,6 +63,7 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
     ),
     ("inference.strategies", "inference.costs", "exit_dispatch_macs"),
     ("models.columns", "models.summary", "ColumnMacs column_macs"),
+    ("analysis", "models", "UnitImportance select_units unit_importance with_prior"),
     (
       "reports.timings",
       "reports.measured_times",
@@ -95,6 +93,10 @@ def test_former_keywords_and_attributes_warn_and_work():
 
 GATES = np.array([[0.5, -1.0], [0.0, 2.0]], np.float32)
 RESNET = gating_jax.resnet("resnet8", 10, width=0.25, inner_width=4, gating="channel")
+COUNTS = gating_jax.model_summary(RESNET, (8, 8, 3))
+VIDEO = gating_jax.VideoCounts(segments=2, light=COUNTS, heavy=COUNTS, selector=3, classifier=5)
+VALID = np.ones((2, 2), bool)
+CONTROLS = {"batch_stats": {"gate": {"threshold": np.zeros((), np.float32)}}}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,24 @@ RESNET = gating_jax.resnet("resnet8", 10, width=0.25, inner_width=4, gating="cha
       dict(threshold=0.5, share=0.8),
     ),
     (gating_jax.models.solve_share, (RESNET, (8, 8, 3)), {"macs": 60_000}, {}),
+    (gating_jax.empirical_cdf, (GATES,), {"axis": 1}, {}),
+    (gating_jax.sort_with_vjp, (GATES,), {"axis": 1}, {}),
+    (gating_jax.open_indices, (GATES[1],), {"capacity": 2}, {}),
+    (gating_jax.scatter_back, (GATES, np.array([2, 0]), VALID[0]), {"size": 3}, {}),
+    (gating_jax.capacity_for, (3,), {"sizes": (2, 4)}, {}),
+    (gating_jax.bucket_sizes, (8,), {"buckets": 2}, {"multiple": 3}),
+    (ops.top_k, (GATES, VALID), {"k": 1}, {}),
+    (ops.uniform_k, (VALID,), {"k": 1}, {}),
+    (ops.random_k, (jax.random.key(0), VALID), {"k": 1}, {}),
+    (ops.first_k, (VALID,), {"k": 1}, {}),
+    (ops.budget_to_k, (VALID,), {"share": 0.5}, {}),
+    (gating_jax.shift_thresholds, (CONTROLS,), {"shift": 0.5}, {}),
+    (gating_jax.layers.deterministic_record, (np.abs(GATES),), {"macs_per_unit": 7}, {}),
+    (gating_jax.find_concepts, (GATES,), {"k": 1}, {"seed": 0}),
+    (COUNTS.of_results, ({"macs": GATES[0]},), {"count": 2}, {}),
+    (VIDEO.computed, (VALID,), {"taken": 1.0}, {}),
+    (analysis.open_probs, (GATES,), {"noise_scale": 0.5}, {}),
+    (analysis.tally, (GATES, GATES, np.array([0, 1])), {"classes": 2}, {}),
   ],
 )
 def test_what_is_no_array_warns_by_position_and_works(function, arrays, former, settings):
@@ -122,7 +142,14 @@ def test_what_is_no_array_warns_by_position_and_works(function, arrays, former, 
   with pytest.warns(DeprecationWarning, match=f"takes {name}=... by keyword$") as warned:
     found = function(*arrays, value, **settings)
   assert warned[0].filename == __file__
-  np.testing.assert_array_equal(found, function(*arrays, **former, **settings))
+  # Some return tuples of unlike arrays, or dataclasses.
+  assert repr(found) == repr(function(*arrays, **former, **settings))
+
+
+def test_the_axis_of_devices_warns_by_position_and_works():
+  with pytest.warns(DeprecationWarning, match="takes axis_name=... by keyword$"):
+    differentiate = gating_jax.value_and_grad_over_devices(lambda w: w * w, None)
+  assert differentiate(3.0) == (9.0, 6.0)
 
 
 def test_the_package_loads_nothing_heavy_that_jax_and_flax_do_not_load():
@@ -144,6 +171,41 @@ def test_neither_the_package_nor_the_command_loads_jax_before_it_is_used(module)
     [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
   )
   assert done.stdout.split() == ["False"]
+
+
+def test_the_package_loads_no_library_of_an_extra():
+  libraries = "optax orbax grain PIL matplotlib tensorflow ml_collections"
+  program = (
+    f"import sys, gating_jax; print(*[n for n in {libraries!r}.split() if n in sys.modules])"
+  )
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.split() == []
+
+
+# The README's first line is the usual one; the package alone loads JAX when a name is used.
+IMPORTS = (
+  "import gating_jax",
+  "from gating_jax import batch_shaping_loss, beta, straight_through_gate",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_importing_takes_at_most_a_fifth_longer_than_importing_jax_and_flax():
+  seconds = {line: [] for line in ("import jax, flax.linen", *IMPORTS)}
+  # In turns, so that a busy machine slows all of them; the first round loads the files.
+  for attempt in range(8):
+    for line, found in seconds.items():
+      program = f"import time; t = time.perf_counter()\n{line}\nprint(time.perf_counter() - t)"
+      done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+      )
+      if attempt:
+        found.append(float(done.stdout))
+  both, *ours = map(statistics.median, seconds.values())
+  assert max(ours) <= 1.2 * both, seconds
 
 
 @pytest.mark.parametrize("name", ["", ".analysis", ".inference", ".layers", ".models", ".ops"])
@@ -179,9 +241,57 @@ def public_values():
         yield public, value
 
 
+# A shape stands for an array.
+SHAPES = "shape input_shape output_shape shapes"
+# Parameters that are no arrays and still positional, each with its reason.
+POSITIONAL = {
+  "train": "Flax modules are called as `module(x, train)`, and blocks call modules of others",
+  "a b mean std temperature": "a distribution is written as Beta(a, b); numbers or arrays",
+  "classes": "as in `resnet(name, classes)` of torchvision and timm; no array precedes it",
+  "macs": "the array `[X]` of `threshold_for_budget`",
+}
+
+
+def is_setting(parameter):
+  """Whether a parameter is a number, a text or the like, by its name and annotation."""
+  if parameter.name in SHAPES.split():
+    return False
+  # What a function or a mapping holds is no parameter.
+  kinds = re.sub(r"(Callable|Mapping|dict)\[.*\]", "", str(parameter.annotation))
+  named = re.search(r"\b(int|float|bool|str|bytes|Hashable)\b", kinds)
+  return named is not None and "PathLike" not in kinds
+
+
+def public_functions():
+  """Yields each public function and method with its name and its positional parameters."""
+  for name, value in public_values():
+    members = [(name, value)]
+    if inspect.isclass(value):
+      own = [(method, found) for method, found in vars(value).items() if method[0] != "_"]
+      own += [("__call__", value.__call__)] if "__call__" in vars(value) else []
+      members = [(f"{name}.{method}", getattr(value, method)) for method, _ in own]
+    for label, function in members:
+      if inspect.isroutine(function):
+        parameters = list(inspect.signature(function).parameters.values())
+        parameters = [p for p in parameters if p.name != "self"]
+        yield label, [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def test_arrays_are_positional_and_all_else_is_given_by_keyword():
+  allowed = set(" ".join(POSITIONAL).split())
+  functions = dict(public_functions())
+  wrong = []
+  for label, positional in functions.items():
+    # The first argument is what the function is about.
+    for parameter in positional[1:]:
+      if parameter.name not in allowed and is_setting(parameter):
+        wrong.append(f"{label}: {parameter}")
+  assert not wrong
+  assert {"top_k", "ResNet.__call__", "ModelCounts.of_results"} <= functions.keys()
+
+
 def test_every_public_name_has_an_example():
-  lacking = {name for name, value in public_values() if ">>>" not in (value.__doc__ or "")}
-  assert lacking == set(WITHOUT_EXAMPLE.split())
+  assert [name for name, value in public_values() if ">>>" not in (value.__doc__ or "")] == []
 
 
 def test_a_package_imports_a_name_when_it_is_used():

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from gating_jax.former_names import former_positional
+
 OUTCOMES = ("always_open", "always_closed", "random_dropout", "conditional")
 # A gate is always open, or always closed, if it opens for more, or less, than this fraction of
 # examples.
@@ -39,7 +41,7 @@ class Tally:
     entropies: `[G]` sum of the entropy of the open probability, in bits.
     disagreements: `[G]` sum of the probability that two draws of the noise differ.
 
-  >>> batch = tally(np.array([[1, 0]]), np.array([[0.9, 0.2]]), np.array([1]), 2)
+  >>> batch = tally(np.array([[1, 0]]), np.array([[0.9, 0.2]]), np.array([1]), classes=2)
   >>> (batch + batch).examples
   array([0, 2])
   """
@@ -60,7 +62,8 @@ class Tally:
     )
 
 
-def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int) -> Tally:
+@former_positional("classes")
+def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, *, classes: int) -> Tally:
   """Computes the sums of one batch.
 
   Args:
@@ -70,7 +73,7 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int
     classes: K.
 
   >>> gates, probs = np.array([[1, 0], [1, 1]]), np.array([[0.9, 0.1], [0.9, 0.6]])
-  >>> tally(gates, probs, np.array([0, 1]), 2).opened
+  >>> tally(gates, probs, np.array([0, 1]), classes=2).opened
   array([[1, 0],
          [1, 1]])
   """
@@ -86,10 +89,11 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int
   )
 
 
-def open_probs(logits: np.ndarray, noise_scale: float) -> np.ndarray:
+@former_positional("noise_scale")
+def open_probs(logits: np.ndarray, *, noise_scale: float) -> np.ndarray:
   """Computes P(logit + noise_scale * L > 0) of logistic L, in float64; without noise 0 or 1.
 
-  >>> open_probs(np.array([-1.0, 2.0]), 0.0)
+  >>> open_probs(np.array([-1.0, 2.0]), noise_scale=0.0)
   array([0., 1.])
   """
   from scipy import special
@@ -112,7 +116,8 @@ class Diagnosis:
     floor: bits that chance alone adds, on average, to an uncorrected estimate of the class
       information.
 
-  >>> sums = tally(np.array([[1], [0]]), np.array([[0.9], [0.2]]), np.array([0, 1]), 2)
+  >>> gates, probs = np.array([[1], [0]]), np.array([[0.9], [0.2]])
+  >>> sums = tally(gates, probs, np.array([0, 1]), classes=2)
   >>> diagnose(sums).open_rates
   array([0.5])
   """
@@ -132,7 +137,7 @@ def diagnose(sums: Tally) -> Diagnosis:
     sums: of `tally`, added up over at least one example.
 
   >>> gates, labels = np.array([[1, 0], [1, 1]] * 50), np.array([0, 1] * 50)
-  >>> found = diagnose(tally(gates, gates, labels, 2))
+  >>> found = diagnose(tally(gates, gates, labels, classes=2))
   >>> [OUTCOMES[i] for i in found.outcomes]
   ['always_open', 'conditional']
   """

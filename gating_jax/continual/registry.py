@@ -315,8 +315,7 @@ def gradient_clip(config: Config) -> float:
     ValueError: the norm is not positive; the message names the field.
   """
   section = CLIPPING_SECTIONS.get(config.method)
-  # Older configs have no such field.
-  own = None if section is None else config[section].get("grad_clip_norm")
+  own = None if section is None else config[section].grad_clip_norm
   if own is None:
     return config.optim.grad_clip_norm
   if not own > 0:

@@ -34,7 +34,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.ops.macs import conv_macs
+from gating_jax.ops.macs import dense_layer_macs
 from gating_jax.types import Array, Path, Records, Tree
 
 # Parts of a learner's parameters and statistics: of all tasks, and of one. Dicts, not nodes with
@@ -242,7 +242,7 @@ def forward_macs(forward: TaskForward, counts: ModelCounts, classes: int) -> Arr
     `[..., N]`.
   """
   # `counts` are of the features alone: the head is added.
-  head = conv_macs((forward.features.shape[-1], classes), (1, classes))
+  head = dense_layer_macs((forward.features.shape[-1], classes))
   return counts.per_example(forward.records, forward.logits.shape[:-1], further=head)
 
 

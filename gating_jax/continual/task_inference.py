@@ -45,7 +45,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.continual.rehearsal import Rehearsal, ReplayedImages
 from gating_jax.continual.shared_net import SharedNet, TaskForward
-from gating_jax.ops.macs import conv_macs
+from gating_jax.ops.macs import dense_layer_macs
 from gating_jax.types import AnyArray, Array, Tree
 
 # Softens the softmax of the distillation loss.
@@ -474,8 +474,7 @@ def feature_classifier_macs(seen: int, features: int, hidden: int) -> int:
     hidden: width of the hidden layer.
   """
   # The first layer reads the features of all tasks seen; the second has an output for each.
-  first = conv_macs((seen * features, hidden), (1, hidden))
-  return first + conv_macs((hidden, seen), (1, seen))
+  return dense_layer_macs((seen * features, hidden), (hidden, seen))
 
 
 def train_feature_classifier(

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from gating_jax.config_files import Config
+from gating_jax.cores import worker_processes
 from gating_jax.data import augment, image_sets, streaming, unions
 from gating_jax.images.checks import (
   CLASSIFIER_GATINGS,
@@ -33,7 +34,8 @@ from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary, solve_share
 from gating_jax.models.vggs import VGGS, is_dense_name, vgg
-from gating_jax.training import devices, loop, optim, settings, steps
+from gating_jax.terminal import say
+from gating_jax.training import devices, hosts, loop, optim, settings, steps
 from gating_jax.training.objectives import (
   Distillation,
   FitLabels,
@@ -48,6 +50,12 @@ from gating_jax.training.objectives import (
 from gating_jax.training.outlines import Outline
 
 LOADERS = ("resident", "streaming")
+# Stands for the first of these where both splits fit into memory, else for the second.
+AUTO = "auto"
+# Fraction of the free memory that they may take: the copy on a device takes as much again.
+_RESIDENT = 0.5
+# Fewer images of a folder are decoded before processes that decode have started.
+_MANY = 2000
 # Defaults of model.kernels.temperature and model.kernels.end.
 _SOFTNESS, _SOFTNESS_END = 30.0, 0.25
 # Default of loss.distillation.temperature.
@@ -132,7 +140,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
   check_config(
     config,
     choices={
-      "data.loader": LOADERS,
+      "data.loader": (*LOADERS, AUTO),
       "model.name": (*RESNETS, *VGGS),
       "model.gating": (*GATINGS, SCALE, *CLASSIFIER_GATINGS),
     },
@@ -151,6 +159,8 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
       ),
     },
   )
+  if outlines is None:
+    config = _choose_loader(config)
   fit = fit_classes
   if config.model.gating == EXITS:
     fit = functools.partial(fit_exits, exit_weights=config.loss.exit_weights)
@@ -176,6 +186,40 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     source_names=unions.source_names(data.name),
     class_sources=class_sources,
   )
+
+
+def _choose_loader(config: Config) -> Config:
+  """Returns the config with the loader that `auto` stands for, and says which it is and why."""
+  data = config.data
+  if data.loader != AUTO:
+    return config
+  # Only a stream crops at random, of images that are read.
+  crops = data.crop_area is not None and data.name not in image_sets.MADE
+  needed = 0
+  for split in (data.train_split, data.test_split):
+    needed += image_sets.decoded_bytes(settings.source_of(data, split), data.image_size)
+  free = _free_memory()
+  # All processes read in the same way.
+  streams = hosts.any_of(crops or needed > _RESIDENT * free)
+  if streams or needed:
+    size = f"{needed / 1e9:,.1f} GB of {free / 1e9:,.1f} GB that are free"
+    how = "read from disk in the training" if streams else "held in memory"
+    why = "since data.crop_area is set" if crops else size
+    say(f"data.loader=auto: the images are {how}, {why}")
+  chosen = config.copy_and_resolve_references()
+  with chosen.unlocked():
+    chosen.data.loader = LOADERS[streams]
+  return chosen.lock()
+
+
+def _free_memory() -> int:
+  """Returns the bytes that are free in memory, of this process or of a device if that has less."""
+  free = image_sets.available_memory()
+  # That of a processor has none of its own.
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    free = min(free, stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+  return free
 
 
 def _count_training(config: Config) -> int:
@@ -520,10 +564,13 @@ def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | 
       source,
       image_size=data.image_size,
       seed=config.seed,
-      workers=data.workers,
+      workers=data.workers or 0,
       # Random crops are for training; test images are cropped at their centre.
       crop_area=data.crop_area if training else None,
     )
+    # Processes decode small files several times as fast as threads, but start slowly.
+    if data.workers is None and image_sets.has_folder(data.name) and len(opened) >= _MANY:
+      opened = dataclasses.replace(opened, workers=worker_processes())
   # A test has every image of a union once.
   if not (training and unions.is_union(data.name)):
     return opened

@@ -91,7 +91,6 @@ def check_config(
     at_least={
       **at_least,
       "seed": 0,
-      "data.workers": 0,
       "optim.epochs": 1,
       "optim.batch_size": 1,
       "devices.steps_per_dispatch": 1,
@@ -105,6 +104,7 @@ def check_config(
         lambda v: v is None or 0 <= v < math.inf,
         "None or a finite number >= 0",
       ),
+      "data.workers": (lambda v: v is None or v >= 0, "None or >= 0"),
       "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
       "optim.lr_drop_at": (settings.all_numbers, "a tuple of fractions"),
       "optim.batch_size": settings.divides_over_devices(),

@@ -62,7 +62,7 @@ def trace_curve(
 
   run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, scores))
   for shift in shifts:
-    moved = shift_thresholds(variables, shift)
+    moved = shift_thresholds(variables, shift=shift)
     state = steps.TrainState(
       step=jnp.zeros((), jnp.int32),
       params=moved.get("params", {}),
@@ -94,7 +94,7 @@ def curve_run(
     ValueError: as in `trace_curve`.
   """
   # Refused before the network is tested.
-  shift_thresholds(variables, 0.0)
+  shift_thresholds(variables, shift=0.0)
   with working(f"testing at {len(SHIFTS)} thresholds", "the time of as many tests"):
     points = list(trace_curve(experiment, variables))
   file = run_dir.path / FILE

@@ -64,6 +64,9 @@ def prepare(file, number=0):
   if image.mode[0] == "I":
     # 16 bits become 8; Pillow would cut them off.
     image = Image.fromarray(np.uint8(np.round(np.array(image) / 257)))
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
   image = resize(image.convert("L" if COLOURS == 1 else "RGB"))
   pixels = np.float32(image).reshape(HEIGHT, WIDTH, COLOURS)
   if SETS:

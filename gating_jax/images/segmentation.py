@@ -243,7 +243,7 @@ class Segmentation(Classification):
     # On one device: three scenes need not divide over all of them.
     results = jax.device_get(run_batch(jax.device_get(state), images, truth))
     counts = experiment.counts
-    macs = counts.of_results(results, len(images))
+    macs = counts.of_results(results, count=len(images))
     figure = image_pictures.draw_scenes(
       images,
       truth=truth,

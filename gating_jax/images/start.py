@@ -20,7 +20,6 @@ import numpy as np
 from flax import traverse_util
 
 from gating_jax import config_files
-from gating_jax.analysis import importance as units
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.data import image_sets
@@ -28,6 +27,7 @@ from gating_jax.images.build import Experiment
 from gating_jax.images.checks import PRIOR, PRUNE
 from gating_jax.images.restore import restore_network
 from gating_jax.layers.gate import GateSettings, is_gate_path
+from gating_jax.models import importance as units
 from gating_jax.models.pretrained import (
   IMAGENET_MEAN,
   IMAGENET_STD,
@@ -73,10 +73,7 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
     )
   if with_checkpoint and not start.has_checkpoint():
     raise RunDirError(_no_start(start))
-  known = ml_collections.ConfigDict(rundir.with_tuples(start.config()))
-  default = config_files.base(config.experiment)
-  if default is not None:
-    config_files.add_unset_fields(known, default)
+  known = config_files.completed(ml_collections.ConfigDict(rundir.with_tuples(start.config())))
   # Other fields that their config lacks, being older, are taken from this one.
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
@@ -157,7 +154,9 @@ def check_can_start(experiment: Experiment, weights: Weights | None = None) -> N
   _start_from_file(experiment, shapes, image, weights)
 
 
-def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> TrainState:
+def start_from(
+  experiment: Experiment, state: TrainState, train: Any = None, weights: Weights | None = None
+) -> TrainState:
   """Returns a fresh state with the parameters and statistics that `model.init_from` names.
 
   They are those of a run's newest checkpoint, or of a file of weights.
@@ -166,6 +165,7 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
     experiment: the experiment to start.
     state: a fresh state of it.
     train: the training set, for the importance of units where `model.importance.form` is set.
+    weights: those of the file, where they are read already.
   Raises:
     RunDirError: the run has no checkpoint.
     FileNotFoundError: there is no such file.
@@ -177,7 +177,7 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
     images = _read_images(experiment, train)
     say(f"the importance of units is taken from {len(images)} training images")
   if names_weights(folder):
-    started, said = _start_from_file(experiment, state, images)
+    started, said = _start_from_file(experiment, state, images, weights)
     for line in said:
       say(line)
     return _with_prior(experiment, started, images)

@@ -57,6 +57,12 @@ class Analysis:
     gate_statistics: of each group of units.
     macs: multiply-accumulates per image of each way to run the network, gate networks included; see
       `analyse`.
+
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((2, 6, 6, 1))
+  >>> analysis = analyse(model, model.init(jax.random.key(0), x), x)
+  >>> analysis.macs["ungated"], analysis.rows()[0]["always_open"], analysis.mac_rows()[1]["macs"]
+  (1308.0, 4, 1388.0)
   """
 
   net: FoldedNet

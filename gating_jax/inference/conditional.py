@@ -98,6 +98,15 @@ class CompiledConditional(CompiledImages):
 
   Attributes:
     strategies: the name of each part's strategy.
+
+  >>> from gating_jax.models.vggs import VGG
+  >>> model, x = VGG(classes=3, chain=(4,), gating="channel"), jnp.ones((5, 6, 6, 1))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> program = compile_conditional(
+  ...   model, variables, input_shape=(6, 6, 1), batch_size=2, strategy="masked"
+  ... )
+  >>> program.strategies, program.batch_size, program(x)[0].shape
+  (('masked',), 2, (5, 3))
   """
 
   def __init__(

@@ -33,7 +33,7 @@ from gating_jax.inference.folded import (
 )
 from gating_jax.layers.context import THUMBNAIL
 from gating_jax.ops.compaction import example_sizes
-from gating_jax.ops.macs import conv_macs
+from gating_jax.ops.macs import conv_macs, dense_layer_macs
 from gating_jax.timing import EXIT_DISPATCH, MASKED
 
 
@@ -116,8 +116,7 @@ def head_macs(part: Part) -> int:
   """Returns the multiply-accumulates of a part's gate network for one example; 0 without one."""
   if part.head is None:
     return 0
-  layers = (part.head.hidden, part.head.logits)
-  return sum(conv_macs(kernel.shape, (1, kernel.shape[-1])) for kernel in layers)
+  return dense_layer_macs(part.head.hidden.shape, part.head.logits.shape)
 
 
 def gate_network_macs(net: FoldedNet) -> int:

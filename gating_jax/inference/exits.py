@@ -66,6 +66,14 @@ class CompiledExits(CompiledImages):
 
   Attributes:
     strategy: `exit_dispatch`, or `masked` where everything is computed for all images.
+
+  >>> first = FoldedNet((Layer(folded.Conv(jnp.ones((1, 1, 3, 3)), jnp.zeros(3))),), pooled=False)
+  >>> last = FoldedNet(parts=(), classifier=(jnp.ones((3, 2)), jnp.zeros(2)))
+  >>> net = ExitNet((first, last), exits=(last,), threshold=0.3)
+  >>> program = compile_exits(net, input_shape=(4, 4, 3), batch_size=2, strategy="exit_dispatch")
+  >>> logits, stay = program(jnp.ones((5, 4, 4, 3)))
+  >>> program.strategy, logits.shape, stay.shape
+  ('exit_dispatch', (5, 2), (5, 1))
   """
 
   def __init__(
@@ -86,6 +94,13 @@ def fold_exits(model: nn.Module, variables: Mapping[str, Any] | None) -> ExitNet
     An `ExitNet`.
   Raises:
     ValueError: another model, or one with something that cannot be folded.
+
+  >>> from gating_jax.models.resnets import resnet
+  >>> model, x = resnet("resnet8", 3, width=0.25, kind=EarlyExitNet), jnp.ones((2, 8, 8, 1))
+  >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  >>> net = fold_exits(model, jax.tree.map(lambda array: np.ones(array.shape), shapes))
+  >>> len(net.stages), len(net.exits), net.stages[2].classifier[0].shape
+  (3, 2, (16, 3))
   """
   check_foldable(model, (EarlyExitNet,))
   assert isinstance(model, EarlyExitNet)  # which has been checked
@@ -201,6 +216,14 @@ def compile_exits(
     A `CompiledExits`.
   Raises:
     ValueError: another model, an unknown strategy, or values out of range.
+
+  >>> first = FoldedNet((Layer(folded.Conv(jnp.ones((1, 1, 3, 3)), jnp.zeros(3))),), pooled=False)
+  >>> last = FoldedNet(parts=(), classifier=(jnp.ones((3, 2)), jnp.zeros(2)))
+  >>> net = ExitNet((first, last), exits=(last,), threshold=0.3)
+  >>> program = compile_exits(net, input_shape=(4, 4, 3), batch_size=2, strategy="masked")
+  >>> logits, stay = program(jnp.ones((5, 4, 4, 3)))
+  >>> logits[0].tolist(), (stay[0] > 0).tolist()
+  ([9.0, 9.0], [True])
   """
   one_of("strategy", strategy, (AUTO, MASKED, EXIT_DISPATCH))
   options = check_options(

@@ -49,7 +49,13 @@ FORMAT = 1
 
 
 class ExportError(Exception):
-  """An error of a directory that cannot be written, or that holds no complete export."""
+  """An error of a directory that cannot be written, or that holds no complete export.
+
+  >>> load_exported("nowhere")
+  Traceback (most recent call last):
+  gating_jax.inference.export.ExportError: nowhere holds no complete export: card.json cannot be \
+read: No such file or directory
+  """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,15 @@ class Loaded:
     card: the content of `card.json`.
     weights: by name.
     program: of `jax.export`.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   path = export_model(
+  ...     lambda x: x.mean(axis=(1, 2)), f"{folder}/net", input_shape=(6, 6, 1), platforms=("cpu",)
+  ...   )
+  ...   loaded = load_exported(path)
+  >>> float(loaded(jnp.full((2, 6, 6, 1), 0.5))[1, 0]), loaded.card["platforms"]
+  (0.5, ['cpu'])
   """
 
   card: Mapping[str, Any]

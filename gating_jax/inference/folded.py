@@ -37,7 +37,7 @@ from gating_jax.layers.context import (
   standardised_thumbnail,
 )
 from gating_jax.lazy import lazy_names
-from gating_jax.ops.macs import conv_macs
+from gating_jax.ops.macs import dense_layer_macs
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import AnyArray, Array
 
@@ -424,7 +424,7 @@ class FoldedNet:
 
   def outer_macs(self) -> int:
     """Returns the multiply-accumulates per example of what is in no part: of dense layers."""
-    return sum(conv_macs(kernel.shape, (1, *bias.shape)) for kernel, bias in self.dense)
+    return dense_layer_macs(*(kernel.shape for kernel, _ in self.dense))
 
   @property
   def dense(self) -> tuple[tuple[Array, Array], ...]:
@@ -452,6 +452,11 @@ class ExitNet:
     stages: X + 1 networks.
     exits: X networks, each to `[N, K]` logits.
     threshold: fraction of the largest entropy; an image leaves at an exit of less entropy.
+
+  >>> last = FoldedNet(parts=(), classifier=(jnp.ones((3, 2)), jnp.zeros(2)))
+  >>> net = ExitNet((FoldedNet(parts=(), pooled=False), last), exits=(last,), threshold=0.3)
+  >>> len(net.stages), len(net.exits), net.threshold
+  (2, 1, 0.3)
   """
 
   stages: tuple[FoldedNet, ...]

@@ -154,6 +154,15 @@ class CompiledSegments(Compiled):
   Attributes:
     strategy: `segments`, or `masked` where the heavy net runs on all segments.
     program: the call is `program(weights, inputs)`.
+
+  >>> from gating_jax.models.video_backbones import FeaturePool
+  >>> model = SegmentNet(classes=10, light=FeaturePool(), heavy=FeaturePool())
+  >>> x, valid = jnp.ones((2, 6, 4)), jnp.ones((2, 6), bool)
+  >>> inputs = {"light": x, "heavy": x, "valid": valid}
+  >>> variables = jax.jit(model.init)(jax.random.key(0), inputs)
+  >>> program = compile_segments(model, variables, capacities=(12,), strategy="masked")
+  >>> program.strategy, program(inputs).outputs["logits"].shape
+  ('masked', (2, 10))
   """
 
   def __init__(
@@ -332,7 +341,7 @@ class _Network(NamedTuple):
       opened=float(opened),
       computed={
         MASKED: counts.computed(valid),
-        SEGMENTS: counts.computed(valid, taken),
+        SEGMENTS: counts.computed(valid, taken=taken),
         UNGATED: counts.all_segments,
       },
     )
@@ -425,7 +434,7 @@ def _encode(
   """
   # Padded by the capacity, so that no slice from a chosen segment on is cut off: `dynamic_slice`
   # would move it.
-  index, taken = open_indices(gates.reshape(-1), gates.size + capacity)
+  index, taken = open_indices(gates.reshape(-1), capacity=gates.size + capacity)
   index = lax.dynamic_slice_in_dim(index, start, capacity)
   taken = lax.dynamic_slice_in_dim(taken, start, capacity)
   # Each segment is a video of its own, `[K, 1, ...]`, as `prepare` takes them.
@@ -434,7 +443,7 @@ def _encode(
     seen[name] = x.reshape(-1, 1, *x.shape[2:])[index]
   heavy = prepare(seen)["heavy"][:, 0]
   encoded = model.apply(variables, heavy, method="encode")
-  return jax.tree.map(lambda x: scatter_back(x, index, taken, gates.size), encoded)
+  return jax.tree.map(lambda x: scatter_back(x, index, taken, size=gates.size), encoded)
 
 
 def _classify(

@@ -258,7 +258,7 @@ def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
 
   There is a number for each program.
   """
-  of_groups = [bucket_sizes(group.width, buckets, multiple=CHANNELS) for group in groups]
+  of_groups = [bucket_sizes(group.width, buckets=buckets, multiple=CHANNELS) for group in groups]
   programs, filled = max(map(len, of_groups)), []
   for sizes in of_groups:
     # A group with fewer sizes repeats its last one.

@@ -30,6 +30,7 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 
 from gating_jax.checks import one_of, shown
+from gating_jax.former_names import former_positional
 from gating_jax.layers.context import (
   GLANCE_NAME,
   NOTHING_SHARED,
@@ -114,7 +115,8 @@ def gate_controls(
   return traverse_util.unflatten_dict(controls)
 
 
-def shift_thresholds(variables: Mapping[str, Any], shift: float | Array) -> dict[str, Any]:
+@former_positional("shift")
+def shift_thresholds(variables: Mapping[str, Any], *, shift: float | Array) -> dict[str, Any]:
   """Returns variables of a model in which all thresholds of its gates are moved.
 
       open where z > theta + shift,   for every layer of gates with `threshold="quantile"`
@@ -132,7 +134,8 @@ def shift_thresholds(variables: Mapping[str, Any], shift: float | Array) -> dict
     TypeError: variables that are no mapping.
 
   >>> stats = {"block1": {"gate": {"threshold": jnp.float32(0.5)}}}
-  >>> print(shift_thresholds({"batch_stats": stats}, 1.0)["batch_stats"]["block1"]["gate"]["shift"])
+  >>> moved = shift_thresholds({"batch_stats": stats}, shift=1.0)
+  >>> print(moved["batch_stats"]["block1"]["gate"]["shift"])
   1.0
   """
   arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")

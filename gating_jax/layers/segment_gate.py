@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
+from gating_jax.former_names import former_positional
 from gating_jax.layers.gate import (
   GATE_RNG,
   GateSettings,
@@ -217,24 +218,24 @@ class Policy(nn.Module):
     self, valid: Array, relevant: Array | None = None, train: bool = False
   ) -> GateRecord:
     one_of("policy", self.policy, POLICIES)
-    k = selection.budget_to_k(valid, self.share)
+    k = selection.budget_to_k(valid, share=self.share)
     valid = jnp.asarray(valid)
     if self.policy == "all":
       gates = valid.astype(jnp.float32)
     elif self.policy == "uniform":
-      gates = selection.uniform_k(valid, k)
+      gates = selection.uniform_k(valid, k=k)
     elif self.policy == "random":
       # Evaluation has no PRNG stream: its choice is the same in every run.
       key = self.make_rng(GATE_RNG) if train else jax.random.key(0)
-      gates = selection.random_k(key, valid, k, axis_name=self.axis_name if train else None)
+      gates = selection.random_k(key, valid, k=k, axis_name=self.axis_name if train else None)
     elif self.policy == "prefix":
-      gates = selection.first_k(valid, self._drawn_k(valid) if train else k)
+      gates = selection.first_k(valid, k=self._drawn_k(valid) if train else k)
     elif relevant is None:
       raise ValueError("relevant must be given for the oracle, which chooses by it; got None")
     else:
       (relevant,) = arguments.one_shape("[B, T]", relevant=relevant)
-      gates = selection.top_k(relevant.astype(jnp.float32), valid, k)
-    return deterministic_record(gates, self.macs_per_unit)
+      gates = selection.top_k(relevant.astype(jnp.float32), valid, k=k)
+    return deterministic_record(gates, macs_per_unit=self.macs_per_unit)
 
   def _drawn_k(self, valid: Array) -> Array:
     """Returns `[B]` numbers from 1 to each video's number of valid segments."""
@@ -243,7 +244,8 @@ class Policy(nn.Module):
     return jax.vmap(lambda key, n: jax.random.randint(key, (), 1, n + 1, jnp.int32))(keys, counts)
 
 
-def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
+@former_positional("macs_per_unit")
+def deterministic_record(gates: Array, *, macs_per_unit: int) -> GateRecord:
   """Returns the record of gates that were not sampled: their probabilities are 0 and 1.
 
   Args:
@@ -252,7 +254,7 @@ def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
   Raises:
     TypeError: gates that are no real numbers.
 
-  >>> deterministic_record(jnp.array([[1.0, 0.0]]), 72).logits
+  >>> deterministic_record(jnp.array([[1.0, 0.0]]), macs_per_unit=72).logits
   Array([[ inf, -inf]], dtype=float32)
   """
   arguments.real_array("gates", gates)

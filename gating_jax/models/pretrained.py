@@ -40,6 +40,7 @@ from flax import traverse_util
 
 from gating_jax.checks import check_unpacked, few, first_line, one_of, printable, user_path
 from gating_jax.extras import naming_extra
+from gating_jax.former_names import former_positional
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.resnets import RESNETS, ResNet
@@ -115,9 +116,10 @@ class Entry(NamedTuple):
   absorbed: bool = False
 
 
+@former_positional("name")
 @naming_extra()
 def load_pretrained(
-  path: str | os.PathLike, name: str | None = None, *, classifier: bool = True
+  path: str | os.PathLike, *, name: str | None = None, classifier: bool = True
 ) -> tuple[ResNet | VGG, dict[str, Any]]:
   """Loads a network that torchvision or timm trained, with its weights.
 
@@ -164,13 +166,19 @@ def load_pretrained(
     one_of("name", name, (*RESNET_NAMES, *_VGG_NAMES))
   arguments.instance("classifier", classifier, bool, "True or False")
   model, variables = read_network(path, name, classifier=classifier)
-  if classifier and model.classes is None:
+  if classifier:
+    require_classifier(model, path)
+  return model, variables
+
+
+def require_classifier(model: Any, path: str | os.PathLike) -> None:
+  """Raises a ValueError where a network that was read from a file has no classifier."""
+  if model.classes is None:
     raise ValueError(
       f"the weights in {user_path(path)} must have a classifier, {_classifier_name(model)}; they "
       "have none, as backbones do. load_pretrained(path, classifier=False) returns the network "
       "without one, and a run with model.init_from gives it a fresh one"
     )
-  return model, variables
 
 
 @naming_extra()

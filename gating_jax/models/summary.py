@@ -27,7 +27,7 @@ from gating_jax.layers.mac_trace import Call, kernel_calls, sum_macs
 from gating_jax.models.columns import Column, output_shapes, trace_column
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import arguments
-from gating_jax.ops.macs import conv_macs, executed_macs, gated_macs
+from gating_jax.ops.macs import conv_macs, dense_layer_macs, executed_macs, gated_macs
 from gating_jax.types import Array, GateRecord, Path, Records, cached
 
 
@@ -89,7 +89,8 @@ class ModelCounts:
     always = jnp.full(shape, float(self.always_macs + further))
     return always + executed_macs(records).reshape(shape) if records else always
 
-  def of_results(self, results: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+  @former_positional("count")
+  def of_results(self, results: Mapping[str, np.ndarray], *, count: int) -> np.ndarray:
     """Computes the MACs of each example, `[N]` float64, from the results of an evaluation.
 
     Args:
@@ -348,7 +349,8 @@ class VideoCounts:
     heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
     return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
 
-  def computed(self, valid: np.ndarray, taken: float | None = None) -> float:
+  @former_positional("taken")
+  def computed(self, valid: np.ndarray, *, taken: float | None = None) -> float:
     """Computes the mean over videos of the MACs of programs that mask channels.
 
     The heavy net has every channel and its gate networks, and runs on padding and on segments that
@@ -450,7 +452,7 @@ def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int
   for height, width, channels in inner:
     layers += conv_macs((1, 1, j * channels, channels), (1, height, width, channels))
   # The classifier's adapter reads the mean of the last output.
-  head += conv_macs((j * last[-1], last[-1]), (1, last[-1]))
+  head += dense_layer_macs((j * last[-1], last[-1]))
   return ColumnMacs(layers, head)
 
 

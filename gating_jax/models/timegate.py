@@ -24,6 +24,7 @@ import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.extras import naming_extra
+from gating_jax.former_names import former_positional
 from gating_jax.layers.gate import GATE_NAME, check_examples
 from gating_jax.layers.segment_gate import (
   POLICIES,
@@ -183,11 +184,11 @@ class SegmentNet(nn.Module):
       least = self.get_variable(THRESHOLDS, "confidence")
       if least is None:
         # As many of each video's own segments as the share asks for; padding is never chosen.
-        gates = selection.top_k(confidence, valid, selection.budget_to_k(valid, self.share))
+        gates = selection.top_k(confidence, valid, k=selection.budget_to_k(valid, share=self.share))
       else:
         above = (confidence > least).astype(jnp.float32)
         gates = selection.ensure_one_open(above, confidence, valid)
-      return deterministic_record(gates, self.macs_per_segment), outputs
+      return deterministic_record(gates, macs_per_unit=self.macs_per_segment), outputs
     return self.selector(valid, inputs.get("relevant"), train), outputs
 
   def encode(self, clips: Array, train: bool = False) -> tuple[Array, Records]:
@@ -353,8 +354,9 @@ class SegmentClassifier(nn.Module):
     }, records
 
 
+@former_positional("k")
 @naming_extra()
-def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
+def find_concepts(features: np.ndarray, *, k: int, seed: int) -> np.ndarray:
   """Computes the centroids of k clusters of features (k-means from one k-means++ start).
 
   They are means of features as given. Normalise the features first if only directions matter.
@@ -370,7 +372,7 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
     TypeError: features that are no numbers, or k that is no whole one.
 
   >>> rows = np.array([[0.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
-  >>> sorted(find_concepts(rows, 2, seed=0).tolist())
+  >>> sorted(find_concepts(rows, k=2, seed=0).tolist())
   [[0.0, 1.0], [9.0, 9.0]]
   """
   # Imported here, as it imports slowly.

@@ -76,6 +76,13 @@ class InflatedInception(nn.Module):
     axis_name: mapped device axis over which BatchNorm takes its statistics.
   Raises:
     ValueError: when called, inputs of another rank, or an unknown stem.
+
+  >>> import jax
+  >>> model = InflatedInception(stages=(((2, 1, 2, 1, 2, 1),),), stem="small")
+  >>> clips = jnp.ones((2, 4, 8, 8, 3))
+  >>> (features, _), _ = jax.eval_shape(model.init_with_output, jax.random.key(0), clips)
+  >>> features.shape
+  (2, 7)
   """
 
   stages: tuple[tuple[tuple[int, ...], ...], ...] = I3D

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.checks import one_of
+from gating_jax.former_names import former_positional
 from gating_jax.ops import arguments, collectives, ranking
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.priors import Prior, check_prior
@@ -29,7 +30,8 @@ EXCHANGES = ("gather", "all_to_all")
 _LEAST_MEAN = 0.05
 
 
-def empirical_cdf(x: AnyArray, axis: int = 0) -> Array:
+@former_positional("axis")
+def empirical_cdf(x: AnyArray, *, axis: int = 0) -> Array:
   """Computes each value's level in its column: `rank / (N + 1)`, without a gradient.
 
   Tied values have their mean rank.

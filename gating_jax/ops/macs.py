@@ -43,6 +43,18 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
   return math.prod(kernel_shape) * math.prod(output_shape[1:-1])
 
 
+def dense_layer_macs(*kernel_shapes: Sequence[int]) -> int:
+  """Computes the MACs per example of dense layers, one after the other.
+
+  Args:
+    kernel_shapes: `[Cin, Cout]` of each.
+
+  >>> dense_layer_macs((8, 4), (4, 2))
+  40
+  """
+  return sum(conv_macs(shape, (1, shape[-1])) for shape in kernel_shapes)
+
+
 class ConvMacs(NamedTuple):
   """Coefficients of a convolution's MACs per example.
 

@@ -205,7 +205,7 @@ def _dispatch(
     """Adds a block's output on its open examples to y `[N, H, W, C]`, as `lax.scan` needs it."""
     kernel1, bias1, kernel2, of_examples = block
     # The examples that open this block; the padding is dropped below.
-    index, taken = open_indices(of_examples, capacity)
+    index, taken = open_indices(of_examples, capacity=capacity)
     hidden = _masked_conv(
       x[index],
       kernel1,

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.checks import shown
+from gating_jax.former_names import former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array
@@ -58,8 +59,9 @@ def reverse_mode_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
   return run
 
 
+@former_positional("axis")
 @reverse_mode_only
-def sort_with_vjp(x: Array, axis: int = 0) -> Array:
+def sort_with_vjp(x: Array, *, axis: int = 0) -> Array:
   """Sorts in ascending order; each sorted value's gradient returns to the element it came from.
 
   The losses of `ops/ecdf.py` do not go through it: they have a rule of their own, since they need

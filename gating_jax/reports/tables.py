@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from gating_jax.analysis.outcomes import OUTCOMES, Diagnosis
 from gating_jax.checks import printable
+from gating_jax.data.checked_files import UNREADABLE_FILE
 from gating_jax.reports import page, score_parts
 from gating_jax.reports.text import align_columns, format_percent, plain
 
@@ -61,8 +62,17 @@ def classification_rows(result: Mapping[str, Any]) -> list[Row]:
     *_as_rows(score_parts.set_rows(result)),
     *_size_and_gate_rows(result),
     *_teacher_rows(result),
+    *_unreadable_rows(result),
     *_as_rows(score_parts.class_rows(result)),
   ]
+
+
+def _unreadable_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns a row on files of folders that cannot be read; none where all can."""
+  count = result.get("unreadable_files")
+  if not count:
+    return []
+  return [Row("files that cannot be read", f"{count:,}, listed in {UNREADABLE_FILE}")]
 
 
 def _teacher_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -348,6 +358,7 @@ def task_rows(result: Mapping[str, Any]) -> list[Row]:
       rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
     for name, value in score_parts.class_rows(result[setting]):
       rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
+  rows += _unreadable_rows(result)
   rows.append(Row("parameters", f"{result['params']:,}"))
   rows.append(Row("memory beyond the parameters", f"{result['memory_mb']:,.2f} MB"))
   overlap = result.get("mean_gate_overlap")
@@ -519,6 +530,8 @@ _MEANINGS = {
   "IoU of": "Intersection over union of this class.",
   "pixels that are right": "Fraction of pixels with a known class whose predicted class is the "
   "true one.",
+  "files that cannot be read": "Damaged, empty or closed files of the splits in use, which are"
+  " left out, and files that became so in the training, for which others stood in.",
   "parameters": "Trainable parameters of the network, and of its gates if counted separately.",
   "MACs per image, ungated net": f"The {_MACS} of one image with every unit computed and no gates: "
   "the baseline.",

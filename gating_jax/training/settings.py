@@ -27,8 +27,8 @@ Rule = tuple[Callable[[Any], bool], str]
 def config_of(workdir: Path) -> Config:
   """Reads the config that a run directory began with.
 
-  It has every field whose default is None, also where the run is older. Raises RunDirError where
-  there is no run, or a damaged one.
+  It has every field, also those that are newer than the run. Raises RunDirError where there is no
+  run, or a damaged one.
   """
   file, fields = workdir / rundir.CONFIG_FILE, rundir.RunDir(workdir).config()
   if not isinstance(fields.get("experiment"), str):
@@ -37,9 +37,7 @@ def config_of(workdir: Path) -> Config:
   base = config_files.base(fields["experiment"])
   if base is not None:
     _check_fields(file, base, fields)
-  config = ml_collections.ConfigDict(rundir.with_tuples(fields))
-  if base is not None:
-    config_files.add_unset_fields(config, base)
+  config: Any = config_files.completed(ml_collections.ConfigDict(rundir.with_tuples(fields)))
   return config.lock()
 
 

@@ -154,7 +154,7 @@ def make_train_step(
         metrics["gates/share"] = jnp.asarray(share(state.step), jnp.float32)
       return total, (metrics, updates.get("batch_stats", {}))
 
-    differentiate = value_and_grad_over_devices(loss, axis_name, has_aux=True)
+    differentiate = value_and_grad_over_devices(loss, axis_name=axis_name, has_aux=True)
     (_, (metrics, batch_stats)), grads = differentiate(state.params)
     metrics = mean_over_devices(metrics, axis_name)
     metrics["gradient_norm"] = optax.tree.norm(grads)

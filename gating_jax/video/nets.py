@@ -116,7 +116,7 @@ def _concepts_of(features: VideoArrays, config: Config) -> np.ndarray:
   # A random sample with the run's seed, so that a restart finds the same concepts.
   order = np.random.default_rng(config.seed).permutation(len(segments))
   sample = segments[order[:_CONCEPT_SEGMENTS]]
-  return find_concepts(sample, config.model.gate.concepts, seed=config.seed)
+  return find_concepts(sample, k=config.model.gate.concepts, seed=config.seed)
 
 
 def whole_network(

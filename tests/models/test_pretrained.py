@@ -272,19 +272,20 @@ def test_what_is_written_is_read_again(tmp_path, state, suffix):
 
 def test_a_name_is_checked_whatever_the_width(tmp_path):
   small = written(resnet_state((2, 2, 2, 2), features=2), tmp_path / "resnet.npz")
-  model, _ = load_pretrained(small, "resnet18")
+  with pytest.warns(DeprecationWarning, match="load_pretrained takes name=... by keyword"):
+    model, _ = load_pretrained(small, "resnet18")
   assert model.features == 2
   message = r"name must be that of the network in .*, a ResNet with 2, 2, 2, 2 blocks of the kind"
   with pytest.raises(ValueError, match=f"{message} BasicBlock; got 'resnet50', a ResNet with 3, 4"):
-    load_pretrained(small, "resnet50")
+    load_pretrained(small, name="resnet50")
   chain = (2, POOL, 2, POOL, 2, 2, POOL, 2, 2, POOL, 2, 2, POOL)
   vgg11 = written(vgg_state(chain, side=1), tmp_path / "vgg.npz")
-  load_pretrained(vgg11, "vgg11_bn")
+  load_pretrained(vgg11, name="vgg11_bn")
   for name in ("vgg11", "vgg16_bn", "resnet18"):
     with pytest.raises(ValueError, match=f"a VGG net of 1, 1, 2, 2, 2 .* got '{name}'"):
-      load_pretrained(vgg11, name)
+      load_pretrained(vgg11, name=name)
   with pytest.raises(ValueError, match="name must be one of .*; got 'resnet81'"):
-    load_pretrained(small, "resnet81")
+    load_pretrained(small, name="resnet81")
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_the_empirical_cdf_ranks_along_any_axis_without_gradient():
   np.testing.assert_allclose(places(x, axis=1), stats.rankdata(x, axis=1) / 6, rtol=1e-6)
   np.testing.assert_allclose(places(x, axis=-3), stats.rankdata(x, axis=0) / 3, rtol=1e-6)
   np.testing.assert_array_equal(
-    jax.jit(jax.grad(lambda x: empirical_cdf(x, 1).sum()))(x), np.zeros_like(x)
+    jax.jit(jax.grad(lambda x: empirical_cdf(x, axis=1).sum()))(x), np.zeros_like(x)
   )
   np.testing.assert_allclose(places(np.array([30, 10, 20])), [0.75, 0.25, 0.5])
 

@@ -121,9 +121,9 @@ PRIORS = {
   "uniform": densities(priors.uniform()),
   "custom": densities(EXPONENTIAL),
   "samples": densities(empirical_prior.empirical(LOGITS)),
-  "ranks": lambda x: (ecdf.empirical_cdf(x), ecdf.empirical_cdf(jnp.round(x), 1)),
+  "ranks": lambda x: (ecdf.empirical_cdf(x), ecdf.empirical_cdf(jnp.round(x), axis=1)),
   "sort": lambda x: gradient(lambda x: ranking.sort_with_vjp(x) ** 2)(x),
-  "sort of ties": lambda x: gradient(lambda x: ranking.sort_with_vjp(jnp.round(x), 1) ** 2)(x),
+  "sort of ties": lambda x: gradient(lambda x: ranking.sort_with_vjp(jnp.round(x), axis=1) ** 2)(x),
 }
 SECOND = {
   "fixed prior": lambda x: jax.hessian(lambda x: jnp.sum(ecdf.batch_shaping_loss(x, BETA)))(x),
@@ -205,22 +205,27 @@ SELECTION = {
     lambda x: selection.ensure_one_open(x * (x > 2).astype(x.dtype), x, VALID)
   )(x),
   "repair of truth values": lambda x: selection.ensure_one_open(x > 2, x, VALID),
-  "best": lambda x: selection.top_k(x, VALID, 2),
-  "best, some for each": lambda x: selection.top_k(x, VALID, np.arange(N)),
+  "best": lambda x: selection.top_k(x, VALID, k=2),
+  "best, some for each": lambda x: selection.top_k(x, VALID, k=np.arange(N)),
   "uniform": lambda x: (
-    selection.uniform_k(VALID, 2),
-    selection.uniform_k(VALID, np.arange(1, N + 1)),
+    selection.uniform_k(VALID, k=2),
+    selection.uniform_k(VALID, k=np.arange(1, N + 1)),
   ),
-  "random": lambda x: selection.random_k(jax.random.key(0), VALID, 2),
-  "first": lambda x: (selection.first_k(VALID, 2), selection.first_k(VALID, np.arange(N))),
-  "number": lambda x: (selection.budget_to_k(VALID, 0.3), selection.budget_to_k(VALID, 2)),
+  "random": lambda x: selection.random_k(jax.random.key(0), VALID, k=2),
+  "first": lambda x: (selection.first_k(VALID, k=2), selection.first_k(VALID, k=np.arange(N))),
+  "number": lambda x: (
+    selection.budget_to_k(VALID, share=0.3),
+    selection.budget_to_k(VALID, share=2),
+  ),
   "exits": lambda x: (
     confidence.entropy_share(x),
     confidence.stay_logits(x.reshape(3, 2, C), threshold=HALF),
   ),
   "first sure": lambda x: confidence.first_sure(x.reshape(3, 2, C), x[:3, :1]),
-  "open units": lambda x: compaction.open_indices(x[:, 0], 3),
-  "put back": lambda x: compaction.scatter_back(x[:3], *compaction.open_indices(x[:, 0], 3), N),
+  "open units": lambda x: compaction.open_indices(x[:, 0], capacity=3),
+  "put back": lambda x: compaction.scatter_back(
+    x[:3], *compaction.open_indices(x[:, 0], capacity=3), size=N
+  ),
   "open backward": gradient(
     lambda x: (
       x[:, :1]

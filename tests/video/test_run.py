@@ -16,7 +16,7 @@ from gating_jax.analysis import statistics
 from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
 from gating_jax.models.resnets import ResNet
-from gating_jax.training import devices, loop, rundir
+from gating_jax.training import best_state, devices, loop, rundir
 from gating_jax.training.checkpoints import restore_newest
 from gating_jax.video import build, evaluate, report, run, sets, speed, thresholds
 from gating_jax.video import nets as video_nets
@@ -345,15 +345,10 @@ def test_a_loaded_run_has_the_threshold_that_was_set_on_held_out_videos(held_out
   _, variables, _ = loaded(workdir)
   chosen = thresholds.load(workdir)
   like = run.LongVideo(build.build(made)).fresh()
-  restore = thresholds.restore_best if chosen.is_best else restore_last
-  trained = restore(workdir, like).state.params["gate"]["logits"]["bias"]
+  folder = workdir / best_state.BEST_DIR if chosen.is_best else workdir
+  trained = restore_newest(folder / "checkpoints", like).state.params["gate"]["logits"]["bias"]
   moved = np.asarray(trained) - np.float32(chosen.thresholds["gate"])
   np.testing.assert_array_equal(variables["params"]["gate"]["logits"]["bias"], moved)
-
-
-def restore_last(workdir, like):
-  """Restores the last state of a training."""
-  return restore_newest(workdir / "checkpoints", like)
 
 
 @pytest.mark.parametrize(
@@ -637,6 +632,11 @@ def test_a_run_leaves_what_it_measured(finished):
   check_run(made, workdir, steps=2, videos=15)
   result = read_result(workdir)
   assert result["unreadable"] == 1
+  assert result["classes"] == ["class 0", "class 1", "class 2"]
+  # Of all splits.
+  named = (workdir / "unreadable_files.csv").read_text().splitlines()
+  unread = result["unreadable"] + result["training_unreadable"]
+  assert (named[0], len(named)) == ("path,reason", 1 + unread)
   assert 0 < result["share"] <= 1
   assert result["mac_ratio"] == pytest.approx(result["macs"] / result["all_segments_macs"])
   assert {path.name for path in workdir.glob("*.png")} == {"segments.png", "timeline.png"}
@@ -1063,7 +1063,7 @@ def test_the_state_with_the_best_validation_score_is_taken_and_restored(
 ):
   printed = []
   training = SimpleNamespace(step=4, state=state_of(4.0), say=printed.append)
-  with thresholds.BestState(tmp_path) as best:
+  with best_state.BestState(tmp_path / best_state.BEST_DIR) as best:
     best.offer(2, state_of(2.0), score)
     found, variables = of_states._choose_state(training, tmp_path, None, best)
   # Each bias is the number of its step, less the threshold.

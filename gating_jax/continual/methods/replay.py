@@ -199,7 +199,7 @@ def agem(network: Network, replay: replay_memory.ReplaySettings) -> Method:
       return network.loss(params, learner, remembered)[0]
 
     # r: the gradient on the memory, over all devices as g is.
-    _, reference = value_and_grad_over_devices(loss, problem.axis_name)(learner.params)
+    _, reference = value_and_grad_over_devices(loss, axis_name=problem.axis_name)(learner.params)
     projected = project(grads, reference)
     # An empty memory constrains nothing.
     return jax.tree.map(lambda g, p: jnp.where(drawn.filled, p, g), grads, projected)
