@@ -294,7 +294,7 @@ def _candidate(experiment: Experiment, net: FoldedNet) -> _ExportCandidate:
 def _run_net(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
   """Computes outputs and gate logits of images `[N, H, W, D]`, with float32 or int8 weights."""
   # Weights are an argument: as constants, int8 ones would be dequantised while compiling.
-  return folded.run(dequantise(net), x)
+  return folded.run_net(dequantise(net), x)
 
 
 def _skipping_candidate(
