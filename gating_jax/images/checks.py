@@ -152,7 +152,7 @@ def _check_together(config: Config) -> None:
   _check_union(config)
   _check_told(config)
   _check_kernels(model)
-  _check_importance(config)
+  _check_importance(model)
   _check_teacher(config)
   if loss.sparsity.kind == "budget":
     _check_budget_acts(config)
@@ -283,9 +283,8 @@ def _check_kernels(model: Config) -> None:
     )
 
 
-def _check_importance(config: Config) -> None:
+def _check_importance(model: Config) -> None:
   """Raises a ValueError where a setting of the importance of units is wrong, or without effect."""
-  model = config.model
   section = model.importance
   form = section.form
   if form is None:

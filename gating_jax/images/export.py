@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import quoted
-from gating_jax.config_files import Config
 from gating_jax.images.build import Experiment
 from gating_jax.images.model_card import hub_files
 from gating_jax.inference import costs, exits, export, folded
@@ -117,7 +116,7 @@ def export_run(
       f"Exported the checkpoint of step {step:,}, its times on {device()}.",
       rows,
       [
-        _load_command(paths[0], experiment.config),
+        _load_command(paths[0], experiment.config.model.sources),
         *conclusion.next_commands(run_dir.path, ["compile"]),
       ],
     )
@@ -147,9 +146,9 @@ def _times(measured: Mapping[str, Any]) -> list[str]:
   return times
 
 
-def _load_command(path: Path, config: Config) -> str:
-  """Returns a command that runs an export on an image file."""
-  number = "--set=NUMBER " if config.model.sources else ""
+def _load_command(path: Path, sources: int | None) -> str:
+  """Returns a command that runs an export, of a union of so many sets, on an image file."""
+  number = "--set=NUMBER " if sources else ""
   script = quoted(str(path / "load.py"))
   return f"python {script} {number}IMAGE    # its class, without this package"
 
@@ -294,7 +293,7 @@ def _candidate(experiment: Experiment, net: FoldedNet) -> _ExportCandidate:
 def _run_net(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
   """Computes outputs and gate logits of images `[N, H, W, D]`, with float32 or int8 weights."""
   # Weights are an argument: as constants, int8 ones would be dequantised while compiling.
-  return folded.run(dequantise(net), x)
+  return folded.run_net(dequantise(net), x)
 
 
 def _skipping_candidate(

@@ -306,7 +306,7 @@ class Observation(NamedTuple):
 
 
 # One compiled function for all calls: networks of the same shapes share a program.
-_run = jax.jit(folded.run)
+_run = jax.jit(folded.run_net)
 
 
 def observe(net: FoldedNet, images: Any) -> Iterator[Observation]:

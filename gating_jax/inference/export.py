@@ -297,7 +297,7 @@ def _split_weights(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, A
 
 def _run_folded(net: FoldedNet, x: Any) -> Any:
   """Runs a folded network, whose weights may be int8."""
-  return folded.run(dequantise(net), x)
+  return folded.run_net(dequantise(net), x)
 
 
 def _images(input_shape: tuple[int, int, int], batch_size: int | None) -> jax.ShapeDtypeStruct:

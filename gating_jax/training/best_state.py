@@ -31,8 +31,8 @@ class BestState:
     # Kept from before a restart: steps that are taken again have the same scores again.
     kept = read_json(folder / _SCORE_FILE)
     score = kept.get("score") if isinstance(kept, dict) else None
-    readable = isinstance(score, (int, float)) and math.isfinite(score)
-    self.score = float(score) if readable else -math.inf
+    known = isinstance(score, (int, float)) and math.isfinite(score)
+    self.score: float = score if known else -math.inf
 
   def __enter__(self) -> BestState:
     return self

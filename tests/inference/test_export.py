@@ -18,7 +18,7 @@ from gating_jax.inference.strategies import why_not
 from gating_jax.models.resnet_variants import EarlyExitNet
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
-run = jax.jit(folded.run)
+run = jax.jit(folded.run_net)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_program_of_the_native_kernel_is_refused(tmp_path):
 
 
 def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
-  function = jax.jit(lambda x: {"out": folded.run(net, x)[0]})
+  function = jax.jit(lambda x: {"out": folded.run_net(net, x)[0]})
   path = export_model(
     function, tmp_path / "net", input_shape=SHAPE, batch_size=2, platforms=("cpu",)
   )
