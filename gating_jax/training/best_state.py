@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gating_jax.training import hosts, rundir
 from gating_jax.training.checkpoints import Checkpoint, Checkpoints, restore_newest
@@ -60,6 +60,6 @@ def forget_best(folder: Path) -> None:
   hosts.on_writer(shutil.rmtree, folder, True)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
   """Returns whether a value read from a file is a finite number."""
   return type(value) in (int, float) and math.isfinite(value)
