@@ -127,7 +127,7 @@ class ConvNorm(nn.Module):
 
 
 class MixedConv(nn.Module):
-  """A convolution of images whose kernel is another for each example: a mixture of K kernels.
+  """A convolution of images with a kernel for each example: a mixture of K kernels.
 
       W_n = sum over k of pi_nk W_k,   y_n = W_n * x_n
 
@@ -184,7 +184,7 @@ class MixedConv(nn.Module):
 
 
 class MixedConvNorm(ConvNorm):
-  """A `ConvNorm` of images whose convolution is a `MixedConv`; its last argument are the weights.
+  """A `ConvNorm` of images whose convolution is a `MixedConv`; its last argument has the weights.
 
   Attributes:
     kernels: K.

@@ -1,4 +1,4 @@
-"""Gates for any Flax Linen model, without a change of it.
+"""Gates for any Flax Linen model, without changes to it.
 
 A pair names two layers: the *writer* makes channels, and the *reader* takes them, perhaps after
 normalisation, activation and pooling. A gate looks at the writer's input x and switches the
@@ -8,7 +8,7 @@ channels that the reader sees:
 
 A closed channel need neither be made by the writer nor be read by the reader. A dense layer that
 reads a flattened map has each channel once for each pixel, and its gate switches all of them. Calls
-of layers are intercepted, so that the model's own code runs as it stands.
+of layers are intercepted, so that the model's own code runs unchanged.
 
 Axes: N examples, C channels of a pair.
 Reference: Bejnordi et al., 2020, section 3 (the gate); Flax's `nn.intercept_methods`.
@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core import tracers
+from jax.core import Tracer
 
 from gating_jax.checks import few, near, shown
 from gating_jax.layers.gate import (
@@ -72,8 +72,8 @@ class GatedModel(nn.Module):
 
   Gates have BatchNorm: training needs the collection `batch_stats`, also where the model has none.
   Transformations go around the gated model, as in `jax.checkpoint(gated.apply)` or
-  `nn.remat(GatedModel, static_argnums=(2,))`, called as `(x, train)`: from
-  `nn.remat`, `nn.scan` and the like inside of the model gates could not leave.
+  `nn.remat(GatedModel, static_argnums=(2,))`, called as `(x, train)`: gates could
+  not leave an `nn.remat`, `nn.scan` or the like inside of the model.
 
   Attributes:
     model: the model, called as `model(x)` or, where it has such an argument, `model(x,
@@ -202,7 +202,7 @@ def _read_mode(model: nn.Module, train: bool, given: Mapping[str, Any]) -> bool:
     ValueError: they contradict each other.
   """
   for name, value in {"train": train, **given}.items():
-    if name in _MODES and isinstance(value, jax.core.Tracer):
+    if name in _MODES and isinstance(value, Tracer):
       raise TypeError(
         f"{name} must be True or False while JAX traces the model; got {shown(value)}. In nn.remat "
         "give it by its place, and name that: nn.remat(GatedModel, static_argnums=(2,))"
@@ -289,7 +289,7 @@ class _Pass:
       return next_fun(*args, **kwargs)
     layer = "/".join(module.path[self.depth :])
     if layer not in self._pairs.readers and layer not in self._pairs.writers:
-      # A gate's own layers are none of the model's.
+      # A gate's own layers are no layers of the model.
       if GATE_NAME not in module.path:
         self._seen.append(layer)
       return next_fun(*args, **kwargs)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _READS, _WRITES = "reads ", "writes "
 # A reader's name for the result of the model.
 _OUTPUT = "the model's output"
-# Operations on each entry alone, after which channels stand where they stood.
+# Operations on each entry alone, which leave channels in their places.
 _ELEMENTWISE = frozenset(
   """
   abs add add_any and atan2 cbrt ceil clamp convert_element_type copy copy_p cos div eq erf erf_inv
@@ -320,11 +320,11 @@ class _Search:
       return dataclasses.replace(flow, axis=None, examples=None)
     if axis is not None and name == "reshape":
       axis = _channels_after_reshape(axis, shape, result, channels=flow.channels)
-    elif axis is not None:
+    elif axis is not None and move is not None:
       axis = move(axis, params, shape, result)
     if examples is not None and name == "reshape":
       examples = _examples_after_reshape(examples, shape, result, count=flow.count)
-    elif examples is not None:
+    elif examples is not None and move is not None:
       examples = move(examples, params, shape, result)
     return dataclasses.replace(flow, axis=axis, examples=examples)
 

@@ -31,7 +31,7 @@ _FAR = 1e4
 _NODES = 24
 # The quadrature ends where the density has fallen by exp(-18): a fraction of 1.5e-8 is left out.
 _DROP = 18.0
-# Steps towards that end, which has to be right only roughly.
+# Steps towards that end, which need not be exact.
 _NEWTON_STEPS = 3
 
 

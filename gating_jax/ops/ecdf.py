@@ -369,9 +369,9 @@ def _batch(x, axis, name):
 
 
 def _fill(x, keep):
-  """Replaces what is left out by the largest value of its column that is not.
+  """Replaces each value that is left out by the largest other value of its column.
 
-  The prior's CDF knows that value, so nothing infinite or NaN comes from what is left out.
+  The prior's CDF is finite there, so a value that is left out gives no infinity and no NaN.
   """
   largest = jnp.max(jnp.where(keep, lax.stop_gradient(x), -jnp.inf), axis=0)
   return jnp.where(keep, x, jnp.where(keep.any(axis=0), largest, 0))

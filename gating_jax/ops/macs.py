@@ -2,7 +2,7 @@
 
 One multiply-accumulate is 1; biases, BatchNorm, pooling and additions are not counted.
 
-The homes of MACs are four. Here sizes become MACs, and gates say which of them run.
+Four modules count MACs. This one turns sizes into MACs, and counts those that open gates execute.
 `layers.mac_trace` counts the layers that a network calls, `models.summary` whole networks, and
 `inference.costs` what compiled programs compute, padding included.
 

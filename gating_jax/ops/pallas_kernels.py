@@ -275,8 +275,8 @@ def _gated_conv(
 
       y = g_out * act(conv(x) + bias),   x taken as 0 where g_in is closed, act = ReLU or identity
 
-  Closed input blocks are not read, and closed output blocks are not written. `in_gates` choose what
-  is read and multiply nothing, since x is a gated layer's output.
+  Closed input blocks are not read, and closed output blocks are not written. `in_gates` only
+  choose what is read, since x is a gated layer's output.
   """
   # Imported here: the other forms work with a JAX that lacks this backend.
   from jax.experimental.pallas import triton

@@ -3,7 +3,7 @@
 `closed_share` is no penalty but a metric to watch: penalties may close gates permanently.
 
 Arrays and records are given by position, all else by keyword. A layer is an `[N, C]` array or a
-`GateRecord`, whose `probs` or `gates` are taken. A penalty that needs both, or costs, has them from
+`GateRecord`, whose `probs` or `gates` are taken. A penalty that needs both, or costs, finds them in
 its records; with arrays of probabilities it takes `gates` and `macs_per_unit` next to them.
 
 Axes: N examples, at least 1, C gates of one layer, G gates of the network. All penalties are

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gating_jax.training import hosts, rundir
 from gating_jax.training.checkpoints import Checkpoint, Checkpoints, restore_newest
@@ -31,8 +31,7 @@ class BestState:
     # Kept from before a restart: steps that are taken again have the same scores again.
     kept = read_json(folder / _SCORE_FILE)
     score = kept.get("score") if isinstance(kept, dict) else None
-    known = isinstance(score, (int, float)) and math.isfinite(score)
-    self.score: float = score if known else -math.inf
+    self.score = float(score) if _is_number(score) else -math.inf
 
   def __enter__(self) -> BestState:
     return self
@@ -59,3 +58,8 @@ def restore_best(folder: Path, like: Any) -> Checkpoint | None:
 def forget_best(folder: Path) -> None:
   """Removes the folder of a best state that is not needed any more."""
   hosts.on_writer(shutil.rmtree, folder, True)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+  """Returns whether a value read from a file is a finite number."""
+  return type(value) in (int, float) and math.isfinite(value)
