@@ -19,7 +19,7 @@ import numpy as np
 
 from gating_jax.checks import quoted
 from gating_jax.images.build import Experiment
-from gating_jax.images.model_card import hub_files
+from gating_jax.images.model_card import hub_files, without_folders
 from gating_jax.inference import costs, exits, export, folded
 from gating_jax.inference.analysing import (
   BATCH_SIZE,
@@ -54,6 +54,7 @@ _TRAINED, _PRUNED, _INT8, _SKIPPING = "trained", "pruned", "pruned, int8", "prun
 _ONNX, ONNX_FILE = "pruned, onnxruntime", "model.onnx"
 # Why a network with early exits has none.
 _NO_ONNX = "not written: in an ONNX model every image would pass through all stages"
+_WITHOUT_ONNX = 'not written, since onnx is missing: pip install "gating-jax[export]"'
 FOLDERS = {_PRUNED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
 # The most images to calibrate on, evenly over the training set.
 CALIBRATION = 2_000
@@ -97,7 +98,9 @@ def export_run(
   # An interrupted export leaves nothing half-written.
   with rundir.staged(run_dir.path, tuple(FOLDERS.values())) as folder:
     write = _write_exits if isinstance(experiment.model, EarlyExitNet) else _write
-    trained = write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
+    # An export may be published: it names no folders of this machine.
+    origin = {"config": without_folders(run_dir.config()), "step": step}
+    trained = write(experiment, folder, origin, variables)
     paths, rows = [], []
     for name in FOLDERS.values():
       if not (folder / name).exists():
@@ -110,6 +113,8 @@ def export_run(
   say(f"\nwritten: {', '.join(map(str, paths))}")
   if isinstance(experiment.model, EarlyExitNet):
     rows.append((ONNX_FILE, _NO_ONNX))
+  elif not _has_onnx():
+    rows.append((ONNX_FILE, _WITHOUT_ONNX))
   rows.append(("trained net", _as_compiled(run_dir, step, trained)))
   say(
     conclusion.closing_text(
@@ -121,6 +126,11 @@ def export_run(
       ],
     )
   )
+
+
+def _has_onnx() -> bool:
+  """Returns whether the package that writes ONNX models is installed."""
+  return importlib.util.find_spec("onnx") is not None
 
 
 def _summary(card: Mapping[str, Any]) -> str:
@@ -185,7 +195,7 @@ def _write(
   if skipping is not None:
     candidates[_SKIPPING] = skipping
   onnx = None
-  if importlib.util.find_spec("onnx") is not None:
+  if _has_onnx():
     with working("making the ONNX model", "up to half a minute"):
       onnx = to_onnx(candidates[_PRUNED].model, analysis.input_shape)
     if importlib.util.find_spec("onnxruntime") is not None:
