@@ -3,6 +3,8 @@
     python benchmarks/read_folder.py FOLDER [--images=20000] [--batch=128] [--repeats=5]
         [--workers=0,2] [--size=64]
 
+By default `--workers` are threads (0) and what `data.workers` has by default.
+
 FOLDER holds `train/CLASS/*.jpg` and `test/CLASS/*.jpg`, of `--size` pixels a side. Each repeat
 measures all ways, one after the other, on other images. For Pillow's rate a process on each core
 decodes its share to RGB, and passes nothing on: nothing reads faster on these cores. The stream
@@ -23,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
-from gating_jax.cores import usable_cores
+from gating_jax.cores import usable_cores, worker_processes
 from gating_jax.data.image_sets import SetSource
 from gating_jax.data.streaming import open_stream
 
@@ -65,7 +67,7 @@ def main():
   parser.add_argument("--images", type=int, default=20_000, help="of each measurement")
   parser.add_argument("--batch", type=int, default=128)
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--workers", default="0,2", help="0 for threads")
+  parser.add_argument("--workers", default=f"0,{worker_processes()}", help="0 for threads")
   parser.add_argument("--size", type=int, default=64)
   args = parser.parse_args()
   if args.images < args.batch:

@@ -101,7 +101,7 @@ def compare(args, net, videos, clip):
       model,
       with_share(model, variables, inputs, share),
       prepare=prepare,
-      capacities=bucket_sizes(args.at_once, args.buckets),
+      capacities=bucket_sizes(args.at_once, buckets=args.buckets),
     )
     contenders[share] = lambda run=run: run(inputs)
   times = {

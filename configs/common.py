@@ -12,8 +12,8 @@ from ml_collections import config_dict
 from gating_jax.checks import near
 from gating_jax.config_files import Config
 
-# Gates that open a share of units: normalised logits, the most open of a batch, without noise, and
-# open ones weighted.
+# Gates that open a fraction of units: normalised logits, the most open of a batch, without noise,
+# and open ones weighted.
 RECIPE = {
   "model.gate.normalise": 2.0,
   "model.gate.threshold": "quantile",
@@ -50,11 +50,15 @@ def image_config() -> Config:
         "images_per_set": config_dict.placeholder(int),
         "image_feature": config_dict.placeholder(str),  # of TFDS; None: image
         "label_feature": config_dict.placeholder(str),  # of TFDS; None: label
-        "loader": "resident",  # the whole set on the device; or streaming, for sets that do not fit
+        # resident: the whole set on the device; streaming: read from disk in the training; auto:
+        # resident where both splits take at most half of the free memory, else streaming
+        "loader": "auto",
         "image_size": 0,  # images are resized to this; 0: they have one size already
         # streaming: smallest area of a random crop, as a fraction of the image; None: no crop
         "crop_area": config_dict.placeholder(float),
-        "workers": 0,  # streaming: processes that decode; 0: threads of this one
+        # streaming: processes that decode; 0: threads of this one; None: as many as cores, at most
+        # 8, for folders of many images, else 0
+        "workers": config_dict.placeholder(int),
         "mean": (0.5,),
         "std": (0.5,),
         "crop_padding": 0,  # random crop: largest shift in pixels
@@ -315,7 +319,7 @@ def _set_share(share: str) -> Mapping[str, Any]:
   """Returns the fields of gates of which this fraction is open in every batch.
 
   Logits are normalised, the most open of a batch are open, without noise, and open ones are
-  weighted. The share falls from 1 in the first half of training; no penalty acts. Networks of
+  weighted. The fraction falls from 1 in the first half of training; no penalty acts. Networks of
   normalised gates decay, since their kernels would only grow.
   """
   return {
@@ -330,7 +334,7 @@ def _set_share(share: str) -> Mapping[str, Any]:
 def _begin_by_importance(form: str) -> Mapping[str, Any]:
   """Returns the fields of a network that begins by the importance of a trained one's units.
 
-  Gates begin as static pruning does, with their share from the first step on.
+  Gates begin as static pruning does, with their fraction from the first step on.
   """
   if form == "prior":
     return {"model.importance.form": form, "model.dense_first.form": None}

@@ -162,6 +162,9 @@ def continual_config() -> Config:
         "grad_clip_norm": 1.0,
       },
       "devices": {"backend": "pmap"},  # or shard_map
+      # epochs between tests of a task on its own validation images, of which the best state ends
+      # the task; None: its last state does. Each test costs what the end of a task costs
+      "eval_every": config_dict.placeholder(float),
       "log_every": 50,  # steps
       "checkpoint_every": 500,  # steps; and at the end of each task
     }

@@ -22,8 +22,8 @@ directory of the first command; `macs=`, 70, 50 (the default) or 30; and `row=`:
 
 The dense network of the first two tasks is a resnet8 whose blocks are four times as wide inside as
 outside, so that there is much to choose from; a narrower one has ordinary blocks. That of CIFAR-10
-is a resnet20. Gates have the recipe of configs/worlds.py, but for its share, which is not annealed:
-they begin as static pruning, open as much as has the MACs of the `static` row, and learn ten times
+is a resnet20. Gates have the recipe of configs/worlds.py, but their fraction is not annealed: they
+begin as static pruning, open as much as has the MACs of the `static` row, and learn ten times
 as fast as the rest.
 """
 

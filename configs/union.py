@@ -7,7 +7,7 @@ By default the sets need no files: handwritten digits, scenes of one to three di
 the highest of them, and digits turned by a quarter, as negatives. All images come as 16 x 16
 pixels in three colours, sets have equal shares of every batch, and one head serves all classes. The
 network is a resnet8, for ungated rows six channels wide; gated rows have four times the channels
-inside their blocks, and open the share of them at which an image costs as much, gate networks
+inside their blocks, and open the fraction of them at which an image costs as much, gate networks
 included (`model.equal_inner_width`).
 
 The frontier of four real sets is, with TFDS sets in FOLDER:
@@ -47,7 +47,7 @@ _SETS = "digits+digit_scenes+turned_digits"
 _WIDTH = 6 / 16
 _COLOURS = 3
 _CHANNELS = {"model.gating": "channel", "model.inner_width": 4.0, "loss.regulariser": "none"}
-# The share of gates is solved for the MACs of the ungated network.
+# The fraction of gates is solved for the MACs of the ungated network.
 _EQUAL = {**_CHANNELS, "model.equal_inner_width": 1.0}
 _UNGATED = {"model.gating": "none"}
 # Rows whose networks are told the set of an image.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 
 # Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
 # of the letters of both.
@@ -115,7 +115,7 @@ def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
   close = difflib.get_close_matches(name, choices, n=max(1, len(choices)), cutoff=_CLOSE)
 
   def distance(choice):
-    """Returns the share of letters that differ, and how far numbers in the names are apart."""
+    """Returns the fraction of letters that differ, and how far numbers in the names are apart."""
     unlike = 1 - difflib.SequenceMatcher(None, choice, name).ratio()
     # One of the names may have fewer numbers.
     return unlike, [abs(a - b) for a, b in zip(_numbers(name), _numbers(choice), strict=False)]
@@ -251,6 +251,6 @@ if not TYPE_CHECKING:
     __name__,
     {
       "gating_jax.extras": ("EXTRAS", "missing_extra", "naming_extra", "require_extra"),
-      "gating_jax.former_names": ("former_keyword", "former_positional"),
+      "gating_jax.names": ("former_keyword", "former_positional"),
     },
   )

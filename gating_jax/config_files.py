@@ -46,7 +46,7 @@ RENAMED_FIELDS = {
 
 
 # Fields that are newer than some runs and whose default is not None, with the value that stands for
-# how those were trained. `add_unset_fields` adds those whose default is None.
+# how those were trained. `completed` adds these, and those whose default is None.
 NEWER_FIELDS = {("hat", "grad_clip_norm"): None}
 
 
@@ -236,18 +236,35 @@ def rename_fields(fields: Config | MutableMapping[str, Any], section: str = "") 
   return lines
 
 
-def add_newer_fields(fields: MutableMapping[str, Any]) -> None:
-  """Gives the config of an earlier run those `NEWER_FIELDS` whose section it has, in place."""
+def completed(config: Any) -> Config:
+  """Returns a config of any version with every field that is newer than it.
+
+  Whoever reads it need not ask whether it has them. It is changed in place, unless it is frozen.
+
+  Args:
+    config: a ConfigDict of a whole config.
+  """
+  # One that is frozen could not be completed.
+  if isinstance(config, ml_collections.FrozenConfigDict):
+    config = config.as_configdict()
+  default = base(config.get("experiment"))
+  if default is not None:
+    add_unset_fields(config, default)
+  with config.unlocked():
+    add_newer_fields(config)
+  return config
+
+
+def add_newer_fields(fields: Any) -> None:
+  """Gives a config, or its fields as JSON has them, those `NEWER_FIELDS` whose section it has."""
   for (section, name), value in NEWER_FIELDS.items():
     held = fields.get(section)
-    if isinstance(held, MutableMapping):
-      held.setdefault(name, value)
+    if isinstance(held, (MutableMapping, ml_collections.ConfigDict)) and name not in held:
+      held[name] = value
 
 
 def add_unset_fields(config: Config, default: Config) -> None:
   """Gives a config of an earlier version the fields whose default is None, in place.
-
-  Whoever reads a loaded config of images need not ask whether it has them.
 
   Args:
     config: a config or a section of one.
@@ -293,7 +310,7 @@ def rename_override(argument: str) -> str:
   return ".".join(parts) + equals + value
 
 
-def base(experiment: str) -> Config | None:
+def base(experiment: Any) -> Config | None:
   """Returns every field of a config of a programme with its default; None for an unknown one."""
   row = programmes.find_row(experiment)
   if row is None:
@@ -356,7 +373,7 @@ def check(path: Path, variant: str | None) -> Config:
     raise ValueError(
       f"config {path}: get_config must return a ConfigDict; got {type(config).__name__}"
     )
-  # One that is frozen could not be completed.
+  # One that is frozen could get no other names.
   if isinstance(config, ml_collections.FrozenConfigDict):
     thawed: Any = config.as_configdict()
     config = thawed
@@ -365,10 +382,7 @@ def check(path: Path, variant: str | None) -> Config:
     raise ValueError(f"config {path}: the field experiment must name one; got {experiment!r}")
   for line in rename_fields(config):
     warn("config %s: %s", path, line)
-  default = base(experiment)
-  if default is not None:
-    add_unset_fields(config, default)
-  return config
+  return completed(config)
 
 
 def _run(path: Path) -> ModuleType:

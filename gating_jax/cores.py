@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# More processes than these seldom decode faster than a network trains.
+_MOST_WORKERS = 8
+
 
 def usable_cores() -> int:
   """Returns the number of cores that this process may use, at least 1.
@@ -17,3 +20,15 @@ def usable_cores() -> int:
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
+
+
+def worker_processes() -> int:
+  """Returns the number of processes that decode pictures: one for each core, at most 8.
+
+  On one core it is 0: a process of its own would only add its start.
+
+  >>> worker_processes() in (0, 2, 3, 4, 5, 6, 7, 8)
+  True
+  """
+  cores = usable_cores()
+  return min(cores, _MOST_WORKERS) if cores > 1 else 0

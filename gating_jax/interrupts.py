@@ -19,7 +19,7 @@ def ending_at_once() -> Iterator[None]:
   """Lets Ctrl-C end the process in the block with one line, and with status 130.
 
   A KeyboardInterrupt in the middle of an import prints a traceback, or becomes another error on its
-  way through a library. Whoever ignores or handles Ctrl-C goes on doing so.
+  way through a library. Whoever ignores or handles Ctrl-C continues to do so.
   """
   ours = (
     threading.current_thread() is threading.main_thread()

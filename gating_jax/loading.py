@@ -53,7 +53,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, Config]:
   from gating_jax.terminal import say_error
   from gating_jax.training import outlines, rundir, settings
 
-  arguments.instance("workdir", workdir, (str, os.PathLike), "a path")
+  arguments.instance("workdir", workdir, (str, os.PathLike), rule="a path")
   run_dir = rundir.RunDir(user_path(workdir))
   config = settings.config_of(run_dir.path)
   one_of("experiment", config.experiment, programmes.PROGRAMMES)

@@ -2,7 +2,7 @@
 
 The command, the config files, `load_run`, smoke tests and pages find here what they need to know of
 a programme. A row is plain data and names modules without importing them: this file lies below all
-of them, and `--help` reads it. `docs/extend.md` says how to add a programme.
+of them, and `--help` reads it. `docs/extend/programme.md` says how to add one.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ _CLASSIFICATION = ProgrammeRow(
     "data.loader",
   ),
   how="the variant gates=none of its config",
-  # Where the set of an image is known, its class is easier to tell.
+  # Where the set of an image is known, its class is easier to recognise.
   tested=(*_IMAGE_SET, "loss.scope"),
 )
 # Scenes have the nets and gates of images.

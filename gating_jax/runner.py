@@ -116,7 +116,7 @@ class Programme(abc.ABC):
 
 @contextlib.contextmanager
 def opening_data(
-  programme: type[Programme], config: Config, workdir: Path, mode: str
+  programme: type[Programme], config: Config, workdir: Path, *, mode: str
 ) -> Iterator[None]:
   """Announces that the block opens the data of a run, which may take minutes.
 
@@ -197,6 +197,7 @@ class Training:
   A context: at its end the journal and the checkpoints are closed.
 
   Attributes:
+    folder: of the checkpoints' folder and the journal.
     state: the state that is reached.
     step: the steps that were taken to reach it.
     total_steps: all steps of the training.
@@ -217,7 +218,7 @@ class Training:
     """
     self.total_steps, self._started = total_steps, started
     self._journal: Journal | None = None
-    self._folder = folder
+    self.folder = folder
     self._checkpoints = Checkpoints(folder / rundir.CHECKPOINT_DIR)
     self.step, self.state = self._checkpoints.resume(fresh)
     if self.step > total_steps:
@@ -242,8 +243,8 @@ class Training:
       others: the steps of other programs than the main one, as for `Pace`.
     """
     if self.step:
-      say(f"resuming from the checkpoint of step {self.step} in {self._folder}")
-    self._journal = Journal(self._folder, self.step, self.total_steps, self._started)
+      say(f"resuming from the checkpoint of step {self.step} in {self.folder}")
+    self._journal = Journal(self.folder, self.step, self.total_steps, started=self._started)
     self._pace = Pace(self.journal.say, self.total_steps, others)
     self.say(title)
 
@@ -308,8 +309,9 @@ class Training:
     return True
 
   def save(self) -> None:
-    """Saves the state and the step that were reached outside of `run`."""
+    """Saves the state and the step that were reached outside of `run`; then they are on disk."""
     self._checkpoints.save(self.step, self.state)
+    self._checkpoints.wait()
 
 
 def _train(programme: Programme, run_dir: RunDir) -> None:

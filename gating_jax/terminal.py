@@ -156,7 +156,7 @@ def working(
   started, ended, pieces = time.monotonic(), threading.Event(), []
 
   def tick():
-    """Announces the work, then tells its progress until it ends."""
+    """Announces the work, then reports its progress until it ends."""
     if ended.wait(_AFTER):
       return
     tell(f"{what} ({about}) ..." if about else f"{what} ...")
@@ -233,7 +233,7 @@ class Pace:
     calls, begun = 0, (0.0, 0)
 
     def paced(state, step):
-      """Runs `advance`; tells that it compiles, or how long training still takes."""
+      """Runs `advance`; reports that it compiles, or how long training still takes."""
       nonlocal calls, begun
       calls += 1
       # The first call of a program compiles it.

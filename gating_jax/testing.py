@@ -445,7 +445,7 @@ def _relative_error(got, right, noise=0.0):
   return np.where(finite, error, np.inf)
 
 
-def _worst(error, got, right, row="example"):
+def _worst(error, got, right, *, row="example"):
   """Describes the entry with the largest error."""
   at = np.unravel_index(np.argmax(error), error.shape)
   return f"worst at column {at[-1]}, {row} {at[-2]}: got {got[at]:.6g}, expected {right[at]:.6g}"
@@ -490,7 +490,7 @@ def _order(rng, n):
   """Draws a random permutation that is not its own inverse."""
   while True:
     order = rng.permutation(n)
-    # In an order that is its own inverse, sorting and un-sorting cannot be told from each other.
+    # In an order that is its own inverse, sorting and un-sorting cannot be distinguished.
     if (order[order] != np.arange(n)).any():
       return order
 

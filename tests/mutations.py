@@ -112,8 +112,8 @@ LOSSES = [
   Mutant(
     "loss_weights_ignored",
     "ops/ecdf.py",
-    "share = weights / jnp.where(total == 0, 1, total)",
-    "share = 1 / n",
+    "part = weights / jnp.where(total == 0, 1, total)",
+    "part = 1 / n",
     "ops/test_ecdf.py::test_weights_by_hand_and_one_weight_for_each_value",
   ),
   Mutant(
@@ -186,8 +186,8 @@ GATES = [
   Mutant(
     "budget_on_excess_only",
     "ops/penalties.py",
-    "return jnp.square(share - budget)",
-    "return jnp.square(jnp.maximum(share - budget, 0))",
+    "return jnp.square(fraction - budget)",
+    "return jnp.square(jnp.maximum(fraction - budget, 0))",
     "ops/test_penalties.py",
   ),
   Mutant(
@@ -200,8 +200,8 @@ GATES = [
   Mutant(
     "thresholds_of_infinite_logits",
     "ops/quantiles.py",
-    "kth = jnp.clip(_largest_with(z, weights, needed, axis_name), limits.min, limits.max)",
-    "kth = _largest_with(z, weights, needed, axis_name)",
+    "jnp.clip(_largest_with(z, weights, needed, axis_name=axis_name), limits.min, limits.max)",
+    "_largest_with(z, weights, needed, axis_name=axis_name)",
     "ops/test_quantiles.py",
   ),
   Mutant(
@@ -242,8 +242,8 @@ GATES = [
   Mutant(
     "an_exit_taken_back",
     "ops/confidence.py",
-    "return lax.cummin(jnp.log(share) - jnp.log1p(-share), axis=1) - _log_odds(threshold)",
-    "return jnp.log(share) - jnp.log1p(-share) - _log_odds(threshold)",
+    "return lax.cummin(jnp.log(entropy) - jnp.log1p(-entropy), axis=1) - _log_odds(threshold)",
+    "return jnp.log(entropy) - jnp.log1p(-entropy) - _log_odds(threshold)",
     "ops/test_confidence.py",
   ),
   Mutant(
@@ -565,7 +565,7 @@ INFERENCE = [
     "layers/gate.py",
     "return relative, relative if weighing is None else jnp.where(counts, weighing, logits)",
     "return relative, relative",
-    "analysis/test_importance.py",
+    "models/test_importance.py",
   ),
   Mutant(
     "static_gates_that_learn",

@@ -1,13 +1,16 @@
 """Config files are found by path and by name, in the repository and in an installed package."""
 
+import importlib
 import shutil
 import subprocess
 import sys
 import tomllib
 import types
 
+import ml_collections
 import pytest
 
+from configs import continual_common, video_common
 from gating_jax import config_files, programmes
 from gating_jax.training import rundir
 from tests.helpers import ROOT
@@ -202,6 +205,37 @@ def test_a_config_file_of_an_earlier_version_has_the_fields_that_are_none(tmp_pa
   frozen = own.read_text().replace("config.lock()", "ml_collections.FrozenConfigDict(config)")
   own.write_text(f"import ml_collections\n{frozen}")
   assert config_files.load_config(str(own)).model.stem is None
+
+
+@pytest.mark.parametrize(
+  ("module", "made", "fields"),
+  [
+    (
+      "continual",
+      continual_common.continual_config,
+      ("tasks.classes", "optim.steps_per_task", "hat.grad_clip_norm"),
+    ),
+    ("video", video_common.video_config, ("budget", "speed", "data.colour")),
+  ],
+)
+def test_a_config_that_python_makes_is_completed_before_it_is_read(
+  monkeypatch, module, made, fields
+):
+  build = importlib.import_module(f"gating_jax.{module}.build")
+  monkeypatch.setattr(build, "_check", lambda config: read.append(config) or 1 / 0)
+  read, config = [], made()
+  with config.unlocked():
+    for field in fields:
+      section, _, name = field.rpartition(".")
+      del (config[section] if section else config)[name]
+  for given in (ml_collections.FrozenConfigDict(config), config):
+    with pytest.raises(ZeroDivisionError):
+      build.build(given)
+  for found in read:
+    for field in fields:
+      values = rundir.flatten(found)
+      assert values["budget.scope" if field == "budget" else field] is None
+  assert read[-1] is config
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_rows_of_a_trained_network_have_the_macs_that_they_name(task, macs):
   def used(variants):
     """Returns the MACs of a row's network, as far as its gates open it."""
     model = get_config(f"task={task},{variants}").model
-    model = image_build._at_equal_macs(model, 10, shape, image_build.network)
+    model = image_build._at_equal_macs(model, 10, shape, network=image_build.network)
     found = model_summary(image_build.network(model, 10), shape)
     return found.always_macs + (model.gate.share or 0) * found.gated
 

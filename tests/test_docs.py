@@ -17,7 +17,11 @@ PAGES = ("README.md", *(path.relative_to(ROOT).as_posix() for path in DOCS))
 LONG = (
   "devices",
   "export",
-  "extend",
+  "extend/continual_method",
+  "extend/data_set",
+  "extend/inference_strategy",
+  "extend/prior",
+  "extend/segment_policy",
   "gate_a_pretrained_net",
   "gate_your_model",
   "inference",

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import gating_jax
-from gating_jax import testing
+from gating_jax import analysis, ops, testing
 from gating_jax.ops import relaxations
 
 # The public API before the first renaming.
@@ -55,7 +55,7 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
   ("former", "today", "names"),
   [
     ("checks", "extras", "EXTRAS missing_extra naming_extra require_extra"),
-    ("checks", "former_names", "former_keyword former_positional"),
+    ("checks", "names", "former_keyword former_positional"),
     (
       "inference.folded",
       "inference.costs",
@@ -64,6 +64,7 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
     ),
     ("inference.strategies", "inference.costs", "exit_dispatch_macs"),
     ("models.columns", "models.summary", "ColumnMacs column_macs"),
+    ("analysis", "models", "UnitImportance select_units unit_importance with_prior"),
     (
       "reports.timings",
       "reports.measured_times",
@@ -93,6 +94,10 @@ def test_former_keywords_and_attributes_warn_and_work():
 
 GATES = np.array([[0.5, -1.0], [0.0, 2.0]], np.float32)
 RESNET = gating_jax.resnet("resnet8", 10, width=0.25, inner_width=4, gating="channel")
+COUNTS = gating_jax.model_summary(RESNET, (8, 8, 3))
+VIDEO = gating_jax.VideoCounts(segments=2, light=COUNTS, heavy=COUNTS, selector=3, classifier=5)
+VALID = np.ones((2, 2), bool)
+CONTROLS = {"batch_stats": {"gate": {"threshold": np.zeros((), np.float32)}}}
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,24 @@ RESNET = gating_jax.resnet("resnet8", 10, width=0.25, inner_width=4, gating="cha
       dict(threshold=0.5, share=0.8),
     ),
     (gating_jax.models.solve_share, (RESNET, (8, 8, 3)), {"macs": 60_000}, {}),
+    (gating_jax.empirical_cdf, (GATES,), {"axis": 1}, {}),
+    (gating_jax.sort_with_vjp, (GATES,), {"axis": 1}, {}),
+    (gating_jax.open_indices, (GATES[1],), {"capacity": 2}, {}),
+    (gating_jax.scatter_back, (GATES, np.array([2, 0]), VALID[0]), {"size": 3}, {}),
+    (gating_jax.capacity_for, (3,), {"sizes": (2, 4)}, {}),
+    (gating_jax.bucket_sizes, (8,), {"buckets": 2}, {"multiple": 3}),
+    (ops.top_k, (GATES, VALID), {"k": 1}, {}),
+    (ops.uniform_k, (VALID,), {"k": 1}, {}),
+    (ops.random_k, (jax.random.key(0), VALID), {"k": 1}, {}),
+    (ops.first_k, (VALID,), {"k": 1}, {}),
+    (ops.budget_to_k, (VALID,), {"share": 0.5}, {}),
+    (gating_jax.shift_thresholds, (CONTROLS,), {"shift": 0.5}, {}),
+    (gating_jax.layers.deterministic_record, (np.abs(GATES),), {"macs_per_unit": 7}, {}),
+    (gating_jax.find_concepts, (GATES,), {"k": 1}, {"seed": 0}),
+    (COUNTS.of_results, ({"macs": GATES[0]},), {"count": 2}, {}),
+    (VIDEO.computed, (VALID,), {"taken": 1.0}, {}),
+    (analysis.open_probs, (GATES,), {"noise_scale": 0.5}, {}),
+    (analysis.tally, (GATES, GATES, np.array([0, 1])), {"classes": 2}, {}),
   ],
 )
 def test_what_is_no_array_warns_by_position_and_works(function, arrays, former, settings):
@@ -120,7 +143,14 @@ def test_what_is_no_array_warns_by_position_and_works(function, arrays, former, 
   with pytest.warns(DeprecationWarning, match=f"takes {name}=... by keyword$") as warned:
     found = function(*arrays, value, **settings)
   assert warned[0].filename == __file__
-  np.testing.assert_array_equal(found, function(*arrays, **former, **settings))
+  # Some return tuples of unlike arrays, or dataclasses.
+  assert repr(found) == repr(function(*arrays, **former, **settings))
+
+
+def test_the_axis_of_devices_warns_by_position_and_works():
+  with pytest.warns(DeprecationWarning, match="takes axis_name=... by keyword$"):
+    differentiate = gating_jax.value_and_grad_over_devices(lambda w: w * w, None)
+  assert differentiate(3.0) == (9.0, 6.0)
 
 
 def test_the_package_loads_nothing_heavy_that_jax_and_flax_do_not_load():
@@ -189,7 +219,7 @@ def test_type_checkers_dir_and_python_find_the_same_names(name):
       imported |= {alias.name: node.module for alias in node.names}
     elif isinstance(node, ast.ImportFrom) and node.module == "gating_jax":
       modules += [alias.asname for alias in node.names]
-  assert imported.pop("lazy_names") == "gating_jax.lazy"
+  assert imported.pop("lazy_names") == "gating_jax.names"
   assert package.__all__ == sorted(imported)
   assert modules == ([] if name else SUBMODULES.split())
   assert set(package.__all__) <= set(dir(package))
@@ -210,6 +240,55 @@ def public_values():
       if public not in seen and callable(value):
         seen.add(public)
         yield public, value
+
+
+# A shape stands for an array.
+SHAPES = "shape input_shape output_shape shapes"
+# Parameters that are no arrays and still positional, each with its reason.
+POSITIONAL = {
+  "train": "Flax modules are called as `module(x, train)`, and blocks call modules of others",
+  "a b mean std temperature": "a distribution is written as Beta(a, b); numbers or arrays",
+  "classes": "as in `resnet(name, classes)` of torchvision and timm; no array precedes it",
+  "macs": "the array `[X]` of `threshold_for_budget`",
+}
+
+
+def is_setting(parameter):
+  """Whether a parameter is a number, a text or the like, by its name and annotation."""
+  if parameter.name in SHAPES.split():
+    return False
+  # What a function or a mapping holds is no parameter.
+  kinds = re.sub(r"(Callable|Mapping|dict)\[.*\]", "", str(parameter.annotation))
+  named = re.search(r"\b(int|float|bool|str|bytes|Hashable)\b", kinds)
+  return named is not None and "PathLike" not in kinds
+
+
+def public_signatures():
+  """Yields each public function and method with its name and its positional parameters."""
+  for name, value in public_values():
+    members = [(name, value)]
+    if inspect.isclass(value):
+      own = [(method, found) for method, found in vars(value).items() if method[0] != "_"]
+      own += [("__call__", value.__call__)] if "__call__" in vars(value) else []
+      members = [(f"{name}.{method}", getattr(value, method)) for method, _ in own]
+    for label, function in members:
+      if inspect.isroutine(function):
+        parameters = list(inspect.signature(function).parameters.values())
+        parameters = [p for p in parameters if p.name != "self"]
+        yield label, [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def test_arrays_are_positional_and_all_else_is_given_by_keyword():
+  allowed = set(" ".join(POSITIONAL).split())
+  functions = dict(public_signatures())
+  wrong = []
+  for label, positional in functions.items():
+    # The first argument is what the function is about.
+    for parameter in positional[1:]:
+      if parameter.name not in allowed and is_setting(parameter):
+        wrong.append(f"{label}: {parameter}")
+  assert not wrong
+  assert {"top_k", "ResNet.__call__", "ModelCounts.of_results"} <= functions.keys()
 
 
 def test_every_public_name_has_an_example():

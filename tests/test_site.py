@@ -10,6 +10,7 @@ import pytest
 import gating_jax
 from gating_jax.training import rundir
 from tests.helpers import ROOT
+from tests.helpers.browser import BROWSER, look_at
 
 REFERENCE = ROOT / "docs" / "reference"
 NAMED = re.compile(r"^::: (gating_jax[\w.]*)$", re.MULTILINE)
@@ -36,11 +37,12 @@ def test_the_reference_has_every_public_name_of_a_package(package):
   assert set(public) <= described
 
 
-def test_every_page_answers_a_question_and_says_what_to_read_next():
+def test_every_page_answers_a_question_begins_with_code_and_says_what_to_read_next():
   for page in sorted((ROOT / "docs").rglob("*.md")):
-    first, *_, last = page.read_text().rstrip().split("\n\n")
+    first, second, *_, last = page.read_text().rstrip().split("\n\n")
     assert first.startswith("# "), page
     assert first.endswith("?"), page
+    assert second.startswith("```"), page
     assert last.startswith("Next: "), page
 
 
@@ -63,22 +65,37 @@ def test_the_table_of_a_config_has_every_field_once(name, function):
   assert sorted(paths) == sorted(rundir.flatten(config))
 
 
-@pytest.mark.slow
-def test_the_site_builds_strictly_and_opens_without_a_network(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("site")
   built = subprocess.run(
-    [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path}"],
+    [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={folder}"],
     cwd=ROOT,
     capture_output=True,
     text=True,
     timeout=300,
   )
   assert built.returncode == 0, built.stderr
-  pages = {page: page.read_text() for page in tmp_path.rglob("*.html")}
+  return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_opens_without_a_network(site):
+  pages = {page: page.read_text() for page in site.rglob("*.html")}
   for page, text in pages.items():
     # The canonical address of a page is a link that nothing follows.
     assert [tag for tag in FETCHED.findall(text) if "canonical" not in tag] == [], page
-  for sheet in tmp_path.rglob("*.css"):
+  for sheet in site.rglob("*.css"):
     assert not re.search(r"url\([\"']?(?:https?:)?//", sheet.read_text()), sheet
   texts = "".join(pages.values())
   for name in reference_names():
     assert f'id="{name}"' in texts, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("page", ["index", "inference", "results/continual", "reference/losses"])
+def test_no_page_is_wider_than_the_window(site, page, width):
+  found = look_at(site / f"{page}.html", width)
+  assert (found["scrolls"], found["broken"], found["nameless"]) == (False, [], 0)

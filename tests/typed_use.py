@@ -119,7 +119,7 @@ def step_on_devices(params: Any, x: jax.Array) -> tuple[Any, Any]:
   def loss(weights: Any) -> jax.Array:
     return jnp.mean(x @ weights)
 
-  return value_and_grad_over_devices(loss, "batch")(params)
+  return value_and_grad_over_devices(loss, axis_name="batch")(params)
 
 
 def get_config(arg: str = "") -> Config:

@@ -45,7 +45,7 @@ def main(seed=0):
     "0.300, 0.138)"
   )
   print(
-    f"a gate's share of open examples is within {abs(open_rates - means).max():.3f} of its "
+    f"a gate's fraction of open examples is within {abs(open_rates - means).max():.3f} of its "
     "learned mean"
   )
   return means, open_rates

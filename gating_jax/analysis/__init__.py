@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 
 __all__ = [
   "Diagnosis",
@@ -26,12 +26,6 @@ __all__ = [
 
 # Type checkers read the imports, and Python the table.
 if TYPE_CHECKING:
-  from gating_jax.analysis.importance import (
-    UnitImportance,
-    select_units,
-    unit_importance,
-    with_prior,
-  )
   from gating_jax.analysis.outcomes import (
     OUTCOMES,
     Diagnosis,
@@ -43,16 +37,16 @@ if TYPE_CHECKING:
     tally,
   )
   from gating_jax.analysis.statistics import GateCounter, GateStatistics, mac_spread
+  from gating_jax.models.importance import (
+    UnitImportance,
+    select_units,
+    unit_importance,
+    with_prior,
+  )
 else:
   __getattr__, __dir__ = lazy_names(
     __name__,
     {
-      "gating_jax.analysis.importance": (
-        "UnitImportance",
-        "select_units",
-        "unit_importance",
-        "with_prior",
-      ),
       "gating_jax.analysis.outcomes": (
         "Diagnosis",
         "OUTCOMES",
@@ -64,5 +58,12 @@ else:
         "tally",
       ),
       "gating_jax.analysis.statistics": ("GateCounter", "GateStatistics", "mac_spread"),
+      # Former home of what runs networks.
+      "gating_jax.models.importance": (
+        "UnitImportance",
+        "select_units",
+        "unit_importance",
+        "with_prior",
+      ),
     },
   )

@@ -1,8 +1,8 @@
 """Diagnosis of each gate: always open, always closed, random dropout or conditional.
 
-Information is in bits. What separates a random from a conditional gate is the information about the
-input that survives the noise of training, not the noise-free decision: a logit that hardly leaves 0
-is a coin in training, whatever its sign.
+Information is in bits. Random and conditional gates differ in the information about the input that
+survives the noise of training, not in the noise-free decision: a logit that hardly leaves 0 is a
+coin in training, whatever its sign.
 
 Axes: N examples, K classes, G gates of the network.
 Reference: Bejnordi et al., 2020 (the outcomes); Miller, 1955, "Note on the bias of information
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from gating_jax.names import former_positional
 
 OUTCOMES = ("always_open", "always_closed", "random_dropout", "conditional")
 # A gate is always open, or always closed, if it opens for more, or less, than this fraction of
@@ -39,7 +41,7 @@ class Tally:
     entropies: `[G]` sum of the entropy of the open probability, in bits.
     disagreements: `[G]` sum of the probability that two draws of the noise differ.
 
-  >>> batch = tally(np.array([[1, 0]]), np.array([[0.9, 0.2]]), np.array([1]), 2)
+  >>> batch = tally(np.array([[1, 0]]), np.array([[0.9, 0.2]]), np.array([1]), classes=2)
   >>> (batch + batch).examples
   array([0, 2])
   """
@@ -60,7 +62,8 @@ class Tally:
     )
 
 
-def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int) -> Tally:
+@former_positional("classes")
+def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, *, classes: int) -> Tally:
   """Computes the sums of one batch.
 
   Args:
@@ -72,7 +75,7 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int
     A `Tally`.
 
   >>> gates, probs = np.array([[1, 0], [1, 1]]), np.array([[0.9, 0.1], [0.9, 0.6]])
-  >>> tally(gates, probs, np.array([0, 1]), 2).opened
+  >>> tally(gates, probs, np.array([0, 1]), classes=2).opened
   array([[1, 0],
          [1, 1]])
   """
@@ -88,7 +91,8 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int
   )
 
 
-def open_probs(logits: np.ndarray, noise_scale: float) -> np.ndarray:
+@former_positional("noise_scale")
+def open_probs(logits: np.ndarray, *, noise_scale: float) -> np.ndarray:
   """Computes P(logit + noise_scale * L > 0) of logistic L, in float64; without noise 0 or 1.
 
   Args:
@@ -97,7 +101,7 @@ def open_probs(logits: np.ndarray, noise_scale: float) -> np.ndarray:
   Returns:
     Probabilities, of the shape of the logits.
 
-  >>> open_probs(np.array([-1.0, 2.0]), 0.0)
+  >>> open_probs(np.array([-1.0, 2.0]), noise_scale=0.0)
   array([0., 1.])
   """
   from scipy import special
@@ -120,7 +124,8 @@ class Diagnosis:
     floor: bits that chance alone adds, on average, to an uncorrected estimate of the class
       information.
 
-  >>> sums = tally(np.array([[1], [0]]), np.array([[0.9], [0.2]]), np.array([0, 1]), 2)
+  >>> gates, probs = np.array([[1], [0]]), np.array([[0.9], [0.2]])
+  >>> sums = tally(gates, probs, np.array([0, 1]), classes=2)
   >>> diagnose(sums).open_rates
   array([0.5])
   """
@@ -142,7 +147,7 @@ def diagnose(sums: Tally) -> Diagnosis:
     A `Diagnosis`, whose arrays are `[G]`.
 
   >>> gates, labels = np.array([[1, 0], [1, 1]] * 50), np.array([0, 1] * 50)
-  >>> found = diagnose(tally(gates, gates, labels, 2))
+  >>> found = diagnose(tally(gates, gates, labels, classes=2))
   >>> [OUTCOMES[i] for i in found.outcomes]
   ['always_open', 'conditional']
   """

@@ -1,7 +1,8 @@
 """Meaning of scores: 95 % intervals, the majority rate, single classes, and confusions.
 
-A score alone misleads: half of the examples right is nothing where half of them are of one class,
-and two scores may differ by chance. Everything is computed from predictions on a whole test set.
+A score alone misleads: an accuracy of one half means nothing where half of the examples are of one
+class, and two scores may differ by chance. Everything is computed from predictions on a whole test
+set.
 
 Axes: M examples, K classes, T tasks.
 Reference: Wilson, 1927 (interval of a fraction); Agresti and Coull, 1998; Efron, 1979 (bootstrap).
@@ -55,7 +56,7 @@ def fraction_interval(right: float, examples: int) -> Interval:
 
 
 def mean_interval(fractions: Sequence[float], examples: Sequence[int]) -> Interval:
-  """Computes the 95 % interval of a mean of fractions, each of examples of its own.
+  """Computes the 95 % interval of a mean of fractions, each over its own examples.
 
   The variance of each is that of Agresti and Coull, which is not 0 where all examples are right.
 
@@ -84,7 +85,7 @@ def bootstrap_interval(
     examples: M.
     resampled: number of resampled test sets.
   """
-  # A seed of its own: the same interval at each call.
+  # A fixed seed: the same interval at each call.
   rng = np.random.default_rng(0)
   found = [score(rng.integers(examples, size=examples)) for _ in range(resampled)]
   # Nothing is known where the score is never defined.
@@ -111,7 +112,7 @@ def count_confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> 
 def classes_of_score(
   confusion: np.ndarray, class_names: Sequence[str], *, trained: np.ndarray | None = None
 ) -> dict[str, Any]:
-  """Returns the entries of a result that say what an accuracy is worth.
+  """Returns the entries of a result that put an accuracy into context.
 
   Args:
     confusion: `[K, K]`, of a whole test set.

@@ -88,7 +88,7 @@ def score_sources(
     "mean_set_macs": float(np.mean([entry["macs"] for entry in sets.values()])),
   }
   if tested.class_rates is not None:
-    found |= _score_gates(tested, tested.class_rates, names, class_sources, sets)
+    found |= _score_gates(tested, tested.class_rates, names, class_sources=class_sources, sets=sets)
   return found
 
 
@@ -114,6 +114,7 @@ def _score_gates(
   tested: ImageOutcomes,
   class_rates: np.ndarray,
   names: Sequence[str],
+  *,
   class_sources: np.ndarray,
   sets: dict[str, Any],
 ) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class GateCounter:
     self._opened += gates.sum(axis=0).astype(np.int64)
     # P(both) needs the counts of pairs: a product of 0/1 gates over the batch.
     self._together += (gates.T @ gates).astype(np.int64)
-    # Pruning keeps the units that came nearest to opening, which the highest logit tells.
+    # Pruning keeps the units that came nearest to opening, those of the highest logits.
     self._highest = np.maximum(self._highest, logits.max(axis=0))
     self._lowest = np.minimum(self._lowest, logits.min(axis=0))
 
@@ -136,6 +136,7 @@ def layer_histograms(
   names: Sequence[str],
   logits: Sequence[np.ndarray],
   open_rates: Sequence[np.ndarray],
+  *,
   group: str = "gates",
 ) -> dict[str, np.ndarray]:
   """Returns `[BINS]` counts over [0, 1] of each layer's open probabilities and open rates.

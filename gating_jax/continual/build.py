@@ -6,6 +6,7 @@ All settings are checked before the data are read.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gating_jax.config_files import Config
+from gating_jax.config_files import Config, completed
 from gating_jax.continual.method import LearnerState, Method, Problem, TaskTable
 from gating_jax.continual.registry import (
   METHODS,
@@ -55,6 +56,21 @@ class ContinualExperiment:
   steps_per_epoch: int
 
   @property
+  def unreadable(self) -> dict[str, str]:
+    """Returns the reason for each file of the data that could not be read, by its path."""
+    found: dict[str, str] = {}
+    # All tasks are of the same two splits.
+    for split in (self.tasks[0].train, self.tasks[0].test):
+      found |= getattr(split, "unreadable", {})
+    return found
+
+  def file_entries(self) -> dict[str, int]:
+    """Returns the entry of a result with the number of these files; none for data without files."""
+    if not image_sets.has_folder(self.config.data.name):
+      return {}
+    return {"unreadable_files": len(self.unreadable)}
+
+  @property
   def pretrain_steps(self) -> int:
     """Returns the steps of the phase before each task's own training."""
     return self.config.generator.steps if self.method.pretrain_step else 0
@@ -82,6 +98,12 @@ class ContinualExperiment:
   def total_steps(self) -> int:
     """Counts the steps of the whole run."""
     return self.steps_per_task * len(self.stages)
+
+  @property
+  def steps_per_test(self) -> int:
+    """Returns the steps between tests on a task's own validation images; 0 for none."""
+    epochs = self.config.eval_every
+    return max(1, round(epochs * self.steps_per_epoch)) if epochs else 0
 
   def first_step(self, task: int) -> int:
     """Returns the first step of the stage that ends with this task."""
@@ -113,17 +135,22 @@ class ContinualExperiment:
     """Returns settings of the pretraining and the training of a task's stage."""
     first = self.first_step(task)
 
-    def until(end):
+    def until(end, eval_every):
       """Returns the settings of a phase that ends with this step."""
       return loop.LoopSettings(
-        end, log_every=self.config.log_every, checkpoint_every=self.config.checkpoint_every
+        end,
+        log_every=self.config.log_every,
+        checkpoint_every=self.config.checkpoint_every,
+        eval_every=eval_every,
+        # Epochs are those of the task.
+        eval_from=first + self.pretrain_steps,
       )
 
     # The last step of a stage ends the task and is no training step.
-    training = until(first + self.steps_per_task - 1)
+    training = until(first + self.steps_per_task - 1, self.steps_per_test)
     if not self.pretrain_steps:
       return [training]
-    return [until(first + self.pretrain_steps), training]
+    return [until(first + self.pretrain_steps, 0), training]
 
   def key(self, purpose: int) -> jax.Array:
     """Returns a key of the run that no training step uses."""
@@ -167,6 +194,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Continua
     ValueError: a setting breaks its rule; the message names the field.
     DatasetNotPreparedError: the data set is not on disk.
   """
+  config = completed(config)
   data, training = config.data, config.optim
   _check(config)
   sequence = _read_tasks(config) if outlines is None else tuple(map(_task_of, outlines))
@@ -236,7 +264,7 @@ def _build_problem(config: Config, *, tasks: int, shape: tuple[int, int, int]) -
       key, pixels, pad=data.crop_padding, flip=data.flip, axis_name=devices.AXIS
     )
 
-  listed = config.tasks.get("classes")
+  listed = config.tasks.classes
   own = None if listed is None else tuple(len(group) for group in listed)
   return Problem(
     tasks=tasks,
@@ -255,8 +283,7 @@ def _training_steps(config: Config, steps_per_epoch: int) -> int:
 
   An epoch is one of the smallest task: where that is tiny, the others would hardly be trained.
   """
-  # Older configs have no such field.
-  given = config.optim.get("steps_per_task")
+  given = config.optim.steps_per_task
   return config.optim.epochs * steps_per_epoch if given is None else given
 
 
@@ -336,11 +363,14 @@ def _check(config: Config) -> None:
 
 
 def _check_tasks(config: Config) -> None:
-  """Raises a ValueError for listed tasks, or a number of steps, that cannot be learnt."""
-  given = config.optim.get("steps_per_task")
+  """Raises a ValueError for listed tasks, steps or tests that cannot be."""
+  between = config.eval_every
+  if between is not None and not 0 <= between < math.inf:
+    raise ValueError(f"eval_every must be None or a finite number >= 0; got {between}")
+  given = config.optim.steps_per_task
   if given is not None and given < 1:
     raise ValueError(f"optim.steps_per_task must be >= 1 or None; got {given}")
-  listed = config.tasks.get("classes")
+  listed = config.tasks.classes
   if listed is None:
     return
   for group in listed:

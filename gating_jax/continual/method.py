@@ -456,4 +456,4 @@ class Network:
     agnostic = jnp.where(jnp.arange(scores.shape[1]) < seen * classes, scores, -jnp.inf)
     # The network is ungated: both predictions cost the same for every image.
     macs = jnp.full(len(scores), float(self.macs))
-    return Prediction(aware, agnostic, macs, macs)
+    return Prediction(aware, agnostic, macs=macs, agnostic_macs=macs)

@@ -204,6 +204,9 @@ def collect_result(
     "params": footprint.params,
     # Images that a cumulative method trains on again are a cost too.
     "memory_mb": footprint.memory_mb + _kept_images(experiment, learnt),
+    # In the order of learning; empty for places of a task that have none.
+    "classes": list(experiment.tasks[0].train.class_names),
+    **experiment.file_entries(),
   }
   for setting, accuracies in (("task_aware", table.aware), ("task_agnostic", table.agnostic)):
     known, last = setting == "task_aware", np.asarray(accuracies)[-1]

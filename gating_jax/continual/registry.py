@@ -1,7 +1,7 @@
 """Registry of the methods of continual learning, and of rehearsals: a builder for each name.
 
 A builder, `(config, problem) -> ` the method or rehearsal, reads its sections of the config and
-builds the networks that it needs. To add a method, see docs/extend.md.
+builds the networks that it needs. docs/extend/continual_method.md says how to add a method.
 """
 
 from __future__ import annotations
@@ -315,8 +315,7 @@ def gradient_clip(config: Config) -> float:
     ValueError: the norm is not positive; the message names the field.
   """
   section = CLIPPING_SECTIONS.get(config.method)
-  # Older configs have no such field.
-  own = None if section is None else config[section].get("grad_clip_norm")
+  own = None if section is None else config[section].grad_clip_norm
   if own is None:
     return config.optim.grad_clip_norm
   if not own > 0:

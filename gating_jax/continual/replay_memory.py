@@ -126,7 +126,7 @@ def keep_first(memory: ReplayMemory, pixels: Any, labels: Any, extra: Any = ()) 
     return jnp.asarray(np.concatenate([x[chosen], free]))
 
   kept = jax.tree.map(fill, offered)
-  # Label 0 is a class: `EMPTY` tells slots without an image.
+  # Label 0 is a class: `EMPTY` marks slots without an image.
   return kept.replace(labels=jnp.where(jnp.arange(slots) < len(chosen), kept.labels, EMPTY))
 
 
@@ -250,4 +250,4 @@ def draw_inputs(
   # Both cases are computed: whether the memory holds anything is known only at run time.
   x = jnp.where(filled, problem.prepare(changes, entries.pixels), batch.x[stand_ins])
   labels = jnp.where(filled, entries.labels, batch.labels[stand_ins])
-  return Drawn(x, labels, entries.extra, filled)
+  return Drawn(x, labels, extra=entries.extra, filled=filled)

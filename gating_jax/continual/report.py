@@ -108,7 +108,7 @@ def make_histograms(
     names = layer_names(jax.eval_shape(records_of, learner, image))
     # A gate is open in evaluation where its log-odds are positive.
     rates = [np.mean(of_layer > 0, axis=0) for of_layer in logits]
-    return statistics.layer_histograms(names, logits, rates, f"gates/task{task + 1:02d}")
+    return statistics.layer_histograms(names, logits, rates, group=f"gates/task{task + 1:02d}")
 
   return histograms
 
@@ -226,7 +226,7 @@ def write_report(
     _numbers(result, around),
     pictures[shown],
     frame.why_no_baseline(around, programmes.PROGRAMMES[config.experiment].how),
-    notice,
+    notice=notice,
   )
   # The contents need all processes, and are complete here.
   hosts.on_writer(

@@ -23,12 +23,15 @@ from gating_jax.continual.training import (
   make_evaluate,
   predict_tasks,
   test_tasks,
+  validate,
 )
+from gating_jax.data.checked_files import write_unreadable
 from gating_jax.reports import conclusion, tables
 from gating_jax.reports import predictions as prediction_tables
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import TRAINING, say, working
 from gating_jax.training import hosts, outlines
+from gating_jax.training.best_state import BEST_DIR, BestState, forget_best, restore_best
 from gating_jax.training.checkpoints import Checkpoint
 from gating_jax.training.closed_gates import CLOSED, NOTHING_LEFT, ClosingWatch, Limit
 from gating_jax.training.rundir import RunDir
@@ -45,7 +48,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     workdir: run directory.
     mode: one of those of `runner.run`; `compile` times networks that skip closed gates.
   """
-  with runner.opening_data(ContinualLearning, config, workdir, mode):
+  with runner.opening_data(ContinualLearning, config, workdir, mode=mode):
     experiment = build(config)
   runner.run(ContinualLearning(experiment), workdir, mode)
 
@@ -117,6 +120,7 @@ class ContinualLearning(runner.Programme):
     """Learns the tasks that are left; returns the result, or None where it was asked to stop."""
     experiment = self.experiment
     outlines.write_outlines(run_dir.path, [task.train for task in experiment.tasks])
+    hosts.on_writer(write_unreadable, run_dir.path, experiment.unreadable)
     with working("making the network", "up to half a minute"):
       training = runner.Training(run_dir.path, self.fresh(), experiment.total_steps)
     with training:
@@ -134,7 +138,7 @@ class ContinualLearning(runner.Programme):
     predictions = self._predict(step, learner, evaluate)
     with working("writing the report", "up to a minute"):
       result = metrics.collect_result(experiment, learner, predictions)
-      report.write_report(experiment, learner, run_dir, step, predictions=predictions)
+      report.write_report(experiment, learner, run_dir, step=step, predictions=predictions)
       if predictions is not None:
         listed = report.list_predictions(experiment, predictions)
         hosts.on_writer(prediction_tables.write_csv, run_dir.path, listed)
@@ -164,12 +168,15 @@ class ContinualLearning(runner.Programme):
       training.say(experiment.describe_training(task))
       advance = advance_on(task)
       first = experiment.first_step(task) + experiment.pretrain_steps
-      for phase in experiment.phases(task):
-        program = TRAINING if phase.total_steps > first else _PRETRAINING
-        if not training.run(advance, phase, watch=watch, program=program):
-          return False
+      with _EpochChoice(experiment, training, task, evaluate=evaluate) as choice:
+        for phase in experiment.phases(task):
+          program = TRAINING if phase.total_steps > first else _PRETRAINING
+          if not training.run(advance, phase, watch=watch, evaluate=choice.test, program=program):
+            return False
+        choice.take_best()
       # The loop has ended at the last training step; the step that ends the stage is made here.
       end_stage(task)
+      choice.forget()
     return True
 
   def test(self, step: int, learner: LearnerState) -> dict[str, Any]:
@@ -197,9 +204,69 @@ class ContinualLearning(runner.Programme):
     predictions = self._predict(step, learner, make_evaluate(self.experiment))
     with working("drawing the report", "up to a minute"):
       report.write_report(
-        self.experiment, learner, run_dir, step, notice=notice, predictions=predictions
+        self.experiment, learner, run_dir, step=step, notice=notice, predictions=predictions
       )
     return metrics.collect_result(self.experiment, learner, predictions)
+
+
+class _EpochChoice:
+  """The choice of the state that ends a stage, on the validation images of its task.
+
+  A context around the training of the stage. Without `eval_every` nothing is tested on the way,
+  and the last state is taken.
+  """
+
+  def __init__(
+    self, experiment: ContinualExperiment, training: runner.Training, task: int, evaluate: TaskTest
+  ):
+    self._experiment, self._training = experiment, training
+    self._task, self._evaluate = task, evaluate
+    # Each task has its own: scores of two tasks are not compared.
+    self._folder = training.folder / BEST_DIR / f"task{task + 1}"
+    self._best = BestState(self._folder) if experiment.steps_per_test else None
+
+  def __enter__(self) -> _EpochChoice:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._best is not None:
+      self._best.__exit__()
+
+  def test(self) -> None:
+    """Tests the state reached, and keeps it if it is the best so far."""
+    assert self._best is not None, "the loop tests only where eval_every is set"
+    self._best.offer(self._training.step, self._training.state, self._score())
+
+  def take_best(self) -> None:
+    """Gives the training the best state in place of the last one, at the same step."""
+    if self._best is None:
+      return
+    training, score = self._training, self._score()
+    found = None
+    if self._best.score > score:
+      found = restore_best(self._folder, training.state)
+    if found is None:
+      return
+    training.say(
+      f"taking the state of step {found.step}, with the best validation accuracy: "
+      f"{format_percent(self._best.score, 2)}, {format_percent(score, 2)} at the end"
+    )
+    # Steps are counted over all tasks: all that is random in the next task depends on it.
+    training.state = found.state.replace(step=training.state.step)
+
+  def forget(self) -> None:
+    """Removes the best state, once the stage that it ended is saved."""
+    if self._best is not None:
+      forget_best(self._folder)
+
+  def _score(self) -> float:
+    """Tests the state reached on the validation images, and notes the accuracy in the journal."""
+    training = self._training
+    with working("testing on validation images", "up to a minute", training.say):
+      score = validate(self._experiment, training.state, self._task, evaluate=self._evaluate)
+    training.journal.write(training.step, "validation", {"task_aware": score})
+    training.say(f"validation accuracy {format_percent(score, 2)} with the task known")
+    return score
 
 
 def _pretrain_steps_left(experiment: ContinualExperiment, step: int) -> int:

@@ -34,7 +34,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.summary import ModelCounts
-from gating_jax.ops.macs import conv_macs
+from gating_jax.ops.macs import dense_layer_macs
 from gating_jax.types import Array, Path, Records, Tree
 
 # Parts of a learner's parameters and statistics: of all tasks, and of one. Dicts, not nodes with
@@ -115,7 +115,7 @@ class SharedNet:
     else:
       outputs: Any = self.model.apply(variables, x)
       features, records = outputs
-    return TaskForward(features @ kernel + bias, features, records, batch_stats)
+    return TaskForward(features @ kernel + bias, features, records, batch_stats=batch_stats)
 
   def run_tasks(self, learner: LearnerState, owns: Variables, x: Array) -> TaskForward:
     """Runs the networks of several tasks, one after the other, in evaluation.
@@ -242,7 +242,7 @@ def forward_macs(forward: TaskForward, counts: ModelCounts, classes: int) -> Arr
     `[..., N]`.
   """
   # `counts` are of the features alone: the head is added.
-  head = conv_macs((forward.features.shape[-1], classes), (1, classes))
+  head = dense_layer_macs((forward.features.shape[-1], classes))
   return counts.per_example(forward.records, forward.logits.shape[:-1], further=head)
 
 

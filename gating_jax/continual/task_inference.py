@@ -45,7 +45,7 @@ from gating_jax.continual.method import (
 )
 from gating_jax.continual.rehearsal import Rehearsal, ReplayedImages
 from gating_jax.continual.shared_net import SharedNet, TaskForward
-from gating_jax.ops.macs import conv_macs
+from gating_jax.ops.macs import dense_layer_macs
 from gating_jax.types import AnyArray, Array, Tree
 
 # Softens the softmax of the distillation loss.
@@ -311,8 +311,8 @@ class NetworkClassifier:
     # Every image has the same weight, in the batch or replayed; a weight of 0 or 1 leaves out one
     # of the two and stays.
     weight = rehearsed.replayed.batch_weight
-    share = len(rehearsed.batch.x) / len(x)
-    even = jnp.where((weight > 0) & (weight < 1), share, weight)
+    fraction = len(rehearsed.batch.x) / len(x)
+    even = jnp.where((weight > 0) & (weight < 1), fraction, weight)
     # Logit adjustment (Menon et al.): log(actual / fair frequency), for classes of the current task
     # and of the earlier ones.
     of_class = self.network.problem.task_of(jnp.arange(logits.shape[1]))
@@ -365,9 +365,9 @@ class NetworkClassifier:
     return TaskInference(task, log_probs, of_inferred + self.network.macs)
 
 
-def _log_ratio(share: Array | float, fair: Array | float) -> Array:
-  """Computes log(share / fair), and 0 where `fair` is 0."""
-  return jnp.log(jnp.where(fair > 0, share / jnp.where(fair > 0, fair, 1), 1))
+def _log_ratio(fraction: Array | float, fair: Array | float) -> Array:
+  """Computes log(fraction / fair), and 0 where `fair` is 0."""
+  return jnp.log(jnp.where(fair > 0, fraction / jnp.where(fair > 0, fair, 1), 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -474,8 +474,7 @@ def feature_classifier_macs(seen: int, features: int, hidden: int) -> int:
     hidden: width of the hidden layer.
   """
   # The first layer reads the features of all tasks seen; the second has an output for each.
-  first = conv_macs((seen * features, hidden), (1, hidden))
-  return first + conv_macs((hidden, seen), (1, seen))
+  return dense_layer_macs((seen * features, hidden), (hidden, seen))
 
 
 def train_feature_classifier(

@@ -25,8 +25,9 @@ from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.training.steps import Advance
 from gating_jax.types import Array
 
-# The test of one task: `(learner, task, seen) -> ` its entries of the table, and `predictions`.
-TaskTest = Callable[[LearnerState, int, int], dict[str, Any]]
+# The test of one task: `(learner, task, seen, split="test") -> ` its entries of the table, and
+# `predictions`; the split is `test` or `validation`.
+TaskTest = Callable[..., dict[str, Any]]
 
 _AUGMENT, _METHOD = range(2)
 
@@ -72,7 +73,9 @@ def make_step(
       # 0 for the first step of an epoch, 1 for the last; an epoch of one step has only 0.
       place=place / max(1, steps_per_epoch - 1),
     )
-    differentiate = value_and_grad_over_devices(_with_total(method.loss), axis_name, has_aux=True)
+    differentiate = value_and_grad_over_devices(
+      _with_total(method.loss), axis_name=axis_name, has_aux=True
+    )
     (_, (terms, batch_stats)), grads = differentiate(learner.params, learner, batch)
     metrics = mean_over_devices(terms, axis_name)
     # Before the optimiser: the gradient of the loss, without momentum and weight decay.
@@ -229,7 +232,7 @@ def end_task(
 
 
 def finish_task(
-  experiment: ContinualExperiment, learner: LearnerState, task: int, evaluate: TaskTest
+  experiment: ContinualExperiment, learner: LearnerState, task: int, *, evaluate: TaskTest
 ) -> LearnerState:
   """Ends a stage: ends its task, tests all tasks so far and prepares for the next one.
 
@@ -241,6 +244,28 @@ def finish_task(
   Returns:
     the learner with which the next stage begins.
   """
+  return test_tasks(_end_stage(experiment, learner, task), evaluate, task + 1)
+
+
+def validate(
+  experiment: ContinualExperiment, learner: LearnerState, task: int, *, evaluate: TaskTest
+) -> float:
+  """Tests a learner on the validation images of a stage, as if the stage ended here.
+
+  Args:
+    experiment, learner, task, evaluate: as in `finish_task`; the learner is not changed.
+  Returns:
+    the accuracy with the task known; the mean over tasks that are learnt at once.
+  """
+  # Methods predict with what they keep of a task at its end, such as its gates.
+  ended = _end_stage(experiment, learner, task)
+  learnt = range(task + 1) if experiment.method.simultaneous else [task]
+  tested = [evaluate(ended, each, task + 1, split="validation") for each in learnt]
+  return float(np.mean([of_task["aware"] for of_task in tested]))
+
+
+def _end_stage(experiment: ContinualExperiment, learner: LearnerState, task: int) -> LearnerState:
+  """Ends the last task of a stage, or all tasks where they are learnt at once."""
   method = experiment.method
   # Tasks that are learnt at once end together, on the images of all of them.
   ended = experiment.tasks if method.simultaneous else experiment.tasks[task : task + 1]
@@ -250,11 +275,11 @@ def finish_task(
     method,
     experiment.optimiser,
     learner,
-    TaskData(*train.read(slice(None)), *validation.read(slice(None))),
+    data=TaskData(*train.read(slice(None)), *validation.read(slice(None))),
     learnt=task + 1,
     key=experiment.key(task + 1),
   )
-  return test_tasks(devices.replicate(learner), evaluate, task + 1)
+  return devices.replicate(learner)
 
 
 def test_tasks(learner: LearnerState, evaluate: TaskTest, learnt: int) -> LearnerState:
@@ -277,7 +302,7 @@ def test_tasks(learner: LearnerState, evaluate: TaskTest, learnt: int) -> Learne
 
 
 class TaskPredictions(NamedTuple):
-  """Classes of the test images of a task, `[M]` each, in the order of learning.
+  """Classes of the images of a task, `[M]` each, in the order of learning.
 
   Attributes:
     labels: the true ones.
@@ -303,8 +328,8 @@ def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
   """Makes the test of one task.
 
   Returns:
-    `(learner, task, seen) -> ` the entries of the table for the test images of `task`, and their
-    `predictions`.
+    `(learner, task, seen, split="test") -> ` the entries of the table for the images of `task` in
+    this split, and their `predictions`.
   """
   config, method, problem = experiment.config, experiment.method, experiment.problem
 
@@ -343,10 +368,11 @@ def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
       backend=config.devices.backend,
     )
 
-  def evaluate(learner, task, seen):
-    """Returns the mean results on the test images of `task`, and its `TaskPredictions`."""
+  def evaluate(learner, task, seen, split="test"):
+    """Returns the mean results on the images of `task`, and their `TaskPredictions`."""
     run, values = mapped(seen), collections.defaultdict(list)
-    for batch, count in image_sets.padded_batches(experiment.tasks[task].test, problem.batch_size):
+    images = getattr(experiment.tasks[task], split)
+    for batch, count in image_sets.padded_batches(images, problem.batch_size):
       results = hosts.allgather(run(learner, *hosts.local_shard(batch), np.int32(task)))
       # The last batch is padded: only its first `count` images are new.
       for name, of_batch in results.items():
@@ -356,7 +382,7 @@ def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
       # float64: a float32 mean of MACs loses digits.
       found[name] = float(np.concatenate(values[name]).mean(dtype=np.float64))
     found["predictions"] = TaskPredictions(
-      labels=np.asarray(experiment.tasks[task].test.labels),
+      labels=np.asarray(images.labels),
       known=np.concatenate(values["known_class"]),
       chosen=np.concatenate(values["chosen_class"]),
     )

@@ -106,12 +106,12 @@ def open_share(records: Records, available: AnyArray) -> Array:
   Returns:
     a scalar.
   """
-  shares = []
+  fractions = []
   for record, place in record_places(records):
     # Gates of unavailable units are shut, so the sum over all units counts the available ones.
     open_units = jnp.mean(jnp.sum(unweighted(record.gates), axis=-1))
-    shares.append(open_units / jnp.sum(available[place]))
-  return jnp.mean(jnp.stack(shares))
+    fractions.append(open_units / jnp.sum(available[place]))
+  return jnp.mean(jnp.stack(fractions))
 
 
 def reinitialise_free(frozen: Tree, old: Tree, fresh: Tree) -> Tree:

@@ -1,5 +1,7 @@
 """Files that are checked before they are needed, and the ranges of pictures that were.
 
+Files that cannot be read are listed with the reasons, in `unreadable_files.csv` of a run directory.
+
 A folder of many pictures is not decoded again by each command. Of every folder or table there is an
 entry in the user's cache (`XDG_CACHE_HOME`; by default `~/.cache`), with a stamp of each file's
 path, size and time of change, and the range of its values. A file that changed is decoded again,
@@ -9,9 +11,11 @@ safetensors, or a folder that can be written, nothing is kept.
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,16 +23,80 @@ from pathlib import Path
 import numpy as np
 import PIL
 
+from gating_jax.checks import printable
 from gating_jax.cores import usable_cores
 from gating_jax.data.array_cache import ArrayCache, stamp_of
-from gating_jax.terminal import progress_bar
+from gating_jax.terminal import progress_bar, warn
+
+UNREADABLE_FILE = "unreadable_files.csv"
 
 # Bytes of all entries. A picture takes 21, and the longest unused entries go first.
 _MOST_BYTES = 256_000_000
 # Part of every key: a change of what is read must change it. So does another decoder.
-_VERSION = 1
+_VERSION = 2
 _DIGEST = 16
 _TYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
+# Held while a reading thread notes a file, so that each is reported once.
+_NOTING = threading.Lock()
+
+
+class UnreadableFileError(ValueError):
+  """Error for a file of a data set that cannot be read.
+
+  Attributes:
+    file: the file.
+    reason: why it cannot be read, such as `is empty`.
+  """
+
+  def __init__(self, file: Path, reason: str):
+    super().__init__(f"{printable(file)} cannot be read: {reason}")
+    self.file, self.reason = file, reason
+
+
+class FaultNotes:
+  """Files that cannot be read, with the reasons: those of a check, and those noted since.
+
+  Attributes:
+    checked, later: the first reason for each file, by its path.
+  """
+
+  def __init__(self, checked: Mapping[str, str]):
+    self.checked = dict(checked)
+    self.later: dict[str, str] = {}
+    # A copy in a worker process has its own notes; the process that made the notes reports.
+    self._process = os.getpid()
+
+  def note(self, reasons: Mapping[str, str]) -> None:
+    """Keeps the first reason for each file, and reports it in the main process."""
+    with _NOTING:
+      for file in reasons.keys() - self.later.keys():
+        self.later[file] = reasons[file]
+        if os.getpid() == self._process:
+          warn(
+            "%s could be read when the training began, and no longer: it %s; another takes its "
+            "place",
+            printable(file),
+            reasons[file],
+          )
+
+
+def write_unreadable(folder: Path, reasons: Mapping[str, str]) -> None:
+  """Writes `unreadable_files.csv`, with a header, into a run directory; removes it for no files.
+
+  Bytes of a name that are not UTF-8 are written as Python's surrogates, such as `\\udcff`.
+
+  Args:
+    folder: the run directory.
+    reasons: the reason for each file, by its path.
+  """
+  path = folder / UNREADABLE_FILE
+  if not reasons:
+    path.unlink(missing_ok=True)
+    return
+  with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    writer = csv.writer(file)
+    writer.writerow(("path", "reason"))
+    writer.writerows(sorted(reasons.items()))
 
 
 def find_faults(

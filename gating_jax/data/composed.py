@@ -12,7 +12,7 @@ three tools:
 
 The first tool's run comes before the last one's; everything else is in random order. So every unit
 action occurs in several activities, and one tool's motion leaves two activities of the scene open.
-A centre frame shows no motion, and only the anchor, somewhere else in the video, tells whether a
+A centre frame shows no motion, and only the anchor, somewhere else in the video, shows whether a
 moving digit matters.
 
 Axes: M videos, T segments, F frames, H = W pixels.

@@ -404,17 +404,20 @@ def span(pixels: np.ndarray) -> str:
   return f"values from {pixels.min():.6g} to {pixels.max():.6g}"
 
 
-def decode_picture(encoded: bytes, channels: int, *, upright: bool = False) -> np.ndarray:
+def decode_picture(
+  encoded: bytes, channels: int, *, upright: bool = False, on_white: bool = False
+) -> np.ndarray:
   """Decodes a picture's file to `channels` channels.
 
   Palettes become colours, two-coloured pictures black and white. Colours become grey by their
   luminance, grey becomes equal colours; transparency is dropped where there are fewer than four
-  channels.
+  channels, unless the picture is laid on white.
 
   Args:
     encoded: a file of one of `FORMATS`; of several frames the first is read.
     channels: D: 1, 3 or 4.
     upright: whether a picture is turned as its camera noted (EXIF).
+    on_white: whether white shows through what is transparent, in any mode that a file has.
   Returns:
     `[H, W, D]` uint8, or the file's own type if it is deeper, such as uint16.
   Raises:
@@ -432,9 +435,13 @@ def decode_picture(encoded: bytes, channels: int, *, upright: bool = False) -> n
       # Some versions of Pillow give the uint16 of these formats as int32.
       if deep and grey.dtype != np.uint16 and picture.format in ("PNG", "PPM"):
         grey = grey.astype(np.uint16)
+      if on_white and "transparency" in picture.info:
+        grey = np.where(grey == picture.info["transparency"], white(grey.dtype), grey)
       return np.repeat(grey[..., None], channels, axis=-1)
-    if "transparency" in picture.info:
+    if "transparency" in picture.info or (on_white and picture.has_transparency_data):
       picture = picture.convert("RGBA")
+    if on_white and picture.mode == "RGBA":
+      picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     pixels = np.asarray(picture.convert(MODES[channels]))
   pixels = pixels.reshape(*pixels.shape[:2], channels)
   # Pillow keeps only the upper byte of 16-bit colours; times 257, 0xFF becomes 0xFFFF.

@@ -29,10 +29,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 
 from gating_jax.checks import few, printable, user_path
 from gating_jax.data import features
-from gating_jax.data.checked_files import find_faults, keep_ranges, recall_ranges, stamp_files
+from gating_jax.data.checked_files import (
+  FaultNotes,
+  UnreadableFileError,
+  find_faults,
+  keep_ranges,
+  recall_ranges,
+  stamp_files,
+)
 from gating_jax.data.text_files import csv_rows
 from gating_jax.terminal import warn
 
@@ -57,6 +65,14 @@ _SPLIT_NAMES = {
 }
 # The first images of a split: `train[:64]`.
 _FIRST = re.compile(r"(.+)\[:(\d{1,18})\]", re.DOTALL)
+# The first bytes of files of these formats.
+_BEGINNINGS = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"BM", b"RIFF")
+# Reasons why a file cannot be opened.
+_REASONS = {
+  FileNotFoundError: "is missing",
+  PermissionError: "may not be read (permission denied)",
+  IsADirectoryError: "is a folder",
+}
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -96,28 +112,39 @@ class _Checked(NamedTuple):
     listing: all files.
     class_names: of the splits in use.
     parts: the images of each split in use, in the order of their paths.
+    unreadable: the reason for each file of these splits that cannot be read, by its path.
   """
 
   listing: Listing
   class_names: tuple[str, ...]
   parts: Mapping[_Part, tuple[Entry, ...]]
+  unreadable: Mapping[str, str]
 
 
 class FolderImages(Sequence):
   """Images of a split, decoded when they are read.
 
-  An example has the picture, uint8 `[H, W, 3]`, and its class. Palettes, grey, 16 bits, CMYK and
-  transparency become colours of 8 bits; the orientation that a camera noted is applied; of several
-  frames the first is read.
+  An example has the picture, uint8 `[H, W, 3]`, and its class. Palettes, grey, 16 bits and CMYK
+  become colours of 8 bits; white shows through what is transparent; the orientation that a camera
+  noted is applied; of several frames the first is read.
 
   Attributes:
     class_names: one per class.
     shape: `(None, None, 3)`, since sizes differ between images.
+    unreadable: the reason for each file that was left out, of all splits in use, by its path.
   """
 
   shape = (None, None, _CHANNELS)
 
-  def __init__(self, entries: Sequence[Entry], class_names: Sequence[str], image: str, label: str):
+  def __init__(
+    self,
+    entries: Sequence[Entry],
+    class_names: Sequence[str],
+    image: str,
+    label: str,
+    unreadable: Mapping[str, str],
+  ):
+    self.unreadable = dict(unreadable)
     self._files = [entry.file for entry in entries]
     self.class_names = tuple(class_names)
     places = {name: place for place, name in enumerate(class_names)}
@@ -128,22 +155,33 @@ class FolderImages(Sequence):
     return len(self._files)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    file = self._files[index]
-    try:
-      pixels = read_picture(file.read_bytes())
-    # It could be read when the folder was opened.
-    except Exception as error:
-      raise ValueError(
-        f"{printable(file)} has changed since the training began and cannot be read: "
-        f"{printable(error)}"
-      ) from error
+    pixels = features.to_uint8(_read_file(self._files[index]))
     return {self._image: pixels, self._label: self._labels[index]}
+
+
+def read_or_replace(examples: Sequence[Any], index: int, notes: FaultNotes) -> Any:
+  """Returns an example; in place of one whose file can be read no longer, the next that can.
+
+  Args:
+    examples: of a folder, or of any other set, whose errors are its own.
+    index: of the example.
+    notes: take the files that can be read no longer.
+  Raises:
+    ValueError: no file of the set can be read any longer.
+  """
+  for step in range(len(examples)):
+    try:
+      return examples[(index + step) % len(examples)]
+    except UnreadableFileError as error:
+      notes.note({str(error.file): error.reason})
+  raise ValueError(f"none of {len(examples)} images can be read any longer")
 
 
 def open_folder(
   data_dir: str | None,
   split: str,
   image: str = "image",
+  *,
   label: str = "label",
   in_use: Sequence[str] | None = None,
 ) -> FolderImages:
@@ -170,7 +208,9 @@ def open_folder(
     entries = _first_of_each(checked.parts[_Part(part.split, None)], part.count)
   if not entries:
     raise ValueError(f"data split {split!r} of {root} must hold at least one image; it is empty")
-  return FolderImages(entries, checked.class_names, image, label)
+  return FolderImages(
+    entries, checked.class_names, image=image, label=label, unreadable=checked.unreadable
+  )
 
 
 def count_classes(data_dir: str | None, splits: Sequence[str]) -> int:
@@ -258,7 +298,7 @@ def find_split(name: str, splits: Iterable[str]) -> str | None:
 
 
 def read_picture(encoded: bytes) -> np.ndarray:
-  """Decodes a file of any of `ENDINGS` to uint8 `[H, W, 3]`, upright.
+  """Decodes a file of any of `ENDINGS` to uint8 `[H, W, 3]`, upright and on white.
 
   Raises:
     Exception: any error of Pillow for damaged files; a file of too many pixels.
@@ -267,8 +307,42 @@ def read_picture(encoded: bytes) -> np.ndarray:
 
 
 def _decode(encoded: bytes) -> np.ndarray:
-  """Decodes a file to `[H, W, 3]` of the file's own type, upright."""
-  return features.decode_picture(encoded, _CHANNELS, upright=True)
+  """Decodes a file to `[H, W, 3]` of the file's own type, upright and on white."""
+  return features.decode_picture(encoded, _CHANNELS, upright=True, on_white=True)
+
+
+def _read_file(file: Path) -> np.ndarray:
+  """Reads a file as `_decode` does; raises UnreadableFileError where no picture can be made."""
+  encoded = None
+  try:
+    encoded = file.read_bytes()
+    pixels = _decode(encoded)
+  # Damaged files make decoders raise errors of many types.
+  except Exception as error:
+    raise UnreadableFileError(file, _explain_fault(error, encoded)) from error
+  try:
+    features.to_uint8(pixels)
+  except ValueError as error:
+    raise UnreadableFileError(file, f"has {error}") from error
+  return pixels
+
+
+def _explain_fault(error: Exception, encoded: bytes | None) -> str:
+  """Returns in words why a file cannot be read; None for content that was not read."""
+  if encoded is None:
+    for kind, reason in _REASONS.items():
+      if isinstance(error, kind):
+        return reason
+    return f"cannot be opened: {getattr(error, 'strerror', None) or type(error).__name__}"
+  if not encoded:
+    return "is empty"
+  if isinstance(error, features.TooLargeError):
+    return f"has more than {features.MOST_PIXELS:,} pixels"
+  if isinstance(error, PIL.UnidentifiedImageError) and not encoded.startswith(_BEGINNINGS):
+    return "is no image of a known format"
+  # Pillow's own words show the address of an object.
+  truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
+  return "is truncated" if truncated else "is truncated or damaged"
 
 
 def _find_root(data_dir: str | None) -> Path:
@@ -309,7 +383,7 @@ def _list_images(root: Path, changed: int, wanted: tuple[str, ...] | None) -> _C
     chosen[part] = _first_of_each(own, part.count)
   # Two parts may share images.
   entries = _in_order(set(itertools.chain(*chosen.values())))
-  ranges = _check_files([entry.file for entry in entries], listing, root)
+  ranges, unreadable = _check_files([entry.file for entry in entries], listing, root)
   for part, own in chosen.items():
     chosen[part] = tuple(entry for entry in own if entry.file in ranges)
   readable = [entry for entry in entries if entry.file in ranges]
@@ -330,7 +404,7 @@ def _list_images(root: Path, changed: int, wanted: tuple[str, ...] | None) -> _C
     if own and missing and part.count is None:
       names = few(in_class_order(missing))
       warn("%s: split %r has no image of class %s", printable(root), part.split, names)
-  return _Checked(listing, classes, chosen)
+  return _Checked(listing, classes, chosen, unreadable=unreadable)
 
 
 def _no_image(root: Path, listing: Listing) -> ValueError:
@@ -439,12 +513,12 @@ def _of_classes(root: Path, split: str | None, endings: Sequence[str]) -> list[E
     warn("%s: left out hidden files and other endings: %s", printable(root), few(counts))
   # Other splits may lack classes, and are not always in use.
   if split is None or _plain_name(split) == "train":
-    _doubt_classes(root, {entry.label for entry in entries}, direct, between)
+    _doubt_classes(root, {entry.label for entry in entries}, direct, between=between)
   return entries
 
 
 def _doubt_classes(
-  root: Path, labels: set[str], direct: set[str], between: Mapping[str, Path]
+  root: Path, labels: set[str], direct: set[str], *, between: Mapping[str, Path]
 ) -> None:
   """Warns of folders that were read as classes but may be something else.
 
@@ -570,7 +644,9 @@ def _split_of(path: bytes) -> str:
   return "test" if number < _TEST_FRACTION * 2**64 else "train"
 
 
-def _check_files(files: Sequence[Path], listing: Listing, root: Path) -> dict[Path, np.ndarray]:
+def _check_files(
+  files: Sequence[Path], listing: Listing, root: Path
+) -> tuple[dict[Path, np.ndarray], dict[str, str]]:
   """Decodes files, but for those of a large set that were decoded before; names those that fail.
 
   Args:
@@ -578,7 +654,8 @@ def _check_files(files: Sequence[Path], listing: Listing, root: Path) -> dict[Pa
     listing: all files.
     root: the folder or the table.
   Returns:
-    for each file that can be decoded its smallest and its largest value, `[2]` of the file's type.
+    for each file that can be decoded its smallest and its largest value, `[2]` of the file's type;
+    and for each other the reason, by its path.
   """
   many = len(files) >= _MANY
   # From before they are read: a file that changes meanwhile is then read again.
@@ -588,28 +665,26 @@ def _check_files(files: Sequence[Path], listing: Listing, root: Path) -> dict[Pa
 
   def read(file):
     """Decodes a file as `read_picture` does, and notes its range."""
-    pixels = _decode(file.read_bytes())
-    features.to_uint8(pixels)
+    pixels = _read_file(file)
     ranges[file] = np.array([pixels.min(), pixels.max()], pixels.dtype)
 
   faults = find_faults(
     new,
     read,
     f"checking the images of {root.name}",
-    # Pillow's own words show the address of an object.
-    describe=lambda error: type(error).__name__,
+    describe=lambda error: getattr(error, "reason", str(error)),
   )
-  faulty = [f"{file} ({fault})" for file, fault in zip(new, faults, strict=True) if fault]
-  if faulty:
+  unreadable = {str(file): fault for file, fault in zip(new, faults, strict=True) if fault}
+  if unreadable:
     warn(
       "%s: %d of %d images cannot be read and are left out: %s",
       printable(root),
-      len(faulty),
+      len(unreadable),
       len(files),
-      few(faulty),
+      few([f"{file} ({fault})" for file, fault in unreadable.items()]),
     )
   # Threads end in any order.
   ranges = {file: ranges[file] for file in files if file in ranges}
-  if many and len(faulty) < len(new):
+  if many and len(unreadable) < len(new):
     keep_ranges(root, stamps, ranges, listed=[entry.file for entry in listing.entries])
-  return ranges
+  return ranges, unreadable

@@ -22,7 +22,7 @@ import functools
 import math
 import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from gating_jax.data import folders, tfds
+from gating_jax.data.checked_files import FaultNotes
 from gating_jax.terminal import progress_bar
 
 DIGITS = "digits"
@@ -91,12 +92,14 @@ class Images:
     class_names: one per class.
     shares: of a union to train on, how its sets come into batches; None for permutations of all
       images.
+    unreadable: the reason for each file of a folder that could not be read, by its path.
   """
 
   pixels: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
   shares: EqualShares | None = None
+  unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -117,7 +120,8 @@ class Images:
 
   def take(self, index: np.ndarray) -> Images:
     """Returns the set of the images at `index`, with the same classes."""
-    return Images(self.pixels[index], self.labels[index], self.class_names)
+    pixels, labels = self.read(index)
+    return dataclasses.replace(self, pixels=pixels, labels=labels, shares=None)
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order."""
@@ -155,15 +159,16 @@ def load(source: SetSource, image_size: int = 0) -> Images:
       return made
     return dataclasses.replace(made, pixels=np.stack([fit(pixels) for pixels in made.pixels]))
   opened = open_images(source)
+  notes = FaultNotes(getattr(opened, "unreadable", {}))
   # The first image has the shape that all must have; the array is then filled in place.
-  first = fit(opened[0][source.image])
+  first = fit(folders.read_or_replace(opened, 0, notes)[source.image])
   _check_fits(len(opened), first.shape, f"data split {split!r} of {name}")
   pixels = np.empty((len(opened), *first.shape), np.uint8)
   labels = np.empty(len(opened), np.int32)
   for i in progress_bar(
     range(len(opened)), desc=f"reading {name} {split}", unit="image", leave=False
   ):
-    example = opened[i]
+    example = folders.read_or_replace(opened, i, notes)
     pixel = fit(example[source.image])
     if pixel.shape != first.shape:
       raise ValueError(
@@ -176,7 +181,7 @@ def load(source: SetSource, image_size: int = 0) -> Images:
         "'validation'"
       )
     pixels[i], labels[i] = pixel, example[source.label]
-  return Images(pixels, labels, opened.class_names)
+  return Images(pixels, labels, opened.class_names, unreadable=notes.checked | notes.later)
 
 
 def open_images(source: SetSource) -> Any:
@@ -193,12 +198,12 @@ def open_images(source: SetSource) -> Any:
       source.data_dir, source.split, image=image, label=label, in_use=source.in_use
     )
   readers = tfds.class_readers(image, label)
-  return tfds.open_tfds(source.name, source.split, source.data_dir, readers)
+  return tfds.open_tfds(source.name, source.split, source.data_dir, readers=readers)
 
 
 def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
   """Raises a ValueError where so many images of this shape do not fit in memory."""
-  needed, available = count * math.prod(shape), _available_memory()
+  needed, available = count * math.prod(shape), available_memory()
   if needed > available:
     size = "x".join(map(str, shape))
     raise ValueError(
@@ -208,7 +213,7 @@ def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
     )
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
   """Returns the bytes of memory that this process may still take; all of it where none says so."""
   try:
     # With what the cache of files would give back, unlike the pages that `sysconf` calls available.
@@ -219,6 +224,49 @@ def _available_memory() -> int:
     # Only Linux has it.
     pass
   return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def decoded_bytes(source: SetSource, image_size: int = 0, channels: int | None = None) -> int:
+  """Returns the bytes that the images of a split take in memory; at most one of them is read.
+
+  Errors are as in `load`. Made images, which are in memory in any case, count as 0.
+
+  Args:
+    source, image_size: as in `load`.
+    channels: of an image; None for those of the set.
+  """
+  if _unions().is_union(source.name):
+    parts = _unions().part_sources(source)
+    # Grey becomes colours, and an image may have the number of its set.
+    return sum(decoded_bytes(part, image_size, _unions().COLOURS + 1) for part in parts)
+  if source.name in (*MADE, *_unions().MADE):
+    return 0
+  if source.name == folders.FOLDER:
+    opened = open_images(source)
+    shape = opened.shape
+    if not image_size:
+      # All must have one size.
+      shape = folders.read_or_replace(opened, 0, FaultNotes({}))[source.image].shape
+  else:
+    opened = tfds.open_tfds(source.name, source.split, source.data_dir, readers={})
+    own = opened.dataset_info.features
+    shape = own[source.image].shape if source.image in own else ()
+  height, width, depth = shape if len(shape) == 3 else (0, 0, 0)
+  if image_size:
+    height = width = image_size
+  # What is no picture, or of unknown size, is refused when it is loaded.
+  return len(opened) * (height or 0) * (width or 0) * (channels or depth or 0)
+
+
+def has_folder(name: str) -> bool:
+  """Returns whether a set is a folder of images, or a union with one.
+
+  >>> has_folder("folder"), has_folder("union(mnist,folder:/data/a)"), has_folder("mnist")
+  (True, True, False)
+  """
+  if _unions().is_union(name):
+    return any(part.startswith(f"{folders.FOLDER}:") for part in _unions().parts_of(name))
+  return name == folders.FOLDER
 
 
 def keeps_proportions(name: str) -> bool:
@@ -421,13 +469,13 @@ def batch_indices(seed: int, step: int, batch_size: int, examples: int | EqualSh
       f"batch_size must be in [1, {in_epoch}], the number of training images; got {batch_size}"
     )
   if isinstance(examples, EqualShares):
-    return _shared_indices(seed, step * batch_size, batch_size, examples.sizes)
+    return _shared_indices(seed, first=step * batch_size, count=batch_size, sizes=examples.sizes)
   epoch, position = divmod(step, examples // batch_size)
   order = _order_of((seed, epoch), examples)
   return order[position * batch_size : (position + 1) * batch_size]
 
 
-def _shared_indices(seed: int, first: int, count: int, sizes: Sequence[int]) -> np.ndarray:
+def _shared_indices(seed: int, first: int, count: int, *, sizes: Sequence[int]) -> np.ndarray:
   """Returns the images at places `first` and after it of the endless turns of sets, `[count]`."""
   starts = np.cumsum([0, *sizes[:-1]])
   found = np.empty(count, np.int32)
@@ -553,7 +601,7 @@ def _reordered(images: Images, order: np.ndarray) -> Images:
   taken = np.flatnonzero(order >= 0)
   place[order[taken]] = taken
   names = tuple(images.class_names[c] if c >= 0 else "" for c in order)
-  return Images(images.pixels, place[images.labels], names)
+  return dataclasses.replace(images, labels=place[images.labels], class_names=names)
 
 
 def _worlds() -> types.ModuleType:

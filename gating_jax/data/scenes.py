@@ -152,7 +152,7 @@ def open_scenes(
     size, flip, seed, workers: see `Scenes` and `Stream`.
   """
   readers = {_IMAGE: features.Picture, _LABEL: features.PixelClasses}
-  source = tfds.open_tfds(name, split, data_dir, readers)
+  source = tfds.open_tfds(name, split, data_dir, readers=readers)
   shape = (*(crop or size), 3)
   return Scenes(source, tuple(_STREET), shape, seed=seed, workers=workers, size=size, flip=flip)
 

@@ -13,14 +13,18 @@ Reference: grain, https://google-grain.readthedocs.io.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from gating_jax.data import image_sets, tfds
+from gating_jax.data import folders, image_sets, tfds
+from gating_jax.data.checked_files import FaultNotes
 
 # Fraction of the shorter side that the central crop keeps: 224 of 256, as is usual on ImageNet.
 EVAL_FRACTION = 0.875
@@ -43,6 +47,7 @@ class Stream:
     image, label: names of the features that hold them.
     shares: as in `image_sets.Images`.
     central_fraction: fraction of the shorter side that the central crop keeps.
+    notes: files of a folder that cannot be read.
   """
 
   source: Sequence[dict[str, Any]]
@@ -55,9 +60,17 @@ class Stream:
   label: str = tfds.LABEL
   shares: image_sets.EqualShares | None = None
   central_fraction: float = EVAL_FRACTION
+  notes: FaultNotes = dataclasses.field(
+    default_factory=lambda: FaultNotes({}), compare=False, repr=False
+  )
 
   def __len__(self) -> int:
     return len(self.source)
+
+  @property
+  def unreadable(self) -> Mapping[str, str]:
+    """Returns the reason for each file that could not be read so far, by its path."""
+    return self.notes.checked | self.notes.later
 
   @property
   def in_epoch(self) -> int:
@@ -106,7 +119,14 @@ class Stream:
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order and ahead of the consumer, by threads or processes."""
-    return prefetch(fn, list(items), self.workers)
+
+    def read(item):
+      """Returns a result with the worker's notes, which are in its own copy of the set."""
+      return fn(item), dict(self.notes.later)
+
+    for result, unreadable in prefetch(read, list(items), self.workers):
+      self.notes.note(unreadable)
+      yield result
 
   def read_one(
     self, index: int, seed: tuple[int, ...] | None
@@ -119,7 +139,7 @@ class Stream:
     Raises:
       ValueError: the image has no label.
     """
-    example = self.source[int(index)]
+    example = folders.read_or_replace(self.source, int(index), self.notes)
     if not 0 <= example[self.label] < len(self.class_names):
       raise ValueError(
         "the data split has images without a label; use another, such as 'validation'"
@@ -184,6 +204,7 @@ def open_stream(
     image=source.image,
     label=source.label,
     central_fraction=central_fraction(source.name),
+    notes=FaultNotes(getattr(opened, "unreadable", {})),
   )
 
 
@@ -256,20 +277,32 @@ def prefetch(
   dataset = grain.MapDataset.source(items).map(fn)
   if not workers:
     threads = grain.ReadOptions(num_threads=buffer_size, prefetch_buffer_size=buffer_size)
-    return _closing(iter(dataset.to_iter_dataset(threads)))
+    return _closing(dataset.to_iter_dataset(threads))
   # grain passes absl's flags on to the workers; outside absl programs nobody has parsed them.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+  # Otherwise it would start with the first worker, and unblock what `_closing` blocks.
+  resource_tracker.ensure_running()
   # Few results per worker, since each may be a whole batch of images or videos.
   processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
   one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-  return _closing(iter(dataset.to_iter_dataset(one_by_one).mp_prefetch(processes)))
+  return _closing(dataset.to_iter_dataset(one_by_one).mp_prefetch(processes))
 
 
-def _closing(pool: Any) -> Iterator[Any]:
+def _closing(dataset: Iterable[Any]) -> Iterator[Any]:
   """Yields the results of a pool of workers, and closes it at the end, whatever that is."""
-  _POOLS.append(pool)
+  pool: Any = None
+  # A terminal sends Ctrl-C to worker processes too, but what becomes of it is for this one to
+  # decide. They start before the first result, and inherit what is blocked then.
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
+    try:
+      pool = iter(dataset)
+      _POOLS.append(pool)
+      first = list(itertools.islice(pool, 1))
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from first
     yield from pool
   finally:
     # Also where the consumer stops early, or fails.

@@ -159,13 +159,29 @@ def open_union(source: SetSource) -> UnionExamples:
     ValueError, DatasetNotPreparedError: as in `image_sets.load`; also a number of splits that is
       not that of the sets, and pictures of other than one or three channels.
   """
-  name, in_use = source.name, source.in_use
+  return UnionExamples(source, [_open_part(part) for part in part_sources(source)])
+
+
+def part_sources(source: SetSource) -> list[SetSource]:
+  """Returns the split of each set of a union, a folder's with its own `data_dir`.
+
+  Raises:
+    ValueError: as in `parts_of` and `splits_of`.
+
+  >>> for part in part_sources(SetSource("union(mnist,folder:/data/a)", "train;test")):
+  ...   print(part.name, part.split, part.data_dir)
+  mnist train None
+  folder test /data/a
+  """
+  name, in_use, found = source.name, source.in_use, []
   parts, splits = parts_of(name), splits_of(name, source.split)
-  sets = []
   for i, (part, split) in enumerate(zip(parts, splits, strict=True)):
-    used = None if in_use is None else [splits_of(name, each)[i] for each in in_use]
-    sets.append(_open_part(source._replace(name=part, split=split, in_use=used)))
-  return UnionExamples(source, sets)
+    own = source._replace(name=part, split=split, in_use=None)
+    if part.startswith(_FOLDER):
+      used = None if in_use is None else [splits_of(name, each)[i] for each in in_use]
+      own = own._replace(name=folders.FOLDER, data_dir=str(_path_of(part)), in_use=used)
+    found.append(own)
+  return found
 
 
 def splits_of(name: str, split: str) -> list[str]:
@@ -210,7 +226,7 @@ def shares_of(sizes: Sequence[int], per_set: int | None = None) -> EqualShares:
 class UnionExamples(Sequence):
   """The examples of all sets of a union, one set after the other.
 
-  An example has a picture `[H, W, 3]` uint8, or `[H, W, 4]` where the set is told, of the size
+  An example has a picture `[H, W, 3]` uint8, or `[H, W, 4]` where the set is known, of the size
   that it has in its set, and the number of its class among all.
 
   Args:
@@ -221,9 +237,13 @@ class UnionExamples(Sequence):
     class_names: the name of the set, a slash and that of the class.
     sizes: images of each set.
     shape: `(H, W, D)`; None for a size that differs between images.
+    unreadable: as in `folders.FolderImages`, of all folders.
   """
 
   def __init__(self, source: SetSource, sets: Sequence[Any]):
+    self.unreadable: dict[str, str] = {}
+    for each in sets:
+      self.unreadable |= getattr(each, "unreadable", {})
     self._sets, self._image, self._label = sets, source.image, source.label
     self._told = is_told(source.name)
     self.sizes = tuple(len(each) for each in sets)
@@ -259,7 +279,7 @@ class UnionExamples(Sequence):
     }
 
   def _coloured(self, pixels: np.ndarray, source: int) -> np.ndarray:
-    """Returns a picture in three colours, with the number of its set where it is told."""
+    """Returns a picture in three colours, with the number of its set where that is known."""
     if pixels.shape[-1] == 1:
       pixels = np.repeat(pixels, COLOURS, axis=-1)
     if self._told:
@@ -284,13 +304,9 @@ class _Made(Sequence):
 
 def _open_part(source: SetSource) -> Any:
   """Opens a split of one set of a union."""
-  name = source.name
-  if name.startswith(_FOLDER):
-    of_folder = source._replace(name=folders.FOLDER, data_dir=str(_path_of(name)))
-    return image_sets.open_images(of_folder)
-  if name in MADE:
-    return _Made(MADE[name](source.split), source.image, source.label)
-  return image_sets.open_images(source._replace(in_use=None))
+  if source.name in MADE:
+    return _Made(MADE[source.name](source.split), source.image, source.label)
+  return image_sets.open_images(source)
 
 
 def _turned_digits(split: str) -> Images:

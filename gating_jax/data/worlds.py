@@ -112,7 +112,7 @@ def make_worlds(
   parts = []
   for block in range(first // _BLOCK, -(-(first + images) // _BLOCK)):
     begin = block * _BLOCK
-    made = _make_block(split, block, worlds, seed)
+    made = _make_block(split, block, worlds, seed=seed)
     wanted = slice(max(first - begin, 0), first + images - begin)
     parts.append([array[wanted] for array in dataclasses.astuple(made)])
   return Worlds(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
@@ -123,7 +123,7 @@ def open_worlds(name: str, split: str) -> Images:
 
   Args:
     name: `worlds`; or `worlds_told`, whose images have the number of their world as a fourth
-      channel, for networks that are told.
+      channel, for networks that know it.
     split: `train` or `test`, with the numbers of images as TFDS has them: `train[:50000]`.
   Raises:
     ValueError: an unknown name or split.
@@ -183,7 +183,7 @@ def rules(worlds: int = WORLDS, seed: int = 0) -> Rules:
   )
 
 
-def _make_block(split: str, block: int, worlds: int, seed: int) -> Worlds:
+def _make_block(split: str, block: int, worlds: int, *, seed: int) -> Worlds:
   """Makes the images of a block, which have a random stream of their own."""
   rng = np.random.default_rng((seed, list(IMAGES).index(split), block))
   digits = _digits(split)

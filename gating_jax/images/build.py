@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from gating_jax.config_files import Config
+from gating_jax.cores import worker_processes
 from gating_jax.data import augment, image_sets, streaming, unions
 from gating_jax.images.checks import (
   CLASSIFIER_GATINGS,
@@ -25,7 +26,6 @@ from gating_jax.images.checks import (
   PRIOR,
   SCALE,
   check_config,
-  scope_of,
 )
 from gating_jax.layers.blocks import GATINGS, KERNELS
 from gating_jax.layers.gate import is_gate_path
@@ -33,7 +33,8 @@ from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.resnets import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary, solve_share
 from gating_jax.models.vggs import VGGS, is_dense_name, vgg
-from gating_jax.training import devices, loop, optim, settings, steps
+from gating_jax.terminal import say
+from gating_jax.training import devices, hosts, loop, optim, settings, steps
 from gating_jax.training.objectives import (
   Distillation,
   FitLabels,
@@ -48,6 +49,12 @@ from gating_jax.training.objectives import (
 from gating_jax.training.outlines import Outline
 
 LOADERS = ("resident", "streaming")
+# Stands for the first of these where both splits fit into memory, else for the second.
+AUTO = "auto"
+# Fraction of the free memory that they may take: the copy on a device takes as much again.
+_RESIDENT = 0.5
+# Fewer images of a folder are decoded before processes that decode have started.
+_MANY = 2000
 # Defaults of model.kernels.temperature and model.kernels.end.
 _SOFTNESS, _SOFTNESS_END = 30.0, 0.25
 # Default of loss.distillation.temperature.
@@ -70,7 +77,7 @@ class Experiment:
     objective: its objective.
     settings: settings of the training loop.
     noise_scale: noise scale of the gates, from step to number; None for the model's own.
-    share: share of gates that quantiles open, likewise.
+    share: fraction of gates that quantiles open, likewise.
     softness: temperature at which kernels are mixed, from step to number; None without any.
     full: the model with the whole backward pass, where its own leaves something out; else None.
     source_names, class_sources: for a union, the names of its sets, and for each class the place of
@@ -94,11 +101,11 @@ class Experiment:
 
   def init_state(self) -> steps.TrainState:
     """Initialises the state with which training begins."""
-    return steps.init_state(self.model, self.optimiser, self.config.seed, self.test.shape)
+    return steps.init_state(self.model, self.optimiser, self.config.seed, shapes=self.test.shape)
 
   def competing(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the logits that are compared: with a head a set, those of an image's own set."""
-    if scope_of(self.config) == "source":
+    if self.config.loss.scope == "source":
       return logits_of_source(logits, labels, np.asarray(self.class_sources))
     return logits
 
@@ -132,7 +139,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
   check_config(
     config,
     choices={
-      "data.loader": LOADERS,
+      "data.loader": (*LOADERS, AUTO),
       "model.name": (*RESNETS, *VGGS),
       "model.gating": (*GATINGS, SCALE, *CLASSIFIER_GATINGS),
     },
@@ -151,6 +158,8 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
       ),
     },
   )
+  if outlines is None:
+    config = _choose_loader(config)
   fit = fit_classes
   if config.model.gating == EXITS:
     fit = functools.partial(fit_exits, exit_weights=config.loss.exit_weights)
@@ -167,7 +176,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     return experiment
   class_sources = tuple(unions.class_sources(data.name, experiment.test.class_names).tolist())
   objective = experiment.objective
-  if scope_of(config) == "source":
+  if config.loss.scope == "source":
     own = functools.partial(fit_sources, class_sources=class_sources)
     objective = dataclasses.replace(objective, fit=own)
   return dataclasses.replace(
@@ -176,6 +185,40 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     source_names=unions.source_names(data.name),
     class_sources=class_sources,
   )
+
+
+def _choose_loader(config: Config) -> Config:
+  """Returns the config with the loader that `auto` stands for, and says which it is and why."""
+  data = config.data
+  if data.loader != AUTO:
+    return config
+  # Only a stream crops at random, of images that are read.
+  crops = data.crop_area is not None and data.name not in image_sets.MADE
+  needed = 0
+  for split in (data.train_split, data.test_split):
+    needed += image_sets.decoded_bytes(settings.source_of(data, split), data.image_size)
+  free = _free_memory()
+  # All processes read in the same way.
+  streams = hosts.any_of(crops or needed > _RESIDENT * free)
+  if streams or needed:
+    size = f"{needed / 1e9:,.1f} GB of {free / 1e9:,.1f} GB that are free"
+    how = "read from disk in the training" if streams else "held in memory"
+    why = "since data.crop_area is set" if crops else size
+    say(f"data.loader=auto: the images are {how}, {why}")
+  chosen = config.copy_and_resolve_references()
+  with chosen.unlocked():
+    chosen.data.loader = LOADERS[streams]
+  return chosen.lock()
+
+
+def _free_memory() -> int:
+  """Returns the bytes that are free in memory, of this process or of a device if that has less."""
+  free = image_sets.available_memory()
+  # That of a processor has none of its own.
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    free = min(free, stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+  return free
 
 
 def _count_training(config: Config) -> int:
@@ -191,7 +234,7 @@ def _shares(config: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
   """Returns how the sets of a union come into batches, by the numbers of their images.
 
   Raises:
-    ValueError: a set has no image, of which no batch could have its share.
+    ValueError: a set has no image, of which no batch could have its part.
   """
   for name, size in zip(unions.source_names(config.data.name), sizes, strict=True):
     if not size:
@@ -260,7 +303,7 @@ def assemble(
   test: Any = outlines[-1] if outlines else open_test()
   settings.check_channels(data, test.shape[-1])
   classes = len(test.class_names)
-  of_model = _at_equal_macs(config.model, classes, test.shape, network)
+  of_model = _at_equal_macs(config.model, classes, test.shape, network=network)
   share = _share_schedule(of_model, total)
   model = network(of_model, classes)
   # The same network without the limit, for batches that open more than it holds.
@@ -269,8 +312,8 @@ def assemble(
     unlimited = ml_collections.ConfigDict({**config.model, "backward_share": 1.0})
     full = network(unlimited, classes)
   counts = model_summary(model, test.shape)
-  _check_layers("optim.frozen_layers", training.frozen_layers, model, test.shape)
-  _check_layers("model.importance.static_layers", static, model, test.shape)
+  _check_layers("optim.frozen_layers", training.frozen_layers, model, shape=test.shape)
+  _check_layers("model.importance.static_layers", static, model, shape=test.shape)
   # The objective sees training images, whose MACs differ with their size.
   at_training = model_summary(model, train_shape) if train_shape else counts
   check_budget("loss.sparsity", config.loss.sparsity, at_training)
@@ -359,7 +402,7 @@ def _is_frozen(layers: Sequence[str] | None, path: Sequence[str]) -> bool:
 
 
 def _check_layers(
-  field: str, names: Sequence[str] | None, model: nn.Module, shape: tuple[int, ...]
+  field: str, names: Sequence[str] | None, model: nn.Module, *, shape: tuple[int, ...]
 ) -> None:
   """Raises a ValueError unless each name in a field is the beginning of a layer's name."""
   if names is None:
@@ -391,15 +434,16 @@ def _at_equal_macs(
   model: Config,
   classes: int,
   shape: tuple[int, ...],
+  *,
   network: Callable[[Config, int], nn.Module],
 ) -> Config:
-  """Returns the section `config.model` with the share that its gates may open.
+  """Returns the section `config.model` with the fraction of gates that may open.
 
-  With `equal_inner_width`, that is the share at which an image costs as much as in the ungated
+  With `equal_inner_width`, that is the fraction at which an image costs as much as in the ungated
   network of this inner width, gate networks included. Without it, the section as it is.
 
   Raises:
-    ValueError: no share costs as much.
+    ValueError: no fraction costs as much.
   """
   inner = model.equal_inner_width
   if inner is None:
@@ -415,7 +459,7 @@ def _at_equal_macs(
 
 
 def _share_schedule(model: Config, total: int) -> optax.Schedule | None:
-  """Returns the share of gates that quantiles open, from step to number; None for a fixed one."""
+  """Returns the schedule of the fraction of gates that quantiles open; None for a fixed one."""
   schedule = model.dense_first
   if schedule.form is None:
     return None
@@ -520,10 +564,13 @@ def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | 
       source,
       image_size=data.image_size,
       seed=config.seed,
-      workers=data.workers,
+      workers=data.workers or 0,
       # Random crops are for training; test images are cropped at their centre.
       crop_area=data.crop_area if training else None,
     )
+    # Processes decode small files several times as fast as threads, but start slowly.
+    if data.workers is None and image_sets.has_folder(data.name) and len(opened) >= _MANY:
+      opened = dataclasses.replace(opened, workers=worker_processes())
   # A test has every image of a union once.
   if not (training and unions.is_union(data.name)):
     return opened

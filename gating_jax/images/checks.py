@@ -32,11 +32,6 @@ SCALE = "scale"
 PRIOR, PRUNE = IMPORTANCE_FORMS = ("prior", "prune")
 
 
-def scope_of(config: Config) -> str:
-  """Returns which classes compete in the cross-entropy: `all`, or those of the `source`."""
-  return config.loss.scope or "all"
-
-
 def check_config(
   config: Config,
   *,
@@ -91,7 +86,6 @@ def check_config(
     at_least={
       **at_least,
       "seed": 0,
-      "data.workers": 0,
       "optim.epochs": 1,
       "optim.batch_size": 1,
       "devices.steps_per_dispatch": 1,
@@ -105,6 +99,7 @@ def check_config(
         lambda v: v is None or 0 <= v < math.inf,
         "None or a finite number >= 0",
       ),
+      "data.workers": (lambda v: v is None or v >= 0, "None or >= 0"),
       "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
       "optim.lr_drop_at": (settings.all_numbers, "a tuple of fractions"),
       "optim.batch_size": settings.divides_over_devices(),
@@ -204,7 +199,7 @@ def _check_opening(config: Config) -> None:
 
 
 def _check_equal_macs(model: Config) -> None:
-  """Raises a ValueError where no share of gates is left to be solved for."""
+  """Raises a ValueError where no fraction of gates is left to be solved for."""
   inner, gate = model.equal_inner_width, model.gate
   if inner is None:
     return
@@ -213,7 +208,7 @@ def _check_equal_macs(model: Config) -> None:
   opens_a_share = gate.threshold == "quantile" or gate.context in ("random", "assigned")
   if model.gating in (*UNGATED_NETS, *CLASSIFIER_GATINGS) or not opens_a_share:
     raise ValueError(
-      "model.equal_inner_width must be None where no gates open a fixed share of units, by a "
+      "model.equal_inner_width must be None where no gates open a fixed fraction of units, by a "
       f"quantile, at random or assigned to sources; got {inner}"
     )
   if gate.share is not None:
@@ -224,7 +219,7 @@ def _check_equal_macs(model: Config) -> None:
 
 def _check_union(config: Config) -> None:
   """Raises a ValueError where a setting of unions is wrong, or goes with no union."""
-  data, model, scope = config.data, config.model, scope_of(config)
+  data, model, scope = config.data, config.model, config.loss.scope or "all"
   one_of("loss.scope", scope, SCOPES)
   # Scenes have no such field.
   per_set = data.get("images_per_set")

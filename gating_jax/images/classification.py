@@ -21,12 +21,19 @@ from gating_jax.analysis import outcomes, sources
 from gating_jax.analysis import scores as class_scores
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
-from gating_jax.data import augment, folders, image_sets, streaming
+from gating_jax.data import augment, folders, image_sets, streaming, unions
+from gating_jax.data.checked_files import write_unreadable
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
-from gating_jax.images.build import Experiment, build
-from gating_jax.images.checks import EXITS, scope_of
-from gating_jax.images.start import check_can_start, check_start, read_weights, start_from
+from gating_jax.images.build import AUTO, Experiment, build
+from gating_jax.images.checks import EXITS
+from gating_jax.images.start import (
+  Weights,
+  check_can_start,
+  check_start,
+  read_weights,
+  start_from,
+)
 from gating_jax.images.teacher import Teacher, load_teacher
 from gating_jax.models.pretrained import names_weights
 from gating_jax.programmes import UNGATED_NETS
@@ -83,26 +90,43 @@ def run(config: Config, workdir: Path, mode: str) -> None:
 
 def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
   """Opens the data of a run, and checks what a training begins with."""
+  config = _with_own_loader(config, workdir)
   start = config.model.init_from if mode == "train" else None
   # A resumed run has parameters of its own, and does without the file.
   begins = not RunDir(user_path(workdir)).has_checkpoint()
   if start is not None and names_weights(start) and not begins:
     start = None
-  # The weights of a file are read once for the checks, and dropped before the training.
+  # The weights of a file are read once: for the checks, a teacher and the training.
   weights = None
   # Before data are opened, which may take minutes.
   if start is not None and names_weights(start):
     weights = read_weights(config)
   elif start is not None:
     check_start(config, with_checkpoint=begins)
-  with runner.opening_data(Classification, config, workdir, mode):
+  with runner.opening_data(Classification, config, workdir, mode=mode):
     experiment = build(config)
   if start is not None:
     check_can_start(experiment, weights)
-  if mode != "train":
-    return Classification(experiment)
-  with working("loading the teacher, if there is one", "up to a minute"):
-    return Classification(experiment, load_teacher(experiment))
+  programme = Classification(experiment, weights)
+  if mode == "train":
+    with working("loading the teacher, if there is one", "up to a minute"):
+      # A wrong one is found before there is a run directory.
+      _ = programme.teacher
+  return programme
+
+
+def _with_own_loader(config: Config, workdir: Path) -> Config:
+  """Returns the config with the loader that a run has in place of `auto`; as it is for a new run.
+
+  A run keeps its loader, however much memory there is when it is resumed.
+  """
+  run_dir = RunDir(user_path(workdir))
+  if config.data.loader != AUTO or not run_dir.exists() or not run_dir.has_progress():
+    return config
+  own = config.copy_and_resolve_references()
+  with own.unlocked():
+    own.data.loader = run_dir.config().get("data", {}).get("loader", AUTO)
+  return own.lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +135,12 @@ class Classification(runner.Programme):
 
   Attributes:
     experiment: the experiment of the run.
-    teacher: the teacher of the loss, where it is loaded; otherwise a training loads it.
+    weights: those of the file that `model.init_from` names, where they are read already.
     score: key of the score among the result's numbers, and its name.
   """
 
   experiment: Experiment
-  teacher: Teacher | None = None
+  weights: Weights | None = None
   score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
   modes: ClassVar[Mapping[str, Callable[..., None]]] = {
     "export": export.export_run,
@@ -128,6 +152,11 @@ class Classification(runner.Programme):
   def noun(self) -> str:
     """Returns the word for an example."""
     return programmes.PROGRAMMES[self.config.experiment].noun
+
+  @functools.cached_property
+  def teacher(self) -> Teacher | None:
+    """Loads the teacher of the loss, at its first use; None without one."""
+    return load_teacher(self.experiment, self.weights)
 
   def prepare(self, key: jax.Array, pixels: jax.Array) -> jax.Array:
     """Augments and normalises uint8 pixels for training."""
@@ -174,7 +203,7 @@ class Classification(runner.Programme):
       experiment.source_names,
       np.asarray(experiment.class_sources),
       ungated_macs=experiment.counts.macs,
-      known=scope_of(self.config) == "source",
+      known=self.config.loss.scope == "source",
     )
 
   def _list_untrained(self, train: Any) -> dict[str, Any]:
@@ -244,15 +273,17 @@ class Classification(runner.Programme):
       train = experiment.open_train()
       # Kept in the run directory, so that the model can be loaded without its data.
       outlines.write_outlines(run_dir.path, [train, experiment.test])
+      # Also of a run that is stopped before its end.
+      hosts.on_writer(write_unreadable, run_dir.path, self._unreadable(train))
       training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
-    teacher = self.teacher or load_teacher(experiment)
+    teacher = self.teacher
     if teacher is not None:
       say(f"the teacher is {teacher.source}, of {teacher.macs:,.0f} MACs an image")
     with training:
       # A resumed run has its own parameters; only a fresh one starts from those of another.
       if not training.step and self.config.model.init_from is not None:
         with working("taking what is trained already", "up to a minute"):
-          training.state = start_from(experiment, training.state, train)
+          training.state = start_from(experiment, training.state, train, weights=self.weights)
       training.begin(f"{self.title}, tested on {len(experiment.test):,} {self.noun}s")
       evaluate = functools.partial(self._evaluate, training, self.make_test())
       ended = training.run(
@@ -269,7 +300,8 @@ class Classification(runner.Programme):
         evaluated.result.update(teacher.entries(evaluated.result["macs"]))
       if evaluated.gates is not None:
         evaluated.result["batch_shaping_reduction"] = experiment.objective.reduction
-      self._add_names(evaluated)
+      self._add_names(evaluated, train)
+      hosts.on_writer(write_unreadable, run_dir.path, self._unreadable(train))
       with working("drawing the report", "about half a minute", training.say):
         hosts.on_writer(self._write_files, run_dir, training, evaluated)
     return evaluated.result | {"step": training.step}
@@ -309,7 +341,7 @@ class Classification(runner.Programme):
         model,
         experiment.optimiser,
         experiment.objective,
-        self.prepare,
+        prepare=self.prepare,
         seed=config.seed,
         axis_name=devices.AXIS,
         noise_scale=experiment.noise_scale,
@@ -367,7 +399,7 @@ class Classification(runner.Programme):
         lambda *batch: hosts.allgather(run_batch(state, *hosts.local_shard(batch))),
         image_sets.padded_batches(experiment.test, config.optim.batch_size),
         experiment.counts,
-        self.summarise,
+        summarise=self.summarise,
         classes=self.classes(),
         # The outcomes of gates need it: noise may draw a gate open and closed for the same image.
         noise_scale=experiment.drawn_noise_scale(int(state.step)),
@@ -405,10 +437,25 @@ class Classification(runner.Programme):
     training.say(f"test {name} {format_percent(evaluated.result[key], 2)}")
     return evaluated
 
-  def _add_names(self, evaluated: Evaluation) -> None:
-    """Adds the outcomes of each layer's gates to the result, and the classes of a folder."""
-    if self.config.data.name == folders.FOLDER:
+  def _unreadable(self, train: Any = None) -> dict[str, str]:
+    """Returns the reasons for files that cannot be read, of the test set and of the training's."""
+    found = {}
+    for opened in (train, self.experiment.test):
+      found |= getattr(opened, "unreadable", {})
+    return found
+
+  def _add_names(self, evaluated: Evaluation, train: Any = None) -> None:
+    """Adds the outcomes of each layer's gates to the result, and what is known of folders' files.
+
+    Args:
+      evaluated: a test.
+      train: the training set, where it is open.
+    """
+    name = self.config.data.name
+    if name == folders.FOLDER or unions.is_union(name):
       evaluated.result["classes"] = list(self.experiment.test.class_names)
+    if image_sets.has_folder(name):
+      evaluated.result["unreadable_files"] = len(self._unreadable(train))
     if evaluated.gates is not None:
       evaluated.result["layers"] = outcomes.by_layer(
         evaluated.gates.diagnosis, self.experiment.counts.gate_layers

@@ -62,7 +62,7 @@ def trace_curve(
 
   run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, scores))
   for shift in shifts:
-    moved = shift_thresholds(variables, shift)
+    moved = shift_thresholds(variables, shift=shift)
     state = steps.TrainState(
       step=jnp.zeros((), jnp.int32),
       params=moved.get("params", {}),
@@ -77,7 +77,9 @@ def trace_curve(
       # Evaluation draws nothing.
       noise_scale=0.0,
     ).result
-    yield CurvePoint(shift, result["accuracy"], result["macs"], result["mac_ratio"])
+    yield CurvePoint(
+      shift, accuracy=result["accuracy"], macs=result["macs"], mac_ratio=result["mac_ratio"]
+    )
 
 
 def curve_run(
@@ -94,7 +96,7 @@ def curve_run(
     ValueError: as in `trace_curve`.
   """
   # Refused before the network is tested.
-  shift_thresholds(variables, 0.0)
+  shift_thresholds(variables, shift=0.0)
   with working(f"testing at {len(SHIFTS)} thresholds", "the time of as many tests"):
     points = list(trace_curve(experiment, variables))
   file = run_dir.path / FILE

@@ -459,6 +459,7 @@ def _milliseconds(
   programs: Mapping[str, Callable[[Any], Any]],
   images: np.ndarray,
   progress: ReportProgress,
+  *,
   sizes: Sequence[int] = _TIMED_BATCHES,
 ) -> dict[str, dict[str, float]]:
   """Measures milliseconds per batch: medians over calls, by program and batch size.

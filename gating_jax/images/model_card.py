@@ -21,7 +21,7 @@ from gating_jax.timing import MASKED
 LOADER = '''\
 """Runs this network: `python load.py IMAGE ...` says the class of each image.
 
-A network that is told the set of an image takes its number: `python load.py --set=1 IMAGE`.
+A network that knows the set of an image takes its number: `python load.py --set=1 IMAGE`.
 It needs `pip install jax flatbuffers safetensors pillow`, but not the package that trained it.
 """
 
@@ -64,6 +64,9 @@ def prepare(file, number=0):
   if image.mode[0] == "I":
     # 16 bits become 8; Pillow would cut them off.
     image = Image.fromarray(np.uint8(np.round(np.array(image) / 257)))
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
   image = resize(image.convert("L" if COLOURS == 1 else "RGB"))
   pixels = np.float32(image).reshape(HEIGHT, WIDTH, COLOURS)
   if SETS:
@@ -149,7 +152,7 @@ def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[
 
 
 def _count_sets(model: Mapping[str, Any]) -> int:
-  """Returns the number of sets of a network that is told the set of an image; 0 for others."""
+  """Returns the number of sets of a network that knows the set of an image; 0 for others."""
   return model.get("sources") or 0
 
 
@@ -207,7 +210,7 @@ def _has_exits(card: Mapping[str, Any]) -> bool:
 
 
 def _kind(card: Mapping[str, Any]) -> str:
-  """Returns the end of a title, which tells the exports of a run apart."""
+  """Returns the end of a title, which distinguishes the exports of a run."""
   if card.get("weights") == "int8":
     return ", 8-bit weights"
   return ", skipping closed units" if _skips(card) and not _has_exits(card) else ""

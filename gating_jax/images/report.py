@@ -145,7 +145,7 @@ def describe_run(
     rows=rows,
     score=score,
     tests=_list_tests(run_dir, {"step": step, **result}, score[0]),
-    histograms=_list_histograms(run_dir, step, gates, layers),
+    histograms=_list_histograms(run_dir, step, gates, layers=layers),
     macs=experiment.counts.macs,
     images=images,
     gates=gates,
@@ -180,7 +180,7 @@ def _list_tests(run_dir: RunDir, last: Mapping[str, Any], score: str) -> list[Ma
 
 
 def _list_histograms(
-  run_dir: RunDir, step: int, gates: GateBehaviour | None, layers: Sequence[tuple[str, int]]
+  run_dir: RunDir, step: int, gates: GateBehaviour | None, *, layers: Sequence[tuple[str, int]]
 ) -> list[dict[str, Any]]:
   """Returns the histograms of this test and of earlier ones that count the same.
 
@@ -247,7 +247,7 @@ def make_opening(run: ImageRun) -> page.Opening:
   picture = None if run.gates is None else _outcomes(run)
   if picture is None:
     text = f"{text} This network has no gates: every unit is computed for every {run.noun}.".strip()
-  return page.Opening(numbers, picture, text, run.notice)
+  return page.Opening(numbers, picture, text, notice=run.notice)
 
 
 _SCORES = {
@@ -304,7 +304,9 @@ def predict_images(
     "loss": [f"{loss:.4f}" for loss in images.losses],
     "MACs": [f"{macs:.0f}" for macs in images.macs],
   }
-  return predictions.of_classes("image", images.labels, images.predicted, class_names, more)
+  return predictions.of_classes(
+    "image", images.labels, images.predicted, class_names=class_names, more=more
+  )
 
 
 def _predictions(run: ImageRun) -> list[page.Section]:
@@ -559,7 +561,7 @@ def _mostly(run: ImageRun, gate: int) -> str:
 
 
 def _classes(run: ImageRun) -> page.Section:
-  """Shows the gates that tell most about the class."""
+  """Shows the gates with the most information about the class."""
   title, diagnosis = "Gates and classes", run.gated.diagnosis
   class_rates, information = run.gated.class_rates, diagnosis.class_information
   # As for all sets whose images have classes.

@@ -55,7 +55,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
     workdir: the run directory.
     mode: one of those of `runner.run`; `compile` times programs that skip closed gates.
   """
-  with runner.opening_data(Segmentation, config, workdir, mode):
+  with runner.opening_data(Segmentation, config, workdir, mode=mode):
     experiment = build(config)
   runner.run(Segmentation(experiment), workdir, mode)
 
@@ -243,7 +243,7 @@ class Segmentation(Classification):
     # On one device: three scenes need not divide over all of them.
     results = jax.device_get(run_batch(jax.device_get(state), images, truth))
     counts = experiment.counts
-    macs = counts.of_results(results, len(images))
+    macs = counts.of_results(results, count=len(images))
     figure = image_pictures.draw_scenes(
       images,
       truth=truth,

@@ -20,14 +20,13 @@ import numpy as np
 from flax import traverse_util
 
 from gating_jax import config_files
-from gating_jax.analysis import importance as units
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
 from gating_jax.data import image_sets
-from gating_jax.images.build import Experiment
+from gating_jax.images.build import Experiment, build
 from gating_jax.images.checks import PRIOR, PRUNE
-from gating_jax.images.restore import restore_network
 from gating_jax.layers.gate import GateSettings, is_gate_path
+from gating_jax.models import importance as units
 from gating_jax.models.pretrained import (
   IMAGENET_MEAN,
   IMAGENET_STD,
@@ -39,7 +38,8 @@ from gating_jax.models.pretrained import (
 )
 from gating_jax.models.vggs import VGG, VGGS, is_dense_name
 from gating_jax.terminal import say
-from gating_jax.training import rundir, settings
+from gating_jax.training import outlines, rundir, settings
+from gating_jax.training.checkpoints import Checkpoint, restore_newest
 from gating_jax.training.rundir import RunDir, RunDirError
 from gating_jax.training.steps import TrainState
 
@@ -54,6 +54,32 @@ class Weights(NamedTuple):
 
   model: nn.Module
   variables: dict[str, Any]
+
+
+def restore_network(config: Config, run_dir: RunDir) -> tuple[Experiment, Checkpoint | None]:
+  """Builds the experiment of a run, and restores the variables of its network.
+
+  The run keeps outlines of its data, so that they need not be there. Those of a run of an earlier
+  version, which keeps none, are opened.
+
+  Args:
+    config: the config of the run.
+    run_dir: its run directory.
+  Returns:
+    the experiment; and the newest checkpoint with `params` and `batch_stats` for its state, or None
+    where there is none.
+  Raises:
+    ValueError, DatasetNotPreparedError: as in `build`.
+    RunDirError: the outlines are damaged.
+    CheckpointError: there are checkpoints, and none can be read.
+  """
+  experiment = build(config, outlines.read_outlines(run_dir.path))
+  # Shapes are enough to restore, so no state is initialised.
+  found = restore_newest(run_dir.checkpoints, jax.eval_shape(experiment.init_state))
+  if found is None:
+    return experiment, None
+  variables = {"params": found.state.params, "batch_stats": found.state.batch_stats}
+  return experiment, Checkpoint(found.step, variables)
 
 
 def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
@@ -73,10 +99,7 @@ def check_start(config: Config, *, with_checkpoint: bool = False) -> Config:
     )
   if with_checkpoint and not start.has_checkpoint():
     raise RunDirError(_no_start(start))
-  known = ml_collections.ConfigDict(rundir.with_tuples(start.config()))
-  default = config_files.base(config.experiment)
-  if default is not None:
-    config_files.add_unset_fields(known, default)
+  known = config_files.completed(ml_collections.ConfigDict(rundir.with_tuples(start.config())))
   # Other fields that their config lacks, being older, are taken from this one.
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
@@ -154,10 +177,12 @@ def check_can_start(experiment: Experiment, weights: Weights | None = None) -> N
   # Shapes are enough for the check.
   shapes = jax.eval_shape(experiment.init_state)
   image = jax.ShapeDtypeStruct((1, *experiment.test.shape), np.float32)
-  _start_from_file(experiment, shapes, image, weights)
+  _start_from_file(experiment, shapes, image, weights=weights)
 
 
-def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> TrainState:
+def start_from(
+  experiment: Experiment, state: TrainState, train: Any = None, weights: Weights | None = None
+) -> TrainState:
   """Returns a fresh state with the parameters and statistics that `model.init_from` names.
 
   They are those of a run's newest checkpoint, or of a file of weights.
@@ -166,6 +191,7 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
     experiment: the experiment to start.
     state: a fresh state of it.
     train: the training set, for the importance of units where `model.importance.form` is set.
+    weights: those of the file, where they are read already.
   Raises:
     RunDirError: the run has no checkpoint.
     FileNotFoundError: there is no such file.
@@ -177,7 +203,7 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
     images = _read_images(experiment, train)
     say(f"the importance of units is taken from {len(images)} training images")
   if names_weights(folder):
-    started, said = _start_from_file(experiment, state, images)
+    started, said = _start_from_file(experiment, state, images, weights=weights)
     for line in said:
       say(line)
     return _with_prior(experiment, started, images)
@@ -187,7 +213,7 @@ def start_from(experiment: Experiment, state: TrainState, train: Any = None) -> 
   step, taken = found
   say(f"starting from the parameters of step {step} in {folder}")
   if experiment.config.model.importance.form == PRUNE:
-    taken = _pruned(theirs.model, taken, state, images)
+    taken = _pruned(theirs.model, taken, state, images=images)
   started = state.replace(
     params=_merged(state.params, taken["params"], folder),
     batch_stats=_merged(state.batch_stats, taken["batch_stats"], folder),
@@ -205,7 +231,9 @@ def _read_images(experiment: Experiment, train: Any) -> jax.Array:
     index = np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)
   else:
     count = min(count, train.in_epoch)
-    index = image_sets.batch_indices(experiment.config.seed, 0, count, train.shares)
+    index = image_sets.batch_indices(
+      experiment.config.seed, step=0, batch_size=count, examples=train.shares
+    )
   pixels, _ = train.read(index)
   return experiment.normalise(pixels)
 
@@ -214,6 +242,7 @@ def _pruned(
   model: nn.Module,
   variables: Mapping[str, Any],
   state: TrainState,
+  *,
   images: Any,
   is_fresh: Callable[[tuple[str, ...]], bool] = lambda path: False,
 ) -> dict[str, Any]:
@@ -276,7 +305,7 @@ def _with_prior(experiment: Experiment, state: TrainState, images: Any) -> Train
 
 
 def _start_from_file(
-  experiment: Experiment, state: TrainState, images: Any, weights: Weights | None = None
+  experiment: Experiment, state: TrainState, images: Any, *, weights: Weights | None = None
 ) -> tuple[TrainState, list[str]]:
   """Returns a state with the weights of a file, and lines that say what was taken and made.
 
@@ -318,7 +347,7 @@ def _start_from_file(
   if config.model.importance.form == PRUNE:
     whole = {"params": variables["params"], "batch_stats": statistics}
     with settings.named("model.init_from"):
-      taken = _pruned(model, whole, state, images, is_fresh)
+      taken = _pruned(model, whole, state, images=images, is_fresh=is_fresh)
     theirs, statistics = taken["params"], taken["batch_stats"]
   started = state.replace(
     params=_merged(state.params, theirs, file, what="weights", is_fresh=is_fresh),

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 
 from gating_jax.checks import user_path
 from gating_jax.images.build import Experiment
-from gating_jax.images.checks import scope_of
-from gating_jax.images.restore import restore_network
-from gating_jax.models.pretrained import load_pretrained, names_weights
+from gating_jax.images.start import Weights, restore_network
+from gating_jax.models.pretrained import names_weights, read_network, require_classifier
 from gating_jax.models.summary import model_summary
 from gating_jax.training import settings
 from gating_jax.training.rundir import RunDir, RunDirError
@@ -54,11 +53,12 @@ class Teacher(NamedTuple):
     return found
 
 
-def load_teacher(experiment: Experiment) -> Teacher | None:
+def load_teacher(experiment: Experiment, weights: Weights | None = None) -> Teacher | None:
   """Loads the teacher that a config names; None where it names none.
 
   Args:
     experiment: the experiment of the network to train.
+    weights: those of the file that `model.init_from` names, where they are read already.
   Raises:
     RunDirError, FileNotFoundError: there is no such run, it is not finished, or there is no file.
     ValueError: the teacher is of other classes, of another order of them, with a head a set, of
@@ -69,7 +69,11 @@ def load_teacher(experiment: Experiment) -> Teacher | None:
     return None
   # The network that this one starts from, unless another is named.
   source = config.loss.distillation.teacher or config.model.init_from
-  teacher = _of_file(source, experiment) if names_weights(source) else _of_run(source, experiment)
+  if names_weights(source):
+    known = weights if source == config.model.init_from else None
+    teacher = _of_file(source, experiment, known)
+  else:
+    teacher = _of_run(source, experiment)
   image = jax.ShapeDtypeStruct((1, *experiment.test.shape), jnp.float32)
   try:
     logits = jax.eval_shape(teacher.teach, teacher.variables, image)
@@ -88,11 +92,12 @@ def load_teacher(experiment: Experiment) -> Teacher | None:
   return teacher
 
 
-def _of_file(source: str, experiment: Experiment) -> Teacher:
-  """Loads a teacher from a file of weights."""
-  model, variables = load_pretrained(user_path(source))
+def _of_file(source: str, experiment: Experiment, weights: Weights | None) -> Teacher:
+  """Loads a teacher from a file of weights, which may be read already."""
+  model, variables = weights or read_network(source)
+  require_classifier(model, source)
   counts = model_summary(model, experiment.test.shape)
-  return Teacher(source, model, variables, float(counts.macs), None)
+  return Teacher(source, model, variables, macs=float(counts.macs), accuracy=None)
 
 
 def _of_run(source: str, experiment: Experiment) -> Teacher:
@@ -110,10 +115,10 @@ def _of_run(source: str, experiment: Experiment) -> Teacher:
       f"{theirs.experiment}"
     )
   # Its outputs for classes of other sets were never trained.
-  if scope_of(theirs) != "all":
+  if theirs.loss.scope not in (None, "all"):
     raise ValueError(
       "loss.distillation.teacher must name a run whose classes all compete; that of "
-      f"{source} has loss.scope={scope_of(theirs)!r}"
+      f"{source} has loss.scope={theirs.loss.scope!r}"
     )
   for name in ("mean", "std"):
     if theirs.data[name] != config.data[name]:
@@ -127,7 +132,7 @@ def _of_run(source: str, experiment: Experiment) -> Teacher:
     raise RunDirError(f"loss.distillation.teacher must name a run with a checkpoint; got {source}")
   with run_dir.reading_result():
     macs, accuracy = float(result["macs"]), float(result["accuracy"])
-  return Teacher(source, built.model, jax.device_get(found.state), macs, accuracy)
+  return Teacher(source, built.model, jax.device_get(found.state), macs=macs, accuracy=accuracy)
 
 
 def _check_same_data(source: str, theirs: Experiment, mine: Experiment) -> None:

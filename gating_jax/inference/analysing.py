@@ -130,7 +130,7 @@ def analyse(
   check_float(net)
   arguments.whole_number("buckets", buckets)
   arguments.instance(
-    "calibration", calibration, Iterable, "images, or an iterable of batches of them"
+    "calibration", calibration, Iterable, rule="images, or an iterable of batches of them"
   )
   switched, ways = f"switch of {buckets}", _ways(net)
   # Sums of integers over images; divided once, below.
@@ -188,7 +188,7 @@ def prune(
   1
   """
   rule = "an Analysis, as returned by analyse(model, variables, images)"
-  arguments.instance("analysis", analysis, Analysis, rule)
+  arguments.instance("analysis", analysis, Analysis, rule=rule)
   static = find_static_units(
     analysis.net,
     analysis.gate_statistics,

@@ -154,7 +154,7 @@ def check_options(
   arguments.whole_number("batch_size", batch_size)
   arguments.whole_number("buckets", buckets)
   arguments.whole_number("repeats", repeats)
-  arguments.number("max_slowdown_all_open", max_slowdown_all_open, "> 0", lambda v: v > 0)
+  arguments.number("max_slowdown_all_open", max_slowdown_all_open, "> 0", holds=lambda v: v > 0)
   if calibration is not None:
     calibration = check_images("calibration", calibration, input_shape)
     calibration = check_finite("calibration", calibration)
@@ -263,7 +263,7 @@ def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
 
 
 def count_pieces(progress: ReportProgress | None, total: int) -> Callable[[], None]:
-  """Returns a function that tells `progress` of one more finished piece of `total` at each call."""
+  """Returns a function that reports one more piece of `total` to `progress` at each call."""
   done = itertools.count(1)
 
   def advance() -> None:
@@ -445,7 +445,7 @@ def choose_fastest(
     best = MASKED
   # With every unit open, a strategy with a kernel of its own may be the quickest.
   everything = min(seconds[MASKED], seconds[UNGATED], *open_seconds.values())
-  return Choice(best, seconds, open_ratios, everything)
+  return Choice(best, seconds, open_ratios, everything=everything)
 
 
 def baseline_programs(

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.former_names import former_keyword
 from gating_jax.inference import folded
 from gating_jax.inference.analysing import gates_of
 from gating_jax.inference.compiled import (
@@ -50,6 +49,7 @@ from gating_jax.inference.strategies import (
   why_not,
   worth_trying,
 )
+from gating_jax.names import former_keyword
 from gating_jax.timing import CHOSEN, MASKED, ReportProgress, race
 from gating_jax.types import Array
 
@@ -457,7 +457,7 @@ def part_inputs(net: FoldedNet, x: Array) -> list[PartInputs]:
   def spy(part, x, gates, before):
     """Computes a part by masking, and notes its inputs."""
     seen.append(PartInputs(x, gates, before))
-    return folded.masked(part, x, gates, before)
+    return folded.masked(part, x, gates, before=before)
 
   folded.run(net, x, spy)
   return seen

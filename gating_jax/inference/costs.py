@@ -33,7 +33,7 @@ from gating_jax.inference.folded import (
 )
 from gating_jax.layers.context import THUMBNAIL
 from gating_jax.ops.compaction import example_sizes
-from gating_jax.ops.macs import conv_macs
+from gating_jax.ops.macs import conv_macs, dense_layer_macs
 from gating_jax.timing import EXIT_DISPATCH, MASKED
 
 
@@ -116,8 +116,7 @@ def head_macs(part: Part) -> int:
   """Returns the multiply-accumulates of a part's gate network for one example; 0 without one."""
   if part.head is None:
     return 0
-  layers = (part.head.hidden, part.head.logits)
-  return sum(conv_macs(kernel.shape, (1, kernel.shape[-1])) for kernel in layers)
+  return dense_layer_macs(part.head.hidden.shape, part.head.logits.shape)
 
 
 def gate_network_macs(net: FoldedNet) -> int:
@@ -164,7 +163,7 @@ def part_macs(part: Part, shape: Shape, inputs: Any = None, *, opened: Sequence[
       Empty: all.
   """
   if isinstance(part, Layer):
-    return _layer_macs(part, shape, inputs, opened)
+    return _layer_macs(part, shape, inputs, opened=opened)
   shortcut = shortcut_macs(part, shape, outputs=opened[-1] if opened and part.output_gate else None)
   return Cost(shortcut.shape, shortcut.macs + branch_macs(part, shape, inputs, opened=opened))
 
@@ -178,9 +177,9 @@ def computed_macs(
   return shortcut_macs(part, shape).macs + branch_macs(part, shape, inputs, opened=opened)
 
 
-def _layer_macs(layer: Layer, shape: Shape, inputs: Any, opened: Sequence[Any]) -> Cost:
+def _layer_macs(layer: Layer, shape: Shape, inputs: Any, *, opened: Sequence[Any]) -> Cost:
   """Computes the cost of a layer, with the arguments of `part_macs`."""
-  conv = _conv_macs(layer.conv, shape, inputs, opened[0] if opened else None)
+  conv = _conv_macs(layer.conv, shape, inputs=inputs, outputs=opened[0] if opened else None)
   if layer.pool is None:
     return conv
   window, stride, pad = layer.pool
@@ -201,7 +200,7 @@ def branch_macs(
   total = 0
   for i, conv in enumerate(block.convs):
     outputs = opened[i] if i < len(opened) else None
-    shape, conv_cost = _conv_macs(conv, shape, inputs, outputs)
+    shape, conv_cost = _conv_macs(conv, shape, inputs=inputs, outputs=outputs)
     # Channels closed by a gate are no input of the next convolution.
     total, inputs = total + conv_cost, outputs
   return fraction * total
@@ -217,14 +216,14 @@ def shortcut_macs(block: Block, shape: Shape, outputs: Any = None) -> Cost:
   """
   if block.project is not None:
     # All inputs count, as in the records of the model.
-    return _conv_macs(block.project, shape, None, outputs)
+    return _conv_macs(block.project, shape, inputs=None, outputs=outputs)
   # Without a projection the shortcut costs nothing; strides round up.
   stride, before, after = block.pad
   height, width, channels = shape
   return Cost((-(-height // stride), -(-width // stride), before + channels + after), 0)
 
 
-def _conv_macs(conv: Conv, shape: Shape, inputs: Any = None, outputs: Any = None) -> Cost:
+def _conv_macs(conv: Conv, shape: Shape, inputs: Any = None, *, outputs: Any = None) -> Cost:
   """Computes the cost of a convolution; `inputs` and `outputs` are numbers of channels, or None."""
   # Padding is symmetric, so a stride divides the size, rounded up.
   height, width = -(-shape[0] // conv.stride), -(-shape[1] // conv.stride)
@@ -297,7 +296,9 @@ class Account:
     return of_parts + sum(self.heads) + self.glance + self.outer
 
 
-def exit_dispatch_macs(net: ExitNet, input_shape: Shape, stay: np.ndarray, buckets: int) -> float:
+def exit_dispatch_macs(
+  net: ExitNet, input_shape: Shape, stay: np.ndarray, *, buckets: int
+) -> float:
   """Computes the MACs of `exit_dispatch` per image of a batch, padding included.
 
   Args:
@@ -321,8 +322,8 @@ def exit_ratios(
   net: ExitNet,
   without_exits: FoldedNet,
   input_shape: Shape,
-  stays: Sequence[np.ndarray],
   *,
+  stays: Sequence[np.ndarray],
   buckets: int,
 ) -> MacRatios:
   """Computes the ratios of multiply-accumulates to those of the network without exits.
@@ -335,7 +336,7 @@ def exit_ratios(
     buckets: as in `exits.run`.
   """
   # Padding depends on the images that share a batch, so MACs are counted batch by batch.
-  gathered = [exit_dispatch_macs(net, input_shape, stay, buckets) for stay in stays]
+  gathered = [exit_dispatch_macs(net, input_shape, stay, buckets=buckets) for stay in stays]
   return MacRatios.relative_to(
     int(macs(without_exits, input_shape)),
     opened=float(np.mean(exit_macs(net, input_shape, np.concatenate(stays)))),

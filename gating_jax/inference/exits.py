@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.former_names import former_keyword
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import (
   AUTO,
@@ -46,6 +45,7 @@ from gating_jax.inference.folded import ExitNet, FoldedNet, Layer
 from gating_jax.inference.folding import check_foldable, fold_conv, fold_stages
 from gating_jax.inference.strategies import for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
+from gating_jax.names import former_keyword
 from gating_jax.ops import confidence
 from gating_jax.timing import EXIT_DISPATCH, MASKED, ReportProgress
 from gating_jax.types import Array
@@ -257,9 +257,11 @@ def compile_exits(
     max_slowdown_all_open=max_slowdown_all_open,
     advance=count_pieces(progress, count_runs(ways) + repeats),
   )
-  # Both programs let the same images leave, so one of them tells the MACs of both.
+  # Both programs let the same images leave, so the MACs of one are those of both.
   stays = [np.asarray(programs[MASKED](net, x)[1]) for x in batches]
-  ratios = exit_ratios(net, without_exits(net), options.input_shape, stays, buckets=options.buckets)
+  ratios = exit_ratios(
+    net, without_exits(net), options.input_shape, stays=stays, buckets=options.buckets
+  )
   timings = choice.timings(ratios)
   return CompiledExits(net, choice.strategy, options=options, timings=timings)
 

@@ -142,15 +142,15 @@ def export_model(
   ...   sorted(file.name for file in path.iterdir())
   ['card.json', 'program.stablehlo', 'weights.safetensors']
   """
-  arguments.instance("directory", directory, (str, os.PathLike), "a path")
-  arguments.instance("card", card, Mapping, "a mapping of names to JSON values")
-  arguments.instance("files", files, Mapping, "a mapping of names to bytes")
+  arguments.instance("directory", directory, (str, os.PathLike), rule="a path")
+  arguments.instance("card", card, Mapping, rule="a mapping of names to JSON values")
+  arguments.instance("files", files, Mapping, rule="a mapping of names to bytes")
   for name, content in files.items():
-    arguments.instance("files: a name", name, str, "a text")
+    arguments.instance("files: a name", name, str, rule="a text")
     # `Path` takes the last two for names.
     if name in (PROGRAM, WEIGHTS, CARD, "", "..") or Path(name).name != name:
       raise ValueError(f"files must have names of their own, without folders; got {name!r}")
-    arguments.instance(f"files[{name!r}]", content, bytes, "bytes, the content of a file")
+    arguments.instance(f"files[{name!r}]", content, bytes, rule="bytes, the content of a file")
   # A Flax module is callable, too, but not without its variables.
   if isinstance(model, nn.Module):
     raise TypeError(f"model must be folded first, by fold(model, variables); got {shown(model)}")
@@ -176,7 +176,7 @@ def export_model(
 
   # Weights become an argument, so that the program holds no constants of their size.
   weights, function = _split_weights(model)
-  program = _program(function, weights, _images(input_shape, batch_size), platforms)
+  program = _program(function, weights, _images(input_shape, batch_size), platforms=platforms)
   files = {
     PROGRAM: bytes(program.serialize()),
     WEIGHTS: save({name: np.asarray(w) for name, w in weights.items()}),
@@ -245,7 +245,7 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
   from safetensors import SafetensorError
   from safetensors.numpy import load as read_tensors
 
-  arguments.instance("directory", directory, (str, os.PathLike), "a path")
+  arguments.instance("directory", directory, (str, os.PathLike), rule="a path")
   directory = user_path(directory)
   card = _read_card(directory)
   data = {name: _read(directory, name, card) for name in (PROGRAM, WEIGHTS)}
@@ -265,7 +265,7 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
   wanted = jax.tree.unflatten(program.in_tree, program.in_avals)[0][0]
   if _shapes(weights) != _shapes(wanted):
     raise ExportError(f"{directory / WEIGHTS} does not have the weights that {PROGRAM} takes")
-  return Loaded(card, jax.device_put(weights), program, jax.jit(program.call))
+  return Loaded(card, jax.device_put(weights), program, _call=jax.jit(program.call))
 
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:

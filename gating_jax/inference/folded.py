@@ -36,8 +36,8 @@ from gating_jax.layers.context import (
   grid_means,
   standardised_thumbnail,
 )
-from gating_jax.lazy import lazy_names
-from gating_jax.ops.macs import conv_macs
+from gating_jax.names import lazy_names
+from gating_jax.ops.macs import dense_layer_macs
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import AnyArray, Array
 
@@ -424,7 +424,7 @@ class FoldedNet:
 
   def outer_macs(self) -> int:
     """Returns the multiply-accumulates per example of what is in no part: of dense layers."""
-    return sum(conv_macs(kernel.shape, (1, *bias.shape)) for kernel, bias in self.dense)
+    return dense_layer_macs(*(kernel.shape for kernel, _ in self.dense))
 
   @property
   def dense(self) -> tuple[tuple[Array, Array], ...]:

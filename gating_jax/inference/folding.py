@@ -147,10 +147,10 @@ def _chain_parts(
     # The channels that the model has, also where gates before have removed inputs.
     groups = (_group(model, convs[i].bias.size),)
     if model.gate.context == "none":
-      (scale,) = _static_gates(model, flat, layer.path, groups)
+      (scale,) = _static_gates(model, flat, layer.path, groups=groups)
       convs[i], convs[i + 1] = _scaled_away(convs[i], scale, convs[i + 1])
     else:
-      heads[i] = _head(model.gate, flat, layer.path, groups)
+      heads[i] = _head(model.gate, flat, layer.path, groups=groups)
   parts = []
   for i, (conv, head) in enumerate(zip(convs, heads, strict=True)):
     parts.append(Layer(conv, head, relu=i + 1 < len(convs)))
@@ -164,7 +164,13 @@ def _chain_conv(flat: Mapping[Path, np.ndarray], layer: ChainLayer) -> Conv:
   if layer.norm is not None:
     factor, shift = _norm(flat, layer.norm.path, layer.norm.epsilon)
     kernel, bias = kernel * factor, bias * factor + shift
-  return Conv(jnp.asarray(kernel), jnp.asarray(bias), layer.stride, layer.dilation, same=layer.same)
+  return Conv(
+    jnp.asarray(kernel),
+    jnp.asarray(bias),
+    stride=layer.stride,
+    dilation=layer.dilation,
+    same=layer.same,
+  )
 
 
 def _flat(
@@ -177,13 +183,13 @@ def _flat(
       shape.
   """
   if variables is not None:
-    instance("variables", variables, Mapping, "a mapping with params and batch_stats")
+    instance("variables", variables, Mapping, rule="a mapping with params and batch_stats")
   flat = {}
   for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items():
     if path[0] in ("params", "batch_stats"):
       flat[path] = np.asarray(leaf, np.float32)
   if images is None:
-    # The first kernel tells the number of channels of images, which the model does not know.
+    # The first kernel has the number of channels of images, which the model does not know.
     first_path = ("layer1", "conv") if isinstance(model, VGG) else ("stem",)
     first = flat.get(("params", *first_path, "conv", "kernel"))
     channels = 3 if first is None else first.shape[2]
@@ -359,7 +365,7 @@ def _block(
     stride: of the block.
     dilations: of the first and of later convolutions with a window.
   """
-  convs = _branch(flat, name, stride, dilations)
+  convs = _branch(flat, name, stride=stride, dilations=dilations)
   if ("params", name, "project", "conv", "kernel") in flat:
     block = Block(convs, project=fold_conv(flat, (name, "project"), stride))
   else:
@@ -367,21 +373,21 @@ def _block(
     # each side.
     missing = convs[-1].bias.size - channels
     block = Block(convs, pad=(stride, missing // 2, missing - missing // 2))
-  groups = _block_groups(model, flat, name, convs)
+  groups = _block_groups(model, flat, name, convs=convs)
   if not groups:
     return block
   if model.gate.context == "none":
-    return _with_static_gates(model, block, _static_gates(model, flat, (name,), groups))
+    return _with_static_gates(model, block, _static_gates(model, flat, (name,), groups=groups))
   return dataclasses.replace(
     block,
-    head=_head(model.gate, flat, (name,), groups),
+    head=_head(model.gate, flat, (name,), groups=groups),
     layer_gate=model.gating == "layer",
     output_gate=model.gating == "all_channels",
   )
 
 
 def _branch(
-  flat: Mapping[Path, np.ndarray], name: str, stride: int, dilations: tuple[int, int]
+  flat: Mapping[Path, np.ndarray], name: str, stride: int, *, dilations: tuple[int, int]
 ) -> tuple[Conv, ...]:
   """Folds the convolutions of a block's branch; arguments as in `_block`."""
   first, later = dilations
@@ -389,17 +395,17 @@ def _branch(
   if ("params", name, "conv3", "conv", "kernel") in flat:
     return (
       fold_conv(flat, (name, "conv1")),
-      fold_conv(flat, (name, "conv2"), stride, first),
+      fold_conv(flat, (name, "conv2"), stride=stride, dilation=first),
       fold_conv(flat, (name, "conv3")),
     )
   return (
-    fold_conv(flat, (name, "conv1"), stride, first),
+    fold_conv(flat, (name, "conv1"), stride=stride, dilation=first),
     fold_conv(flat, (name, "conv2"), dilation=later),
   )
 
 
 def _block_groups(
-  model: ResNet, flat: Mapping[Path, np.ndarray], name: str, convs: Sequence[Conv]
+  model: ResNet, flat: Mapping[Path, np.ndarray], name: str, *, convs: Sequence[Conv]
 ) -> tuple[Group, ...]:
   """Returns the groups of a block's gates; none without gates."""
   if model.gating == "layer":
@@ -435,18 +441,20 @@ def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]) -> tuple[Layer, ...]
     layers.append(Layer(conv, pool=_VGG_POOL if is_pooled else None))
   if model.gating == "channel":
     for i in range(len(layers)):
-      _gate_layer(model, flat, layers, i)
+      _gate_layer(model, flat, layers, i=i)
   return tuple(layers)
 
 
-def _gate_layer(model: VGG, flat: Mapping[Path, np.ndarray], layers: list[Layer], i: int) -> None:
+def _gate_layer(
+  model: VGG, flat: Mapping[Path, np.ndarray], layers: list[Layer], *, i: int
+) -> None:
   """Gives a layer its gates; where they look at no image, folds them into it and the next."""
   name, layer = f"layer{i + 1}", layers[i]
   groups = (_group(model, layer.conv.bias.size),)
   if model.gate.context != "none":
-    layers[i] = dataclasses.replace(layer, head=_head(model.gate, flat, (name,), groups))
+    layers[i] = dataclasses.replace(layer, head=_head(model.gate, flat, (name,), groups=groups))
     return
-  (scale,) = _static_gates(model, flat, (name,), groups)
+  (scale,) = _static_gates(model, flat, (name,), groups=groups)
   if i + 1 < len(layers):
     conv, following = _scaled_away(layer.conv, scale, layers[i + 1].conv)
     layers[i + 1] = dataclasses.replace(layers[i + 1], conv=following)
@@ -490,15 +498,20 @@ def fold_stages(
 
 
 def fold_conv(
-  flat: Mapping[Path, np.ndarray], path: Path, stride: int = 1, dilation: int = 1, norm: bool = True
+  flat: Mapping[Path, np.ndarray],
+  path: Path,
+  stride: int = 1,
+  *,
+  dilation: int = 1,
+  norm: bool = True,
 ) -> Conv:
   """Folds the BatchNorm of a `ConvNorm`, if any, into its convolution."""
   kernel = flat["params", *path, "conv", "kernel"]
   if not norm:
     bias = flat["params", *path, "conv", "bias"]
-    return Conv(jnp.asarray(kernel), jnp.asarray(bias), stride, dilation)
+    return Conv(jnp.asarray(kernel), jnp.asarray(bias), stride=stride, dilation=dilation)
   factor, bias = _norm(flat, (*path, "norm"))
-  return Conv(jnp.asarray(kernel * factor), jnp.asarray(bias), stride, dilation)
+  return Conv(jnp.asarray(kernel * factor), jnp.asarray(bias), stride=stride, dilation=dilation)
 
 
 def _norm(
@@ -591,6 +604,7 @@ def _static_gates(
   model: ResNet | VGG | GatedModel,
   flat: Mapping[Path, np.ndarray],
   part: Path,
+  *,
   groups: tuple[Group, ...],
 ) -> list[np.ndarray]:
   """Returns the values of gates that look at no image, `[C]` for the channels of each group."""

@@ -211,7 +211,14 @@ def find_chains(model: GatedModel, variables: Mapping[str, Any], shape: Shape) -
     layers += [each.path for each in chain]
     ends.append(len(layers) - 1)
   outer = sum_macs(kernels, lambda path: path not in layers)
-  graft = Graft(inner, tuple(layers), tuple(starts), tuple(ends), shape, outer)
+  graft = Graft(
+    inner,
+    tuple(layers),
+    starts=tuple(starts),
+    ends=tuple(ends),
+    image_shape=shape,
+    outer_macs=outer,
+  )
   return Chains(tuple(chains), graft)
 
 

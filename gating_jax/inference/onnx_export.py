@@ -67,7 +67,7 @@ def to_onnx(net: FoldedNet, input_shape: tuple[int, int, int]) -> bytes:
   """
   import onnx
 
-  arguments.instance("net", net, FoldedNet, "a folded network, as of fold(model, variables)")
+  arguments.instance("net", net, FoldedNet, rule="a folded network, as of fold(model, variables)")
   if isinstance(net, GraftedNet):
     raise ValueError(
       "net must be of a ResNet or a VGG; the other layers of a GatedModel are code for JAX. Export "
@@ -77,13 +77,15 @@ def to_onnx(net: FoldedNet, input_shape: tuple[int, int, int]) -> bytes:
   height, width, channels = check_image_shape(input_shape)
   net.check_channels(channels)
   graph = _Graph()
-  x = _Map(graph.add("Transpose", _INPUT, perm=[0, 3, 1, 2]), channels, height, width)
+  x = _Map(graph.add("Transpose", _INPUT, perm=[0, 3, 1, 2]), channels, height=height, width=width)
   shared = {} if net.glance is None else {"glance": _glance(graph, net.glance.conv, x)}
   logits: list[str] = []
   for part in net.parts:
-    x = _part(graph, part, x, shared, logits)
+    x = _part(graph, part, x, shared=shared, logits=logits)
   outputs = _outputs(graph, net, x)
-  return _serialise(onnx, graph, outputs, logits, (height, width, channels), net)
+  return _serialise(
+    onnx, graph, outputs, logits=logits, input_shape=(height, width, channels), net=net
+  )
 
 
 @naming_extra()
@@ -113,7 +115,7 @@ def load_onnx(data: bytes) -> Callable[[Any], tuple[np.ndarray, tuple[np.ndarray
   import onnxruntime
 
   rule = "the bytes of a model, as of to_onnx(net, input_shape)"
-  arguments.instance("data", data, bytes, rule)
+  arguments.instance("data", data, bytes, rule=rule)
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = usable_cores()
   # Otherwise its threads keep spinning and slow down whatever runs next.
@@ -185,12 +187,12 @@ def _integers(*values: int) -> np.ndarray:
   return np.asarray(values, np.int64)
 
 
-def _part(graph: _Graph, part: Part, x: _Map, shared: dict[str, str], logits: list[str]) -> _Map:
+def _part(graph: _Graph, part: Part, x: _Map, *, shared: dict[str, str], logits: list[str]) -> _Map:
   """Adds a part with its gates; their logits are appended to `logits`."""
   masks, output_mask = [], None
   if part.head is not None:
     groups = part.head.groups
-    found = _head(graph, part.head, x, shared)
+    found = _head(graph, part.head, x, shared=shared)
     # Scales decide on nothing.
     logits += found if part.groups else []
     for group, of_group, shift in zip(groups, found, part.head.shifts(), strict=True):
@@ -198,11 +200,15 @@ def _part(graph: _Graph, part: Part, x: _Map, shared: dict[str, str], logits: li
       masks.append(graph.add("Unsqueeze", _expand(graph, group, gates), _integers(*_PIXELS)))
     if part.output_gate:
       output_mask = masks.pop()
-  y = _layer(graph, part, x, masks) if isinstance(part, Layer) else _block(graph, part, x, masks)
+  y = (
+    _layer(graph, part, x, masks=masks)
+    if isinstance(part, Layer)
+    else _block(graph, part, x, masks=masks)
+  )
   return y if output_mask is None else y._replace(name=graph.add("Mul", y.name, output_mask))
 
 
-def _layer(graph: _Graph, layer: Layer, x: _Map, masks: Sequence[str]) -> _Map:
+def _layer(graph: _Graph, layer: Layer, x: _Map, *, masks: Sequence[str]) -> _Map:
   """Adds a convolution, with ReLU, pool and gates where it has them."""
   y = _conv(graph, layer.conv, x)
   if layer.relu:
@@ -213,7 +219,7 @@ def _layer(graph: _Graph, layer: Layer, x: _Map, masks: Sequence[str]) -> _Map:
       "MaxPool", y.name, kernel_shape=[window] * 2, strides=[stride] * 2, pads=[pad] * 4
     )
     height = (y.height + 2 * pad - window) // stride + 1
-    y = _Map(name, y.channels, height, (y.width + 2 * pad - window) // stride + 1)
+    y = _Map(name, y.channels, height=height, width=(y.width + 2 * pad - window) // stride + 1)
   return y._replace(name=graph.add("Mul", y.name, masks[0])) if masks else y
 
 
@@ -243,7 +249,7 @@ def _shortcut(graph: _Graph, block: Block, x: _Map) -> _Map:
     # Every `stride`-th pixel, from the first on.
     ends, steps = _integers(x.height, x.width), _integers(stride, stride)
     name = graph.add("Slice", x.name, _integers(0, 0), ends, _integers(*_PIXELS), steps)
-    x = _Map(name, x.channels, -(-x.height // stride), -(-x.width // stride))
+    x = _Map(name, x.channels, height=-(-x.height // stride), width=-(-x.width // stride))
   if before or after:
     pads = _integers(0, before, 0, 0, 0, after, 0, 0)
     x = x._replace(name=graph.add("Pad", x.name, pads), channels=before + x.channels + after)
@@ -279,10 +285,10 @@ def _conv(graph: _Graph, conv: Conv, x: _Map) -> _Map:
 
 def _head(graph: _Graph, head: Head, x: _Map, shared: dict[str, str]) -> list[str]:
   """Adds a gate network; returns the logits of each group, `[N, U]`."""
-  parts = [_context(graph, part, x, shared) for part in head.context]
+  parts = [_context(graph, part, x, shared=shared) for part in head.context]
   context = parts[0] if len(parts) == 1 else graph.add("Concat", *parts, axis=1)
-  hidden = graph.add("Relu", _dense(graph, context, head.hidden, head.hidden_bias))
-  logits = _dense(graph, hidden, head.logits, head.logits_bias)
+  hidden = graph.add("Relu", _dense(graph, context, head.hidden, bias=head.hidden_bias))
+  logits = _dense(graph, hidden, head.logits, bias=head.logits_bias)
   # NaN where the ReLU may have hidden that the input is not finite; 0 otherwise.
   total = graph.add("ReduceSum", context, _integers(1), keepdims=1)
   logits = graph.add("Add", logits, graph.add("Mul", total, _number(0)))
@@ -339,7 +345,7 @@ def _glance(graph: _Graph, conv: Conv, x: _Map) -> str:
   deviation = graph.add("Sqrt", graph.add("Add", variance, _number(LEAST_VARIANCE)))
   scale = graph.add("Add", deviation, _number(LEAST_DEVIATION))
   standardised = graph.add("Div", centred, scale)
-  y = _conv(graph, conv, _Map(standardised, x.channels, THUMBNAIL, THUMBNAIL))
+  y = _conv(graph, conv, _Map(standardised, x.channels, height=THUMBNAIL, width=THUMBNAIL))
   return graph.add("ReduceMean", graph.add("Relu", y.name), axes=_PIXELS, keepdims=0)
 
 
@@ -374,7 +380,7 @@ def _outputs(graph: _Graph, net: FoldedNet, x: _Map) -> str:
   else:
     y = _cells(graph, x, net.cells)
   for kernel, bias in net.hidden:
-    y = graph.add("Relu", _dense(graph, y, kernel, bias))
+    y = graph.add("Relu", _dense(graph, y, kernel, bias=bias))
   if net.classifier is None:
     return y
   return _dense(graph, y, *net.classifier)
@@ -384,6 +390,7 @@ def _serialise(
   onnx: Any,
   graph: _Graph,
   outputs: str,
+  *,
   logits: Sequence[str],
   input_shape: tuple[int, int, int],
   net: FoldedNet,

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gating_jax.analysis.statistics import GateStatistics
-from gating_jax.former_names import former_keyword
 from gating_jax.inference.folded import (
   Block,
   FoldedNet,
@@ -32,6 +31,7 @@ from gating_jax.inference.folded import (
   walk,
 )
 from gating_jax.inference.quantising import check_folded
+from gating_jax.names import former_keyword
 from gating_jax.ops import arguments
 
 
@@ -166,7 +166,9 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
   rule = "one PruneMask per group, as from find_static_units"
   choices = arguments.items("choices", choices, rule)
   for i, choice in enumerate(choices):
-    arguments.instance(f"choices[{i}]", choice, PruneMask, "a PruneMask, as from find_static_units")
+    arguments.instance(
+      f"choices[{i}]", choice, PruneMask, rule="a PruneMask, as from find_static_units"
+    )
   units = [len(choice.removed) for choice in choices]
   if units != [group.gates for _, _, group, _ in group_places(net)]:
     raise ValueError(f"choices must be one for each group of the network, [U]; got {units}")
@@ -195,14 +197,16 @@ def _check_arguments(
   check_folded(net)
   arguments.whole_number("multiple", multiple)
   if confidence is not None:
-    arguments.number("confidence", confidence, "above 0 and below 1, or None", lambda v: 0 < v < 1)
-  arguments.number("max_rate", max_rate, "above 0 and at most 1", lambda v: 0 < v <= 1)
+    arguments.number(
+      "confidence", confidence, "above 0 and below 1, or None", holds=lambda v: 0 < v < 1
+    )
+  arguments.number("max_rate", max_rate, "above 0 and at most 1", holds=lambda v: 0 < v <= 1)
   gate_statistics = arguments.items(
     "gate_statistics", gate_statistics, "one GroupStatistics per group, as from analyse"
   )
   for i, counted in enumerate(gate_statistics):
     rule = "GroupStatistics, as from analyse"
-    arguments.instance(f"gate_statistics[{i}]", counted, GroupStatistics, rule)
+    arguments.instance(f"gate_statistics[{i}]", counted, GroupStatistics, rule=rule)
   wanted = group_places(net)
   if [(c.part, c.index, c.group, c.layer_gate) for c in gate_statistics] != wanted:
     raise ValueError(

@@ -99,7 +99,7 @@ def _is_int8(leaf: Any) -> bool:
 
 def check_folded(net: Any) -> None:
   """Raises TypeError unless `net` is a `FoldedNet`."""
-  instance("net", net, FoldedNet, "a folded network, as returned by fold(model, variables)")
+  instance("net", net, FoldedNet, rule="a folded network, as returned by fold(model, variables)")
 
 
 def check_float(net: Any) -> None:

@@ -89,7 +89,9 @@ class SkippingProgram:
     # The only wait for the device: the number of chosen segments decides which programs run.
     pieces = pieces_for(int(count), fitting_capacities(self._capacities, record.gates.size))
     logits, records = self._finish(variables, inputs, record.gates, pieces=pieces)
-    return Result({**outputs, "logits": logits}, (record, *records), int(count), sum(pieces))
+    return Result(
+      {**outputs, "logits": logits}, (record, *records), chosen=int(count), computed=sum(pieces)
+    )
 
   def warm_up(self, variables: Mapping[str, Any], inputs: Inputs) -> None:
     """Compiles and runs every program that a batch of these shapes can need."""
@@ -112,7 +114,7 @@ class SkippingProgram:
     # `start`: the number of chosen segments that earlier pieces took.
     parts, start = [], 0
     for capacity in pieces:
-      parts.append(self._encode(variables, inputs, gates, start, capacity=capacity))
+      parts.append(self._encode(variables, inputs, gates, start=start, capacity=capacity))
       start += capacity
     # Each piece has zeros in the places of the others, so the sum holds all.
     features, records = functools.reduce(self._join, parts)
@@ -133,7 +135,7 @@ class MaskedProgram:
   def __call__(self, variables: Mapping[str, Any], inputs: Inputs) -> Result:
     """Runs on a batch."""
     outputs, records, count = self._whole(variables, _check_inputs(inputs))
-    return Result(outputs, records, int(count), records[0].gates.size)
+    return Result(outputs, records, chosen=int(count), computed=records[0].gates.size)
 
   def warm_up(self, variables: Mapping[str, Any], inputs: Inputs) -> None:
     """Compiles and runs the program for a batch of these shapes."""
@@ -246,8 +248,8 @@ def compile_segments(
   >>> program(inputs).outputs["logits"].shape
   (2, 10)
   """
-  arguments.instance("model", model, SegmentNet, "a SegmentNet")
-  arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
+  arguments.instance("model", model, SegmentNet, rule="a SegmentNet")
+  arguments.instance("variables", variables, Mapping, rule="a mapping with params and batch_stats")
   arguments.function("prepare", prepare)
   capacities = arguments.items("capacities", capacities, "numbers >= 1")
   is_number = [isinstance(capacity, int) and capacity >= 1 for capacity in capacities]
@@ -255,7 +257,9 @@ def compile_segments(
     raise ValueError(f"capacities must be numbers >= 1, at least one; got {capacities}")
   one_of("strategy", strategy, (AUTO, MASKED, SEGMENTS))
   arguments.whole_number("repeats", repeats)
-  arguments.number("max_slowdown_all_open", max_slowdown_all_open, "> 0", lambda value: value > 0)
+  arguments.number(
+    "max_slowdown_all_open", max_slowdown_all_open, "> 0", holds=lambda value: value > 0
+  )
   network = _Network(model, variables, prepare=prepare, capacities=capacities)
   if strategy != AUTO:
     return CompiledSegments(variables, strategy=strategy, program=network.program(strategy))
@@ -341,7 +345,7 @@ class _Network(NamedTuple):
       opened=float(opened),
       computed={
         MASKED: counts.computed(valid),
-        SEGMENTS: counts.computed(valid, taken),
+        SEGMENTS: counts.computed(valid, taken=taken),
         UNGATED: counts.all_segments,
       },
     )
@@ -385,7 +389,7 @@ def _check_inputs(inputs: Inputs) -> Inputs:
     TypeError, ValueError: no mapping, or arrays that are not all `[B, T, ...]`.
   """
   arguments.instance(
-    "inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light"
+    "inputs", inputs, Mapping, rule="a mapping with arrays heavy, valid and, for a light net, light"
   )
   if "valid" not in inputs:
     raise ValueError(f"inputs must have 'valid'; got {', '.join(inputs)}")
@@ -434,7 +438,7 @@ def _encode(
   """
   # Padded by the capacity, so that no slice from a chosen segment on is cut off: `dynamic_slice`
   # would move it.
-  index, taken = open_indices(gates.reshape(-1), gates.size + capacity)
+  index, taken = open_indices(gates.reshape(-1), capacity=gates.size + capacity)
   index = lax.dynamic_slice_in_dim(index, start, capacity)
   taken = lax.dynamic_slice_in_dim(taken, start, capacity)
   # Each segment is a video of its own, `[K, 1, ...]`, as `prepare` takes them.
@@ -443,7 +447,7 @@ def _encode(
     seen[name] = x.reshape(-1, 1, *x.shape[2:])[index]
   heavy = prepare(seen)["heavy"][:, 0]
   encoded = model.apply(variables, heavy, method="encode")
-  return jax.tree.map(lambda x: scatter_back(x, index, taken, gates.size), encoded)
+  return jax.tree.map(lambda x: scatter_back(x, index, taken, size=gates.size), encoded)
 
 
 def _classify(

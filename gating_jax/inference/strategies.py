@@ -53,7 +53,7 @@ from gating_jax.inference.folded import (
   output_groups,
   walk,
 )
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 from gating_jax.ops import native_kernels, pallas_kernels
 from gating_jax.ops.compaction import bucket_sizes, example_sizes
 from gating_jax.timing import MASKED
@@ -218,7 +218,7 @@ def switch(part: Part, context: PartContext) -> CompiledPart | None:
 
     def run_all() -> Array:
       """Computes the part with all channels."""
-      return folded.masked(part, x, gates, before)
+      return folded.masked(part, x, gates, before=before)
 
     programs = []
     for program in range(len(axes[0].widths)):
@@ -258,7 +258,7 @@ def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
 
   There is a number for each program.
   """
-  of_groups = [bucket_sizes(group.width, buckets, multiple=CHANNELS) for group in groups]
+  of_groups = [bucket_sizes(group.width, buckets=buckets, multiple=CHANNELS) for group in groups]
   programs, filled = max(map(len, of_groups)), []
   for sizes in of_groups:
     # A group with fewer sizes repeats its last one.
@@ -637,7 +637,7 @@ def native(part: Part, context: PartContext) -> CompiledPart | None:
       masks = [gates_before(before), *between, outer]
       # Gates of the output multiply it afterwards.
       weighted = [block.weighted] * len(between) + [False]
-    return _native_chain(block.convs, x, masks, block.shortcut(x), weighted=weighted)
+    return _native_chain(block.convs, x, masks, shortcut=block.shortcut(x), weighted=weighted)
 
   if isinstance(part, Layer):
     return CompiledPart(dataclasses.replace(part, conv=packed[0]), run_layer)
@@ -648,8 +648,8 @@ def _native_chain(
   convs: Sequence[Conv],
   x: Array,
   masks: Sequence[Array | None],
-  shortcut: Array | None = None,
   *,
+  shortcut: Array | None = None,
   weighted: Sequence[bool],
   relu: bool = True,
 ) -> Array:
@@ -663,8 +663,8 @@ def _native_chain(
     x,
     [conv.kernel for conv in convs],
     [conv.bias for conv in convs],
-    masks,
-    shortcut,
+    gates=masks,
+    shortcut=shortcut,
     strides=[conv.stride for conv in convs],
     weighted=[flag and mask is not None for flag, mask in zip(weighted, masks[1:], strict=True)],
     relu=relu,
@@ -700,7 +700,7 @@ def pallas(part: Part, context: PartContext) -> CompiledPart | None:
     """Computes the block for x `[N, H, W, D]` by the Pallas kernel."""
     del before
     first, last = part.convs
-    weights = pallas_kernels.Branch(first.kernel, first.bias, last.kernel, last.bias)
+    weights = pallas_kernels.Branch(first.kernel, first.bias, kernel2=last.kernel, bias2=last.bias)
     branch = pallas_kernels.gated_branch(weights, x, gates[0], stride=first.stride)
     return jax.nn.relu(branch + part.shortcut(x))
 
@@ -771,7 +771,7 @@ def account(
     of_batches = []
     for walked in walks:
       _, own, before = walked[i]
-      of_batches.append(PartBatch(part, contexts[i], shape, own, before, size))
+      of_batches.append(PartBatch(part, contexts[i], shape, gates=own, before=before, count=size))
     by_strategy = {}
     for name in strategies[i]:
       total = sum(map(STRATEGIES[name].macs, of_batches))

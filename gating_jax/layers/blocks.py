@@ -18,7 +18,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.former_names import former_keyword
 from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_part
 from gating_jax.layers.conv import (
   CONVOLUTIONS,
@@ -37,12 +36,13 @@ from gating_jax.layers.gate import (
   apply_gates,
   decisions,
 )
+from gating_jax.names import former_keyword
 from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_backward
 from gating_jax.ops.macs import ConvMacs, channel_macs
 from gating_jax.types import Array, Records
 
-# Gating of an ungated network that is told the source of each image.
+# Gating of an ungated network that knows the source of each image.
 BIAS = "bias"
 # Gating of an ungated network whose convolutions mix several kernels for each image.
 KERNELS = "kernels"
@@ -63,11 +63,11 @@ class _ResidualBlock(nn.Module):
       y = ReLU(g * branch(x) + x),   g = gate(x) in {0, 1}
 
   of a block that keeps the shape of x; blocks that change the shape always run. With `"bias"` there
-  are no gates: each source of images, of which the network is told, has a bias of its own for every
-  channel between the convolutions, before the ReLU. With `"kernels"` there are none either: every
-  convolution with a window has several kernels, which each image mixes by weights of its own, of a
-  network such as that of gates. Gates may read parts of a context that the network computes once;
-  it passes them as `shared`.
+  are no gates: the network knows the source of each image, and each source has its own bias for
+  every channel between the convolutions, before the ReLU. With `"kernels"` there are none either:
+  every convolution with a window has several kernels, and each image mixes them by its own weights,
+  from a network like that of gates. Gates may read parts of a context that the network computes
+  once; it passes them as `shared`.
 
   Attributes:
     features: output channels; a quarter of them for `Bottleneck`.
@@ -109,8 +109,8 @@ class _ResidualBlock(nn.Module):
     one_of("convolution", self.convolution, CONVOLUTIONS)
     arguments.whole_number("features", self.features)
     arguments.whole_number("stride", self.stride)
-    arguments.number("inner_width", self.inner_width, "> 0", lambda v: 0 < v < math.inf)
-    arguments.number("backward_share", self.backward_share, "in (0, 1]", lambda v: 0 < v <= 1)
+    arguments.number("inner_width", self.inner_width, "> 0", holds=lambda v: 0 < v < math.inf)
+    arguments.number("backward_share", self.backward_share, "in (0, 1]", holds=lambda v: 0 < v <= 1)
 
   def _conv(
     self, name: str, *, features: int, window: int, stride: int = 1, dilation: int = 1
@@ -134,13 +134,15 @@ class _ResidualBlock(nn.Module):
     )
 
   def _mixes(
-    self, x: Array, train: bool, shared: Shared, convs: Sequence[Conv]
+    self, x: Array, train: bool, shared: Shared, *, convs: Sequence[Conv]
   ) -> list[tuple[Array, ...]]:
     """Returns the further arguments of each convolution: its weights, where kernels are mixed."""
     mixed = [isinstance(conv, MixedConvNorm) for conv in convs]
     if not any(mixed):
       return [()] * len(convs)
-    weigh = KernelWeights(sum(mixed), self.kernels, self.gate, self.axis_name, name=GATE_NAME)
+    weigh = KernelWeights(
+      sum(mixed), self.kernels, self.gate, axis_name=self.axis_name, name=GATE_NAME
+    )
     weights = iter(weigh(x, train, shared))
     return [(next(weights),) if is_mixed else () for is_mixed in mixed]
 
@@ -173,7 +175,7 @@ class _ResidualBlock(nn.Module):
       return ()
     return ChannelGate(groups, self.gate, self.axis_name, name=GATE_NAME)(x, train, shared)
 
-  def _told(self, name: str, h: Array, shared: Shared) -> Array:
+  def _add_source_bias(self, name: str, h: Array, shared: Shared) -> Array:
     """Adds the bias of each example's source to features between the convolutions."""
     if self.gating != BIAS:
       return h
@@ -232,7 +234,7 @@ class _ResidualBlock(nn.Module):
       branch,
       [conv.variables for conv in convs],
       x,
-      records[0].gates[:, 0],
+      gates=records[0].gates[:, 0],
       # Its size must be static, so it cannot be the number of open examples itself.
       capacity=math.ceil(self.backward_share * len(x)),
     )
@@ -309,8 +311,10 @@ class BasicBlock(_ResidualBlock):
     conv2 = self._conv("conv2", features=self.features, window=3, dilation=second)
     project = self._project(x, self.features)
     convs = (conv1, conv2)
-    first_mix, second_mix = self._mixes(x, train, shared, convs)
-    h = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train, *first_mix), shared))
+    first_mix, second_mix = self._mixes(x, train, shared, convs=convs)
+    h = nn.relu(
+      self._add_source_bias("bias1", conv1(self._joined(x, extra), train, *first_mix), shared)
+    )
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)
@@ -360,13 +364,15 @@ class Bottleneck(_ResidualBlock):
     convs = (conv1, conv2, conv3)
     project = self._project(x, out)
     # The 1x1 convolutions have one kernel.
-    _, mix, _ = self._mixes(x, train, shared, convs)
-    h1 = nn.relu(self._told("bias1", conv1(self._joined(x, extra), train), shared))
+    _, mix, _ = self._mixes(x, train, shared, convs=convs)
+    h1 = nn.relu(self._add_source_bias("bias1", conv1(self._joined(x, extra), train), shared))
     records = self._records(x, train, shared, convs=convs, project=project)
     if self._skips(records, train):
       branch = self._with_open_backward(convs, x, records)
     else:
-      h2 = nn.relu(self._told("bias2", conv2(self._gated(h1, records, 0), train, *mix), shared))
+      h2 = nn.relu(
+        self._add_source_bias("bias2", conv2(self._gated(h1, records, 0), train, *mix), shared)
+      )
       branch = conv3(self._gated(h2, records, 1), train)
     shortcut = self._shortcut(x, train, features=out, project=project)
     return self._join(branch, shortcut, records)
@@ -375,8 +381,8 @@ class Bottleneck(_ResidualBlock):
 class SourceBias(nn.Module):
   """Adds a bias for each source of images and channel, `[N, ..., C]` to the same.
 
-  It is what an ungated network can do with the number of an image's source, and costs nothing: a
-  baseline for gates, which know more than the image where they are told.
+  An ungated network can use the number of an image's source in this way, at no cost. It is the
+  baseline for gates that know the source, too.
   """
 
   @nn.compact

@@ -6,7 +6,7 @@ The parts `pooled`, `moments` and `grid` describe the map that a gate reads. The
 `told` describe the whole example: a network computes them once, and passes them to its gates.
 
 Axes: N examples, H and W pixels, D channels, S sources of images.
-Reference: Verelst and Tuytelaars, 2020, and Hussein et al., 2020 (a light view of the input tells
+Reference: Verelst and Tuytelaars, 2020, and Hussein et al., 2020 (a light view of the input decides
   what to run); Hu et al., "Squeeze-and-excitation networks", 2018 (pooled).
 """
 

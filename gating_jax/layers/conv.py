@@ -44,7 +44,7 @@ class ConvNorm(nn.Module):
     stride: likewise.
     dtype: type in which it computes.
     axis_name: mapped device axis over which BatchNorm takes its statistics.
-    depthwise: for images only: every channel has a window of its own, and `features` is the number
+    depthwise: for images only: every channel has its own window, and `features` is the number
       of input channels.
     norm: False for a bias in place of the normalisation.
     dilation: distance of the window's taps, in pixels.

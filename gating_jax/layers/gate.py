@@ -3,8 +3,8 @@
 A gate without an input is one parameter per unit: a mask for all examples. With hard concrete gates
 this is L0 regularisation, which closes units permanently.
 
-Thresholds are 0, or quantiles of a layer's logits, which open a given share of its gates in every
-batch. `shift_thresholds` moves them after training: one net then serves several budgets.
+Thresholds are 0, or quantiles of a layer's logits, which open a given fraction of its gates in
+every batch. `shift_thresholds` moves them after training: one net then serves several budgets.
 
 Gates with a prior begin the same for all examples, as static pruning by that prior would be.
 
@@ -39,6 +39,7 @@ from gating_jax.layers.context import (
   context_of,
   shared_part,
 )
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives, quantiles, relaxations
 from gating_jax.ops.arguments import float_dtype
 from gating_jax.ops.macs import UnitMacs
@@ -50,7 +51,7 @@ GATE_NAME = "gate"
 LOGITS = ("head", "logits")
 # Name of the PRNG stream for the gates' noise.
 GATE_RNG = "gate"
-# Collection that sets the noise and the share of gates for one pass; see `gate_controls`.
+# Collection that sets the noise and the fraction of open gates for one pass; see `gate_controls`.
 NOISE = "noise"
 # Log-odds of a gate that never opens, set as its bias, without a kernel. Such a gate is neither
 # normalised nor ranked.
@@ -67,7 +68,7 @@ _SCALE, _SHARE, _SOFTNESS = "scale", "share", "softness"
 # Names in `batch_stats`: of the running mean of thresholds, and of what `shift_thresholds` adds.
 THRESHOLD, SHIFT = "threshold", "shift"
 # Names in `params` of gates that have a prior: what is added to their logits, and the factor of
-# what a gate network says.
+# the outputs of a gate network.
 PRIOR, GAIN = "prior", "gain"
 # Decay of the running mean of thresholds, as of BatchNorm's statistics.
 _MOMENTUM = 0.9
@@ -94,13 +95,13 @@ def gate_controls(
   Args:
     params: the model's parameters, from which the paths of the gates are taken.
     noise_scale: replaces the setting of that name; a number or a traced scalar; None leaves it.
-    share: likewise, the share of gates that a quantile opens.
+    share: likewise, the fraction of gates that a quantile opens.
     softness: likewise, T of `KernelWeights`, which is 1 otherwise.
 
   >>> gate_controls({"block1": {"conv": 0, "gate": {"logits": 0}}}, share=0.5)
   {'block1': {'gate': {'share': 0.5}}}
   """
-  arguments.instance("params", params, Mapping, "a tree of parameters")
+  arguments.instance("params", params, Mapping, rule="a tree of parameters")
   values = {}
   for name, value in ((_SCALE, noise_scale), (_SHARE, share), (_SOFTNESS, softness)):
     if value is not None:
@@ -114,7 +115,8 @@ def gate_controls(
   return traverse_util.unflatten_dict(controls)
 
 
-def shift_thresholds(variables: Mapping[str, Any], shift: float | Array) -> dict[str, Any]:
+@former_positional("shift")
+def shift_thresholds(variables: Mapping[str, Any], *, shift: float | Array) -> dict[str, Any]:
   """Returns variables of a model in which all thresholds of its gates are moved.
 
       open where z > theta + shift,   for every layer of gates with `threshold="quantile"`
@@ -132,10 +134,11 @@ def shift_thresholds(variables: Mapping[str, Any], shift: float | Array) -> dict
     TypeError: variables that are no mapping.
 
   >>> stats = {"block1": {"gate": {"threshold": jnp.float32(0.5)}}}
-  >>> print(shift_thresholds({"batch_stats": stats}, 1.0)["batch_stats"]["block1"]["gate"]["shift"])
+  >>> moved = shift_thresholds({"batch_stats": stats}, shift=1.0)
+  >>> print(moved["batch_stats"]["block1"]["gate"]["shift"])
   1.0
   """
-  arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
+  arguments.instance("variables", variables, Mapping, rule="a mapping with params and batch_stats")
   flat: dict[Path, Any] = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
   moved = {}
   for path, leaf in flat.items():
@@ -172,9 +175,10 @@ class GateSettings:
     context: input of a channel gate. One or several, joined by `+`, of `pooled`, the mean over
       pixels; `moments`, mean and deviation; `grid`, means of 2 x 2 quarters; `glance`, a light look
       at the whole image, the same for all gates; `told`, the number of the image's source, where
-      the network has `sources`. Or `none`: nothing, its logits are parameters; `random`: nothing is
-      learnt, and gates are drawn at the rate `initial_open` in training and evaluation; `assigned`:
-      nothing is learnt, and each source has a fixed, random set of open gates, `share` of all.
+      the network has `sources`. Or `none`: no input, the logits are parameters; `random`: nothing
+      is learnt, and gates are drawn at the rate `initial_open` in training and evaluation;
+      `assigned`: nothing is learnt, and each source has a fixed, random set of open gates, `share`
+      of all.
     relaxation: of channel gates. `straight_through`: sampled in training, and 0/1; `hard_concrete`:
       sampled in training and in [0, 1], with exact zeros also in evaluation; `sigmoid`: the
       probability itself, never sampled; `scale`: 2 sigmoid(z), which multiplies channels and never
@@ -220,10 +224,10 @@ class GateSettings:
   def __post_init__(self):
     check_sampling(self)
     arguments.whole_number("gate block", self.block)
-    arguments.number("gate normalise", self.normalise, ">= 0", lambda v: 0 <= v < math.inf)
-    arguments.number("gate share", self.share, "in (0, 1]", lambda v: 0 < v <= 1)
-    arguments.instance("gate weighted", self.weighted, bool, "True or False")
-    arguments.instance("gate prior", self.prior, bool, "True or False")
+    arguments.number("gate normalise", self.normalise, ">= 0", holds=lambda v: 0 <= v < math.inf)
+    arguments.number("gate share", self.share, "in (0, 1]", holds=lambda v: 0 < v <= 1)
+    arguments.instance("gate weighted", self.weighted, bool, rule="True or False")
+    arguments.instance("gate prior", self.prior, bool, rule="True or False")
     _check_context(self.context)
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
     one_of("gate threshold", self.threshold, THRESHOLDS)
@@ -246,8 +250,8 @@ class GateSettings:
     quantile = self.threshold == "quantile"
     if self.context == "none":
       # The same logits for all examples have no deviation, and are a prior themselves.
-      refuse("normalise", self.normalise > 0, "0", "if context is none")
-      refuse("prior", self.prior, "False", "if context is none")
+      refuse("normalise", self.normalise > 0, "0", why="if context is none")
+      refuse("prior", self.prior, "False", why="if context is none")
     for name, is_set, rule in (
       ("normalise", self.normalise > 0, "0"),
       ("threshold", quantile, "zero"),
@@ -255,15 +259,17 @@ class GateSettings:
       ("prior", self.prior, "False"),
     ):
       if not learnt:
-        refuse(name, is_set, rule, f"if context is {self.context}")
+        refuse(name, is_set, rule, why=f"if context is {self.context}")
       if not hard:
-        refuse(name, is_set, rule, f"if relaxation is {self.relaxation}")
+        refuse(name, is_set, rule, why=f"if relaxation is {self.relaxation}")
     if not quantile and self.context != "assigned":
-      refuse("share", self.share < 1, "1", "unless threshold is quantile or context is assigned")
+      refuse(
+        "share", self.share < 1, "1", why="unless threshold is quantile or context is assigned"
+      )
     if self.relaxation == "scale" and self.context in _ALONE:
-      refuse("context", True, "a sum of parts such as pooled", "if relaxation is scale")
+      refuse("context", True, "a sum of parts such as pooled", why="if relaxation is scale")
     if self.context == "assigned":
-      refuse("relaxation", not hard, "straight_through", "if context is assigned")
+      refuse("relaxation", not hard, "straight_through", why="if context is assigned")
 
   @property
   def parts(self) -> tuple[str, ...]:
@@ -325,22 +331,25 @@ def _check_context(context: object) -> None:
 def check_sampling(gate: Any) -> None:
   """Raises an error unless the fields that settings of all gates have are in their range."""
   arguments.whole_number("gate hidden", gate.hidden)
-  arguments.number("gate initial_open", gate.initial_open, "in (0, 1)", lambda v: 0 < v < 1)
-  arguments.number("gate temperature", gate.temperature, "> 0", lambda v: 0 < v < math.inf)
-  arguments.number("gate noise_scale", gate.noise_scale, ">= 0", lambda v: 0 <= v < math.inf)
+  arguments.number("gate initial_open", gate.initial_open, "in (0, 1)", holds=lambda v: 0 < v < 1)
+  arguments.number("gate temperature", gate.temperature, "> 0", holds=lambda v: 0 < v < math.inf)
+  arguments.number("gate noise_scale", gate.noise_scale, ">= 0", holds=lambda v: 0 <= v < math.inf)
 
 
 def check_gate_settings(name: str, settings: object) -> None:
   """Raises a TypeError unless `settings` are `GateSettings`."""
-  arguments.instance(name, settings, GateSettings, "GateSettings, such as GateSettings(hidden=16)")
+  arguments.instance(
+    name, settings, GateSettings, rule="GateSettings, such as GateSettings(hidden=16)"
+  )
 
 
 class GateHead(nn.Module):
   """Context to one logit per unit: Dense, BatchNorm, ReLU, Dense.
 
   `[N, H, W, D]` or `[N, D]` to `[N, units]`, computed in float32. The context is the mean over
-  pixels, or what the settings say. In training a batch without examples is a ValueError: its mean
-  is NaN, which BatchNorm would keep. `shared` holds what the network computes for all its gates.
+  pixels, or the one that the settings name. In training a batch without examples is a ValueError:
+  its mean is NaN, which BatchNorm would keep. `shared` holds what the network computes for all its
+  gates.
 
   Raises:
     TypeError, ValueError: when called, a field or an input of another kind or out of range.
@@ -435,7 +444,7 @@ class ChannelGate(nn.Module):
     check_examples(x, train)
     units = [self._units(group.channels) for group in self.groups]
     # One head decides on the units of all groups, which are then split.
-    trained, weighing = self._relative(self._logits(x, sum(units), train, shared), train)
+    trained, weighing = self._relative(self._logits(x, sum(units), train, shared=shared), train)
     logits = self._shifted(trained, train)
     # Before the splits: the order in which the logits' gradients add up is that of these lines.
     probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
@@ -480,11 +489,11 @@ class ChannelGate(nn.Module):
       raise TypeError(f"groups must be {what}; got {shown(self.groups)}")
     for i, group in enumerate(self.groups):
       rule = "GatedChannels, such as GatedChannels(channels=32, macs_per_channel=0)"
-      arguments.instance(f"groups[{i}]", group, GatedChannels, rule)
+      arguments.instance(f"groups[{i}]", group, GatedChannels, rule=rule)
       arguments.whole_number(f"groups[{i}].channels", group.channels)
       for cost in ("macs_per_channel", "macs_per_pair"):
         value = getattr(group, cost)
-        arguments.number(f"groups[{i}].{cost}", value, ">= 0", lambda v: v >= 0)
+        arguments.number(f"groups[{i}].{cost}", value, ">= 0", holds=lambda v: v >= 0)
     check_gate_settings("settings", self.settings)
 
   def _relative(self, logits: Array, train: bool) -> tuple[Array, Array]:
@@ -492,7 +501,7 @@ class ChannelGate(nn.Module):
     s = self.settings
     if not s.normalise and s.threshold == "zero" and not s.prior:
       return logits, logits
-    # Gates that are shut permanently stay shut, without a deviation or a place among the others.
+    # Gates that are closed permanently stay closed, without a deviation or a place among others.
     # They have exactly this value, which no kernel arrives at: other low logits have a place.
     counts, z = logits != SHUT, logits
     if s.normalise:

@@ -6,8 +6,9 @@ channels that the reader sees:
 
     g = gate(x) in {0, 1}^C,   reader(g * h(writer(x)))
 
-A closed channel need neither be made by the writer nor be read by the reader. Calls of layers are
-intercepted, so that the model's own code runs as it stands.
+A closed channel need neither be made by the writer nor be read by the reader. A dense layer that
+reads a flattened map has each channel once for each pixel, and its gate switches all of them. Calls
+of layers are intercepted, so that the model's own code runs as it stands.
 
 Axes: N examples, C channels of a pair.
 Reference: Bejnordi et al., 2020, section 3 (the gate); Flax's `nn.intercept_methods`.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.core import tracers
 
@@ -69,8 +71,9 @@ class GatedModel(nn.Module):
   gates open the outputs are those of the model, bit for bit; without pairs it is the model.
 
   Gates have BatchNorm: training needs the collection `batch_stats`, also where the model has none.
-  Transformations go around the gated model, as in `jax.checkpoint(gated.apply)`: from `nn.remat`,
-  `nn.scan` and the like inside of the model gates could not leave.
+  Transformations go around the gated model, as in `jax.checkpoint(gated.apply)` or
+  `nn.remat(GatedModel, static_argnums=(2,))`, called as `(x, train)`: from
+  `nn.remat`, `nn.scan` and the like inside of the model gates could not leave.
 
   Attributes:
     model: the model, called as `model(x)` or, where it has such an argument, `model(x,
@@ -86,7 +89,8 @@ class GatedModel(nn.Module):
   Raises:
     TypeError, ValueError: pairs that are no pairs of paths of layers, or that do not fit: the
       layers are not called once each, the writer first; the reader's last axis is not the writer's
-      channels; the message names the pair; or modes that contradict each other.
+      channels, nor those of a flattened map; the message names the pair; or modes that contradict
+      each other, or are traced.
 
   >>> import jax
   >>> class Net(nn.Module):
@@ -115,7 +119,7 @@ class GatedModel(nn.Module):
     """Applies the model to x; `kwargs` are further arguments of it."""
     check_gate_settings("gate", self.gate)
     train = _read_mode(self.model, train, kwargs)
-    gates = _Pass(check_pairs(self.pairs), self.gate, self.axis_name, train)
+    gates = _Pass(check_pairs(self.pairs), self.gate, self.axis_name, train=train)
     gates.trace, gates.depth = tracers.current_trace(), len(self.path)
     with nn.intercept_methods(gates.intercept):
       y = self.model(x, **{**mode_of(self.model, train), **kwargs})
@@ -148,7 +152,7 @@ def check_pairs(pairs: Sequence[tuple[str, str]]) -> Pairs:
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
       raise TypeError(f"pairs must be {rule}; got {shown(pair)}")
     for path in pair:
-      arguments.instance("each path of pairs", path, str, 'a text, such as "block1/conv1"')
+      arguments.instance("each path of pairs", path, str, rule='a text, such as "block1/conv1"')
     writer, reader = pair
     if writer in readers or reader in writers or writer == reader:
       raise ValueError(
@@ -159,8 +163,26 @@ def check_pairs(pairs: Sequence[tuple[str, str]]) -> Pairs:
   return Pairs(readers, writers)
 
 
+def holds_channels(read: Sequence[int], made: Sequence[int]) -> bool:
+  """Returns whether what a reader reads can hold, along its last axis, a writer's channels.
+
+  Args:
+    read: shape of what the reader reads.
+    made: shape of what the writer makes, `[N, ..., C]`.
+
+  >>> holds_channels((2, 4, 4, 6), made=(2, 8, 8, 6))
+  True
+  >>> holds_channels((2, 4 * 4 * 6), made=(2, 8, 8, 6))  # a flattened map
+  True
+  >>> holds_channels((2, 8, 8, 12), made=(2, 8, 8, 6))
+  False
+  """
+  is_flattened = len(read) < len(made) and read[-1] % made[-1] == 0
+  return is_flattened or read[-1] == made[-1]
+
+
 def mode_of(model: nn.Module, train: bool) -> dict[str, bool]:
-  """Returns the argument that tells a model whether it is trained; none where it has none."""
+  """Returns the argument by which a model knows whether it is trained; none where it has none."""
   names = inspect.signature(type(model).__call__).parameters
   for name, means_training in _MODES.items():
     if name in names:
@@ -176,8 +198,15 @@ def _read_mode(model: nn.Module, train: bool, given: Mapping[str, Any]) -> bool:
     train: as the gated model was called.
     given: further arguments of the model, among them perhaps its own word for the mode.
   Raises:
+    TypeError: one of them is traced.
     ValueError: they contradict each other.
   """
+  for name, value in {"train": train, **given}.items():
+    if name in _MODES and isinstance(value, jax.core.Tracer):
+      raise TypeError(
+        f"{name} must be True or False while JAX traces the model; got {shown(value)}. In nn.remat "
+        "give it by its place, and name that: nn.remat(GatedModel, static_argnums=(2,))"
+      )
   modes = {"train": True} if train else {}
   own, names = mode_of(model, train), inspect.signature(type(model).__call__).parameters
   for name, means_training in _MODES.items():
@@ -198,16 +227,22 @@ class _Cost(NamedTuple):
 
   Attributes:
     path: of the layer, in the parameter tree.
-    inputs, outputs: its channels.
+    inputs: its input channels; those of its writer where they are flattened with pixels.
+    made: shape of what it makes.
     macs: its MACs per example.
     is_grouped: whether an output channel reads a part of the input channels only.
   """
 
   path: Path
   inputs: int
-  outputs: int
+  made: tuple[int, ...]
   macs: int
   is_grouped: bool
+
+  @property
+  def outputs(self) -> int:
+    """Returns the number of its output channels."""
+    return self.made[-1]
 
   @property
   def as_writer(self) -> ConvMacs:
@@ -261,8 +296,10 @@ class _Pass:
     self._check_call(layer)
     x, *others = args or (kwargs.pop("inputs"),)
     # A layer between two pairs reads the first one's channels, and its gate sees them switched.
+    inputs = jnp.shape(x)[-1]
     if layer in self._pairs.writers:
       x = self._switch(layer, x)
+      inputs = self._costs[self._pairs.writers[layer]].outputs
     if layer in self._pairs.readers:
       group = GatedChannels(module.features, macs_per_channel=0)
       # Made while the layer runs, the gate is a part of it.
@@ -273,8 +310,8 @@ class _Pass:
     kernel = kernel_shape(module)
     self._costs[layer] = _Cost(
       path=module.path,
-      inputs=x.shape[-1],
-      outputs=y.shape[-1],
+      inputs=inputs,
+      made=y.shape,
       macs=conv_macs(kernel, y.shape),
       is_grouped=kernel[-2] != x.shape[-1],
     )
@@ -302,13 +339,17 @@ class _Pass:
       raise ValueError(
         f"pairs must be (writer, reader); {reader!r} is called before {writer!r} of its pair"
       )
-    examples, channels = record.gates.shape[0], self._costs[writer].outputs
-    if jnp.ndim(x) < 2 or (x.shape[0], x.shape[-1]) != (examples, channels):
+    examples, made = record.gates.shape[0], self._costs[writer].made
+    if jnp.ndim(x) < 2 or x.shape[0] != examples or not holds_channels(x.shape, made):
       raise ValueError(
-        f"pairs must be of layers with the same channels: {writer!r} makes {channels} for each of "
+        f"pairs must be of layers with the same channels: {writer!r} makes {made[-1]} for each of "
         f"{examples} examples, {reader!r} reads an array of shape {jnp.shape(x)}"
       )
-    return apply_gates(x, record.gates)
+    if x.shape[-1] == made[-1]:
+      return apply_gates(x, record.gates)
+    # Of a flattened map, one axis for pixels and one for channels.
+    maps = x.reshape((*x.shape[:-1], -1, made[-1]))
+    return apply_gates(maps, record.gates).reshape(x.shape)
 
   def records(self) -> Records:
     """Returns the records of the pass, with their costs.

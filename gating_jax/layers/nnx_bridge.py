@@ -56,7 +56,7 @@ def from_nnx(model: nnx.Module) -> nn.Module:
 
   from gating_jax.layers.nnx_model import FromNNX, Source
 
-  arguments.instance("model", model, nnx.Module, "an instance of a Flax NNX module")
+  arguments.instance("model", model, nnx.Module, rule="an instance of a Flax NNX module")
   # A copy, so that later training of the model changes nothing here.
   graph, state = nnx.split(nnx.clone(model))
   return FromNNX(Source(graph, state))

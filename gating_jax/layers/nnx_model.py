@@ -160,7 +160,7 @@ def _scope_of(scope: Scope, place: _Place) -> Scope:
 
 
 def _reseed(streams: list[nnx.RngStream], key: jax.Array) -> None:
-  """Gives each of a model's random streams a key of its own."""
+  """Gives each of a model's random streams its own key."""
   for i, stream in enumerate(streams):
     stream.key.set_value(jax.random.fold_in(key, i))
 

@@ -3,8 +3,9 @@
 The input and the output of every Conv and Dense layer are marked in the trace. From each output the
 search follows the channels, operation by operation, to the layers that read them. A layer can be
 gated where one other layer alone reads its channels, each in its place: nothing else may see them,
-such as a shortcut, a second layer or the model's output. Examples, too, must keep their places,
-since the gates of one would otherwise switch the channels of another.
+such as a shortcut, a second layer or the model's output. A dense layer may read a map that is
+flattened, pixel by pixel: there the channels are in their places once for each pixel. Examples,
+too, must keep their places, since the gates of one would otherwise switch the channels of another.
 
 Axes: N examples, C channels of a layer.
 Reference: Molchanov et al., "Importance estimation for neural network pruning", 2019, section 3
@@ -19,12 +20,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import tracers
 from jax.ad_checkpoint import checkpoint_name
 
 from gating_jax.checks import few
-from gating_jax.layers.gated_model import LAYERS, mode_of
+from gating_jax.layers.gated_model import LAYERS, holds_channels, mode_of
 from gating_jax.ops import arguments
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
   """Finds the pairs of a Flax Linen model that a `GatedModel` can gate.
 
   Nothing is computed: the model is traced in evaluation. A pair is proposed where each channel of
-  the writer reaches one channel of one reader, of the same example, and nothing else.
+  the writer reaches one channel of one reader, of the same example, and nothing else. In a map that
+  is flattened for a dense layer it reaches one channel for each pixel.
 
   Args:
     model: a model, called as `model(x)`; see `GatedModel`.
@@ -103,7 +104,7 @@ def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
   >>> found.refused["conv1"]
   'it is read by conv2, conv3'
   """
-  arguments.instance("model", model, nn.Module, "a Flax Linen module")
+  arguments.instance("model", model, nn.Module, rule="a Flax Linen module")
   calls = _Calls()
   mode = {**mode_of(model, train=False), **kwargs}
   variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **mode), x)
@@ -134,11 +135,10 @@ class _Calls:
   trace: Any
 
   def __init__(self):
-    # Channels that each layer reads and makes, and the number of its calls.
-    self._read: dict[str, int] = {}
-    self._made: dict[str, int] = {}
+    # Shapes of what each layer reads and makes, and the number of its calls.
+    self._read: dict[str, tuple[int, ...]] = {}
+    self._made: dict[str, tuple[int, ...]] = {}
     self._count: dict[str, int] = {}
-    self._examples: dict[str, int] = {}
     self._transformed: set[str] = set()
 
   def mark(
@@ -156,8 +156,7 @@ class _Calls:
     x, *others = args or (kwargs.pop("inputs"),)
     y = next_fun(checkpoint_name(x, _READS + layer), *others, **kwargs)
     self._count[layer] = self._count.get(layer, 0) + 1
-    self._read[layer], self._made[layer] = x.shape[-1], y.shape[-1]
-    self._examples[layer] = x.shape[0] if jnp.ndim(x) > 1 else 0
+    self._read[layer], self._made[layer] = x.shape, y.shape
     if tracers.current_trace() != self.trace:
       self._transformed.add(layer)
     return checkpoint_name(y, _WRITES + layer)
@@ -192,9 +191,11 @@ class _Calls:
       return f"its reader {reader} is called {self._count[reader]} times"
     if reader in self._transformed:
       return f"its reader {reader} is inside nn.scan, nn.remat, nn.vmap or nn.jit"
-    if search.misaligned.get(layer) or self._made[layer] != self._read[reader]:
+    made, read = self._made[layer], self._read[reader]
+    if search.misaligned.get(layer) or not holds_channels(read, made):
       return f"its channels are mixed, or not the last axis of what {reader} reads"
-    if self._examples[layer] != self._examples[reader]:
+    # A value with one axis has no examples.
+    if made[:-1][:1] != read[:-1][:1]:
       return f"{reader} reads another number of examples"
     if search.moved.get(layer):
       return f"examples are mixed, or change their places, before {reader} reads them"
@@ -209,13 +210,16 @@ class _Flow:
 
   Attributes:
     writer: the layer.
-    axis: the axis of the value along which they are, in their order; None where they are mixed.
+    channels: number of them.
+    axis: the axis of the value along which they are, in their order, perhaps again and again; None
+      where they are mixed.
     examples: the axis along which the examples are, in their order, perhaps with pixels after each;
       None where they are mixed, or others stand in their places.
     count: number of examples.
   """
 
   writer: str
+  channels: int
   axis: int | None
   examples: int | None
   count: int
@@ -295,7 +299,9 @@ class _Search:
     if mark.startswith(_WRITES):
       # A value without examples has none to move.
       count = shape[0] if rank > 1 and shape[0] != 0 else 1
-      return frozenset([_Flow(mark.removeprefix(_WRITES), rank - 1, 0, count)])
+      return frozenset(
+        [_Flow(mark.removeprefix(_WRITES), shape[-1], axis=rank - 1, examples=0, count=count)]
+      )
     # A name that the model itself gave.
     return flows
 
@@ -307,14 +313,16 @@ class _Search:
     if name in _ELEMENTWISE:
       return flow
     move, axis, examples = _MOVES.get(name), flow.axis, flow.examples
-    if move is None:
+    if move is None and name != "reshape":
       if axis is not None:
         self.lost.setdefault(flow.writer, name)
       return dataclasses.replace(flow, axis=None, examples=None)
-    if axis is not None:
+    if axis is not None and name == "reshape":
+      axis = _channels_after_reshape(axis, shape, result, channels=flow.channels)
+    elif axis is not None:
       axis = move(axis, params, shape, result)
     if examples is not None and name == "reshape":
-      examples = _examples_after_reshape(examples, shape, result, flow.count)
+      examples = _examples_after_reshape(examples, shape, result, count=flow.count)
     elif examples is not None:
       examples = move(examples, params, shape, result)
     return dataclasses.replace(flow, axis=axis, examples=examples)
@@ -335,16 +343,18 @@ def _after_broadcast(axis: int, params: Mapping[str, Any], shape: Any, result: A
   return place if result[place] == shape[axis] else None
 
 
-def _after_reshape(axis: int, params: Mapping[str, Any], shape: Any, result: Any) -> int | None:
-  """Returns the axis with the same length and the same number of entries before it."""
-  before = _product(shape[:axis])
+def _channels_after_reshape(axis: int, shape: Any, result: Any, *, channels: int) -> int | None:
+  """Returns the axis of channels, which axes before it may have joined, or left again."""
+  after = _product(shape[axis + 1 :])
+  places = []
   for place, size in enumerate(result):
-    if size == shape[axis] and _product(result[:place]) == before:
-      return place
-  return None
+    if _product(result[place + 1 :]) == after and size % channels == 0:
+      # Of axes of length 1 around it, the one with the length that it had.
+      places.append((size == shape[axis], place))
+  return max(places)[1] if places else None
 
 
-def _examples_after_reshape(axis: int, shape: Any, result: Any, count: int) -> int | None:
+def _examples_after_reshape(axis: int, shape: Any, result: Any, *, count: int) -> int | None:
   """Returns the axis of examples, which may be joined with the axes after it, or parted again."""
   before = _product(shape[:axis])
   for place, size in enumerate(result):
@@ -396,7 +406,6 @@ def _product(sizes: Sequence[int]) -> int:
 _MOVES: dict[str, Callable[[int, Mapping[str, Any], Any, Any], int | None]] = {
   "transpose": _after_transpose,
   "broadcast_in_dim": _after_broadcast,
-  "reshape": _after_reshape,
   "squeeze": _after_squeeze,
   "pad": _after_pad,
   "slice": _after_part,

@@ -25,6 +25,7 @@ from gating_jax.layers.gate import (
   check_gate_settings,
   check_sampling,
 )
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives, relaxations, selection
 from gating_jax.types import Array, GateRecord
 
@@ -83,7 +84,7 @@ class SegmentGateSettings:
         DeprecationWarning,
         stacklevel=3,
       )
-      # Segments have contexts and relaxations of their own, and nothing else of channels' gates.
+      # Segments have their own contexts and relaxations, and no other field of channels' gates.
       for name in ("normalise", "threshold", "share", "weighted", "prior"):
         unset, value = getattr(GateSettings, name), getattr(gate, name)
         if value != unset:
@@ -129,7 +130,7 @@ class SegmentGate(nn.Module):
   @nn.compact
   def __call__(self, x: Array, valid: Array, train: bool = False) -> GateRecord:
     rule = "SegmentGateSettings, such as SegmentGateSettings(concepts=128)"
-    arguments.instance("settings", self.settings, SegmentGateSettings, rule)
+    arguments.instance("settings", self.settings, SegmentGateSettings, rule=rule)
     s = self.settings
     check_examples(x, train)
     arguments.real_array("valid", valid, "[B, T]")
@@ -217,24 +218,24 @@ class Policy(nn.Module):
     self, valid: Array, relevant: Array | None = None, train: bool = False
   ) -> GateRecord:
     one_of("policy", self.policy, POLICIES)
-    k = selection.budget_to_k(valid, self.share)
+    k = selection.budget_to_k(valid, share=self.share)
     valid = jnp.asarray(valid)
     if self.policy == "all":
       gates = valid.astype(jnp.float32)
     elif self.policy == "uniform":
-      gates = selection.uniform_k(valid, k)
+      gates = selection.uniform_k(valid, k=k)
     elif self.policy == "random":
       # Evaluation has no PRNG stream: its choice is the same in every run.
       key = self.make_rng(GATE_RNG) if train else jax.random.key(0)
-      gates = selection.random_k(key, valid, k, axis_name=self.axis_name if train else None)
+      gates = selection.random_k(key, valid, k=k, axis_name=self.axis_name if train else None)
     elif self.policy == "prefix":
-      gates = selection.first_k(valid, self._drawn_k(valid) if train else k)
+      gates = selection.first_k(valid, k=self._drawn_k(valid) if train else k)
     elif relevant is None:
       raise ValueError("relevant must be given for the oracle, which chooses by it; got None")
     else:
       (relevant,) = arguments.one_shape("[B, T]", relevant=relevant)
-      gates = selection.top_k(relevant.astype(jnp.float32), valid, k)
-    return deterministic_record(gates, self.macs_per_unit)
+      gates = selection.top_k(relevant.astype(jnp.float32), valid, k=k)
+    return deterministic_record(gates, macs_per_unit=self.macs_per_unit)
 
   def _drawn_k(self, valid: Array) -> Array:
     """Returns `[B]` numbers from 1 to each video's number of valid segments."""
@@ -243,7 +244,8 @@ class Policy(nn.Module):
     return jax.vmap(lambda key, n: jax.random.randint(key, (), 1, n + 1, jnp.int32))(keys, counts)
 
 
-def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
+@former_positional("macs_per_unit")
+def deterministic_record(gates: Array, *, macs_per_unit: int) -> GateRecord:
   """Returns the record of gates that were not sampled: their probabilities are 0 and 1.
 
   Args:
@@ -252,7 +254,7 @@ def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
   Raises:
     TypeError: gates that are no real numbers.
 
-  >>> deterministic_record(jnp.array([[1.0, 0.0]]), 72).logits
+  >>> deterministic_record(jnp.array([[1.0, 0.0]]), macs_per_unit=72).logits
   Array([[ inf, -inf]], dtype=float32)
   """
   arguments.real_array("gates", gates)

@@ -1,10 +1,10 @@
-"""Networks: residual nets, VGG, segment nets, and counts of their parameters and MACs."""
+"""Networks: residual nets, VGG, segment nets, their counts, and the importance of their units."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 
 __all__ = [
   "EarlyExitNet",
@@ -16,6 +16,7 @@ __all__ = [
   "SegmentClassifier",
   "SegmentNet",
   "Segmenter",
+  "UnitImportance",
   "VGG",
   "VideoCounts",
   "find_concepts",
@@ -25,13 +26,22 @@ __all__ = [
   "model_summary",
   "resnet",
   "save_pretrained",
+  "select_units",
   "solve_share",
+  "unit_importance",
   "vgg",
   "video_summary",
+  "with_prior",
 ]
 
 # Type checkers read the imports, and Python the table.
 if TYPE_CHECKING:
+  from gating_jax.models.importance import (
+    UnitImportance,
+    select_units,
+    unit_importance,
+    with_prior,
+  )
   from gating_jax.models.mobilenet import MobileNet
   from gating_jax.models.pretrained import load_pretrained, save_pretrained
   from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
@@ -51,6 +61,12 @@ else:
   __getattr__, __dir__ = lazy_names(
     __name__,
     {
+      "gating_jax.models.importance": (
+        "UnitImportance",
+        "select_units",
+        "unit_importance",
+        "with_prior",
+      ),
       "gating_jax.models.mobilenet": ("MobileNet",),
       "gating_jax.models.pretrained": ("load_pretrained", "save_pretrained"),
       "gating_jax.models.resnet_variants": ("EarlyExitNet", "ExpertNet"),

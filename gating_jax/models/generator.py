@@ -211,7 +211,7 @@ def _halving(features: int, name: str) -> nn.Conv:
 
   def convolve(x, kernel, strides, padding, **defaults):
     """Convolves, and ignores options of XLA's convolution that have their default."""
-    return convolve_images(x, kernel, strides, padding)
+    return convolve_images(x, kernel, strides, padding=padding)
 
   return nn.Conv(
     features,

@@ -161,7 +161,7 @@ class ExpertNet(ResNet):
       raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
     # Only the last stage has experts; the others are those of `ResNet`.
     if stage.number < len(self.blocks):
-      return super()._stage(x, train, stage, shared)
+      return super()._stage(x, train, stage, shared=shared)
     experts = []
     for _ in range(self.experts):
       # Without a parent, since the blocks belong to the experts and not to this network.

@@ -182,7 +182,7 @@ class ResNet(nn.Module):
     x, shared = self._shared(x, train)
     x, records = self._stem(x, train), ()
     for stage in self.plan(x):
-      x, new = self._stage(x, train, stage, shared)
+      x, new = self._stage(x, train, stage, shared=shared)
       records += new
     return (self._head(x) if self.pool else x), records
 
@@ -195,8 +195,8 @@ class ResNet(nn.Module):
     for count in arguments.items("blocks", self.blocks, "numbers of blocks per stage"):
       arguments.whole_number("each of blocks", count, 0)
     arguments.whole_number("features", self.features)
-    arguments.number("width", self.width, "> 0", lambda v: v > 0)
-    arguments.number("inner_width", self.inner_width, "> 0", lambda v: v > 0)
+    arguments.number("width", self.width, "> 0", holds=lambda v: v > 0)
+    arguments.number("inner_width", self.inner_width, "> 0", holds=lambda v: v > 0)
     arguments.whole_number("sources", self.sources, 0)
 
   def _shared(self, x: Array, train: bool) -> tuple[Array, Shared]:
@@ -375,6 +375,6 @@ def resnet(
     arguments.whole_number("classes", classes)
   # Checked here too, since a module checks its fields only when it is called.
   for field in ("width", "inner_width"):
-    arguments.number(field, settings.get(field, 1), "> 0", lambda v: v > 0)
+    arguments.number(field, settings.get(field, 1), "> 0", holds=lambda v: v > 0)
   check_gate_settings("gate", settings.get("gate", GateSettings()))
   return kind(classes=classes, **{**RESNETS[name]._asdict(), **settings})

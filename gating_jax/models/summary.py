@@ -21,13 +21,13 @@ from flax import traverse_util
 from flax.errors import FlaxError
 
 from gating_jax.checks import first_line, shown
-from gating_jax.former_names import former_keyword, former_positional
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.layers.mac_trace import Call, kernel_calls, sum_macs
 from gating_jax.models.columns import Column, output_shapes, trace_column
 from gating_jax.models.timegate import SegmentNet
+from gating_jax.names import former_keyword, former_positional
 from gating_jax.ops import arguments
-from gating_jax.ops.macs import conv_macs, executed_macs, gated_macs
+from gating_jax.ops.macs import conv_macs, dense_layer_macs, executed_macs, gated_macs
 from gating_jax.types import Array, GateRecord, Path, Records, cached
 
 
@@ -89,7 +89,8 @@ class ModelCounts:
     always = jnp.full(shape, float(self.always_macs + further))
     return always + executed_macs(records).reshape(shape) if records else always
 
-  def of_results(self, results: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+  @former_positional("count")
+  def of_results(self, results: Mapping[str, np.ndarray], *, count: int) -> np.ndarray:
     """Computes the MACs of each example, `[N]` float64, from the results of an evaluation.
 
     Args:
@@ -156,22 +157,22 @@ def _count(trace: _Trace) -> ModelCounts:
 
 @former_positional("macs")
 def solve_share(model: nn.Module, input_shape: Any, *, macs: float) -> float:
-  """Solves for the share of open units at which an example costs this many MACs.
+  """Solves for the fraction s of open units at which an example costs this many MACs.
 
-      macs = always + a share + b share^2
+      macs = always + a s + b s^2
 
-  Here every gated layer opens this share of its units, `always` are the MACs that always run, gate
-  networks included, a those of all units alone and b those of all pairs of units of two layers one
-  after the other. So a gated network is set against an ungated one of equal cost.
+  Here every gated layer opens this fraction of its units, `always` are the MACs that always run,
+  gate networks included, a those of all units alone and b those of all pairs of units of two layers
+  one after the other. So a gated network is set against an ungated one of equal cost.
 
   Args:
-    model: a network with gates; the share that its settings open does not matter.
+    model: a network with gates; the fraction that its settings open does not matter.
     input_shape: as in `model_summary`.
     macs: multiply-accumulates per example, gate networks included.
   Returns:
-    the share, in (0, 1].
+    the fraction, in (0, 1].
   Raises:
-    ValueError: no gates, MACs that no share in (0, 1] has, or a shape as in `model_summary`.
+    ValueError: no gates, MACs that no fraction in (0, 1] has, or a shape as in `model_summary`.
     TypeError: as in `model_summary`.
 
   >>> from gating_jax.models.resnets import resnet
@@ -184,21 +185,21 @@ def solve_share(model: nn.Module, input_shape: Any, *, macs: float) -> float:
   counts = _count(trace)
   if not counts.gates:
     raise ValueError("model must have gates; got one without")
-  arguments.number("macs", macs, "> 0", lambda v: v > 0)
+  arguments.number("macs", macs, "> 0", holds=lambda v: v > 0)
   singles = 0
   for record in trace.records:
     singles += record.gates.shape[-1] * record.macs_per_unit
   pairs = counts.gated - singles
   # The root of the equation above, in the form that b = 0 leaves as it is.
   left = macs - counts.always_macs
-  share = 2 * left / (singles + math.sqrt(max(singles**2 + 4 * pairs * left, 0.0)))
-  if not 0 < share <= 1:
+  fraction = 2 * left / (singles + math.sqrt(max(singles**2 + 4 * pairs * left, 0.0)))
+  if not 0 < fraction <= 1:
     most = counts.always_macs + counts.gated
     raise ValueError(
       f"macs must be above {counts.always_macs:,}, those that always run, and at most {most:,}, "
       f"those of every unit and the gate networks; got {macs:,.0f}"
     )
-  return share
+  return fraction
 
 
 def reduced_macs(model: nn.Module, input_shape: Any) -> int:
@@ -249,14 +250,16 @@ def _is_shape(node: Any) -> bool:
 
 def _trace(model: nn.Module, input_shape: Any) -> _Trace:
   """Runs a model on shapes alone."""
-  arguments.instance("model", model, nn.Module, "a network, such as resnet('resnet20', classes=10)")
+  arguments.instance(
+    "model", model, nn.Module, rule="a network, such as resnet('resnet20', classes=10)"
+  )
   shapes = jax.tree.leaves(input_shape, is_leaf=_is_shape)
   rule = "a tuple of whole numbers, such as (32, 32, 3), or a tree of them"
   # Without a tuple there are no leaves, and the input shape itself is at fault.
   if isinstance(input_shape, list) and all(isinstance(size, int) for size in input_shape):
     raise TypeError(f"input_shape must be {rule}; got {shown(input_shape)}")
   for shape in shapes or [input_shape]:
-    arguments.instance("input_shape", shape, tuple, rule)
+    arguments.instance("input_shape", shape, tuple, rule=rule)
     for size in shape:
       arguments.whole_number("each of input_shape", size)
 
@@ -346,11 +349,12 @@ class VideoCounts:
         f"gates and valid must be [M, {self.segments}]; got {np.shape(gates)} and {np.shape(valid)}"
       )
     # The selector is counted for T segments; a shorter video pays for its own ones only.
-    share = np.sum(valid, axis=1) / self.segments
+    fraction = np.sum(valid, axis=1) / self.segments
     heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
-    return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
+    return fraction * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
 
-  def computed(self, valid: np.ndarray, taken: float | None = None) -> float:
+  @former_positional("taken")
+  def computed(self, valid: np.ndarray, *, taken: float | None = None) -> float:
     """Computes the mean over videos of the MACs of programs that mask channels.
 
     The heavy net has every channel and its gate networks, and runs on padding and on segments that
@@ -394,10 +398,12 @@ def video_summary(
   >>> video_summary(model, shapes, precomputed=(100, 1000)).heavy.macs
   1000
   """
-  arguments.instance("model", model, SegmentNet, "a SegmentNet")
-  arguments.instance("shapes", shapes, Mapping, "a mapping of names to shapes")
+  arguments.instance("model", model, SegmentNet, rule="a SegmentNet")
+  arguments.instance("shapes", shapes, Mapping, rule="a mapping of names to shapes")
   for name in ("heavy", "valid", *(("light",) if model.light is not None else ())):
-    arguments.instance(f"shapes[{name!r}]", shapes.get(name), tuple, "a tuple of whole numbers")
+    arguments.instance(
+      f"shapes[{name!r}]", shapes.get(name), tuple, rule="a tuple of whole numbers"
+    )
   segments = shapes["valid"][0]
   heavy = model_summary(model.heavy.clone(parent=None), shapes["heavy"][1:])
   light = NOTHING
@@ -454,7 +460,7 @@ def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int
   for height, width, channels in inner:
     layers += conv_macs((1, 1, j * channels, channels), (1, height, width, channels))
   # The classifier's adapter reads the mean of the last output.
-  head += conv_macs((j * last[-1], last[-1]), (1, last[-1]))
+  head += dense_layer_macs((j * last[-1], last[-1]))
   return ColumnMacs(layers, head)
 
 

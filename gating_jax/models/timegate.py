@@ -32,6 +32,7 @@ from gating_jax.layers.segment_gate import (
   SegmentGateSettings,
   deterministic_record,
 )
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives, selection
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.compaction import open_backward
@@ -105,12 +106,14 @@ class SegmentNet(nn.Module):
     """Checks the settings and builds the selector, the light head and the classifier."""
     one_of("selection", self.selection, SELECTIONS)
     arguments.whole_number("classes", self.classes)
-    arguments.instance("heavy", self.heavy, nn.Module, "a network, such as heavy_net('r2plus1d18')")
+    arguments.instance(
+      "heavy", self.heavy, nn.Module, rule="a network, such as heavy_net('r2plus1d18')"
+    )
     if self.light is not None:
       arguments.instance(
-        "light", self.light, nn.Module, "a network, such as light_net('mobilenet'), or None"
+        "light", self.light, nn.Module, rule="a network, such as light_net('mobilenet'), or None"
       )
-    arguments.instance("gate", self.gate, SegmentGateSettings, "SegmentGateSettings")
+    arguments.instance("gate", self.gate, SegmentGateSettings, rule="SegmentGateSettings")
     # The learned gate and the confidence read the light net's features.
     if self.light is None and (self.light_head or self.selection in ("gate", "confidence")):
       raise ValueError(
@@ -164,7 +167,10 @@ class SegmentNet(nn.Module):
       ValueError: an input is missing or has another number of videos or segments.
     """
     arguments.instance(
-      "inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light"
+      "inputs",
+      inputs,
+      Mapping,
+      rule="a mapping with arrays heavy, valid and, for a light net, light",
     )
     for name in ("valid", *(("light",) if self.light is not None else ())):
       _check_input(inputs, name)
@@ -182,12 +188,12 @@ class SegmentNet(nn.Module):
       confidence = jnp.max(jax.nn.softmax(outputs["light_logits"]), axis=-1)
       least = self.get_variable(THRESHOLDS, "confidence")
       if least is None:
-        # As many of each video's own segments as the share asks for; padding is never chosen.
-        gates = selection.top_k(confidence, valid, selection.budget_to_k(valid, self.share))
+        # As many of each video's own segments as `share` asks for; padding is never chosen.
+        gates = selection.top_k(confidence, valid, k=selection.budget_to_k(valid, share=self.share))
       else:
         above = (confidence > least).astype(jnp.float32)
         gates = selection.ensure_one_open(above, confidence, valid)
-      return deterministic_record(gates, self.macs_per_segment), outputs
+      return deterministic_record(gates, macs_per_unit=self.macs_per_segment), outputs
     return self.selector(valid, inputs.get("relevant"), train), outputs
 
   def encode(self, clips: Array, train: bool = False) -> tuple[Array, Records]:
@@ -209,7 +215,7 @@ class SegmentNet(nn.Module):
       """Runs the heavy net on single segments in training, `[K, ...]` to `[K, C]`."""
       return heavy.apply(variables, clips, True)[0]
 
-    return open_backward(encode, variables, clips, gates, capacity=capacity)
+    return open_backward(encode, variables, clips, gates=gates, capacity=capacity)
 
   def classify(self, features: Array, gates: Array) -> Array:
     """Computes the logits `[B, classes]` from `[B, T, C]` features of the chosen segments.
@@ -311,7 +317,7 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    arguments.number("rate", self.rate, "in [0, 1)", lambda v: 0 <= v < 1)
+    arguments.number("rate", self.rate, "in [0, 1)", holds=lambda v: 0 <= v < 1)
     check_examples(x, train)
     if not train or not self.rate:
       return x
@@ -353,8 +359,9 @@ class SegmentClassifier(nn.Module):
     }, records
 
 
+@former_positional("k")
 @naming_extra()
-def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
+def find_concepts(features: np.ndarray, *, k: int, seed: int) -> np.ndarray:
   """Computes the centroids of k clusters of features (k-means from one k-means++ start).
 
   They are means of features as given. Normalise the features first if only directions matter.
@@ -370,7 +377,7 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
     TypeError: features that are no numbers, or k that is no whole one.
 
   >>> rows = np.array([[0.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
-  >>> sorted(find_concepts(rows, 2, seed=0).tolist())
+  >>> sorted(find_concepts(rows, k=2, seed=0).tolist())
   [[0.0, 1.0], [9.0, 9.0]]
   """
   # Imported here, as it imports slowly.

@@ -247,6 +247,6 @@ def vgg(name: str, classes: int | None, **settings) -> VGG:
   one_of("model name", name, VGGS)
   if classes is not None:
     arguments.whole_number("classes", classes)
-  arguments.number("width", settings.get("width", 1), "> 0", lambda v: v > 0)
+  arguments.number("width", settings.get("width", 1), "> 0", holds=lambda v: v > 0)
   check_gate_settings("gate", settings.get("gate", GateSettings()))
   return VGG(classes=classes, chain=VGGS[name], **settings)

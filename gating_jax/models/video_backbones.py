@@ -278,7 +278,7 @@ def heavy_net(
 def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module:
   """Builds a named network of a table, and refuses settings that it does not have."""
   one_of(what, name, table)
-  arguments.number("width", settings["width"], "> 0", lambda v: v > 0)
+  arguments.number("width", settings["width"], "> 0", holds=lambda v: v > 0)
   if settings.get("gate") is not None:
     check_gate_settings("gate", settings["gate"])
   net = table[name]

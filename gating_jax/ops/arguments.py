@@ -29,7 +29,7 @@ from gating_jax.types import AnyArray, Array, GateRecord
 _NO_NUMBERS = "OSUcmM"
 
 
-def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:
+def instance(name: str, value: object, kind: type | tuple[type, ...], *, rule: str) -> None:
   """Raises a TypeError unless `value` is an instance of `kind`.
 
   >>> instance("settings", {"hidden": 4}, int, "a whole number")
@@ -46,7 +46,7 @@ def function(name: str, value: object, rule: str = "a function") -> None:
     raise TypeError(f"{name} must be {rule}; got {shown(value)}")
 
 
-def number(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
+def number(name: str, value: Any, rule: str, *, holds: Callable[[Any], bool]) -> None:
   """Raises an error unless `value` is a real number that fulfils the rule.
 
   Numbers computed from unknown sizes, as in `jax.export`, are accepted.
@@ -91,7 +91,7 @@ def whole_number(name: str, value: Any, least: int = 1) -> None:
     raise ValueError(f"{name} must be >= {least}; got {value}")
 
 
-def parameter(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> Any:
+def parameter(name: str, value: Any, rule: str, *, holds: Callable[[Any], Any]) -> Any:
   """Returns `value` as a number or an array, checked as far as it is known.
 
   Args:
@@ -115,7 +115,7 @@ def parameter(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> 
     raise TypeError(f"{name} must be {rule}; got {shown(value)}")
   if not np.all(holds(known.astype(np.float64))):
     raise ValueError(f"{name} must be {rule}; got {shown(value)}")
-  # A Python number keeps no type of its own, so it takes part in float32 and float64 alike.
+  # A Python number has no fixed type, so it takes part in float32 and float64 alike.
   return float(value) if isinstance(value, numbers.Real) else jnp.asarray(value)
 
 

@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import shown
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float
 from gating_jax.types import AnyArray, Array
 
 
-def open_indices(gates: Array, capacity: int) -> tuple[Array, Array]:
+@former_positional("capacity")
+def open_indices(gates: Array, *, capacity: int) -> tuple[Array, Array]:
   """Returns the positions of the open units, in order, padded to a static number.
 
   Args:
@@ -40,7 +42,7 @@ def open_indices(gates: Array, capacity: int) -> tuple[Array, Array]:
     ValueError: `gates` is not `[N]` with 1 <= N < 2**31, or `capacity` is below 1.
     TypeError: an argument of another kind.
 
-  >>> open_indices(jnp.array([0.0, 1.0, 0.0, 1.0]), 3)
+  >>> open_indices(jnp.array([0.0, 1.0, 0.0, 1.0]), capacity=3)
   (Array([1, 3, 0], dtype=int32), Array([ True,  True, False], dtype=bool))
   """
   arguments.real_array("gates", gates)
@@ -54,7 +56,8 @@ def open_indices(gates: Array, capacity: int) -> tuple[Array, Array]:
   return index.astype(jnp.int32), jnp.arange(capacity) < jnp.sum(is_open)
 
 
-def scatter_back(values: Array, index: Array, taken: Array, size: int) -> Array:
+@former_positional("size")
+def scatter_back(values: Array, index: Array, taken: Array, *, size: int) -> Array:
   """Scatters computed slices back to their units, with zeros elsewhere.
 
       y[index[i]] = values[i] where taken[i]
@@ -71,8 +74,8 @@ def scatter_back(values: Array, index: Array, taken: Array, size: int) -> Array:
     ValueError: the shapes do not fit together.
     TypeError: an array of another kind, such as an `index` that is not of whole numbers.
 
-  >>> index, taken = open_indices(jnp.array([0.0, 1.0, 0.0, 1.0]), 3)
-  >>> scatter_back(jnp.array([5.0, 7.0, 9.0]), index, taken, 4)
+  >>> index, taken = open_indices(jnp.array([0.0, 1.0, 0.0, 1.0]), capacity=3)
+  >>> scatter_back(jnp.array([5.0, 7.0, 9.0]), index, taken, size=4)
   Array([0., 5., 0., 7.], dtype=float32)
   """
   for name, array in (("values", values), ("index", index), ("taken", taken)):
@@ -93,7 +96,8 @@ def scatter_back(values: Array, index: Array, taken: Array, size: int) -> Array:
   return zeros.at[place].add(values, mode="drop")
 
 
-def capacity_for(count: int, sizes: Sequence[int]) -> int:
+@former_positional("sizes")
+def capacity_for(count: int, *, sizes: Sequence[int]) -> int:
   """Returns the smallest of some static sizes that holds `count` units; on the host, with numbers.
 
   Args:
@@ -102,7 +106,7 @@ def capacity_for(count: int, sizes: Sequence[int]) -> int:
   Raises:
     ValueError: `count` is more than the largest size.
 
-  >>> capacity_for(5, (2, 4, 6, 8))
+  >>> capacity_for(5, sizes=(2, 4, 6, 8))
   6
   """
   arguments.whole_number("count", count, 0)
@@ -127,10 +131,11 @@ def pieces_for(count: int, sizes: Sequence[int]) -> tuple[int, ...]:
   sizes = _checked_sizes(sizes)
   filled, rest = divmod(count, max(sizes))
   pieces = (max(sizes),) * filled
-  return (*pieces, capacity_for(rest, sizes)) if rest or not filled else pieces
+  return (*pieces, capacity_for(rest, sizes=sizes)) if rest or not filled else pieces
 
 
-def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, ...]:
+@former_positional("buckets")
+def bucket_sizes(total: int, *, buckets: int, multiple: int = 1) -> tuple[int, ...]:
   """Returns evenly spaced capacities, for each of which a program is compiled.
 
   At most `total / buckets` (+ `multiple`) of a slice is padding.
@@ -142,7 +147,7 @@ def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, .
   Raises:
     ValueError, TypeError: an argument that is no whole number >= 1.
 
-  >>> bucket_sizes(10, 4), bucket_sizes(10, 4, multiple=4)
+  >>> bucket_sizes(10, buckets=4), bucket_sizes(10, buckets=4, multiple=4)
   ((3, 5, 8, 10), (4, 8, 12))
   """
   for name, value in (("total", total), ("buckets", buckets), ("multiple", multiple)):
@@ -150,9 +155,9 @@ def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, .
   # A set, since rounding up can make sizes equal.
   sizes = set()
   for i in range(1, buckets + 1):
-    # Both divisions round up, in whole numbers: the last share is exactly `total`.
-    share = -(-total * i // buckets)
-    sizes.add(-(-share // multiple) * multiple)
+    # Both divisions round up, in whole numbers: the last size is exactly `total`.
+    size = -(-total * i // buckets)
+    sizes.add(-(-size // multiple) * multiple)
   return tuple(sorted(sizes))
 
 
@@ -166,7 +171,7 @@ def example_sizes(total: int, buckets: int) -> tuple[int, ...]:
   >>> example_sizes(10, 4), example_sizes(1, 4)
   ((0, 3, 5, 8, 10), (0, 1))
   """
-  return (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
+  return (0, *bucket_sizes(total, buckets=buckets)) if total > 1 else (0, 1)
 
 
 def open_backward(
@@ -190,8 +195,8 @@ def open_backward(
     x: `[N, ...]`.
     gates: `[N]`; an example is open where its gate is above 0. Their gradient here is 0.
     capacity: K, from 1 to N, not below the number of open examples, such as `capacity_for(count,
-      sizes)`. A traced program cannot raise: if more examples are open, all gradients are NaN,
-      never silently wrong.
+      sizes=sizes)`. A traced program cannot raise: if more examples are open, all gradients are
+      NaN, never silently wrong.
   Returns:
     `[N, ...]`.
   Raises:
@@ -213,7 +218,7 @@ def open_backward(
     )
   if not 1 <= capacity <= len(x):
     raise ValueError(f"capacity must be from 1 to the {len(x)} examples of x; got {capacity}")
-  return _open_backward(f, capacity, variables, jnp.asarray(x), jnp.asarray(gates))
+  return _open_backward(f, capacity, variables, x=jnp.asarray(x), gates=jnp.asarray(gates))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -229,13 +234,13 @@ def _open_backward_fwd(f, capacity, variables, x, gates):
 # open n of dL/dy_n dy_n/dv.
 def _open_backward_bwd(f, capacity, residuals, ct):
   variables, x, gates = residuals
-  index, taken = open_indices(gates, capacity)
-  # The forward pass of the open examples again: nothing of it was kept.
+  index, taken = open_indices(gates, capacity=capacity)
+  # Runs the forward pass of the open examples again, since none of it was kept.
   _, pull = jax.vjp(f, variables, x[index])
   # Padding repeats example 0, whose cotangent must not count twice.
   taken_rows = taken.reshape(-1, *[1] * (ct.ndim - 1))
   of_variables, of_open = pull(jnp.where(taken_rows, ct[index], 0))
-  of_x = scatter_back(of_open, index, taken, len(x))
+  of_x = scatter_back(of_open, index, taken, size=len(x))
   # Gradients of examples left out would be silently missing, so all become NaN.
   fits = jnp.sum(as_float(gates) > 0) <= capacity
   of_variables, of_x = jax.tree.map(lambda g: jnp.where(fits, g, jnp.nan), (of_variables, of_x))

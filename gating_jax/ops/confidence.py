@@ -1,4 +1,4 @@
-"""Early exit: an example leaves a network, or a video its network, once that is sure of the class.
+"""Early exit: an example, or a video, leaves its network once that is sure of the class.
 
 An image leaves at the first exit whose softmax has a low entropy, as a fraction of the largest
 possible one: thresholds then do not depend on the number of classes. A video's segments come one by
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.former_names import former_keyword, former_positional
+from gating_jax.names import former_keyword, former_positional
 from gating_jax.ops import arguments
 from gating_jax.types import Array
 
@@ -80,9 +80,9 @@ def stay_logits(exits: Array, *, threshold: float) -> Array:
   """
   arguments.real_array("exits", exits, "[N, X, K]")
   # The logits of 0 and 1 are infinite.
-  share = jnp.clip(entropy_share(exits), _EPS, 1 - _EPS)
+  entropy = jnp.clip(entropy_share(exits), _EPS, 1 - _EPS)
   # The running minimum: an example that has left does not come back at a later, unsure exit.
-  return lax.cummin(jnp.log(share) - jnp.log1p(-share), axis=1) - _log_odds(threshold)
+  return lax.cummin(jnp.log(entropy) - jnp.log1p(-entropy), axis=1) - _log_odds(threshold)
 
 
 def first_sure(answers: Array, stay: Array) -> Array:
@@ -140,8 +140,8 @@ def threshold_for_budget(
   """
   arguments.real_array("stay", stay, "[N, X]")
   arguments.real_array("macs", macs, "[X]")
-  arguments.number("always_macs", always_macs, ">= 0", lambda v: v >= 0)
-  arguments.number("share", share, "in (0, 1]", lambda v: 0 < v <= 1)
+  arguments.number("always_macs", always_macs, ">= 0", holds=lambda v: v >= 0)
+  arguments.number("share", share, "in (0, 1]", holds=lambda v: 0 < v <= 1)
   stay, costs = np.asarray(stay, np.float64), np.asarray(macs, np.float64)
   if not stay.size or costs.shape != stay.shape[1:]:
     raise ValueError(f"stay must be [N, X] for X macs; got shapes {stay.shape} and {costs.shape}")
@@ -166,7 +166,7 @@ def exit_steps(
 
   A video that never reaches it is seen to its end. The confidence is the largest class probability,
   of the softmax, or of the sigmoids if multi-label: there nearly all classes are surely absent at
-  any time, so their certainty says nothing.
+  any time, so their certainty means nothing.
 
   Args:
     step_logits: `[M, T, K]` of the classifier after the first t + 1 segments in their order.
@@ -342,6 +342,9 @@ def _highest_so_far(
 
 def _log_odds(threshold: float) -> float:
   arguments.number(
-    "threshold", threshold, "in (0, 1), a fraction of the largest entropy", lambda v: 0 < v < 1
+    "threshold",
+    threshold,
+    "in (0, 1), a fraction of the largest entropy",
+    holds=lambda v: 0 < v < 1,
   )
   return math.log(threshold) - math.log1p(-threshold)

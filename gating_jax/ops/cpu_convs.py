@@ -97,7 +97,7 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
   """Computes a 2-D convolution of an image enlarged to twice its sides, without enlarging it.
 
   In the enlarged image every pixel stands four times. Each of these four reads the 3 x 3 original
-  pixels around it by a kernel of its own, made of sums of the given kernel's taps. The four are
+  pixels around it by its own kernel, made of sums of the given kernel's taps. The four are
   computed as channels of one convolution.
 
   Args:
@@ -115,7 +115,7 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
   reads = jnp.asarray(_READ_ON_DOUBLED, kernel.dtype)
   # a, b: even or odd place; i, j: taps; p, q: original pixels that they read.
   kernel = jnp.einsum("aip,bjq,ijck->pqcabk", reads, reads, kernel)
-  y = convolve_images(x, kernel.reshape(3, 3, channels, -1), (1, 1), ((1, 1), (1, 1)))
+  y = convolve_images(x, kernel.reshape(3, 3, channels, -1), (1, 1), padding=((1, 1), (1, 1)))
   y = y.reshape(n, height, width, 2, 2, -1)
   # From [N, H, W, a, b, K] to [N, H, a, W, b, K]: even and odd places alternate.
   return jnp.swapaxes(y, 2, 3).reshape(n, 2 * height, 2 * width, -1)

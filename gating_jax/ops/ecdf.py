@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.checks import one_of
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives, ranking
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.priors import Prior, check_prior
@@ -29,7 +30,8 @@ EXCHANGES = ("gather", "all_to_all")
 _LEAST_MEAN = 0.05
 
 
-def empirical_cdf(x: AnyArray, axis: int = 0) -> Array:
+@former_positional("axis")
+def empirical_cdf(x: AnyArray, *, axis: int = 0) -> Array:
   """Computes each value's level in its column: `rank / (N + 1)`, without a gradient.
 
   Tied values have their mean rank.
@@ -275,7 +277,7 @@ def _prepare(
   keys, values, of_examples = jax.tree.map(
     lambda v: v.reshape(v.shape[0], -1), (lax.stop_gradient(x), values, weights)
   )
-  return _Prepared(keys, values, of_examples, columns)
+  return _Prepared(keys, values, of_examples, columns=columns)
 
 
 def _loss_over_devices(batch: _Prepared, *, axis_name: Hashable | None, exchange: str) -> Array:
@@ -306,18 +308,18 @@ def _mean_square_gap_fwd(keys, values, weights):
   n = keys.shape[0]
   source, tied = ranking.argsort(keys)
   # In sorted order: the weights w_(i), those before them W_(i) - w_(i), and their sum W. In the
-  # original order: each example's share of the mean.
+  # original order: each example's part of the mean.
   if weights is None:
     # Adds 0 times an array that varies over devices, since `shard_map` requires that this one does.
     before = jnp.arange(n, dtype=values.dtype)[:, None] + 0 * source.astype(values.dtype)
     in_order = jnp.ones_like(before)
     total = jnp.asarray(n, values.dtype)
-    share = 1 / total
+    part = 1 / total
   else:
     in_order = ranking.take(weights, source)
     total = jnp.sum(weights, axis=0, keepdims=True)
     before = jnp.cumsum(in_order, axis=0) - in_order
-    share = weights / jnp.where(total == 0, 1, total)
+    part = weights / jnp.where(total == 0, 1, total)
   # (W_(i) - w_(i) / 2 + 1 / 2) / (W + 1); with weights 1 it is i / (N + 1).
   level = (before + (in_order + 1) / 2) / (total + 1)
   # Ties are rare in logits, and the mean over them is skipped at run time where there are none.
@@ -330,9 +332,9 @@ def _mean_square_gap_fwd(keys, values, weights):
     gap = jnp.where(weights == 0, 0, gap)
   # Over a run of ties the mean of (F - e_i)^2 is (F - mean e)^2 plus the variance of e.
   spread = in_order * (jnp.square(level) - jnp.square(shared)) / jnp.where(total == 0, 1, total)
-  loss = jnp.sum(share * jnp.square(gap), axis=0) + jnp.sum(spread, axis=0)
+  loss = jnp.sum(part * jnp.square(gap), axis=0) + jnp.sum(spread, axis=0)
   # The residual is dL/dF of the loss, which the backward pass scales.
-  return loss, 2 * share * gap
+  return loss, 2 * part * gap
 
 
 def _level_of_run(level, tied, before, in_order, total):

@@ -45,6 +45,18 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
   return math.prod(kernel_shape) * math.prod(output_shape[1:-1])
 
 
+def dense_layer_macs(*kernel_shapes: Sequence[int]) -> int:
+  """Computes the MACs per example of dense layers, one after the other.
+
+  Args:
+    kernel_shapes: `[Cin, Cout]` of each.
+
+  >>> dense_layer_macs((8, 4), (4, 2))
+  40
+  """
+  return sum(conv_macs(shape, (1, shape[-1])) for shape in kernel_shapes)
+
+
 class ConvMacs(NamedTuple):
   """Coefficients of a convolution's MACs per example.
 
@@ -85,7 +97,7 @@ def plain_conv(
 def factorised_conv(space: ConvMacs, time: ConvMacs, middle: int) -> ConvMacs:
   """Returns the coefficients of two convolutions, one after the other.
 
-  No pair of an input and an output channel has a cost of its own, since the channels in between
+  No pair of an input and an output channel has its own cost, since the channels in between
   always run.
 
   Args:
@@ -156,7 +168,7 @@ def channel_macs(
   read: ConvMacs | None = None,
   outputs: int | None = None,
 ) -> UnitMacs:
-  """Computes what a gated channel costs in the layer that makes it and in the one that reads it.
+  """Computes the cost of a gated channel in the layer that makes it and in the one that reads it.
 
   A layer gated on both sides costs MACs per pair of open channels. They belong to the channels that
   it makes, so that no pair counts twice.
@@ -315,9 +327,11 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
   """
   records = arguments.items("records", records, "one GateRecord per gated layer")
   for i, record in enumerate(records):
-    arguments.instance(f"records[{i}]", record, GateRecord, "a GateRecord")
+    arguments.instance(f"records[{i}]", record, GateRecord, rule="a GateRecord")
     for cost in ("macs_per_unit", "macs_per_pair"):
-      arguments.number(f"records[{i}].{cost}", getattr(record, cost), ">= 0", lambda v: v >= 0)
+      arguments.number(
+        f"records[{i}].{cost}", getattr(record, cost), ">= 0", holds=lambda v: v >= 0
+      )
     for field in fields:
       name, values = f"records[{i}].{field}", getattr(record, field)
       arguments.real_array(name, values)

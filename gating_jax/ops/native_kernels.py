@@ -6,7 +6,7 @@ weights in place, and keeps the hidden channels of a residual branch compact bet
 convolutions. It is an optional extra for CPUs: where it is missing, `why_not()` gives the reason.
 `masked_chain` computes the same anywhere, in plain JAX: all channels, masked afterwards.
 
-Gates choose what is computed, as [gate > 0]. Those that are said to be weighted also multiply it,
+Gates choose what is computed, as [gate > 0]. Those that are marked as weighted also multiply it,
 as all do in `gated_branch` of `ops.pallas_kernels`.
 
 Axes: N examples, H and W pixels, I and O channels. Inference only: nothing here can be

@@ -205,7 +205,7 @@ def _dispatch(
     """Adds a block's output on its open examples to y `[N, H, W, C]`, as `lax.scan` needs it."""
     kernel1, bias1, kernel2, of_examples = block
     # The examples that open this block; the padding is dropped below.
-    index, taken = open_indices(of_examples, capacity)
+    index, taken = open_indices(of_examples, capacity=capacity)
     hidden = _masked_conv(
       x[index],
       kernel1,
@@ -394,7 +394,7 @@ def _remainder(number: Array, by: int) -> Array:
 def _open_first(open_tiles: Array) -> Array:
   """Returns the numbers of the tiles, `[N, T]`, with open ones first.
 
-  It compares all pairs, which XLA fuses; a sort would need kernels of its own.
+  It compares all pairs, which XLA fuses; a sort would need further kernels.
   """
   number = jnp.arange(open_tiles.shape[1], dtype=jnp.int32)
   # Unique keys: all open tiles before all closed ones, each in their order.
@@ -445,7 +445,7 @@ def _per_channel(gates: Array, channels: int) -> Array:
 
 def _checked_branch(branch, x, gates):
   arguments.instance(
-    "branch", branch, Branch, "a Branch: the kernels and biases of two convolutions"
+    "branch", branch, Branch, rule="a Branch: the kernels and biases of two convolutions"
   )
   for name, array in (("x", x), ("gates", gates)):
     arguments.real_array(name, array)

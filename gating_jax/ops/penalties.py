@@ -3,7 +3,8 @@
 `closed_share` is no penalty but a metric to watch: penalties may close gates permanently.
 
 Arrays and records are given by position, all else by keyword. A layer is an `[N, C]` array or a
-`GateRecord`, whose `probs` or `gates` are taken. Costs, and both together, are in records alone.
+`GateRecord`, whose `probs` or `gates` are taken. A penalty that needs both, or costs, has them from
+its records; with arrays of probabilities it takes `gates` and `macs_per_unit` next to them.
 
 Axes: N examples, at least 1, C gates of one layer, G gates of the network. All penalties are
 dimensionless scalars, differentiable in the probabilities. All raise a ValueError if no layer is
@@ -15,13 +16,15 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.scipy.special import entr
 
-from gating_jax.former_names import former_keyword, former_positional
+from gating_jax.checks import is_array
+from gating_jax.names import former_keyword, former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float, one_dtype
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, mac_fraction
@@ -86,7 +89,7 @@ def target_rate_loss(
 
   Reference: Veit and Belongie, 2018 (ConvNet-AIG).
   """
-  target = arguments.parameter("target", target, "in [0, 1]", lambda v: (v >= 0) & (v <= 1))
+  target = arguments.parameter("target", target, "in [0, 1]", holds=lambda v: (v >= 0) & (v <= 1))
   gaps = []
   for layer in _checked_layers("gates", gates, "gates"):
     rate = collectives.batch_mean(unweighted(layer), axis_name)
@@ -183,7 +186,12 @@ def indecision_loss(probs: Layers) -> Array:
   return l0_loss([4 * p * (1 - p) for p in _checked_layers("probs", probs, "probs")])
 
 
-def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Array:
+def balance_loss(
+  records: Layers,
+  *,
+  gates: Sequence[AnyArray] | None = None,
+  axis_name: Hashable | None = None,
+) -> Array:
   """Computes how unevenly examples are spread over experts, summed over records.
 
       loss = C sum_c f_c P_c,   f_c = fraction of the open gates that are c's, P_c = mean_n p_nc
@@ -191,48 +199,58 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
   A record contributes 1 if they are spread evenly, and C at most. Only the P have a gradient.
 
   Args:
-    records: their `probs` add up to 1 over the C units.
+    records: one record, or one `[N, C]` array of probabilities, per layer. Probabilities add up to
+      1 over the C units.
+    gates: with arrays, one `[N, C]` array per layer, above 0 where an expert runs.
     axis_name: as in `batch_shaping_loss`; means are over the whole batch.
   Returns:
     A scalar.
   Raises:
-    ValueError, TypeError: records as in `executed_macs`, or without examples.
+    ValueError, TypeError: records as in `executed_macs`, or without examples; arrays without
+      `gates`.
 
-  >>> from gating_jax.types import GateRecord
-  >>> gates = jnp.array([[0.5, 0.0], [0.75, 0.0]])
-  >>> balance_loss([GateRecord(None, jnp.array([[0.5, 0.5], [0.75, 0.25]]), gates)])
+  >>> probs, gates = jnp.array([[0.5, 0.5], [0.75, 0.25]]), jnp.array([[0.5, 0.0], [0.75, 0.0]])
+  >>> balance_loss([probs], gates=[gates])
+  Array(1.25, dtype=float32)
+  >>> balance_loss([GateRecord(logits=probs, probs=probs, gates=gates)])
   Array(1.25, dtype=float32)
 
   Reference: Fedus et al., 2022, section 2.2.
   """
   terms = []
+  records = _as_records(records, gates=gates)
   for record in checked_records(records, "gates", "probs", with_examples=True):
-    gates = record.gates.astype(record.probs.dtype)
     # f_c of the equation, up to its sum; a step function, so without a gradient.
-    share = collectives.batch_mean((gates > 0).astype(gates.dtype), axis_name)
+    is_open = (record.gates.astype(record.probs.dtype) > 0).astype(record.probs.dtype)
+    fraction = collectives.batch_mean(is_open, axis_name)
     probs = collectives.batch_mean(record.probs, axis_name)
     # C sum_c f_c P_c of the equation.
-    terms.append(probs.shape[-1] * jnp.sum(share / jnp.sum(share) * probs))
+    terms.append(probs.shape[-1] * jnp.sum(fraction / jnp.sum(fraction) * probs))
   return functools.reduce(operator.add, one_dtype(*terms))
 
 
-def mac_loss(records: Records) -> Array:
+def mac_loss(records: Layers, *, macs_per_unit: Sequence[int] | None = None) -> Array:
   """Computes the expected fraction of the gated multiply-accumulates.
 
   It is `l0_loss` with every gate weighted by its cost. Products of two layers' gates are taken at
   the product of their probabilities.
 
   Args:
-    records: of one forward pass, with `[N, C]` probabilities.
+    records: of one forward pass, one record, or one `[N, C]` array of probabilities, per layer.
+    macs_per_unit: with arrays, the MACs per example of one open unit, a number for each layer.
   Returns:
     A scalar in [0, 1].
   Raises:
-    ValueError, TypeError: records as in `executed_macs`, or without examples.
+    ValueError, TypeError: records as in `executed_macs`, or without examples; arrays without
+      `macs_per_unit`.
 
   >>> probs = jnp.array([[0.5, 0.25]])
+  >>> mac_loss([probs], macs_per_unit=[8])
+  Array(0.375, dtype=float32)
   >>> mac_loss([GateRecord(probs, probs, probs, macs_per_unit=8)])
   Array(0.375, dtype=float32)
   """
+  records = _as_records(records, macs_per_unit=macs_per_unit)
   records = checked_records(records, "probs", with_examples=True)
   # One ratio for the network, not one per layer: layers count by their cost.
   mean = jnp.mean(expected_macs(records))
@@ -242,10 +260,12 @@ def mac_loss(records: Records) -> Array:
 @former_keyword("fixed_macs", "never_gated_macs")
 @former_positional("never_gated_macs", "budget", stacklevel=3)
 def mac_budget_loss(
-  records: Records,
+  records: Layers,
   *,
   never_gated_macs: int,
   budget: float | Array,
+  gates: Sequence[AnyArray] | None = None,
+  macs_per_unit: Sequence[int] | None = None,
   axis_name: Hashable | None = None,
 ) -> Array:
   """Computes the squared difference between the MACs that the gates use and a budget.
@@ -261,22 +281,26 @@ def mac_budget_loss(
   the value counts all MACs.
 
   Args:
-    records: the records of one forward pass.
+    records: of one forward pass, one record, or one `[N, C]` array of probabilities, per layer.
     never_gated_macs: MACs per example of everything that is never gated, without gate networks.
     budget: fraction in (0, 1].
+    gates: with arrays, one `[N, C]` array of gates as drawn per layer.
+    macs_per_unit: with arrays, the MACs per example of one open unit, a number for each layer.
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
   Returns:
     a scalar in [0, 1).
   Raises:
     ValueError: a number out of range, or records as in `executed_macs`.
+    TypeError: no list of layers, or arrays without `gates` or `macs_per_unit`.
 
   >>> probs, gates = jnp.array([[0.5, 0.5]]), jnp.array([[1.0, 0.0]])
   >>> record = GateRecord(probs, probs, gates, macs_per_unit=8)
   >>> print(f"{mac_budget_loss([record], never_gated_macs=4, budget=0.5):.4f}")
   0.0100
   """
-  arguments.number("never_gated_macs", never_gated_macs, ">= 0", lambda v: v >= 0)
-  budget = arguments.parameter("budget", budget, "in (0, 1]", lambda v: (v > 0) & (v <= 1))
+  arguments.number("never_gated_macs", never_gated_macs, ">= 0", holds=lambda v: v >= 0)
+  budget = arguments.parameter("budget", budget, "in (0, 1]", holds=lambda v: (v > 0) & (v <= 1))
+  records = _as_records(records, gates=gates, macs_per_unit=macs_per_unit)
   records = checked_records(records, "gates", "probs", with_examples=True)
   expected = collectives.batch_mean(expected_macs(records), axis_name)
   executed = collectives.batch_mean(executed_macs(records), axis_name)
@@ -284,13 +308,17 @@ def mac_budget_loss(
   expected, executed = one_dtype(expected, executed)
   # The value of `executed`, with the gradient of `expected`.
   mean = expected + lax.stop_gradient(executed - expected)
-  share = mac_fraction(records, mean, never_gated_macs=never_gated_macs)
-  budget = jnp.asarray(budget, share.dtype)
-  return jnp.square(share - budget)
+  fraction = mac_fraction(records, mean, never_gated_macs=never_gated_macs)
+  budget = jnp.asarray(budget, fraction.dtype)
+  return jnp.square(fraction - budget)
 
 
 def closed_share(
-  records: Records, *, axis_name: Hashable | None = None, of: Array | None = None
+  records: Layers,
+  *,
+  gates: Sequence[AnyArray] | None = None,
+  axis_name: Hashable | None = None,
+  of: Array | None = None,
 ) -> Array:
   """Computes the fraction of gates that are closed for (nearly) all examples of a batch.
 
@@ -298,7 +326,8 @@ def closed_share(
   on average. It applies in training and evaluation alike; watch it in a training loop of your own.
 
   Args:
-    records: records of one forward pass, one or more, each with `[N, C]` gates and probabilities.
+    records: of one forward pass, one record, or one `[N, C]` array of probabilities, per layer.
+    gates: with arrays, one `[N, C]` array of gates per layer.
     axis_name: as in `batch_shaping_loss`.
     of: `[G]` booleans, the gates that count; all by default.
   Returns:
@@ -306,13 +335,15 @@ def closed_share(
   Raises:
     ValueError: no records, records of no example or of several batches, or another number of gates
       in `of`.
-    TypeError: `records` is no list of `GateRecord`.
+    TypeError: `records` is no list of layers, or arrays without `gates`.
 
-  >>> from gating_jax.types import GateRecord
-  >>> gates = jnp.array([[0.0, 1.0], [0.0, 0.0]])
-  >>> closed_share([GateRecord(None, jnp.array([[0.01, 0.9], [0.02, 0.1]]), gates)])
+  >>> probs, gates = jnp.array([[0.01, 0.9], [0.02, 0.1]]), jnp.array([[0.0, 1.0], [0.0, 0.0]])
+  >>> closed_share([probs], gates=[gates])
+  Array(0.5, dtype=float32)
+  >>> closed_share([GateRecord(logits=probs, probs=probs, gates=gates)])
   Array(0.5, dtype=float32)
   """
+  records = _as_records(records, gates=gates)
   records = checked_records(records, "gates", "probs", with_examples=True)
   closed = []
   for record in records:
@@ -331,6 +362,37 @@ def closed_share(
     )
   # Without any gate in `of`, none is closed: 0.
   return jnp.sum(closed * of) / jnp.maximum(jnp.sum(of), 1)
+
+
+def _as_records(layers: Layers, **given: Sequence[Any] | None) -> Records:
+  """Returns layers as records, for `checked_records`; arrays are probabilities.
+
+  Args:
+    layers: records or arrays.
+    given: by the name of a field, its value for each layer; None with records, which have it.
+  """
+  layers = arguments.items("records", layers, "one GateRecord per gated layer")
+  are_arrays = bool(layers) and all(map(is_array, layers))
+  for name, values in given.items():
+    if are_arrays and values is None:
+      raise TypeError(f"{name} must be given with arrays, one for each layer; got None")
+    if not are_arrays and values is not None:
+      raise TypeError(f"{name} must be None with records, which have their own")
+    if values is not None and len(values) != len(layers):
+      raise ValueError(
+        f"{name} must have one item for each of the {len(layers)} layers; got {len(values)}"
+      )
+  if not are_arrays:
+    return layers
+  # No penalty reads logits, nor gates or costs that it does not ask for.
+  probs = tuple(map(as_float, layers))
+  gates, macs = given.get("gates"), given.get("macs_per_unit")
+  records = []
+  for i, p in enumerate(probs):
+    drawn = p if gates is None else as_float(gates[i])
+    cost = 0 if macs is None else macs[i]
+    records.append(GateRecord(logits=p, probs=p, gates=drawn, macs_per_unit=cost))
+  return tuple(records)
 
 
 def _checked_layers(name: str, layers: Layers, field: str) -> tuple[Array, ...]:

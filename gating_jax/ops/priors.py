@@ -10,6 +10,7 @@ outside its range before that).
 
 Functions of a prior are methods of small values, or functions of a module, so that priors can be
 pickled.
+Axes: M samples.
 References: Bejnordi et al., 2020, section 3 (Beta prior); Maddison et al., 2017 (relaxed
   Bernoulli).
 """
@@ -21,7 +22,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -31,8 +32,8 @@ from jax import lax
 from jax.scipy.special import ndtr
 
 from gating_jax.checks import shown
-from gating_jax.ops import arguments, beta_cdf
-from gating_jax.ops.arguments import aligned, as_float
+from gating_jax.ops import arguments, beta_cdf, collectives
+from gating_jax.ops.arguments import aligned, as_float, real_array, within_reach
 from gating_jax.types import Array
 
 # Range of Beta's a and b. Below it, tails reach logits whose sigmoid underflows in float64.
@@ -78,14 +79,14 @@ class Prior:
   shape: tuple[int, ...] = ()
 
   def __post_init__(self):
-    arguments.instance("a prior's name", self.name, str, "a text")
-    arguments.instance("a prior's shape", self.shape, tuple, "a tuple of whole numbers")
-    _check_functions(self.cdf, self.pdf, self.logit_cdf, self.logit_pdf)
+    arguments.instance("a prior's name", self.name, str, rule="a text")
+    arguments.instance("a prior's shape", self.shape, tuple, rule="a tuple of whole numbers")
+    _check_functions(self.cdf, self.pdf, self.logit_cdf, logit_pdf=self.logit_pdf)
 
 
 def check_prior(name: str, value: object) -> None:
   """Raises a TypeError unless `value` is a `Prior`."""
-  arguments.instance(name, value, Prior, "a Prior, such as beta(0.6, 0.4)")
+  arguments.instance(name, value, Prior, rule="a Prior, such as beta(0.6, 0.4)")
 
 
 def beta(a: float | Array, b: float | Array) -> Prior:
@@ -111,8 +112,8 @@ def beta(a: float | Array, b: float | Array) -> Prior:
   -0.4791
   """
   rule = f"in [{_SMALLEST}, {_LARGEST}]"
-  a = arguments.parameter("beta's a", a, rule, _in_beta_range)
-  b = arguments.parameter("beta's b", b, rule, _in_beta_range)
+  a = arguments.parameter("beta's a", a, rule, holds=_in_beta_range)
+  b = arguments.parameter("beta's b", b, rule, holds=_in_beta_range)
   # Known numbers have a table, which is faster; its cache also makes equal calls return one object.
   if isinstance(a, float) and isinstance(b, float):
     return _fixed_beta(a, b)
@@ -132,7 +133,7 @@ def symmetric_beta(a: float | Array) -> Prior:
   'beta(0.6, 0.4)'
   """
   a = arguments.parameter(
-    "symmetric_beta's a", a, "in [0.05, 0.95]", lambda v: (v >= _SMALLEST) & (v <= 0.95)
+    "symmetric_beta's a", a, "in [0.05, 0.95]", holds=lambda v: (v >= _SMALLEST) & (v <= 0.95)
   )
   return beta(a, 1 - a)
 
@@ -155,10 +156,10 @@ def relaxed_bernoulli(mean: float | Array, temperature: float | Array) -> Prior:
   0.7
   """
   mean = arguments.parameter(
-    "relaxed_bernoulli's mean", mean, "in (0, 1)", lambda v: (v > 0) & (v < 1)
+    "relaxed_bernoulli's mean", mean, "in (0, 1)", holds=lambda v: (v > 0) & (v < 1)
   )
   temperature = arguments.parameter(
-    "relaxed_bernoulli's temperature", temperature, "positive", _is_positive
+    "relaxed_bernoulli's temperature", temperature, "positive", holds=_is_positive
   )
   return _prior("relaxed_bernoulli", _RelaxedBernoulli(mean, temperature), mean, temperature)
 
@@ -176,8 +177,8 @@ def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
   >>> print(f"{normal(1.0, 2.0).cdf(jnp.array(3.0)):.4f}")
   0.8413
   """
-  mean = arguments.parameter("normal's mean", mean, "finite", np.isfinite)
-  std = arguments.parameter("normal's std", std, "positive", _is_positive)
+  mean = arguments.parameter("normal's mean", mean, "finite", holds=np.isfinite)
+  std = arguments.parameter("normal's std", std, "positive", holds=_is_positive)
   family = _Normal(mean, std)
   name, shape = _name("normal", mean, std), _shape("normal", mean, std)
   return Prior(name, family.cdf, family.pdf, shape=shape)
@@ -198,6 +199,48 @@ def uniform() -> Prior:
     logit_cdf=_Sloped(_uniform_logit_cdf, _uniform_logit_pdf),
     logit_pdf=_uniform_logit_pdf,
   )
+
+
+def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
+  """Returns the distribution of reference samples, or of another batch, as a prior.
+
+      F(s_(j)) = j / (M + 1) at the j-th smallest of M samples,
+      linear in between, exponential beyond both ends
+
+  With it `cdf_matching_loss` is a two-sample criterion. The tails, of mass 1 / (M + 1) each, fall
+  off over a quarter of the samples' range: values outside are drawn back, unless they lie tens of
+  ranges away. Equal samples make a step, with their mean level at the step itself. Gradients reach
+  the samples too, though not through the width of the tails. The symmetric two-sample Cramér-von
+  Mises form of x and y is the mean of `cdf_matching_loss(x, empirical(y))` and
+  `cdf_matching_loss(y, empirical(x))`.
+
+  Args:
+    samples: `[M]`, one reference for all columns, or `[M, ...]`, one for each; real values.
+    axis_name: the mapped device axis, or axes, over which the samples are spread.
+  Raises:
+    ValueError: there is no sample, or 2**31 of them or more on all devices together.
+    TypeError: samples that are no real numbers.
+  Reference: Anderson, 1962 (the two-sample criterion).
+
+  >>> print(empirical(jnp.array([3.0, 1.0, 2.0])).cdf(jnp.array([1.0, 1.5, 3.0])))
+  [0.25  0.375 0.75 ]
+  """
+  real_array("samples", samples)
+  samples = as_float(samples)
+  if samples.ndim == 0 or samples.shape[0] == 0:
+    raise ValueError(
+      f"samples must hold at least one value along axis 0; got shape {samples.shape}"
+    )
+  samples = (
+    collectives.whole_batch(samples)
+    if axis_name is None
+    else collectives.gather_batch(samples, axis_name)
+  )
+  within_reach("samples of a column over all devices", samples.shape[:1])
+  # Sorted once here, not at every call of the CDF.
+  family = _Empirical(jnp.sort(samples, axis=0))
+  m, *columns = samples.shape
+  return Prior(f"empirical({m} samples)", family.cdf, family.pdf, shape=tuple(columns))
 
 
 def from_cdf(
@@ -233,7 +276,7 @@ def from_cdf(
     raise ValueError(
       f"logit_cdf and logit_pdf must come together; got {shown(logit_cdf)} and {shown(logit_pdf)}"
     )
-  _check_functions(cdf, pdf, logit_cdf, logit_pdf)
+  _check_functions(cdf, pdf, logit_cdf, logit_pdf=logit_pdf)
   # Plain functions have no slope rule yet, neither on the natural nor on the logit axis.
   logit_pair = None
   if logit_cdf is not None and logit_pdf is not None:
@@ -420,6 +463,63 @@ def _uniform_logit_pdf(z: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class _Empirical:
+  """The distribution of sorted samples, `[M, ...]`.
+
+  Unlike a closure, it can be pickled.
+  """
+
+  ordered: Array
+
+  def cdf(self, x):
+    """Computes x -> F(x)."""
+    x = as_float(x)
+    m, *columns = self.ordered.shape
+    shape = jnp.broadcast_shapes(x.shape, tuple(columns))
+    # Samples that serve all columns make a single one: the search runs over all values at once.
+    by_column = jnp.broadcast_to(x, shape).reshape(-1, math.prod(columns))
+    samples = self.ordered.astype(x.dtype).reshape(m, -1)
+    return jax.vmap(_interpolated_level, in_axes=1, out_axes=1)(samples, by_column).reshape(shape)
+
+  def pdf(self, x):
+    """Computes x -> f(x)."""
+    x = as_float(x)
+    return jax.jvp(self.cdf, (x,), (jnp.ones_like(x),))[1]
+
+
+def _interpolated_level(ordered: Array, x: Array) -> Array:
+  """Computes the interpolated empirical CDF of sorted samples `[M]`, at x `[R]`."""
+  m, tiny = ordered.shape[0], jnp.finfo(x.dtype).tiny
+  if isinstance(m, int):
+    upto = jnp.searchsorted(ordered, x, side="right")
+    below = jnp.searchsorted(ordered, x, side="left")
+  else:
+    # M is not known yet, as in `jax.export`, and a search takes as many steps as M has bits.
+    upto = jnp.sum(ordered[:, None] <= x[None], axis=0, dtype=jnp.int32)
+    below = jnp.sum(ordered[:, None] < x[None], axis=0, dtype=jnp.int32)
+  left, right = ordered[jnp.maximum(upto - 1, 0)], ordered[jnp.minimum(upto, m - 1)]
+  inside = (upto > 0) & (upto < m)
+  # Halved, the difference of two finite values does not overflow.
+  above_left = jnp.where(inside, x / 2 - left / 2, 0)
+  between = above_left / jnp.where(inside, jnp.maximum(right / 2 - left / 2, tiny), 1)
+  # At a step of t equal samples, F is the mean of their levels: (t - 1) / 2 below the last one's.
+  on_step = jnp.maximum(upto - below - 1, 0).astype(x.dtype) / 2
+  # A quarter of the range, halved like the distances below.
+  scale = lax.stop_gradient(jnp.maximum(ordered[-1] / 8 - ordered[0] / 8, tiny))
+
+  def tail(distance):
+    """Returns the mass beyond a point at half this distance outside, times M + 1."""
+    return jnp.exp(-jnp.maximum(distance / scale, 0.0))
+
+  lower = tail(ordered[0] / 2 - x / 2)
+  inner = upto.astype(x.dtype) + between - on_step
+  upper = m + 1 - tail(x / 2 - ordered[-1] / 2) - on_step
+  level = jnp.where(upto == 0, lower, jnp.where(upto == m, upper, inner))
+  # NaN sorts last, so the last sample shows whether there is one.
+  return jnp.where(jnp.isnan(ordered[-1]), jnp.nan, level / (m + 1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Sloped:
   """A `function` of floating-point values with `slope` as its derivative.
 
@@ -513,7 +613,7 @@ def _positive(parameter):
   return jnp.where(parameter > 0, parameter, jnp.nan)
 
 
-def _check_functions(cdf: object, pdf: object, logit_cdf: object, logit_pdf: object) -> None:
+def _check_functions(cdf: object, pdf: object, logit_cdf: object, *, logit_pdf: object) -> None:
   for name, value in (("cdf", cdf), ("pdf", pdf)):
     arguments.function(name, value)
   for name, value in (("logit_cdf", logit_cdf), ("logit_pdf", logit_pdf)):

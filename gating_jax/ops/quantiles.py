@@ -1,4 +1,4 @@
-"""Thresholds that open a given share of a layer's gates.
+"""Thresholds that open a given fraction of a layer's gates.
 
     theta = the (1 - share) quantile of the logits over the batch and the gates of a layer
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array
@@ -29,7 +29,7 @@ def open_threshold(
   axis_name: Hashable | None = None,
   weights: Array | None = None,
 ) -> Array:
-  """Computes the threshold above which a share of all logits lies, without a gradient.
+  """Computes the threshold above which a fraction of all logits lies, without a gradient.
 
       k = share * N C, rounded, at least 1
       theta = (z_(k) + z_(k + 1)) / 2,   z_(k) the k-th largest of the N C logits
@@ -50,16 +50,16 @@ def open_threshold(
     weights: `[N]`, or of the logits' shape, non-negative. A logit of weight w counts as w of them;
       one of weight 0 is left out, NaN too.
   Returns:
-    a scalar: NaN where a logit that counts is NaN or a weight is negative, 0 where nothing counts.
+    a scalar: NaN where a logit that counts is NaN or a weight is negative, 0 where no logit counts.
   Raises:
-    ValueError: a share that is known and out of range, no logits, or weights of another shape.
+    ValueError: `share` is known and out of range, no logits, or weights of another shape.
     TypeError: an argument that holds no real numbers.
 
   >>> print(open_threshold(jnp.array([[3.0, -1.0], [0.0, 2.0]]), share=0.5))
   1.0
   """
   arguments.real_array("logits", logits)
-  share = arguments.parameter("share", share, "in (0, 1]", lambda v: (v > 0) & (v <= 1))
+  share = arguments.parameter("share", share, "in (0, 1]", holds=lambda v: (v > 0) & (v <= 1))
   z = lax.stop_gradient(collectives.whole_batch(as_float(logits)))
   if z.size == 0:
     raise ValueError(f"logits must hold at least one value; got shape {z.shape}")
@@ -70,14 +70,14 @@ def open_threshold(
   share = lax.stop_gradient(jnp.asarray(share, z.dtype))
   counts = weights != 0
   total = _sum(weights, axis_name)
-  # Half a unit less than the share of the whole rounds to the nearest number of whole units.
+  # Half a unit less than the fraction of the whole rounds to the nearest number of whole units.
   half, limits = jnp.asarray(0.5, z.dtype), jnp.finfo(z.dtype)
   # A schedule that starts at 1 may exceed it in rounding, and no more than the whole can be open.
   needed = jnp.minimum(share * total - half, total)
   # Above 0, so that the largest logit is open.
   needed = jnp.maximum(needed, jnp.asarray(limits.tiny, z.dtype))
   # z_(k) and z_(k + 1) of the equation. With an infinite one, theta would be infinite or NaN.
-  kth = jnp.clip(_largest_with(z, weights, needed, axis_name), limits.min, limits.max)
+  kth = jnp.clip(_largest_with(z, weights, needed, axis_name=axis_name), limits.min, limits.max)
   below = _maximum(jnp.where(counts & (z < kth), z, -jnp.inf), axis_name)
   below = jnp.where(jnp.isneginf(below), kth, below)
   # Large enough to be lost in rounding neither here nor in the difference of logits and theta.
@@ -90,7 +90,7 @@ def open_threshold(
   return jnp.where(is_wrong, jnp.nan, jnp.where(total == 0, jnp.zeros_like(theta), theta))
 
 
-def _largest_with(z: Array, weights: Array, needed: Array, axis_name: Hashable | None) -> Array:
+def _largest_with(z: Array, weights: Array, needed: Array, *, axis_name: Hashable | None) -> Array:
   """Returns the largest value for which the logits at or above it weigh `needed` or more."""
   keys = _ordered(z)
   limits = jnp.iinfo(keys.dtype)

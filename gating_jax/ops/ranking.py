@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.checks import shown
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array
@@ -38,7 +39,7 @@ _R = TypeVar("_R")
 def reverse_mode_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
   """Wraps a function that has a `custom_vjp` inside, with a clear error for forward mode.
 
-  The error says what to use instead.
+  The error names the functions to use instead.
   """
 
   @functools.wraps(function)
@@ -58,12 +59,13 @@ def reverse_mode_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
   return run
 
 
+@former_positional("axis")
 @reverse_mode_only
-def sort_with_vjp(x: Array, axis: int = 0) -> Array:
+def sort_with_vjp(x: Array, *, axis: int = 0) -> Array:
   """Sorts in ascending order; each sorted value's gradient returns to the element it came from.
 
-  The losses of `ops/ecdf.py` do not go through it: they have a rule of their own, since they need
-  the places of values, not the sorted values.
+  The losses of `ops/ecdf.py` have their own rule instead: they need the places of values, not the
+  sorted values.
 
   Args:
     x: real values, any shape. NaN sorts to no particular place, and affects no other column.

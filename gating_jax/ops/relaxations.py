@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import shown
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float, float_dtype
 from gating_jax.types import AnyArray, Array
@@ -234,7 +234,7 @@ def clipped_sigmoid(logits: AnyArray, *, slope: float = 0.25) -> Array:
   >>> clipped_sigmoid(jnp.array([-3.0, 0.0, 1.0, 3.0]))
   Array([0.  , 0.5 , 0.75, 1.  ], dtype=float32)
   """
-  arguments.number("slope", slope, "> 0", lambda v: v > 0)
+  arguments.number("slope", slope, "> 0", holds=lambda v: v > 0)
   return jnp.clip(0.5 + float(slope) * _as_logits(logits), 0, 1)
 
 
@@ -264,7 +264,9 @@ def _add_logistic(key: Array, logits: AnyArray, noise_scale: float | Array) -> A
   """
   arguments.prng_key("key", key)
   logits = _as_logits(logits)
-  noise_scale = arguments.parameter("noise_scale", noise_scale, "a finite number", np.isfinite)
+  noise_scale = arguments.parameter(
+    "noise_scale", noise_scale, "a finite number", holds=np.isfinite
+  )
   # Rounded to the type of the logits only once the noise is in.
   wide, noise_scale = arguments.aligned(as_float(logits), noise_scale)
   noise = jax.random.logistic(key, wide.shape, wide.dtype)
@@ -279,7 +281,7 @@ def _as_logits(logits: AnyArray) -> Array:
 
 
 def _checked_temperature(temperature: float | Array) -> float | Array:
-  return arguments.parameter("temperature", temperature, "> 0", lambda v: v > 0)
+  return arguments.parameter("temperature", temperature, "> 0", holds=lambda v: v > 0)
 
 
 def _moved(

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import shown
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float, float_dtype
 from gating_jax.ops.collectives import example_keys
@@ -49,10 +50,11 @@ def ensure_one_open(gates: Array, logits: Array, valid: Array) -> Array:
   gates = jnp.where(valid, gates.astype(float_dtype(gates)), 0)
   nothing = ~jnp.any(gates > 0, axis=1, keepdims=True)
   # Added and not assigned: the gates' gradient stays, and `top_k` has none.
-  return gates + jnp.where(nothing, top_k(logits, valid, 1), 0).astype(gates.dtype)
+  return gates + jnp.where(nothing, top_k(logits, valid, k=1), 0).astype(gates.dtype)
 
 
-def top_k(scores: AnyArray, valid: AnyArray, k: int | AnyArray) -> Array:
+@former_positional("k")
+def top_k(scores: AnyArray, valid: AnyArray, *, k: int | AnyArray) -> Array:
   """Selects the k highest scores of each video; no gradient.
 
   Args:
@@ -65,7 +67,7 @@ def top_k(scores: AnyArray, valid: AnyArray, k: int | AnyArray) -> Array:
   Raises:
     ValueError, TypeError: arrays of other or unlike shapes, or a k that is no whole number >= 1.
 
-  >>> top_k(jnp.array([[0.1, 0.9, 0.5, 2.0]]), jnp.array([[True, True, True, False]]), 2)
+  >>> top_k(jnp.array([[0.1, 0.9, 0.5, 2.0]]), jnp.array([[True, True, True, False]]), k=2)
   Array([[0., 1., 1., 0.]], dtype=float32)
   """
   scores, valid = arguments.one_shape("[B, T]", scores=scores, valid=valid)
@@ -77,7 +79,8 @@ def top_k(scores: AnyArray, valid: AnyArray, k: int | AnyArray) -> Array:
   return (valid & (rank < _column(k, valid.shape[0]))).astype(jnp.float32)
 
 
-def uniform_k(valid: Array, k: int | Array) -> Array:
+@former_positional("k")
+def uniform_k(valid: Array, *, k: int | Array) -> Array:
   """Selects k segments at the centres of k equal parts of each video's valid length n.
 
       floor((i + 1/2) n / k)
@@ -90,7 +93,7 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
   Raises:
     ValueError, TypeError: another shape, or a k that is no whole number >= 1.
 
-  >>> uniform_k(jnp.array([[True] * 8, [True] * 3 + [False] * 5]), 2)
+  >>> uniform_k(jnp.array([[True] * 8, [True] * 3 + [False] * 5]), k=2)
   Array([[0., 0., 1., 0., 0., 0., 1., 0.],
          [1., 0., 1., 0., 0., 0., 0., 0.]], dtype=float32)
   """
@@ -108,8 +111,9 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
   return (valid & (centres_before(place + 1) > centres_before(place))).astype(jnp.float32)
 
 
+@former_positional("k")
 def random_k(
-  key: Array, valid: Array, k: int | Array, *, axis_name: Hashable | None = None
+  key: Array, valid: Array, *, k: int | Array, axis_name: Hashable | None = None
 ) -> Array:
   """Selects k different segments of each video, every set of k equally likely.
 
@@ -127,7 +131,7 @@ def random_k(
     ValueError, TypeError: arrays of other or unlike shapes, or a k that is no whole number >= 1.
 
   >>> valid = jnp.array([[True] * 4, [True, False, False, False]])
-  >>> random_k(jax.random.key(0), valid, 2).sum(axis=1)
+  >>> random_k(jax.random.key(0), valid, k=2).sum(axis=1)
   Array([2., 1.], dtype=float32)
   """
   arguments.prng_key("key", key)
@@ -135,10 +139,11 @@ def random_k(
   keys = example_keys(key, batch, axis_name)
   scores = jax.vmap(lambda key: jax.random.uniform(key, (segments,), jnp.float32))(keys)
   # The k largest of independent uniform numbers are a uniform random set.
-  return top_k(scores, valid, k)
+  return top_k(scores, valid, k=k)
 
 
-def first_k(valid: AnyArray, k: int | AnyArray) -> Array:
+@former_positional("k")
+def first_k(valid: AnyArray, *, k: int | AnyArray) -> Array:
   """Selects the first k segments in the `frame_exit_order` of each video's valid length.
 
   Args:
@@ -149,7 +154,7 @@ def first_k(valid: AnyArray, k: int | AnyArray) -> Array:
   Raises:
     ValueError, TypeError: another shape, or a k that is no whole number >= 1.
 
-  >>> first_k(jnp.array([[True] * 5, [True] * 3 + [False] * 2]), 2)
+  >>> first_k(jnp.array([[True] * 5, [True] * 3 + [False] * 2]), k=2)
   Array([[1., 0., 1., 0., 0.],
          [1., 1., 0., 0., 0.]], dtype=float32)
   """
@@ -162,10 +167,11 @@ def first_k(valid: AnyArray, k: int | AnyArray) -> Array:
   length, place = jnp.sum(valid, axis=1, keepdims=True), jnp.cumsum(valid, axis=1) - 1
   rank = jnp.asarray(ranks)[length, jnp.maximum(place, 0)]
   # The lowest ranks have the highest scores.
-  return top_k(-rank, valid, k)
+  return top_k(-rank, valid, k=k)
 
 
-def budget_to_k(valid: AnyArray, share: float) -> Array:
+@former_positional("share")
+def budget_to_k(valid: AnyArray, *, share: float) -> Array:
   """Computes the number of segments per video that a budget allows.
 
   It is `ceil(share * n)` of the n valid ones, at least 1.
@@ -179,9 +185,9 @@ def budget_to_k(valid: AnyArray, share: float) -> Array:
     ValueError: `share` is out of range, or T is not known yet, as in `jax.export`.
     TypeError: `share` is no number.
 
-  >>> budget_to_k(jnp.array([[True] * 5, [True] * 2 + [False] * 3]), 0.3)
+  >>> budget_to_k(jnp.array([[True] * 5, [True] * 2 + [False] * 3]), share=0.3)
   Array([2, 1], dtype=int32)
-  >>> budget_to_k(jnp.ones((1, 5), bool), 3)
+  >>> budget_to_k(jnp.ones((1, 5), bool), share=3)
   Array([3], dtype=int32)
   """
   if isinstance(share, bool) or not isinstance(share, numbers.Real):
@@ -210,7 +216,7 @@ def keep_best(gates: Array, logits: Array, valid: Array) -> Array:
 def k_for(valid: Array, share: float) -> Array:
   """Calls `budget_to_k`, its name of today, and warns."""
   warnings.warn("k_for is now called budget_to_k", DeprecationWarning, stacklevel=2)
-  return budget_to_k(valid, share)
+  return budget_to_k(valid, share=share)
 
 
 def frame_exit_order(segments: int) -> np.ndarray:

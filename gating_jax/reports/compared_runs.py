@@ -151,7 +151,7 @@ def _shortest_unique_end(path: tuple[str, ...], paths: Sequence[tuple[str, ...]]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-  """Reads runs from their directories, with names that tell them apart.
+  """Reads runs from their directories, and gives each a unique name.
 
   Raises:
     RunDirError: a folder holds no run, or a damaged one.
@@ -212,7 +212,7 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
   groups = []
   for members in alike.values():
     name = _short_name(members[0])
-    # Empty where experiment and data set alone tell the group apart.
+    # Empty where experiment and data set alone distinguish the group.
     own = _own_settings(members[0], firsts)
     groups.append(RunGroup(f"{name} ({own})" if own else name, members))
   return groups

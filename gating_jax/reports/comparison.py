@@ -239,11 +239,11 @@ _MEASURES = (
   _Measure("forgetting, task known", ("task_aware.forgetting",), _percent),
   _Measure("forgetting, task unknown", ("task_agnostic.forgetting",), _percent),
   _Measure("MACs", ("macs",), _whole),
-  _Measure("share of the ungated net's", ("mac_ratio",), _tenths_of_percent),
+  _Measure("fraction of the ungated net's", ("mac_ratio",), _tenths_of_percent),
   _Measure("MACs, task known", ("task_aware_macs",), _whole),
-  _Measure("share, task known", ("task_aware_macs", "dense_macs"), _ratio),
+  _Measure("fraction, task known", ("task_aware_macs", "dense_macs"), _ratio),
   _Measure("MACs, task unknown", ("task_agnostic_macs",), _whole),
-  _Measure("share, task unknown", ("task_agnostic_macs", "dense_macs"), _ratio),
+  _Measure("fraction, task unknown", ("task_agnostic_macs", "dense_macs"), _ratio),
   _Measure("parameters", ("params",), _whole),
   _Measure("parameters of gates, separately", ("gate_params",), _whole),
   _Measure("gates conditional", ("conditional", "gates"), _of_all),
@@ -406,7 +406,7 @@ def _large_numbers(group: RunGroup, pair: _Pair, *, alone: bool) -> list[page.Nu
   numbers = [_score_number(pair), _macs_number(pair), _time_number(pair)]
   if alone:
     return numbers
-  # Several groups share the top of the page, so each number tells its group.
+  # Several groups share the top of the page, so each number names its group.
   named = []
   for number in numbers:
     named.append(dataclasses.replace(number, name=f"{number.name}, {group.name}"))

@@ -192,7 +192,7 @@ def report_failures(
       failure = {"date": _now(), "reason": printable(first_line(error))}
       _record(run_dir, failure)
       if hosts.is_writer():
-        _report_failure(run_dir, config, report, _failure_text(failure))
+        _report_failure(run_dir, config, report, said=_failure_text(failure))
     raise
 
 
@@ -217,7 +217,7 @@ def _failure_text(failure: Mapping[str, Any]) -> str:
 
 def _has_begun(run_dir: RunDir) -> bool:
   """Checks that a training has opened its journal, which it does just before its first step."""
-  # Runs of several nets have a journal for each in folders of their own.
+  # Runs of several nets have a journal for each, in its own folder.
   journals = [run_dir.path / TENSORBOARD_DIR, *run_dir.path.glob(f"*/{TENSORBOARD_DIR}")]
   return any(folder.exists() for folder in journals)
 
@@ -231,7 +231,7 @@ def _record(run_dir: RunDir, failure: Mapping[str, str]) -> None:
 
 
 def _report_failure(
-  run_dir: RunDir, config: Config, report: Callable[[str], None], said: str
+  run_dir: RunDir, config: Config, report: Callable[[str], None], *, said: str
 ) -> None:
   """Writes the page of the newest checkpoint, or of the journal alone if none can be tested."""
   say("the run failed; writing its report from what there is")

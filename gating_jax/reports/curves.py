@@ -9,7 +9,7 @@ from typing import Any
 from gating_jax.reports import page
 from gating_jax.training.journal import METRICS_FILE, read_lines
 
-# Metrics of a journal that are drawn, with their names; the loss has an axis of its own.
+# Metrics of a journal that are drawn, with their names; the loss has its own axis.
 _LOSS = "loss"
 _FRACTIONS = {
   "accuracy": "accuracy",

@@ -2,7 +2,7 @@
 
 They show the surroundings of the run, which are read from run directories: its ungated baseline,
 its times and its starts. All of them are optional: the page of an old, copied or damaged directory
-is written without.
+is written without them.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def read_surroundings(
 ) -> Surroundings:
   """Reads the surroundings of a run.
 
-  Processes that do not write read no files: they return what the config tells.
+  Processes that do not write read no files: they return the values of the config.
 
   Args:
     run_dir, config: of the run.

@@ -151,10 +151,10 @@ def draw_histograms(
   for panel in panels:
     # [T, bins]
     counts = np.array([_of_layer(line, panel.layer, measure) for line in history], np.float64)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # The square root keeps small fractions visible next to a bin that holds most values.
     panel.axes.imshow(
-      np.sqrt(shares.T),
+      np.sqrt(fractions.T),
       cmap="Greens",
       vmin=0,
       vmax=0.6,

@@ -24,7 +24,7 @@ from gating_jax.training.journal import read_json
 Rows = Sequence[Mapping[str, Any]]
 TIMES_FILE, PICTURE_FILE = "compile.json", "compile.png"
 _TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
-# Definitions of the ways to run a network that have a name of their own.
+# Definitions of the ways to run a network that have their own name.
 _WAYS = {
   UNGATED: "the network without gates, all units computed: the baseline",
   MASKED: "every unit is computed, and closed ones are multiplied by zero: no time is saved",

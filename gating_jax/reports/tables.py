@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from gating_jax.analysis.outcomes import OUTCOMES, Diagnosis
 from gating_jax.checks import printable
+from gating_jax.data.checked_files import UNREADABLE_FILE
 from gating_jax.reports import page, score_parts
 from gating_jax.reports.text import align_columns, format_percent, plain
 
@@ -61,8 +62,17 @@ def classification_rows(result: Mapping[str, Any]) -> list[Row]:
     *_as_rows(score_parts.set_rows(result)),
     *_size_and_gate_rows(result),
     *_teacher_rows(result),
+    *_unreadable_rows(result),
     *_as_rows(score_parts.class_rows(result)),
   ]
+
+
+def _unreadable_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns a row on files of folders that cannot be read; none where all can."""
+  count = result.get("unreadable_files")
+  if not count:
+    return []
+  return [Row("files that cannot be read", f"{count:,}, listed in {UNREADABLE_FILE}")]
 
 
 def _teacher_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -166,7 +176,7 @@ _COUNTED_VIDEOS = {
 def video_rows(result: Mapping[str, Any]) -> list[Row]:
   """Returns rows of name and value, from the result of `video.evaluate.test_network`."""
   mac_ratio = format_percent(result["mac_ratio"], 1)
-  share = format_percent(result["share"], 1)
+  fraction = format_percent(result["share"], 1)
   low, high = format_percent(result["share_p10"], 1), format_percent(result["share_p90"], 1)
   key = "accuracy" if "accuracy" in result else "mean_average_precision"
   rows = [
@@ -177,7 +187,7 @@ def video_rows(result: Mapping[str, Any]) -> list[Row]:
       "MACs per video, this net",
       f"{result['macs']:,.0f}  ({mac_ratio}, light net and gate included)",
     ),
-    Row("segments chosen", f"{share}  (10 to 90 % of videos: {low} to {high})"),
+    Row("segments chosen", f"{fraction}  (10 to 90 % of videos: {low} to {high})"),
     *_split_rows(result),
   ]
   # Only made videos know which of their segments the label depends on.
@@ -209,16 +219,16 @@ def _split_rows(result: Mapping[str, Any]) -> list[Row]:
   splits = result.get("splits")
   if not splits:
     return []
-  scores, shares = [], []
+  scores, fractions = [], []
   for of_split in splits.values():
     score = "accuracy" if "accuracy" in of_split else "mean_average_precision"
     scores.append(format_percent(of_split[score], 1))
-    share, spread = format_percent(of_split["share"], 1), 100 * of_split["share_std"]
-    shares.append(f"{share} (± {spread:.1f})")
+    fraction, spread = format_percent(of_split["share"], 1), 100 * of_split["share_std"]
+    fractions.append(f"{fraction} (± {spread:.1f})")
   names = " / ".join(splits)
   return [
     Row(f"score: {names}", " / ".join(scores)),
-    Row(f"share of segments: {names}", " / ".join(shares)),
+    Row(f"fraction of segments: {names}", " / ".join(fractions)),
   ]
 
 
@@ -238,8 +248,8 @@ def render_video(result: Mapping[str, Any]) -> str:
 def video_headline(result: Mapping[str, Any]) -> str:
   """Summarises the result of a run on videos in one line."""
   score = _video_score(result)
-  share, mac_ratio = format_percent(result["share"], 1), format_percent(result["mac_ratio"], 1)
-  return f"{score.name} {score.value}  {share} of segments  {mac_ratio} of MACs"
+  fraction, mac_ratio = format_percent(result["share"], 1), format_percent(result["mac_ratio"], 1)
+  return f"{score.name} {score.value}  {fraction} of segments  {mac_ratio} of MACs"
 
 
 def _video_score(result: Mapping[str, Any]) -> Row:
@@ -348,6 +358,7 @@ def task_rows(result: Mapping[str, Any]) -> list[Row]:
       rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
     for name, value in score_parts.class_rows(result[setting]):
       rows.append(Row(f"{name}, {_TASK_SETTINGS[setting]}", value))
+  rows += _unreadable_rows(result)
   rows.append(Row("parameters", f"{result['params']:,}"))
   rows.append(Row("memory beyond the parameters", f"{result['memory_mb']:,.2f} MB"))
   overlap = result.get("mean_gate_overlap")
@@ -519,6 +530,8 @@ _MEANINGS = {
   "IoU of": "Intersection over union of this class.",
   "pixels that are right": "Fraction of pixels with a known class whose predicted class is the "
   "true one.",
+  "files that cannot be read": "Damaged, empty or closed files of the splits in use, which are"
+  " left out, and files that became so in the training, for which others stood in.",
   "parameters": "Trainable parameters of the network, and of its gates if counted separately.",
   "MACs per image, ungated net": f"The {_MACS} of one image with every unit computed and no gates: "
   "the baseline.",
@@ -556,7 +569,7 @@ _MEANINGS = {
   "and the 10th and 90th percentile over videos.",
   "score:": "The score on each split: what training has seen, what thresholds and epoch were "
   "chosen on, and what neither has seen.",
-  "share of segments:": "Fraction of a video's segments that the heavy network runs on, on each "
+  "fraction of segments:": "Fraction of a video's segments that the heavy network runs on, on each "
   "split: the mean over videos, and in parentheses the standard deviation over videos, in points.",
   "chosen segments that matter": "Precision: of the chosen segments, the fraction that the label "
   "depends on.",
@@ -609,7 +622,7 @@ COMPARED_MEANINGS = {
   "mean average precision": _MEANINGS["test mean average precision"],
   "forgetting": TASK_MEANINGS["forgetting (points)"],
   "MACs": f"The {_MACS} of one image or video, mean over the test set, gate networks included.",
-  "share": "The MACs as a fraction of those of the run's own network without gates.",
+  "fraction": "The MACs as a fraction of those of the run's own network without gates.",
   "parameters": _MEANINGS["parameters"],
   "gates": "Open for 1 to 99 % of the test set (conditional), for more, for less, or decided by "
   "noise (at random).",

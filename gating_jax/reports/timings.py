@@ -18,7 +18,7 @@ from gating_jax import timing
 from gating_jax.inference.compiled import CompiledImages, Timing, spread_indices
 from gating_jax.inference.conditional import CompiledConditional
 from gating_jax.inference.strategies import why_not
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 from gating_jax.reports import page
 from gating_jax.reports.measured_times import (
   PICTURE_FILE,
@@ -37,7 +37,7 @@ from gating_jax.training.journal import write_json
 _CALIBRATION = 256  # images, at most
 # One image shows latency, a batch throughput; the fastest strategies may differ.
 _BATCHES, _REPEATS = (1, 64), 20
-# Time saved can exceed MACs saved by what timing is off by, and no more.
+# Time saved may exceed MACs saved by the error of timing, and no more.
 MAX_EFFICIENCY = 1.05
 
 
@@ -54,7 +54,7 @@ def write_times(
     run_dir: of the run.
     step: of the checkpoint that was compiled.
     tables: pairs of a title and its rows.
-    pixels: height and width of the images, from which a page tells what was timed.
+    pixels: height and width of the images, which a page describes.
   Returns:
     The rows, by title.
   Raises:
@@ -139,7 +139,7 @@ def calibration_images(
 
 @contextlib.contextmanager
 def announce_timing(title: str) -> Iterator[ReportProgress]:
-  """Tells that each way to run so many examples is compiled and timed, and how far it is."""
+  """Announces that each way to run so many examples is compiled and timed, with its progress."""
   with working(f"compiling and timing each way to run {title}", "up to a few minutes") as progress:
     yield progress
 
@@ -162,7 +162,7 @@ def time_images(
         repeats=_REPEATS,
         progress=progress,
       )
-    # Where it cannot run, the table lacks this strategy without a word.
+    # Where it cannot run, the table lacks this strategy without a notice.
     if isinstance(made, CompiledConditional) and (reason := why_not("native")):
       say(f"\nthe strategy native is not tried: {reason}")
     yield timing_title(size, "image"), made.report()

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gating_jax.checks import one_of, shown
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.collectives import mean_over_devices
 
@@ -119,10 +120,11 @@ def map_over_devices(
   return run
 
 
+@former_positional("axis_name")
 def value_and_grad_over_devices(
   loss: Callable,
-  axis_name: Hashable | None,
   *,
+  axis_name: Hashable | None,
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
 ) -> Callable:
@@ -152,7 +154,7 @@ def value_and_grad_over_devices(
 
   >>> local = lambda w, x: jnp.mean((w - x) ** 2)
   >>> over_devices = jax.vmap(
-  ...   value_and_grad_over_devices(local, "batch"), (None, 0), axis_name="batch"
+  ...   value_and_grad_over_devices(local, axis_name="batch"), (None, 0), axis_name="batch"
   ... )
   >>> # One example on each of two devices.
   >>> value, gradient = over_devices(1.0, jnp.array([[3.0], [5.0]]))

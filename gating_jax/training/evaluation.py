@@ -172,7 +172,7 @@ class _ImageResults:
     """Returns the results for each image of a model of these sizes."""
     each = {name: np.concatenate(parts) for name, parts in self._each.items()}
     return ImageBehaviour(
-      macs=counts.of_results(each, self.count),
+      macs=counts.of_results(each, count=self.count),
       losses=each["cross_entropy"].astype(np.float64),
       correct=each.get("correct"),
       predicted=each.get("predicted"),
@@ -199,7 +199,7 @@ class _GateResults:
   ) -> None:
     """Adds the gates of further images, of which the first is number `first`."""
     logits = results["gate_logits"]
-    probs = gate_outcomes.open_probs(logits, self._noise_scale)
+    probs = gate_outcomes.open_probs(logits, noise_scale=self._noise_scale)
     # Without classes all images are of a single one, so that the tally needs no second form.
     if labels is None:
       labels = np.zeros(len(logits), np.int32)

@@ -123,7 +123,7 @@ def _join(*job: Any) -> None:
     )
   except RuntimeError as error:
     raise PeerError(f"the processes of the job could not connect: {error}") from error
-  # JAX has taken SIGTERM for itself; the training loop handles it.
+  # JAX has taken over SIGTERM; the training loop handles it.
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -161,7 +161,7 @@ def _end_process(number: int) -> None:
     "asked to stop while busy: ended without another checkpoint; run "
     f"{interrupts.same_command} to resume from the newest one"
   )
-  # Closed pools free their shared memory, but each waits for its workers, perhaps in vain.
+  # Closed pools free their shared memory, but each waits for its workers, perhaps forever.
   closing = threading.Thread(target=_close_pools, daemon=True)
   closing.start()
   closing.join(1.0)
@@ -187,6 +187,7 @@ class LoopSettings:
     steps_per_dispatch: steps that one call of `advance` takes.
     log_every, checkpoint_every: at least every so many steps, at the end of a call; >= 1.
     eval_every: in the same way; 0 for never.
+    eval_from: the step from which `eval_every` counts.
   """
 
   total_steps: int
@@ -194,6 +195,7 @@ class LoopSettings:
   log_every: int = 50
   checkpoint_every: int = 1000
   eval_every: int = 0
+  eval_from: int = 0
 
   @classmethod
   def from_config(cls, config: Config, *, epochs: int, steps_per_epoch: int) -> LoopSettings:
@@ -306,7 +308,7 @@ def train(
       if (
         evaluate
         and settings.eval_every
-        and _due(step, k, settings.eval_every)
+        and _due(step - settings.eval_from, k, settings.eval_every)
         and step < settings.total_steps
       ):
         # Before the checkpoint: a restart from there would skip this evaluation.

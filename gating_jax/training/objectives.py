@@ -387,7 +387,7 @@ class ImageObjective:
       return 0.0, {}
     total, terms, per_gate = 0.0, {}, _shaping_per_gate(records, self.prior, axis_name)
     # Equation of the class: the sum of the terms times their coefficients gamma_t, rho_t.
-    for name, coefficient, term in self._terms(records, per_gate, step, axis_name):
+    for name, coefficient, term in self._terms(records, per_gate, step, axis_name=axis_name):
       total += coefficient * term
       terms |= {name: term, f"{name}_coefficient": coefficient}
     # The floor depends on the whole batch, N examples on each device.
@@ -405,7 +405,7 @@ class ImageObjective:
     }
 
   def _terms(
-    self, records: Records, per_gate: Array, step: Array, axis_name
+    self, records: Records, per_gate: Array, step: Array, *, axis_name
   ) -> Iterator[tuple[str, Array | float, Array]]:
     """Yields name, coefficient and value of each term of the regulariser.
 

@@ -27,8 +27,8 @@ Rule = tuple[Callable[[Any], bool], str]
 def config_of(workdir: Path) -> Config:
   """Reads the config that a run directory began with.
 
-  It has every field whose default is None, also where the run is older. Raises RunDirError where
-  there is no run, or a damaged one.
+  It has every field, also those that are newer than the run. Raises RunDirError where there is no
+  run, or a damaged one.
   """
   file, fields = workdir / rundir.CONFIG_FILE, rundir.RunDir(workdir).config()
   if not isinstance(fields.get("experiment"), str):
@@ -37,13 +37,11 @@ def config_of(workdir: Path) -> Config:
   base = config_files.base(fields["experiment"])
   if base is not None:
     _check_fields(file, base, fields)
-  config = ml_collections.ConfigDict(rundir.with_tuples(fields))
-  if base is not None:
-    config_files.add_unset_fields(config, base)
+  config: Any = config_files.completed(ml_collections.ConfigDict(rundir.with_tuples(fields)))
   return config.lock()
 
 
-def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: str = "") -> None:
+def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], *, prefix: str = "") -> None:
   """Raises a RunDirError unless a config has the fields of `base`, of their types.
 
   A field may be absent where its default is None: it is newer than the run. So may a section of
@@ -58,7 +56,7 @@ def _check_fields(file: Path, base: Config, fields: Mapping[str, Any], prefix: s
     if name not in fields and config_files.is_unset(default):
       continue
     if section and isinstance(value, Mapping):
-      _check_fields(file, default, value, f"{prefix}{name}.")
+      _check_fields(file, default, value, prefix=f"{prefix}{name}.")
       continue
     # A whole number may stand for a float; True is an int in Python, but not a number here.
     fits = isinstance(value, (int, float) if kind is float else kind) and (

@@ -87,9 +87,11 @@ def shrink(config: Config) -> Config:
   # Splits of videos are files; digits and made scenes are small already.
   if "layout" in small.get("data", {}):
     small.data.at_most = _VIDEOS
-    # Made segments have a fixed number of frames.
     if small.data.name != composed.NAME:
       _lower(small, "data.frames", _FRAMES)
+    else:
+      # Made segments have a fixed number of frames, and an activity has a least number of segments.
+      small.data.segments = min(config.data.segments, composed.MIN_SEGMENTS)
   elif unions.is_union(small.get("data", {}).get("name", "")):
     _cut_union(small)
   elif small.data.get("name") in worlds.NAMES:
@@ -177,7 +179,7 @@ def _shrink_networks(config: Config) -> None:
     if section is not None and section[field] in _SHALLOW:
       section[field] = _SHALLOW[section[field]]
   model = config.get("model", {})
-  # At a small width no share of gates may be as cheap as the network that is wanted.
+  # At a small width no fraction of gates may be as cheap as the network that is wanted.
   solved = model.get("equal_inner_width") is not None
   if model.get("gate", {}).get("block", 1) == 1 and not solved:
     _lower(config, "model.width", _WIDTH)
@@ -196,7 +198,7 @@ def _cut_splits(config: Config) -> None:
     read = {settings.feature_names(data)[1]: features.ImageClass}
   for split, count in _EXAMPLES.items():
     field = f"{split}_split"
-    source = tfds_sets.open_tfds(data.name, data[field], data.data_dir, read)
+    source = tfds_sets.open_tfds(data.name, data[field], data.data_dir, readers=read)
     if "tasks" in config:
       count = _OF_A_CLASS[split] * len(source.class_names)
     data[field] = _first(data[field], count, source.dataset_info.splits)
@@ -225,7 +227,7 @@ def _cut_union(config: Config) -> None:
       if part.startswith(f"{folders.FOLDER}:"):
         of_part = folders.first_of(of_part, count)
       elif part not in kept:
-        source = tfds_sets.open_tfds(part, of_part, data.data_dir, {})
+        source = tfds_sets.open_tfds(part, of_part, data.data_dir, readers={})
         of_part = _first(of_part, count, source.dataset_info.splits)
       cut.append(of_part)
     data[f"{split}_split"] = unions.join_splits(cut)

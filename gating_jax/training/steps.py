@@ -109,7 +109,7 @@ def make_train_step(
     seed: the seed of the run.
     axis_name: the axis over which the batch is spread; None for one device.
     noise_scale: from step to number, replaces the model's own scale for all its gates.
-    share: likewise, the share of gates that quantiles open.
+    share: likewise, the fraction of gates that quantiles open.
     softness: likewise, the temperature at which kernels are mixed.
     method: of the model, whose outputs are fitted; by default its `__call__`.
     teach: `(variables, prepared inputs) -> outputs` of a trained network. The step then takes its
@@ -154,7 +154,7 @@ def make_train_step(
         metrics["gates/share"] = jnp.asarray(share(state.step), jnp.float32)
       return total, (metrics, updates.get("batch_stats", {}))
 
-    differentiate = value_and_grad_over_devices(loss, axis_name, has_aux=True)
+    differentiate = value_and_grad_over_devices(loss, axis_name=axis_name, has_aux=True)
     (_, (metrics, batch_stats)), grads = differentiate(state.params)
     metrics = mean_over_devices(metrics, axis_name)
     metrics["gradient_norm"] = optax.tree.norm(grads)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from gating_jax.checks import one_of
-from gating_jax.config_files import Config
+from gating_jax.config_files import Config, completed
 from gating_jax.data import composed
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.layers.blocks import BIAS, GATINGS, KERNELS
@@ -143,6 +143,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
   Raises:
     ValueError: a setting is wrong, or does not fit the data; the message names the field.
   """
+  config = completed(config)
   # Settings first: sets may take minutes to open.
   _check(config)
   train: Any
@@ -159,7 +160,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
   source = heavy_from(config)
   shapes = sets.network_shapes(train, config, heavy_from=source)
   model = _segment_net(config, len(train.class_names))
-  # Features come with the cost of the nets that made them: the config tells it.
+  # Features come with the cost of the nets that made them: the config has it.
   feature_macs = (
     0 if model.light is None else config.data.light_macs,
     config.data[f"{source}_macs"],
@@ -191,12 +192,6 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
 def heavy_from(config: Config) -> str:
   """Returns which net, `light` or `heavy`, has the heavy one's place in the network."""
   return "light" if config.model.selection == LIGHT else "heavy"
-
-
-def scope_of(config: Config) -> str | None:
-  """Returns what has the budget, one of `SCOPES`; None where a config does not say."""
-  # Runs of earlier versions lack the section.
-  return config.get("budget", {}).get("scope")
 
 
 def nets(config: Config) -> tuple[nn.Module, nn.Module]:
@@ -324,7 +319,7 @@ def _training(
       multi_label=train.multi_label,
       gated=model.selection == "gate",
       channels=_channels(config, counts, loops.total_steps),
-      scope=scope_of(config) or SET,
+      scope=config.budget.scope or SET,
     ),
     prepare=prepare,
     shapes=shapes,
@@ -340,7 +335,7 @@ def _backward_capacity(config: Config, model: SegmentNet, segments: int) -> int:
     return math.ceil(config.model.backward_share * videos * segments)
   # Other selections take the same number of segments of every full-length video, at most.
   full_length = np.ones((1, segments), bool)
-  return videos * int(selection.budget_to_k(full_length, model.share)[0])
+  return videos * int(selection.budget_to_k(full_length, share=model.share)[0])
 
 
 def _optimiser(config: Config, total: int) -> optax.GradientTransformation:
@@ -436,11 +431,11 @@ def _check_sets(config: Config) -> None:
 def _check_cache(config: Config) -> None:
   """Checks the settings of the cache of frames."""
   data = config.data
-  if data.get("cache") and data.name != "videos":
+  if data.cache and data.name != "videos":
     raise ValueError(
       f"data.cache must be None unless data.name is 'videos', which are decoded; got {data.cache!r}"
     )
-  gigabytes = data.get("cache_gb")
+  gigabytes = data.cache_gb
   if gigabytes is not None and not 0 < gigabytes < math.inf:
     raise ValueError(f"data.cache_gb must be a positive finite number or None; got {gigabytes}")
 
@@ -448,22 +443,22 @@ def _check_cache(config: Config) -> None:
 def _check_augmentation(config: Config) -> None:
   """Checks the settings of the augmentation, each of which may be None."""
   data = config.data
-  pad, colour = data.get("crop_padding"), data.get("colour")
+  pad, colour = data.crop_padding, data.colour
   if pad is not None and pad < 0:
     raise ValueError(f"data.crop_padding must be >= 0 or None; got {pad}")
   if colour is not None and not 0 <= colour < 1:
     raise ValueError(f"data.colour must be in [0, 1) or None; got {colour}")
-  if data.name == "features" and (pad or colour or data.get("flip")):
+  if data.name == "features" and (pad or colour or data.flip):
     raise ValueError(
       "data.crop_padding, data.flip and data.colour must be None for 'features', which have no "
-      f"pixels; got {pad}, {data.get('flip')}, {colour}"
+      f"pixels; got {pad}, {data.flip}, {colour}"
     )
 
 
 def _check_held_out(config: Config) -> None:
   """Checks the settings of the videos that are held out, and of the budget that is set on them."""
   data = config.data
-  fraction, split = data.get("validation"), data.get("validation_split")
+  fraction, split = data.validation, data.validation_split
   if fraction is not None and not 0 < fraction < 1:
     raise ValueError(f"data.validation must be a fraction in (0, 1) or None; got {fraction}")
   if split is not None:
@@ -477,8 +472,8 @@ def _check_held_out(config: Config) -> None:
       raise ValueError(
         f"data.validation_split must be None unless splits are files, as in layout 'csv'; {got}"
       )
-  if scope_of(config) is not None:
-    one_of("budget.scope", scope_of(config), SCOPES)
+  if config.budget.scope is not None:
+    one_of("budget.scope", config.budget.scope, SCOPES)
 
 
 def _check_training(config: Config) -> None:

@@ -118,6 +118,7 @@ def test_network(
     "unreadable": int(np.sum(~read)),
     "unreadable_names": _name_unread(test_set, read),
     "missing": len(getattr(test_set, "missing", ())),
+    "classes": list(test_set.class_names),
     **_score(experiment, test_set, tested),
     **segments,
     "macs": float(macs.mean()),
@@ -374,7 +375,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any, split: str) -> Arra
     valid, logits = batch["valid"], []
     # The heavy net runs once; the classifier sees each prefix of its features.
     for seen in range(1, experiment.counts.segments + 1):
-      first = selection.first_k(valid, seen)
+      first = selection.first_k(valid, k=seen)
       logits.append(model.apply(variables, features.of_net["heavy"], first, method="classify"))
     return {
       "steps": jnp.stack(logits, axis=1),
@@ -401,7 +402,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any, split: str) -> Arra
   seen = confidence.exit_steps(
     tested["steps"], tested["valid"].sum(axis=1), threshold=threshold, multi_label=multi_label
   )
-  gates = np.asarray(selection.first_k(tested["valid"], seen))
+  gates = np.asarray(selection.first_k(tested["valid"], k=seen))
   return tested | {
     "gates": gates,
     # Nothing is drawn: a segment is seen, or it is not.

@@ -29,7 +29,7 @@ _CONCEPT_SEGMENTS = 20_000
 
 def initial_state(phase: Phase, seed: int) -> steps.TrainState:
   """Initialises the state with which a phase begins."""
-  return steps.init_state(phase.model, phase.optimiser, seed, phase.shapes)
+  return steps.init_state(phase.model, phase.optimiser, seed, shapes=phase.shapes)
 
 
 def restore(phase: Phase, path: Path, seed: int) -> Checkpoint:
@@ -86,7 +86,7 @@ def keep_nets(pretrained: str, path: Path) -> None:
 
 
 def begin_training(
-  experiment: VideoExperiment, state: steps.TrainState, nets: Any, train: Any
+  experiment: VideoExperiment, state: steps.TrainState, nets: Any, *, train: Any
 ) -> steps.TrainState:
   """Returns a fresh state with the results of pretraining: concepts, and nets that train on."""
   params, batch_stats = dict(state.params), dict(state.batch_stats)
@@ -116,7 +116,7 @@ def _concepts_of(features: VideoArrays, config: Config) -> np.ndarray:
   # A random sample with the run's seed, so that a restart finds the same concepts.
   order = np.random.default_rng(config.seed).permutation(len(segments))
   sample = segments[order[:_CONCEPT_SEGMENTS]]
-  return find_concepts(sample, config.model.gate.concepts, seed=config.seed)
+  return find_concepts(sample, k=config.model.gate.concepts, seed=config.seed)
 
 
 def whole_network(

@@ -143,7 +143,7 @@ class VideoObjective:
         penalty = mean(penalty, weight)
       terms |= {self.sparsity: penalty, f"{self.sparsity}_coefficient": rho}
       total += rho * penalty
-    # One segment of every video always runs, so only probabilities tell the gate's own rate.
+    # One segment of every video always runs, so only probabilities show the gate's own rate.
     terms[SEGMENTS_CLOSED] = (mean(segments.probs, seen) < LEAST_RATE).astype(total.dtype)
     gamma = self.batch_shaping_coefficient(step)
     if self.scope == VIDEO:

@@ -224,7 +224,7 @@ def _make_opening(
     numbers,
     _choices(experiment, tested),
     frame.why_no_baseline(around, programmes.PROGRAMMES[experiment.config.experiment].how),
-    notice,
+    notice=notice,
   )
 
 

@@ -20,12 +20,14 @@ import jax
 
 from gating_jax import runner
 from gating_jax.config_files import Config
+from gating_jax.data.checked_files import write_unreadable
 from gating_jax.data.image_sets import process_indices
 from gating_jax.data.videos import VideoArrays, check_apart
 from gating_jax.reports import tables
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working
 from gating_jax.training import devices, hosts, outlines, steps
+from gating_jax.training.best_state import BEST_DIR, BestState, restore_best
 from gating_jax.training.checkpoints import Checkpoint
 from gating_jax.training.closed_gates import (
   CLOSED,
@@ -58,7 +60,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
   """
   if mode == "train" and config.pretrained:
     video_nets.check_pretrained(config.pretrained)
-  with runner.opening_data(LongVideo, config, workdir, mode):
+  with runner.opening_data(LongVideo, config, workdir, mode=mode):
     experiment = build(config)
     # A run may be tested on its own training videos; one that is trained says something else.
     if mode == "train":
@@ -121,7 +123,7 @@ class LongVideo(runner.Programme):
       nets = video_nets.trained_nets(experiment, run_dir.path)
     chosen = thresholds.load(run_dir.path)
     if chosen is not None and chosen.is_best:
-      found = thresholds.restore_best(run_dir.path, self.fresh())
+      found = restore_best(run_dir.path / BEST_DIR, self.fresh())
     else:
       found = super().restore(run_dir)
     if found is None:
@@ -156,16 +158,16 @@ class LongVideo(runner.Programme):
       # The checkpoint of a resumed run already holds the concepts.
       if not training.step:
         with working("finding the initial concepts of the gates", "up to a minute"):
-          training.state = video_nets.begin_training(experiment, training.state, nets, train)
+          training.state = video_nets.begin_training(experiment, training.state, nets, train=train)
       training.begin(self.title)
       # Without a test on the way there is nothing to choose from.
       best = None
       if experiment.validation is not None and phase.settings.eval_every:
-        best = opened.enter_context(thresholds.BestState(run_dir.path))
+        best = opened.enter_context(BestState(run_dir.path / BEST_DIR))
       evaluate = functools.partial(self._evaluate, training, nets, best)
-      if not self._run(training, phase, train, evaluate):
+      if not self._run(training, phase, train, evaluate=evaluate):
         return None
-      step, variables = self._choose_state(training, run_dir.path, nets, best)
+      step, variables = self._choose_state(training, run_dir.path, nets, best=best)
       result, behaviour = self._test(variables, training.say)
       if experiment.validation is not None:
         about = "minutes for large sets"
@@ -177,6 +179,7 @@ class LongVideo(runner.Programme):
       validation = experiment.validation
       result |= video_evaluation.count_unread(validation, video_evaluation.VALIDATION)
       result |= video_evaluation.count_copies(experiment.train, validation, experiment.test)
+      hosts.on_writer(write_unreadable, run_dir.path, self._unreadable())
       # Timed once, at the end: a test during training is not slowed down by it.
       result |= self._speed(variables)
       with working("drawing the report", "up to a minute"):
@@ -188,6 +191,13 @@ class LongVideo(runner.Programme):
       if self.config.pretrained and self.config.training == "two_stage":
         hosts.on_writer(video_nets.keep_nets, self.config.pretrained, run_dir.path)
     return result | {"step": step}
+
+  def _unreadable(self) -> dict[str, str]:
+    """Returns the reason for each video of any split that could not be read, by its name."""
+    found, experiment = {}, self.experiment
+    for videos in (experiment.train, experiment.validation, experiment.test):
+      found |= getattr(videos, "unreadable", {})
+    return found
 
   def pretrain(self, run_dir: RunDir, started: float | None = None) -> dict[str, Any] | None:
     """Trains both nets on single segments; returns their variables, or None where it stopped.
@@ -244,7 +254,7 @@ class LongVideo(runner.Programme):
         model,
         phase.optimiser,
         phase.objective,
-        phase.prepare,
+        prepare=phase.prepare,
         seed=config.seed,
         axis_name=devices.AXIS,
       )
@@ -269,7 +279,7 @@ class LongVideo(runner.Programme):
     """Opens the training of a phase in its folder, with a clock that has `started`."""
     with working("making the networks", "up to half a minute"):
       fresh = video_nets.initial_state(phase, self.config.seed)
-      return runner.Training(folder, fresh, phase.settings.total_steps, started)
+      return runner.Training(folder, fresh, phase.settings.total_steps, started=started)
 
   def _run(
     self,
@@ -302,7 +312,8 @@ class LongVideo(runner.Programme):
     training: runner.Training,
     folder: Path,
     nets: Any,
-    best: thresholds.BestState | None,
+    *,
+    best: BestState | None,
   ) -> tuple[int, Any]:
     """Returns `(step, variables)` of the state that a training ends with, and keeps which it is.
 
@@ -315,7 +326,7 @@ class LongVideo(runner.Programme):
       score = self._validate(training, variables)
       found = None
       if best.score > score:
-        found = thresholds.restore_best(folder, self.fresh())
+        found = restore_best(folder / BEST_DIR, self.fresh())
       if found is not None:
         step, state, is_best = found.step, found.state, True
         variables, own = self._with_thresholds(training, state, nets)
@@ -349,9 +360,7 @@ class LongVideo(runner.Programme):
     training.journal.write(training.step, video_evaluation.VALIDATION, numbers(result))
     return thresholds.score_of(result)
 
-  def _evaluate(
-    self, training: runner.Training, nets: Any, best: thresholds.BestState | None
-  ) -> None:
+  def _evaluate(self, training: runner.Training, nets: Any, best: BestState | None) -> None:
     """Tests the state of a training, notes the result in the journal, and keeps the best state."""
     variables, _ = self._with_thresholds(training, training.state, nets)
     if best is not None:
@@ -370,8 +379,7 @@ class LongVideo(runner.Programme):
 
   def _speed(self, variables: Any) -> dict[str, float]:
     """Times the whole network, as `video.speed.speed` does, unless the config says not to."""
-    # Older configs have no such field.
-    if self.config.get("speed") is False:
+    if self.config.speed is False:
       return {}
     with working("timing runs that skip segments", "up to a minute"):
       return speed.speed(self.experiment, variables)

@@ -55,13 +55,13 @@ def open_set(config: Config, split: str) -> VideoArrays | VideoSet:
   if data.name == composed.NAME:
     videos = data.test_videos if split == "test" else data.train_videos
     if split == "validation":
-      videos = max(1, round(data.get("validation") * videos))
+      videos = max(1, round(data.validation * videos))
     return composed.make_videos(
       split,
       videos=videos,
       segments=data.segments,
       seed=config.seed,
-      held_out=data.get("validation") or 0.0,
+      held_out=data.validation or 0.0,
     )
   for field in ("table", "folder"):
     if not data[field] and not (field == "table" and data.layout in _WITHOUT_TABLE):
@@ -113,32 +113,31 @@ def _open_cache(data: Config) -> ArrayCache | None:
   Raises:
     ValueError: naming the field.
   """
-  if not data.get("cache"):
+  if not data.cache:
     return None
-  gigabytes = data.get("cache_gb") or _CACHE_GB
+  gigabytes = data.cache_gb or _CACHE_GB
   with settings.named("data.cache"):
     return ArrayCache(data.cache, round(gigabytes * 1e9))
 
 
 def holds_out(config: Config) -> bool:
   """Returns whether a config holds videos out of training, as the split `validation`."""
-  # Runs of earlier versions lack the fields.
-  return bool(config.data.get("validation") or config.data.get("validation_split"))
+  return bool(config.data.validation or config.data.validation_split)
 
 
 def _table_of_split(data: Config, split: str, *, seed: int) -> video_tables.VideoTable:
   """Reads the table of a split, of which `validation` may be a part of the training table."""
-  of_file = "train" if split == "validation" and not data.get("validation_split") else split
+  of_file = "train" if split == "validation" and not data.validation_split else split
   if data.layout == "csv":
     for field in ("table", f"{of_file}_split"):
       if not user_path(data[field]).is_file():
         raise ValueError(f"data.{field} must be a file; there is no {data[field]!r}")
   table = _table(data, data[f"{of_file}_split"])
-  if data.get("at_most"):
+  if data.at_most:
     # Spread over the table, which may be sorted by class.
     count = min(data.at_most, len(table))
     table = table.take(np.linspace(0, len(table) - 1, count).astype(int))
-  if of_file != "train" or not data.get("validation"):
+  if of_file != "train" or not data.validation:
     return table
   held = image_sets.hold_out(
     table.labels, data.validation, np.random.default_rng((seed, _HELD_OUT))
@@ -158,7 +157,7 @@ def _expanded(data: Config) -> Config:
   if data.layout == "csv":
     # Only here is a split a file, and may have a path.
     given += ["train_split", "test_split", "validation_split"]
-  paths = {name: str(user_path(data[name])) for name in given if data.get(name)}
+  paths = {name: str(user_path(data[name])) for name in given if data[name]}
   return ml_collections.ConfigDict({**data, **paths})
 
 
@@ -167,7 +166,7 @@ def _table(data: Config, split: str) -> video_tables.VideoTable:
     return video_tables.read_table(data.table, split)
   if data.layout == "folders":
     fields = ("train_split", "test_split", "validation_split")
-    in_use = [data[field] for field in fields if data.get(field)]
+    in_use = [data[field] for field in fields if data[field]]
     return video_tables.read_folders(data.folder, split, in_use)
   if data.layout == "breakfast":
     return video_tables.read_breakfast(data.folder, split, segmentation=data.table)
@@ -211,9 +210,8 @@ def augment_clips(
     axis_name: mapped device axis, over which each video has a draw of its own.
   """
   data, clips = config.data, batch.get("clips")
-  # Runs of earlier versions lack the fields.
-  pad, colour = data.get("crop_padding") or 0, data.get("colour") or 0.0
-  flip = bool(data.get("flip"))
+  pad, colour = data.crop_padding or 0, data.colour or 0.0
+  flip = bool(data.flip)
   if clips is None or not (pad or flip or colour):
     return dict(batch)
   # The picked segments of a video are changed alike.

@@ -162,4 +162,6 @@ def _read(experiment: VideoExperiment, videos: int) -> dict[str, Any]:
 
 def _capacities(experiment: VideoExperiment) -> Sequence[int]:
   # One video's segments at most: larger batches call the largest K several times.
-  return compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
+  return compaction.bucket_sizes(
+    experiment.counts.segments, buckets=min(8, experiment.counts.segments)
+  )

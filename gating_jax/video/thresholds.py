@@ -23,16 +23,12 @@ from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.timegate import THRESHOLDS
 from gating_jax.ops import confidence
 from gating_jax.training import devices, hosts, rundir
-from gating_jax.training.checkpoints import Checkpoint, Checkpoints, restore_newest
 from gating_jax.training.journal import read_json, write_json
 from gating_jax.video import evaluate
-from gating_jax.video.build import VideoExperiment, scope_of
+from gating_jax.video.build import VideoExperiment
 from gating_jax.video.objectives import SET
 
 CHOSEN_FILE = "chosen.json"
-# Folder of the state with the best validation score, as the folder of a training.
-BEST_DIR = "best"
-_SCORE_FILE = "score.json"
 # Selections with a threshold in their variables.
 _GATE, _CONFIDENCE = "gate", "confidence"
 
@@ -42,7 +38,7 @@ class Chosen(NamedTuple):
 
   Attributes:
     step: the number of steps that were taken to reach it.
-    is_best: whether it is the one in `BEST_DIR`, and not the last.
+    is_best: whether it is the one in `best_state.BEST_DIR`, and not the last.
     thresholds: by the selection's name; empty where nothing has a threshold.
   """
 
@@ -91,7 +87,7 @@ def _has_threshold(config: Config) -> str | None:
   if selection == _GATE and config.loss.sparsity.kind == "target":
     return _GATE
   # Otherwise every video has the same fraction of its segments chosen.
-  if selection == _CONFIDENCE and scope_of(config) == SET:
+  if selection == _CONFIDENCE and config.budget.scope == SET:
     return _CONFIDENCE
   return None
 
@@ -152,45 +148,6 @@ def load(folder: Path) -> Chosen | None:
 def _is_number(value: Any) -> bool:
   """Returns whether a value is a finite number."""
   return type(value) in (int, float) and math.isfinite(value)
-
-
-class BestState:
-  """The state of a training with the highest validation score so far, in a folder of its own.
-
-  A context: at its end the checkpoints are closed.
-
-  Args:
-    folder: the run directory.
-  """
-
-  def __init__(self, folder: Path):
-    self._folder = folder / BEST_DIR
-    self._checkpoints = Checkpoints(self._folder / rundir.CHECKPOINT_DIR, keep=1)
-    # Kept from before a restart: steps that are taken again have the same scores again.
-    kept = read_json(self._folder / _SCORE_FILE)
-    score = kept.get("score") if isinstance(kept, dict) else None
-    self.score = float(score) if score is not None and _is_number(score) else -math.inf
-
-  def __enter__(self) -> BestState:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._checkpoints.close()
-
-  def offer(self, step: int, state: Any, score: float) -> None:
-    """Keeps a state if its score is higher than all before."""
-    if not score > self.score:
-      return
-    self._checkpoints.save(step, state)
-    # On disk before its score: a score never stands for a state that is missing.
-    self._checkpoints.wait()
-    hosts.on_writer(write_json, self._folder / _SCORE_FILE, {"step": step, "score": score})
-    self.score = score
-
-
-def restore_best(folder: Path, like: Any) -> Checkpoint | None:
-  """Restores the best state of a run directory; `like` is one of the same structure."""
-  return restore_newest(folder / BEST_DIR / rundir.CHECKPOINT_DIR, like)
 
 
 def score_of(result: Mapping[str, Any]) -> float:

@@ -16,8 +16,8 @@ SIGN = RANDOM.choice([-1.0, 1.0], N)  # something of the image that has nothing 
 
 def found_of(logits, labels=LABELS, noise_scale=1.0, classes=4):
   logits = np.stack(logits, axis=1).astype(np.float32)
-  probs = outcomes.open_probs(logits, noise_scale)
-  return outcomes.diagnose(outcomes.tally(logits > 0, probs, labels, classes))
+  probs = outcomes.open_probs(logits, noise_scale=noise_scale)
+  return outcomes.diagnose(outcomes.tally(logits > 0, probs, labels, classes=classes))
 
 
 def names(found):
@@ -101,7 +101,7 @@ def test_the_information_is_that_of_an_independent_count_less_the_floor():
     RANDOM.random((N, 3))
     < np.array([[0.2, 0.5, 0.9], [0.4, 0.5, 0.1], [0.6, 0.5, 0.5], [0.8, 0.5, 0.2]])[labels]
   )
-  sums = outcomes.tally(gates, gates.astype(np.float64), labels, 4)
+  sums = outcomes.tally(gates, gates.astype(np.float64), labels, classes=4)
   found = outcomes.diagnose(sums)
   expected = [mutual_info_score(labels, gate) / np.log(2) for gate in gates.T]
   assert found.floor == pytest.approx(3 / (2 * N * np.log(2)))
@@ -131,7 +131,7 @@ def test_classes_that_do_not_occur_raise_no_floor():
 def test_batches_add_up_to_the_whole():
   logits = RANDOM.normal(size=(N, 5)).astype(np.float32)
   part = lambda rows: outcomes.tally(
-    logits[rows] > 0, outcomes.open_probs(logits[rows], 1.0), LABELS[rows], 4
+    logits[rows] > 0, outcomes.open_probs(logits[rows], noise_scale=1.0), LABELS[rows], classes=4
   )
   whole, joined = part(slice(None)), part(slice(0, 7)) + part(slice(7, 1000)) + part(slice(1000, N))
   np.testing.assert_array_equal(joined.opened, whole.opened)

@@ -76,6 +76,7 @@ def resumable(monkeypatch):
     ),
     ("tasks.classes_per_task", 3, "^tasks: classes_per_task must divide the 10 classes; got 3"),
     ("tasks.count", 6, "^tasks: count must be at most 5, the tasks of 2 classes, or 0; got 6"),
+    ("eval_every", -1.0, "eval_every must be None or a finite number >= 0; got -1.0"),
     ("tasks.validation", 1.0, r"^tasks: validation must be a fraction in \(0, 1\); got 1.0"),
     ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
     (
@@ -340,6 +341,73 @@ def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(
     assert {**repeated, "seconds_since_last_start": 0} == {**result, "seconds_since_last_start": 0}
 
 
+def learner_at(step):
+  """Returns a learner after so many steps, whose only parameter is that number."""
+  return LearnerState(
+    step=jnp.int32(step),
+    task=jnp.int32(0),
+    params={"w": jnp.float32(step)},
+    batch_stats={},
+    opt_state=(),
+    memory=(),
+    table=TaskTable(*jnp.zeros((5, 1, 1))),
+  )
+
+
+@pytest.mark.parametrize(("scores", "taken"), [((0.5, 0.75, 0.25), 2), ((0.5, 0.25, 0.5), 3)])
+def test_the_state_that_is_best_on_validation_images_ends_a_task(
+  scores, taken, tmp_path, monkeypatch
+):
+  said, lines = [], []
+  journal = SimpleNamespace(write=lambda *line: lines.append(line))
+  training = SimpleNamespace(folder=tmp_path, journal=journal, say=said.append)
+  of_step = dict(enumerate(scores, 1))
+  monkeypatch.setattr(run, "validate", lambda _, learner, *__, **___: of_step[int(learner.step)])
+  with run._EpochChoice(SimpleNamespace(steps_per_test=1), training, 0, None) as choice:
+    for step in (1, 2):
+      training.step, training.state = step, learner_at(step)
+      choice.test()
+    training.step, training.state = 3, learner_at(3)
+    choice.take_best()
+  # The parameters are those of the best step; all that follows counts from the last one.
+  assert (float(training.state.params["w"]), int(training.state.step)) == (taken, 3)
+  assert lines == [(step, "validation", {"task_aware": score}) for step, score in of_step.items()]
+  assert any("taking the state of step 2" in line for line in said) == (taken == 2)
+  assert (tmp_path / "best" / "task1").is_dir()
+  choice.forget()
+  assert not (tmp_path / "best" / "task1").exists()
+
+
+def test_without_tests_on_the_way_the_last_state_ends_a_task(tmp_path):
+  training = SimpleNamespace(folder=tmp_path, state="last")
+  with run._EpochChoice(SimpleNamespace(steps_per_test=0), training, 0, None) as choice:
+    choice.take_best()
+  choice.forget()
+  assert training.state == "last"
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_that_chooses_epochs_resumes_to_the_same_end(config, tmp_path, resumable):
+  made = config(**{"optim.epochs": 3, "eval_every": 1.0})
+  run.run(made, tmp_path / "whole", "train")
+  end, learner = final_learner(made, tmp_path / "whole")
+  records = read_lines(tmp_path / "whole" / "metrics.jsonl")
+  validated = [record for record in records if record["split"] == "validation"]
+  # Two tasks, each after epochs 1, 2 and 3.
+  assert len(validated) == 6
+  assert not list((tmp_path / "whole" / "best").iterdir())
+  per_epoch = build.build(made).steps_per_epoch
+  workdir = tmp_path / "resumed"
+  shutil.copytree(tmp_path / "whole", workdir)
+  # Within the second epoch, whose first was tested already.
+  cut_back(workdir, per_epoch + per_epoch // 2)
+  run.run(made, workdir, "train")
+  again, resumed = final_learner(made, workdir)
+  assert again == end
+  assert tiny.bit_equal(resumed, learner)
+
+
 def strict_json(path):
   """Reads a file as strict JSON, without NaN."""
   return json.loads(
@@ -385,6 +453,8 @@ def finished(config, programs, tmp_path_factory):
 def test_a_result_says_what_its_accuracies_are_worth(finished):
   _, workdir, printed = finished
   result = json.loads((workdir / "result.json").read_text())
+  assert sorted(result["classes"]) == [str(digit) for digit in range(10)]
+  assert "unreadable_files" not in result
   for setting in ("task_aware", "task_agnostic"):
     of_setting = result[setting]
     low, high = of_setting["average_accuracy_low"], of_setting["average_accuracy_high"]
@@ -870,7 +940,7 @@ def test_every_task_begins_with_a_fresh_optimiser():
     jnp.int32(7), jnp.int32(0), params, {}, moving, {}, TaskTable(*[jnp.zeros((1, 1))] * 5)
   )
   ended = training.finish_task(
-    experiment, learner, 0, lambda *_: dict.fromkeys(TaskTable._fields, 0.5)
+    experiment, learner, 0, evaluate=lambda *_: dict.fromkeys(TaskTable._fields, 0.5)
   )
   assert tiny.bit_equal(ended.opt_state, optimiser.init(params))
   assert (int(ended.step), int(ended.task)) == (8, 1)
@@ -899,10 +969,12 @@ def test_a_training_that_is_asked_to_stop_ends_no_task_and_has_no_result(tmp_pat
   experiment = SimpleNamespace(
     config=SimpleNamespace(method="gates", data=SimpleNamespace(name="digits")),
     tasks=[SimpleNamespace(train="images")],
+    unreadable={},
     stages=[0],
     total_steps=4,
     steps_per_task=4,
     pretrain_steps=0,
+    steps_per_test=0,
     first_step=lambda task: 0,
     phases=lambda task: [SimpleNamespace(total_steps=3)],
     describe_training=lambda task: "task 1",
@@ -918,7 +990,7 @@ def test_a_training_that_is_asked_to_stop_ends_no_task_and_has_no_result(tmp_pat
     """Stands in for a training that is asked to stop at once."""
 
     def __init__(self, folder, fresh, total_steps):
-      self.state, self.step = fresh, 0
+      self.folder, self.state, self.step = folder, fresh, 0
 
     __enter__ = begin = lambda self, *_, **__: self
     __exit__ = lambda self, *_: None

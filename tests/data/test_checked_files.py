@@ -1,5 +1,6 @@
 """Files that are checked before they are needed, and the ranges that are kept of them."""
 
+import csv
 import os
 import time
 from pathlib import Path
@@ -145,3 +146,19 @@ def test_ctrl_c_while_files_are_checked_waits_for_no_file_that_has_not_begun(mon
   with pytest.raises(KeyboardInterrupt):
     checked_files.find_faults([Path(str(i)) for i in range(100)], read, "checking", describe=str)
   assert 1 <= len(begun) < 10
+
+
+def test_unreadable_files_are_listed_with_names_as_they_are(tmp_path):
+  file = tmp_path / checked_files.UNREADABLE_FILE
+  reasons = {'two\nlines, "x".png': "is empty", os.fsdecode(b"\xff.png"): "is missing"}
+  checked_files.write_unreadable(tmp_path, reasons)
+  with file.open(newline="", encoding="utf-8") as lines:
+    rows = list(csv.reader(lines))
+  assert rows == [
+    ["path", "reason"],
+    ['two\nlines, "x".png', "is empty"],
+    ["\\udcff.png", "is missing"],
+  ]
+  for _ in range(2):
+    checked_files.write_unreadable(tmp_path, {})
+    assert not file.exists()

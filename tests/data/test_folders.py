@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gating_jax.data import features, folders, image_sets, streaming
+from gating_jax.data import checked_files, features, folders, image_sets, streaming
 from gating_jax.data.image_sets import SetSource
 
 RED = (200, 10, 10)
@@ -98,6 +98,42 @@ def test_pictures_of_every_mode_become_colours(tmp_path, mode, suffix):
     assert (pixels == pixels[..., :1]).all()
   else:
     np.testing.assert_allclose(pixels[1, 1], RED, atol=12)
+
+
+@pytest.mark.parametrize(
+  ("mode", "suffix"),
+  [
+    *((mode, ".png") for mode in ("RGBA", "LA", "P", "L", "I;16")),
+    *((mode, suffix) for mode in ("RGBA", "P", "L") for suffix in (".webp", ".gif")),
+  ],
+)
+def test_white_shows_through_what_is_transparent(tmp_path, mode, suffix):
+  shades = np.array([[0, 100, 100]], np.uint8)
+  expected, settings = [255, 100, 100], {"lossless": True} if suffix == ".webp" else {}
+  if mode == "I;16":
+    image, settings["transparency"] = Image.fromarray(shades * np.uint16(257)), 0
+  else:
+    image = Image.fromarray(shades)
+    if mode in ("RGBA", "LA"):
+      image.putalpha(Image.fromarray(np.array([[0, 255, 128]], np.uint8)))
+      image, expected = image.convert(mode), [255, 100, 255 - round(155 * 128 / 255)]
+    elif mode == "P":
+      image = Image.fromarray(np.array([[2, 1, 1]], np.uint8)).convert("P")
+      image.putpalette([0, 0, 0, 100, 100, 100, 7, 7, 7])
+      settings["transparency"] = 2
+    else:
+      settings["transparency"] = 0
+  if suffix == ".gif" and mode == "RGBA":
+    # A GIF has no half transparency.
+    expected[2] = 100
+  if suffix == ".webp" and mode in ("P", "L"):
+    image.info["transparency"] = settings["transparency"]
+  file = saved(tmp_path / f"a{suffix}", image, **settings)
+  pixels = folders.read_picture(file.read_bytes())
+  np.testing.assert_allclose(pixels[0, :, 0], expected, atol=1)
+  assert (pixels == pixels[..., :1]).all()
+  # Only folders lay pictures on white.
+  assert features.to_uint8(features.decode_picture(file.read_bytes(), 3))[0, 0].max() < 10
 
 
 def test_sixteen_bits_become_eight(tmp_path):
@@ -219,14 +255,103 @@ def test_the_middle_of_an_image_is_kept_in_its_proportions(tmp_path):
   assert (images.pixels == 100).all()
 
 
-def test_a_file_that_changed_since_is_named(tmp_path):
-  file = saved(tmp_path / "train" / "cat" / "a.png")
-  images = folders.open_folder(str(tmp_path), "train")
-  file.write_bytes(b"")
-  with pytest.raises(ValueError, match=r"a\.png has changed since the training began"):
-    images[0]
-  with pytest.raises(IndexError):
-    images[1]
+def spoil(root):
+  """Empties one file and removes another, of a folder that has been opened."""
+  (root / "cat" / "1.png").write_bytes(b"")
+  (root / "dog" / "0.png").unlink()
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_another_image_takes_the_place_of_one_that_can_be_read_no_longer(tmp_path, caplog, workers):
+  root = classes(tmp_path / "train", 3)
+  (root / "cat" / "bad.png").write_bytes(b"no picture")
+  source = SetSource(folders.FOLDER, "train", str(tmp_path))
+  stream = streaming.open_stream(source, image_size=4, workers=workers)
+  whole = image_sets.load(source, image_size=4)
+  assert (
+    stream.unreadable
+    == whole.unreadable
+    == {str(root / "cat" / "bad.png"): "is no image of a known format"}
+  )
+  spoil(root)
+  found = list(stream.batches(6, 0, 1, total_steps=2))
+  gone = {str(root / "cat" / "1.png"): "is empty", str(root / "dog" / "0.png"): "is missing"}
+  assert stream.notes.later == gone
+  assert stream.unreadable == whole.unreadable | gone
+  for file, reason in gone.items():
+    assert caplog.text.count(f"{file} could be read when the training began, and no lo") == 1
+    assert f"it {reason}; another takes its place" in caplog.text
+  # The next in the order of paths, whatever the order of the batch.
+  place = np.array([0, 2, 2, 4, 4, 5])
+  for step, (pixels, labels) in enumerate(found):
+    order = place[image_sets.batch_indices(0, step, 6, 6)]
+    np.testing.assert_array_equal(pixels[:, 0], whole.pixels[order])
+    np.testing.assert_array_equal(labels[:, 0], whole.labels[order])
+  tested = [batch for batch, _ in image_sets.padded_batches(stream, 6)]
+  np.testing.assert_array_equal(tested[0][0], whole.pixels[place])
+
+
+def test_a_set_in_memory_has_another_image_for_one_that_went_since_the_check(tmp_path):
+  root = classes(tmp_path / "train", 3)
+  source = SetSource(folders.FOLDER, "train", str(tmp_path))
+  before = image_sets.load(source)
+  spoil(root)
+  after = image_sets.load(source)
+  np.testing.assert_array_equal(after.pixels, before.pixels[[0, 2, 2, 4, 4, 5]])
+  assert sorted(after.unreadable.values()) == ["is empty", "is missing"]
+  # Parts of the set know of all its files.
+  assert after.take(np.arange(2)).unreadable == after.unreadable
+  for file in root.rglob("*.png"):
+    file.unlink()
+  with pytest.raises(ValueError, match="none of 6 images can be read any longer"):
+    image_sets.load(source)
+
+
+def test_a_union_knows_the_unreadable_files_of_its_folders(tmp_path):
+  root = classes(tmp_path / "pets" / "train", 3)
+  (root / "cat" / "0.png").write_bytes(b"")
+  name = f"union(digits,folder:{tmp_path / 'pets'})"
+  images = image_sets.load(SetSource(name, "train"), image_size=4)
+  assert images.unreadable == {str(root / "cat" / "0.png"): "is empty"}
+
+
+def test_reasons_say_plainly_why_a_file_cannot_be_read(tmp_path, monkeypatch):
+  whole = {}
+  for ending in (".jpg", ".png", ".webp", ".bmp", ".gif"):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    file = saved(tmp_path / f"whole{ending}", Image.fromarray(noise))
+    whole[ending] = file.read_bytes()
+
+  def reason(file, content=None):
+    if content is not None:
+      file.write_bytes(content)
+    with pytest.raises(checked_files.UnreadableFileError) as error:
+      folders._read_file(file)
+    assert str(error.value) == f"{file} cannot be read: {error.value.reason}"
+    return error.value.reason
+
+  for ending, content in whole.items():
+    for part in (content[:20], content[: len(content) // 2]):
+      assert reason(tmp_path / f"cut{ending}", part).startswith("is truncated")
+  assert reason(tmp_path / "a.png", b"") == "is empty"
+  assert reason(tmp_path / "a.png", b"some text") == "is no image of a known format"
+  assert reason(tmp_path / "none.png") == "is missing"
+  (tmp_path / "folder.png").mkdir()
+  assert reason(tmp_path / "folder.png") == "is a folder"
+  wide = saved(tmp_path / "wide.tiff", Image.fromarray(np.full((2, 2), -1, np.int32)))
+  assert reason(wide).startswith("has pixels of int32 must be in [0, 255]")
+  monkeypatch.setattr(features, "MOST_PIXELS", 100)
+  assert reason(tmp_path / "whole.png") == "has more than 100 pixels"
+  for error, said in (
+    (PermissionError(13, "Permission denied"), "may not be read (permission denied)"),
+    (OSError(5, "Input/output error"), "cannot be opened: Input/output error"),
+  ):
+
+    def refuse(file, error=error):
+      raise error
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert reason(tmp_path / "whole.png") == said
 
 
 def test_pictures_are_turned_only_where_that_is_asked():

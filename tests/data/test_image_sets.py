@@ -348,9 +348,9 @@ def test_the_last_batch_is_filled_with_its_own_first_image():
 def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_read(monkeypatch):
   example = {"image": np.full((2, 2, 1), 7, np.uint8), "label": 0}
   monkeypatch.setattr(tfds, "open_tfds", lambda *_: MadeSource([example] * 3))
-  monkeypatch.setattr(image_sets, "_available_memory", lambda: 12)
+  monkeypatch.setattr(image_sets, "available_memory", lambda: 12)
   assert len(image_sets.load(SetSource("made", "train"))) == 3
-  monkeypatch.setattr(image_sets, "_available_memory", lambda: 11)
+  monkeypatch.setattr(image_sets, "available_memory", lambda: 11)
   with pytest.raises(ValueError, match="its 3 images of 2x2x1 are .* Set data.loader=streaming"):
     image_sets.load(SetSource("made", "train"))
 
@@ -362,10 +362,10 @@ def test_without_a_file_that_says_so_all_memory_is_available(monkeypatch):
   # Only Linux has it.
   monkeypatch.setattr(image_sets.Path, "read_text", read_text)
   monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}.get)
-  assert image_sets._available_memory() == 7 * 4096
+  assert image_sets.available_memory() == 7 * 4096
 
 
 def test_the_memory_that_is_available_is_at_most_all_of_it():
   assert (
-    0 < image_sets._available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    0 < image_sets.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
   )

@@ -205,15 +205,17 @@ def test_an_export_prepares_a_photograph_as_the_test_does(tmp_path, loader):
   turned[0x0112] = 6
   Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(tmp_path / "a.png", exif=turned)
   Image.fromarray(rng.integers(0, 65536, (50, 30), np.uint16)).save(tmp_path / "deep.png")
+  Image.fromarray(rng.integers(0, 256, (40, 40, 4), np.uint8)).save(tmp_path / "clear.png")
   table = tmp_path / "images.csv"
-  table.write_text("path,label,split\na.png,a,test\ndeep.png,b,test\n")
+  names = ("a.png", "clear.png", "deep.png")
+  table.write_text("path,label,split\na.png,a,test\nclear.png,b,test\ndeep.png,b,test\n")
   opened = {"resident": image_sets.load, "streaming": streaming.open_stream}[loader]
-  pixels, _ = opened(SetSource("folder", "test", str(table)), image_size=16).read(np.arange(2))
+  pixels, _ = opened(SetSource("folder", "test", str(table)), image_size=16).read(np.arange(3))
   card = card_of(data={"loader": loader})
   for name, content in hub_files(card, (16, 16, 3)).items():
     (tmp_path / name).write_bytes(content)
   prepare = runpy.run_path(str(tmp_path / "load.py"))["prepare"]
-  found = [prepare(tmp_path / name) for name in ("a.png", "deep.png")]
+  found = [prepare(tmp_path / name) for name in names]
   np.testing.assert_allclose(found, (pixels / 255 - card["mean"]) / 0.25, atol=1e-5)
 
 

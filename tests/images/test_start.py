@@ -19,7 +19,7 @@ from gating_jax.images import build, classification, start, teacher
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models import resnets, vggs
-from gating_jax.models.pretrained import IMAGENET_MEAN
+from gating_jax.models.pretrained import IMAGENET_MEAN, read_network
 from gating_jax.models.resnets import NamedResNet
 from gating_jax.training import outlines, rundir, steps
 from gating_jax.training.checkpoints import restore_newest
@@ -183,23 +183,33 @@ def test_a_file_of_another_network_is_refused_before_a_run_begins(config, tmp_pa
   assert not (tmp_path / "run").exists()
 
 
-def test_a_file_and_a_teacher_are_read_once_before_a_training(config, tmp_path, monkeypatch):
+def test_a_file_is_read_once_for_checks_a_teacher_and_a_fresh_start(config, tmp_path, monkeypatch):
   file, _ = weights(tmp_path)
-  read = {"weights": 0, "teacher": 0}
+  read, begun = [], []
 
-  def counted(name, function):
-    def call(*arguments):
-      read[name] += 1
-      return function(*arguments)
+  def counted(path):
+    read.append(path)
+    return read_network(path)
 
-    return call
+  def begin(*arguments):
+    begun.append(start.start_from(*arguments))
+    raise InterruptedError
 
-  monkeypatch.setattr(start, "read_network", counted("weights", start.read_network))
-  monkeypatch.setattr(teacher, "load_pretrained", counted("teacher", teacher.load_pretrained))
+  monkeypatch.setattr(start, "read_network", counted)
+  monkeypatch.setattr(teacher, "read_network", counted)
+  monkeypatch.setattr(classification, "start_from", begin)
   made = config(**{"model.init_from": str(file), "loss.distillation.coefficient": 0.5})
   programme = classification._prepare(made, tmp_path / "run", "train")
-  assert read == {"weights": 1, "teacher": 1}
   assert programme.teacher.source == str(file)
+  assert programme.teacher.variables is programme.weights.variables
+  (tmp_path / "run").mkdir()
+  with pytest.raises(InterruptedError):
+    programme.train(rundir.RunDir(tmp_path / "run"))
+  assert len(begun) == len(read) == 1
+  # One that is made by hand loads its teacher when it is asked for it.
+  by_hand = classification.Classification(programme.experiment)
+  assert by_hand.teacher is by_hand.teacher
+  assert len(read) == 2
 
 
 @pytest.mark.parametrize(

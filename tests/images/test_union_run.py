@@ -156,6 +156,9 @@ def test_a_run_on_a_union_says_what_became_of_each_set(tmp_path, monkeypatch):
   said = runs.said(classification, tiny_config(), tmp_path, "train")
   result = json.loads((tmp_path / "result.json").read_text())
   assert list(result["sets"]) == ["digits", "turned_digits"]
+  digits = [str(digit) for digit in range(10)]
+  assert result["classes"] == [f"{name}/{digit}" for name in result["sets"] for digit in digits]
+  assert "unreadable_files" not in result
   macs = [entry["macs"] for entry in result["sets"].values()]
   assert np.mean(macs) == pytest.approx(result["macs"])
   assert len(result["set_overlap"]) == 2

@@ -60,7 +60,7 @@ def gates_of(net, logits):
 @pytest.mark.parametrize("name", ["recipe", "weighted outputs", "weighted vgg", "thresholds"])
 def test_moved_thresholds_move_the_logits_and_keep_the_weights(name, shift):
   model = MODELS[name]
-  variables, x = shift_thresholds(random_variables(model), shift), images(40)
+  variables, x = shift_thresholds(random_variables(model), shift=shift), images(40)
   y, records = jax.jit(model.apply)(variables, x)
   net = fold(model, variables)
   z, logits = jax.jit(folded.run)(net, x)
@@ -131,7 +131,7 @@ def test_one_program_takes_the_net_with_other_thresholds():
   )
   opened = []
   for shift in (-0.5, 0.0, 0.5):
-    moved = shift_thresholds(variables, shift)
+    moved = shift_thresholds(variables, shift=shift)
     run.load(fold(model, moved))
     y, logits = run(images())
     expected, _ = jax.jit(model.apply)(moved, images())
@@ -375,7 +375,7 @@ def test_variables_of_another_model_are_named():
 def test_gates_with_a_prior_have_weights_without_it():
   gate = dataclasses.replace(RECIPE, prior=True)
   model = ResNet(3, (1,), Bottleneck, features=4, gating="channel", gate=gate)
-  variables, x = shift_thresholds(random_variables(model), 0.1), images()
+  variables, x = shift_thresholds(random_variables(model), shift=0.1), images()
   # Units that never open, to be pruned with their shift.
   own = variables["params"]["stage1_block1"]["gate"]
   own["gain"], own["prior"] = own["gain"].at[0].set(0), own["prior"].at[0].set(-9)

@@ -142,7 +142,7 @@ def test_weights_and_moved_thresholds_are_those_of_the_model(strategy):
   if reason := why_not(strategy):
     pytest.skip(reason)
   gated, variables, _ = trained(WEIGHTED)
-  moved = shift_thresholds(variables, 0.2)
+  moved = shift_thresholds(variables, shift=0.2)
   # The program of one shift serves another.
   run = compile_conditional(gated, variables, input_shape=SHAPE, batch_size=5, strategy=strategy)
   run.load(fold(gated, moved, images()))

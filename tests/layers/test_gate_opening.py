@@ -212,7 +212,7 @@ def test_a_shift_of_the_thresholds_opens_or_closes_gates_and_changes_nothing_els
   gated = lambda v: {"params": {"gate": v["params"]}, "batch_stats": {"gate": v["batch_stats"]}}
   trained, rates = joined(module.apply(variables, X), "logits"), []
   for shift in (-1.0, 0.0, 1.0):
-    moved = shift_thresholds(gated(variables), shift)
+    moved = shift_thresholds(gated(variables), shift=shift)
     own = {name: tree["gate"] for name, tree in moved.items()}
     jax.tree.map(np.testing.assert_array_equal, own["params"], variables["params"])
     records = module.apply(own, X)
@@ -221,7 +221,7 @@ def test_a_shift_of_the_thresholds_opens_or_closes_gates_and_changes_nothing_els
     # The weight is that of training, whatever is open.
     np.testing.assert_allclose(gates, (logits > 0) * 2 * special.expit(trained), rtol=1e-5)
     rates.append(np.mean(gates > 0))
-    twice = shift_thresholds(shift_thresholds(gated(variables), shift), 0.5)
+    twice = shift_thresholds(shift_thresholds(gated(variables), shift=shift), shift=0.5)
     assert twice["batch_stats"]["gate"]["shift"] == shift + 0.5
     # Training takes no notice, and keeps it.
     kept = train(module, own)[1]["batch_stats"]
@@ -229,7 +229,7 @@ def test_a_shift_of_the_thresholds_opens_or_closes_gates_and_changes_nothing_els
     jax.tree.map(np.testing.assert_array_equal, kept, train(module, variables)[1]["batch_stats"])
   assert rates[0] > rates[1] > rates[2]
   with pytest.raises(ValueError, match="^variables must have thresholds of gates"):
-    shift_thresholds({"params": {}, "batch_stats": {"norm": {"mean": jnp.zeros(2)}}}, 1.0)
+    shift_thresholds({"params": {}, "batch_stats": {"norm": {"mean": jnp.zeros(2)}}}, shift=1.0)
 
 
 def test_scales_multiply_and_decide_nothing():

@@ -301,7 +301,7 @@ COUNTS = {
     "loss must be a function of [N, C] values; got 3",
   ),
   "a number to differentiate": (
-    lambda: gj.value_and_grad_over_devices(3, "batch"),
+    lambda: gj.value_and_grad_over_devices(3, axis_name="batch"),
     TypeError,
     "loss must be a function; got 3",
   ),
@@ -454,17 +454,17 @@ INFERENCE = {
     "inputs must have 'valid'; got heavy",
   ),
   "text for features": (
-    lambda: gj.find_concepts(["a", "b"], 1, seed=0),
+    lambda: gj.find_concepts(["a", "b"], k=1, seed=0),
     TypeError,
     "features must be an array of real numbers; got ",
   ),
   "a half for the seed of concepts": (
-    lambda: gj.find_concepts(np.eye(3), 2, seed=0.5),
+    lambda: gj.find_concepts(np.eye(3), k=2, seed=0.5),
     TypeError,
     "seed must be a whole number >= 0; got 0.5",
   ),
   "text for the number of concepts": (
-    lambda: gj.find_concepts(np.eye(3), "2", seed=0),
+    lambda: gj.find_concepts(np.eye(3), k="2", seed=0),
     TypeError,
     "k must be a whole number >= 0; got '2'",
   ),

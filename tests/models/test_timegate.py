@@ -143,15 +143,15 @@ def test_logits_by_hand():
 
 def gates_by_policy(selection, inputs, outputs):
   valid = jnp.asarray(inputs["valid"])
-  k = choices.budget_to_k(valid, SHARE)
+  k = choices.budget_to_k(valid, share=SHARE)
   return {
     "all": lambda: valid,
-    "uniform": lambda: choices.uniform_k(valid, k),
-    "prefix": lambda: choices.first_k(valid, k),
-    "random": lambda: choices.random_k(jax.random.key(0), valid, k),
-    "oracle": lambda: choices.top_k(inputs["relevant"] * np.float32(1), valid, k),
+    "uniform": lambda: choices.uniform_k(valid, k=k),
+    "prefix": lambda: choices.first_k(valid, k=k),
+    "random": lambda: choices.random_k(jax.random.key(0), valid, k=k),
+    "oracle": lambda: choices.top_k(inputs["relevant"] * np.float32(1), valid, k=k),
     "confidence": lambda: choices.top_k(
-      special.softmax(outputs["light_logits"], -1).max(-1), valid, k
+      special.softmax(outputs["light_logits"], -1).max(-1), valid, k=k
     ),
   }[selection]()
 
@@ -458,27 +458,27 @@ CORNERS = np.array([[0, 0, 4], [5, 0, 0], [0, -6, 0], [7, 7, 7]], np.float32)
 def test_concepts_are_the_means_of_clusters():
   rng = np.random.default_rng(0)
   rows = np.repeat(CORNERS, 40, axis=0) + rng.normal(0, 0.1, (160, 3)).astype(np.float32)
-  found = find_concepts(rng.permutation(rows), 4, seed=1)
+  found = find_concepts(rng.permutation(rows), k=4, seed=1)
   assert found.dtype == np.float32
   means = rows.reshape(4, 40, 3).mean(axis=1, dtype=np.float64)
   np.testing.assert_allclose(sorted(found.tolist()), sorted(means.tolist()), atol=1e-5)
 
 
 def test_as_many_concepts_as_distinct_features_are_those_features():
-  found = find_concepts(np.repeat(CORNERS, 3, axis=0), 4, seed=0)
+  found = find_concepts(np.repeat(CORNERS, 3, axis=0), k=4, seed=0)
   np.testing.assert_allclose(sorted(found.tolist()), sorted(CORNERS.tolist()), atol=1e-6)
 
 
 def test_one_concept_is_the_mean():
   np.testing.assert_allclose(
-    find_concepts(CORNERS, 1, seed=0), CORNERS.mean(axis=0, keepdims=True), rtol=1e-6
+    find_concepts(CORNERS, k=1, seed=0), CORNERS.mean(axis=0, keepdims=True), rtol=1e-6
   )
 
 
 def test_the_seed_alone_decides_the_concepts():
   rows = np.random.default_rng(0).normal(size=(300, 5))
-  np.testing.assert_array_equal(find_concepts(rows, 6, seed=3), find_concepts(rows, 6, seed=3))
-  assert (find_concepts(rows, 6, seed=4) != find_concepts(rows, 6, seed=3)).any()
+  np.testing.assert_array_equal(find_concepts(rows, k=6, seed=3), find_concepts(rows, k=6, seed=3))
+  assert (find_concepts(rows, k=6, seed=4) != find_concepts(rows, k=6, seed=3)).any()
 
 
 @pytest.mark.parametrize(
@@ -505,4 +505,4 @@ def test_the_seed_alone_decides_the_concepts():
 )
 def test_what_has_no_concepts_is_named(rows, k, message):
   with pytest.raises(ValueError, match=f"^{message}$"):
-    find_concepts(rows, k, seed=0)
+    find_concepts(rows, k=k, seed=0)

@@ -284,47 +284,47 @@ LAYERS = {
     "never_gated_macs must be a number >= 0; got '1'",
   ),
   "half a unit": (
-    lambda: gj.open_indices(Z[:, 0], 1.5),
+    lambda: gj.open_indices(Z[:, 0], capacity=1.5),
     TypeError,
     "capacity must be a whole number >= 1; got 1.5",
   ),
   "a list of units": (
-    lambda: gj.open_indices([Z], 1),
+    lambda: gj.open_indices([Z], capacity=1),
     TypeError,
     "gates must be an array of real numbers; got ",
   ),
   "values that are no array": (
-    lambda: gj.scatter_back(RECORD, Z[:, 0], Z[:, 0], 4),
+    lambda: gj.scatter_back(RECORD, Z[:, 0], Z[:, 0], size=4),
     TypeError,
     "values must be an array of real numbers; got ",
   ),
   "one size for sizes": (
-    lambda: gj.capacity_for(3, 4),
+    lambda: gj.capacity_for(3, sizes=4),
     TypeError,
     "sizes must be a list of whole numbers >= 1; got 4",
   ),
   "no sizes": (
-    lambda: gj.capacity_for(3, ()),
+    lambda: gj.capacity_for(3, sizes=()),
     ValueError,
     "sizes must hold at least one number; got none",
   ),
   "text for the number of segments": (
-    lambda: selection.top_k(Z, Z > 0, "2"),
+    lambda: selection.top_k(Z, Z > 0, k="2"),
     TypeError,
     "k must be an array of real numbers; got '2'",
   ),
   "half a segment": (
-    lambda: selection.top_k(Z, Z > 0, 2.5),
+    lambda: selection.top_k(Z, Z > 0, k=2.5),
     TypeError,
     "k must be a whole number >= 1; got 2.5",
   ),
   "halves of segments": (
-    lambda: selection.uniform_k(Z > 0, Z[:, 0]),
+    lambda: selection.uniform_k(Z > 0, k=Z[:, 0]),
     TypeError,
     "k must be a whole number, or an array [B] of them; got ",
   ),
   "numbers of segments of other videos": (
-    lambda: selection.first_k(Z > 0, np.array([1, 2])),
+    lambda: selection.first_k(Z > 0, k=np.array([1, 2])),
     ValueError,
     "k must be a whole number, or [B] of them, for 4 videos; got shape (2,)",
   ),
@@ -334,17 +334,17 @@ LAYERS = {
     "gates must be an [B, T] array of real numbers; got [[1.0, 0.0]",
   ),
   "scores of one video": (
-    lambda: selection.top_k(Z[0], Z > 0, 1),
+    lambda: selection.top_k(Z[0], Z > 0, k=1),
     ValueError,
     "scores must be [B, T]; got shape (2,)",
   ),
   "scores of other segments": (
-    lambda: selection.top_k(Z[:, :1], Z > 0, 1),
+    lambda: selection.top_k(Z[:, :1], Z > 0, k=1),
     ValueError,
     "scores, valid must be [B, T] of one shape; got (4, 1), (4, 2)",
   ),
   "a list for valid segments": (
-    lambda: selection.budget_to_k([[True]], 0.5),
+    lambda: selection.budget_to_k([[True]], share=0.5),
     TypeError,
     "valid must be an [B, T] array of real numbers; got [[True]]",
   ),
@@ -379,7 +379,7 @@ LAYERS = {
     "of must be an array of real numbers; got 'all'",
   ),
   "places that are no whole numbers": (
-    lambda: gj.scatter_back(Z, Z[:, 0], Z[:, 0], 4),
+    lambda: gj.scatter_back(Z, Z[:, 0], Z[:, 0], size=4),
     TypeError,
     "index must be whole numbers; got ",
   ),
@@ -394,12 +394,12 @@ LAYERS = {
     "sizes must be a list of whole numbers >= 1; got 4",
   ),
   "text for the share of segments": (
-    lambda: selection.budget_to_k(Z > 0, "0.3"),
+    lambda: selection.budget_to_k(Z > 0, share="0.3"),
     TypeError,
     "share must be in (0, 1], or an int number of segments; got '0.3'",
   ),
   "text for buckets": (
-    lambda: gj.bucket_sizes(8, "4"),
+    lambda: gj.bucket_sizes(8, buckets="4"),
     TypeError,
     "buckets must be a whole number >= 1; got '4'",
   ),
@@ -428,7 +428,7 @@ HUGE = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)
     lambda x: gj.cdf_matching_loss(x, PRIOR, axis=1),
     gj.empirical_cdf,
     gj.sort_with_vjp,
-    lambda x: gj.open_indices(x.ravel(), 8),
+    lambda x: gj.open_indices(x.ravel(), capacity=8),
   ],
 )
 def test_more_elements_than_32_bits_count_are_refused(function):

@@ -12,12 +12,12 @@ from gating_jax.ops import compaction
 UNITS = 7
 OPEN = (1.0, 0.0, 0.0, 1.0, 1.0, 0.0)
 gates_lists = st.lists(st.booleans(), min_size=UNITS, max_size=UNITS)
-open_indices = jax.jit(compaction.open_indices, static_argnums=1)
+open_indices = jax.jit(compaction.open_indices, static_argnames="capacity")
 
 
 @given(gates_lists, st.sampled_from([1, 3, UNITS, UNITS + 2]))
 def test_open_indices_are_those_of_numpy(gates, capacity):
-  index, taken = open_indices(jnp.array(gates, jnp.float32), capacity)
+  index, taken = open_indices(jnp.array(gates, jnp.float32), capacity=capacity)
   expected = np.flatnonzero(gates)[:capacity]
   assert (index.shape, index.dtype, taken.shape) == ((capacity,), jnp.int32, (capacity,))
   np.testing.assert_array_equal(taken, np.arange(capacity) < len(expected))
@@ -25,7 +25,7 @@ def test_open_indices_are_those_of_numpy(gates, capacity):
 
 
 def test_relaxed_gates_are_open_above_zero_and_not_a_number_is_closed():
-  index, taken = compaction.open_indices(jnp.array([jnp.nan, 0.2, 0.0, 1.0]), 4)
+  index, taken = compaction.open_indices(jnp.array([jnp.nan, 0.2, 0.0, 1.0]), capacity=4)
   np.testing.assert_array_equal(index, [1, 3, 0, 0])
   np.testing.assert_array_equal(taken, [True, True, False, False])
 
@@ -51,8 +51,8 @@ def test_a_function_on_the_open_units_alone_is_the_function_masked(places, capac
 
   @jax.jit
   def skipping(x):
-    index, taken = compaction.open_indices(gates, capacity)
-    return compaction.scatter_back(heavy(x[index]), index, taken, UNITS)
+    index, taken = compaction.open_indices(gates, capacity=capacity)
+    return compaction.scatter_back(heavy(x[index]), index, taken, size=UNITS)
 
   mask = np.asarray(gates)[:, None, None]
   np.testing.assert_allclose(skipping(x), heavy(x) * mask, rtol=1e-6)
@@ -63,13 +63,13 @@ def test_a_function_on_the_open_units_alone_is_the_function_masked(places, capac
 def test_what_stands_in_the_padding_goes_nowhere_and_gets_no_gradient():
   index, taken = jnp.array([2, 0, 0]), jnp.array([True, False, False])
   values = jnp.array([[3.0, 4.0], [jnp.nan, 1.0], [jnp.inf, 1.0]])
-  out, pullback = jax.vjp(lambda v: compaction.scatter_back(v, index, taken, 4), values)
+  out, pullback = jax.vjp(lambda v: compaction.scatter_back(v, index, taken, size=4), values)
   np.testing.assert_array_equal(out, [[0, 0], [0, 0], [3, 4], [0, 0]])
   np.testing.assert_array_equal(pullback(jnp.full((4, 2), 7.0))[0], [[7, 7], [0, 0], [0, 0]])
 
 
 def test_beyond_the_capacity_the_last_units_are_left_out():
-  index, taken = compaction.open_indices(jnp.ones(5), 3)
+  index, taken = compaction.open_indices(jnp.ones(5), capacity=3)
   np.testing.assert_array_equal(index, [0, 1, 2])
   assert taken.all()
 
@@ -79,8 +79,8 @@ def test_jit_and_vmap_agree():
   values = jnp.arange(30, dtype=jnp.float32).reshape(5, 6)
 
   def there_and_back(gates, values):
-    index, taken = compaction.open_indices(gates, 6)
-    return compaction.scatter_back(values[index], index, taken, 6)
+    index, taken = compaction.open_indices(gates, capacity=6)
+    return compaction.scatter_back(values[index], index, taken, size=6)
 
   assert 0 < gates.sum() < gates.size
   one_by_one = np.stack([there_and_back(g, v) for g, v in zip(gates, values, strict=True)])
@@ -90,25 +90,25 @@ def test_jit_and_vmap_agree():
 
 def test_short_floats_stay_short():
   out = compaction.scatter_back(
-    jnp.ones(2, jnp.bfloat16), jnp.array([1, 0]), jnp.array([True, False]), 2
+    jnp.ones(2, jnp.bfloat16), jnp.array([1, 0]), jnp.array([True, False]), size=2
   )
   assert out.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 4), (1, 4), (4, 4), (5, 9), (9, 9)])
 def test_the_smallest_size_that_holds_the_count(count, size):
-  assert compaction.capacity_for(count, (9, 4)) == size
+  assert compaction.capacity_for(count, sizes=(9, 4)) == size
 
 
 @given(st.integers(1, 500), st.integers(1, 20), st.integers(1, 9))
 def test_bucket_sizes_hold_everything_with_little_padding(total, buckets, multiple):
-  sizes = compaction.bucket_sizes(total, buckets, multiple=multiple)
+  sizes = compaction.bucket_sizes(total, buckets=buckets, multiple=multiple)
   assert list(sizes) == sorted(set(sizes))
   assert len(sizes) <= buckets
   assert all(size % multiple == 0 for size in sizes)
   assert total <= sizes[-1] < total + multiple
   for count in range(1, total + 1):
-    assert compaction.capacity_for(count, sizes) - count <= total / buckets + multiple
+    assert compaction.capacity_for(count, sizes=sizes) - count <= total / buckets + multiple
 
 
 @given(st.integers(0, 100), st.lists(st.integers(1, 20), min_size=1))
@@ -124,23 +124,25 @@ def test_pieces_hold_all_units_and_only_the_last_has_padding(count, sizes):
   ("call", "message"),
   [
     (
-      lambda: compaction.capacity_for(70, (32, 64)),
+      lambda: compaction.capacity_for(70, sizes=(32, 64)),
       "count must be at most the largest of sizes, 64; got 70",
     ),
-    (lambda: compaction.bucket_sizes(0, 4), "total must be >= 1; got 0"),
-    (lambda: compaction.bucket_sizes(4, 0), "buckets must be >= 1; got 0"),
-    (lambda: compaction.bucket_sizes(4, 4, multiple=0), "multiple must be >= 1; got 0"),
+    (lambda: compaction.bucket_sizes(0, buckets=4), "total must be >= 1; got 0"),
+    (lambda: compaction.bucket_sizes(4, buckets=0), "buckets must be >= 1; got 0"),
+    (lambda: compaction.bucket_sizes(4, buckets=4, multiple=0), "multiple must be >= 1; got 0"),
     (
-      lambda: compaction.open_indices(jnp.ones((2, 3)), 4),
+      lambda: compaction.open_indices(jnp.ones((2, 3)), capacity=4),
       r"gates must be \[N\] with N >= 1; got shape \(2, 3\)",
     ),
     (
-      lambda: compaction.open_indices(jnp.ones(0), 4),
+      lambda: compaction.open_indices(jnp.ones(0), capacity=4),
       r"gates must be \[N\] with N >= 1; got shape \(0,\)",
     ),
-    (lambda: compaction.open_indices(jnp.ones(3), 0), "capacity must be >= 1; got 0"),
+    (lambda: compaction.open_indices(jnp.ones(3), capacity=0), "capacity must be >= 1; got 0"),
     (
-      lambda: compaction.scatter_back(jnp.ones((3, 2)), jnp.zeros(2, int), jnp.ones(2, bool), 4),
+      lambda: compaction.scatter_back(
+        jnp.ones((3, 2)), jnp.zeros(2, int), jnp.ones(2, bool), size=4
+      ),
       r"values must be \[capacity, ...\] with index and taken \[capacity\]; got \(3, 2\), \(2,\), "
       r"\(2,\)",
     ),

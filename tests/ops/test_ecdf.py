@@ -18,8 +18,7 @@ from gating_jax.ops.ecdf import (
   generalised_batch_shaping_loss,
   noise_floor,
 )
-from gating_jax.ops.empirical_prior import empirical
-from gating_jax.ops.priors import Prior, beta, normal, relaxed_bernoulli, uniform
+from gating_jax.ops.priors import Prior, beta, empirical, normal, relaxed_bernoulli, uniform
 from gating_jax.types import GateRecord
 
 # Sum form and d/dp of p = [0.7, 0.1, 0.95, 0.4] as one gate, by SciPy's `betainc` in float64.
@@ -289,7 +288,7 @@ def test_the_empirical_cdf_ranks_along_any_axis_without_gradient():
   np.testing.assert_allclose(places(x, axis=1), stats.rankdata(x, axis=1) / 6, rtol=1e-6)
   np.testing.assert_allclose(places(x, axis=-3), stats.rankdata(x, axis=0) / 3, rtol=1e-6)
   np.testing.assert_array_equal(
-    jax.jit(jax.grad(lambda x: empirical_cdf(x, 1).sum()))(x), np.zeros_like(x)
+    jax.jit(jax.grad(lambda x: empirical_cdf(x, axis=1).sum()))(x), np.zeros_like(x)
   )
   np.testing.assert_allclose(places(np.array([30, 10, 20])), [0.75, 0.25, 0.5])
 

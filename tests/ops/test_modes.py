@@ -13,7 +13,6 @@ from gating_jax.ops import (
   confidence,
   cpu_convs,
   ecdf,
-  empirical_prior,
   macs,
   native_kernels,
   pallas_kernels,
@@ -90,15 +89,15 @@ LOSSES = {
   "relaxed Bernoulli": shaped(priors.relaxed_bernoulli(SIX_TENTHS, HALF)),
   "relaxed Bernoulli, one for each": shaped(priors.relaxed_bernoulli(EACH, EACH)),
   "custom": matched(EXPONENTIAL, jnp.exp),
-  "samples": matched(empirical_prior.empirical(LOGITS)),
-  "samples of one column": matched(empirical_prior.empirical(LOGITS[:, 0])),
+  "samples": matched(priors.empirical(LOGITS)),
+  "samples of one column": matched(priors.empirical(LOGITS[:, 0])),
 }
 PARAMETERS = {
   "beta": learned(lambda each: priors.beta(each, SIX_TENTHS)),
   "symmetric beta": learned(priors.symmetric_beta),
   "relaxed Bernoulli": learned(lambda each: priors.relaxed_bernoulli(each, HALF)),
   "normal": learned(lambda each: priors.normal(each, HALF), lambda x: x),
-  "samples": gradient(lambda x: ecdf.cdf_matching_loss(x[:3], empirical_prior.empirical(x[3:]))),
+  "samples": gradient(lambda x: ecdf.cdf_matching_loss(x[:3], priors.empirical(x[3:]))),
   "generalised": lambda x: gradient(
     lambda x, means: sum(
       map(
@@ -120,10 +119,10 @@ PRIORS = {
   "normal": densities(priors.normal(EACH)),
   "uniform": densities(priors.uniform()),
   "custom": densities(EXPONENTIAL),
-  "samples": densities(empirical_prior.empirical(LOGITS)),
-  "ranks": lambda x: (ecdf.empirical_cdf(x), ecdf.empirical_cdf(jnp.round(x), 1)),
+  "samples": densities(priors.empirical(LOGITS)),
+  "ranks": lambda x: (ecdf.empirical_cdf(x), ecdf.empirical_cdf(jnp.round(x), axis=1)),
   "sort": lambda x: gradient(lambda x: ranking.sort_with_vjp(x) ** 2)(x),
-  "sort of ties": lambda x: gradient(lambda x: ranking.sort_with_vjp(jnp.round(x), 1) ** 2)(x),
+  "sort of ties": lambda x: gradient(lambda x: ranking.sort_with_vjp(jnp.round(x), axis=1) ** 2)(x),
 }
 SECOND = {
   "fixed prior": lambda x: jax.hessian(lambda x: jnp.sum(ecdf.batch_shaping_loss(x, BETA)))(x),
@@ -205,22 +204,27 @@ SELECTION = {
     lambda x: selection.ensure_one_open(x * (x > 2).astype(x.dtype), x, VALID)
   )(x),
   "repair of truth values": lambda x: selection.ensure_one_open(x > 2, x, VALID),
-  "best": lambda x: selection.top_k(x, VALID, 2),
-  "best, some for each": lambda x: selection.top_k(x, VALID, np.arange(N)),
+  "best": lambda x: selection.top_k(x, VALID, k=2),
+  "best, some for each": lambda x: selection.top_k(x, VALID, k=np.arange(N)),
   "uniform": lambda x: (
-    selection.uniform_k(VALID, 2),
-    selection.uniform_k(VALID, np.arange(1, N + 1)),
+    selection.uniform_k(VALID, k=2),
+    selection.uniform_k(VALID, k=np.arange(1, N + 1)),
   ),
-  "random": lambda x: selection.random_k(jax.random.key(0), VALID, 2),
-  "first": lambda x: (selection.first_k(VALID, 2), selection.first_k(VALID, np.arange(N))),
-  "number": lambda x: (selection.budget_to_k(VALID, 0.3), selection.budget_to_k(VALID, 2)),
+  "random": lambda x: selection.random_k(jax.random.key(0), VALID, k=2),
+  "first": lambda x: (selection.first_k(VALID, k=2), selection.first_k(VALID, k=np.arange(N))),
+  "number": lambda x: (
+    selection.budget_to_k(VALID, share=0.3),
+    selection.budget_to_k(VALID, share=2),
+  ),
   "exits": lambda x: (
     confidence.entropy_share(x),
     confidence.stay_logits(x.reshape(3, 2, C), threshold=HALF),
   ),
   "first sure": lambda x: confidence.first_sure(x.reshape(3, 2, C), x[:3, :1]),
-  "open units": lambda x: compaction.open_indices(x[:, 0], 3),
-  "put back": lambda x: compaction.scatter_back(x[:3], *compaction.open_indices(x[:, 0], 3), N),
+  "open units": lambda x: compaction.open_indices(x[:, 0], capacity=3),
+  "put back": lambda x: compaction.scatter_back(
+    x[:3], *compaction.open_indices(x[:, 0], capacity=3), size=N
+  ),
   "open backward": gradient(
     lambda x: (
       x[:, :1]

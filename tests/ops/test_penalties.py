@@ -314,6 +314,42 @@ def test_records_count_as_the_arrays_of_theirs(loss, field):
   assert loss(others) != loss(records)
 
 
+@pytest.mark.parametrize(
+  ("loss", "names"),
+  [
+    (balance_loss, ["gates"]),
+    (closed_share, ["gates"]),
+    (mac_loss, ["macs_per_unit"]),
+    (
+      lambda *layers, **given: mac_budget_loss(*layers, never_gated_macs=4, budget=0.5, **given),
+      ["gates", "macs_per_unit"],
+    ),
+  ],
+)
+def test_arrays_with_gates_and_costs_count_as_their_records(loss, names):
+  random = np.random.default_rng(0)
+  records = []
+  for units, macs in ((3, 7), (2, 5)):
+    probs, gates = (jnp.asarray(random.random((4, units)), jnp.bfloat16) for _ in range(2))
+    gates = jnp.where(gates > 0.4, gates, 0) * jnp.arange(units)
+    records.append(GateRecord(probs, probs / 20, gates, macs_per_unit=macs))
+  probs = [record.probs for record in records]
+  given = {name: [getattr(record, name) for record in records] for name in names}
+  expected = float(loss(records))
+  assert expected not in (0, 1)
+  assert float(loss(probs, **given)) == pytest.approx(expected, rel=1e-2)
+  # A mixture would need a value for one layer and none for the other.
+  with pytest.raises(TypeError, match=r"records\[1\] must be a GateRecord; got "):
+    loss([records[0], probs[1]])
+  for name in names:
+    with pytest.raises(TypeError, match=f"^{name} must be given with arrays, one for each layer"):
+      loss(probs, **{**given, name: None})
+    with pytest.raises(ValueError, match=f"^{name} must have one item for each of the 2 layers; "):
+      loss(probs, **{**given, name: given[name][:1]})
+    with pytest.raises(TypeError, match=f"^{name} must be None with records, which have their own"):
+      loss(records, **{name: given[name]})
+
+
 def test_settings_of_losses_by_position_warn_and_work():
   records, layers = records_of(FIRST, SECOND), [np.array([[1.0], [0.0]], np.float32)]
   with pytest.warns(DeprecationWarning, match="^target_rate_loss takes target=... by keyword$"):

@@ -12,7 +12,7 @@ from gating_jax.ops.ranking import sort_with_vjp
 
 
 def weighted_sort(x, weights, axis=0):
-  return jnp.sum(weights * sort_with_vjp(x, axis))
+  return jnp.sum(weights * sort_with_vjp(x, axis=axis))
 
 
 def columns_with_ties(n, seed):
@@ -37,7 +37,9 @@ def test_values_are_those_of_numpy_along_the_axis(shape, axis):
   x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   expected = np.sort(x, axis)
   assert shape == (1,) or (expected != x).any()
-  np.testing.assert_array_equal(jax.jit(sort_with_vjp, static_argnums=1)(x, axis), expected)
+  np.testing.assert_array_equal(
+    jax.jit(sort_with_vjp, static_argnames="axis")(x, axis=axis), expected
+  )
 
 
 def is_tied(x, order):
@@ -226,4 +228,4 @@ def test_integers_are_refused(dtype):
 def test_an_axis_the_input_does_not_have_is_named(shape, axis):
   message = f"axis must name an axis of the input; got axis {axis}, shape {shape}"
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-    sort_with_vjp(jnp.zeros(shape), axis)
+    sort_with_vjp(jnp.zeros(shape), axis=axis)

@@ -17,11 +17,11 @@ masks = st.lists(
 )
 numbers = st.floats(-3, 3, width=16) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0])
 POLICIES = {
-  "uniform": selection.uniform_k,
-  "random": lambda valid, k: selection.random_k(jax.random.key(3), valid, k),
-  "first": selection.first_k,
+  "uniform": lambda valid, k: selection.uniform_k(valid, k=k),
+  "random": lambda valid, k: selection.random_k(jax.random.key(3), valid, k=k),
+  "first": lambda valid, k: selection.first_k(valid, k=k),
   "top": lambda valid, k: selection.top_k(
-    jnp.sin(jnp.linspace(0, 50, valid.size).reshape(valid.shape)), valid, k
+    jnp.sin(jnp.linspace(0, 50, valid.size).reshape(valid.shape)), valid, k=k
   ),
 }
 COMPILED = {name: jax.jit(policy) for name, policy in POLICIES.items()}
@@ -68,17 +68,17 @@ def test_uniform_k_is_the_rounded_down_centres_of_equal_parts(valid, k):
     places = np.flatnonzero(mask)
     parts = min(k, len(places))
     row[[places[(2 * i + 1) * len(places) // (2 * parts)] for i in range(parts)]] = 1
-  np.testing.assert_array_equal(uniform_k(valid, jnp.array([k, k])), expected)
+  np.testing.assert_array_equal(uniform_k(valid, k=jnp.array([k, k])), expected)
 
 
 @pytest.mark.parametrize(("k", "places"), [(1, [4]), (2, [2, 6]), (3, [1, 4, 7]), (9, range(9))])
 def test_uniform_k_by_hand(k, places):
-  np.testing.assert_array_equal(np.flatnonzero(selection.uniform_k(padded(9), k)[0]), places)
+  np.testing.assert_array_equal(np.flatnonzero(selection.uniform_k(padded(9), k=k)[0]), places)
 
 
 def test_random_k_takes_every_set_equally_often():
   videos = 6000
-  gates = np.asarray(selection.random_k(jax.random.key(0), padded(*[4] * videos, segments=6), 2))
+  gates = np.asarray(selection.random_k(jax.random.key(0), padded(*[4] * videos, segments=6), k=2))
   sets, counts = np.unique(gates, axis=0, return_counts=True)
   expected = sorted(
     [float(i in pair) for i in range(6)] for pair in itertools.combinations(range(4), 2)
@@ -88,17 +88,17 @@ def test_random_k_takes_every_set_equally_often():
 
 
 def test_random_k_depends_on_the_key_and_not_on_padding_or_the_other_videos():
-  draw = lambda seed, valid: np.asarray(selection.random_k(jax.random.key(seed), valid, 3))
+  draw = lambda seed, valid: np.asarray(selection.random_k(jax.random.key(seed), valid, k=3))
   alone, together = draw(0, padded(7, segments=7)), draw(0, padded(7, 9, 9, segments=16))
   np.testing.assert_array_equal(together[:1, :7], alone)
   assert (draw(1, padded(9, 9, 9)) != draw(0, padded(9, 9, 9))).any()
 
 
 def test_random_k_does_not_depend_on_the_number_of_devices():
-  alone = np.asarray(selection.random_k(jax.random.key(5), padded(*[9] * 16), 4))
+  alone = np.asarray(selection.random_k(jax.random.key(5), padded(*[9] * 16), k=4))
   assert len(np.unique(alone, axis=0)) > 8
   shards = jax.pmap(
-    lambda valid: selection.random_k(jax.random.key(5), valid, 4, axis_name="devices"),
+    lambda valid: selection.random_k(jax.random.key(5), valid, k=4, axis_name="devices"),
     axis_name="devices",
   )(padded(*[9] * 16).reshape(8, 2, 9))
   np.testing.assert_array_equal(shards.reshape(16, 9), alone)
@@ -109,14 +109,14 @@ def test_top_k_is_a_stable_sort_with_nan_last(scores, valid, k):
   valid = np.array(valid[:1])
   worth = lambda i: (math.isnan(scores[i]), -scores[i] if not math.isnan(scores[i]) else 0.0, i)
   best = sorted(np.flatnonzero(valid[0]), key=worth)[:k]
-  gates = top_k(np.array([scores], np.float32), valid, jnp.array([k]))
+  gates = top_k(np.array([scores], np.float32), valid, k=jnp.array([k]))
   np.testing.assert_array_equal(np.flatnonzero(gates[0]), sorted(best))
 
 
 def test_nan_is_chosen_only_where_nothing_else_is_left():
   scores = jnp.array([[jnp.nan, -jnp.inf, 1.0, 9.0]])
   for k, places in ((1, [2]), (2, [1, 2]), (3, [0, 1, 2]), (4, [0, 1, 2])):
-    assert np.flatnonzero(selection.top_k(scores, padded(3, segments=4), k)[0]).tolist() == places
+    assert np.flatnonzero(selection.top_k(scores, padded(3, segments=4), k=k)[0]).tolist() == places
 
 
 @given(masks, masks, st.randoms(use_true_random=False))
@@ -183,12 +183,12 @@ def test_keep_best_maps_over_an_axis():
   ],
 )
 def test_k_for_by_hand(share, counts):
-  np.testing.assert_array_equal(selection.budget_to_k(padded(9, 5, 1, 0), share), counts)
+  np.testing.assert_array_equal(selection.budget_to_k(padded(9, 5, 1, 0), share=share), counts)
 
 
 def test_k_for_does_not_round_up_what_is_whole():
   for percent in range(1, 101):
-    assert selection.budget_to_k(jnp.ones((1, 100), bool), percent / 100)[0] == percent
+    assert selection.budget_to_k(jnp.ones((1, 100), bool), share=percent / 100)[0] == percent
 
 
 @given(st.integers(1, 70))
@@ -203,7 +203,7 @@ def test_frame_exit_order_visits_all_and_halves_the_largest_gap_by_levels(segmen
 
 @given(masks, st.integers(1, SEGMENTS))
 def test_first_k_is_in_the_order_of_each_videos_own_length(valid, k):
-  gates = np.asarray(selection.first_k(jnp.asarray(valid), k))
+  gates = np.asarray(selection.first_k(jnp.asarray(valid), k=k))
   for row, mask in zip(gates, np.array(valid), strict=True):
     places = np.flatnonzero(mask)
     first = selection.frame_exit_order(len(places))[:k] if len(places) else []
@@ -213,16 +213,16 @@ def test_first_k_is_in_the_order_of_each_videos_own_length(valid, k):
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: selection.uniform_k(padded(3), 0), "k must be >= 1; got 0"),
-    (lambda: selection.random_k(jax.random.key(0), padded(3), -1), "k must be >= 1; got -1"),
-    (lambda: selection.top_k(jnp.zeros((1, 9)), padded(3), 0), "k must be >= 1; got 0"),
-    (lambda: selection.budget_to_k(padded(3), 0), "k must be >= 1; got 0"),
+    (lambda: selection.uniform_k(padded(3), k=0), "k must be >= 1; got 0"),
+    (lambda: selection.random_k(jax.random.key(0), padded(3), k=-1), "k must be >= 1; got -1"),
+    (lambda: selection.top_k(jnp.zeros((1, 9)), padded(3), k=0), "k must be >= 1; got 0"),
+    (lambda: selection.budget_to_k(padded(3), share=0), "k must be >= 1; got 0"),
     (
-      lambda: selection.budget_to_k(padded(3), 1.5),
+      lambda: selection.budget_to_k(padded(3), share=1.5),
       r"share must be in \(0, 1\], or an int number of segments; got 1.5",
     ),
     (
-      lambda: selection.budget_to_k(padded(3), math.nan),
+      lambda: selection.budget_to_k(padded(3), share=math.nan),
       r"share must be in \(0, 1\], or an int number of segments; got nan",
     ),
     (lambda: selection.frame_exit_order(0), "segments must be >= 1; got 0"),
@@ -236,7 +236,7 @@ def test_a_wrong_number_is_named(call, message):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool])
 def test_the_best_are_the_best_where_scores_are_whole_numbers_or_truth_values(dtype):
   scores = jnp.asarray(np.array([[0, 0, 1, 0], [1, 0, 0, 0]], dtype))
-  chosen = selection.top_k(scores, jnp.ones((2, 4), bool), 1)
+  chosen = selection.top_k(scores, jnp.ones((2, 4), bool), k=1)
   np.testing.assert_array_equal(chosen, scores.astype(jnp.float32))
 
 

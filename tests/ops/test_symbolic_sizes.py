@@ -51,17 +51,17 @@ def every_penalty(x):
 
 
 def scatter_back(x):
-  index, taken = gj.open_indices(x[:, 0], 2)
-  return gj.scatter_back(x[index], index, taken, x.shape[0])
+  index, taken = gj.open_indices(x[:, 0], capacity=2)
+  return gj.scatter_back(x[index], index, taken, size=x.shape[0])
 
 
 def choices(x):
   valid = x > -9
   return [
-    selection.top_k(x, valid, 1),
-    selection.uniform_k(valid, jnp.ones(x.shape[0], jnp.int32)),
+    selection.top_k(x, valid, k=1),
+    selection.uniform_k(valid, k=jnp.ones(x.shape[0], jnp.int32)),
     selection.ensure_one_open(x, x, valid),
-    selection.random_k(KEY, valid, 1),
+    selection.random_k(KEY, valid, k=1),
   ]
 
 
@@ -124,8 +124,8 @@ def test_the_levels_of_samples_not_known_yet_are_those_of_any_number():
 def test_a_choice_by_a_table_needs_a_known_number_of_segments():
   shape = jax.ShapeDtypeStruct(export.symbolic_shape("n, t"), jnp.float32)
   for choose in (
-    lambda x: selection.budget_to_k(x > 0, 0.5),
-    lambda x: selection.first_k(x > 0, 1),
+    lambda x: selection.budget_to_k(x > 0, share=0.5),
+    lambda x: selection.first_k(x > 0, k=1),
   ):
     with pytest.raises(
       ValueError, match=r"^valid must have a static number of segments; got shape \(n, t\)"

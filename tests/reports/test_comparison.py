@@ -85,8 +85,8 @@ def test_results_stand_side_by_side():
   assert found["accuracy"] == ["90.00 %", "80.00 %", "–"]
   assert found["accuracy, task known"] == ["–", "–", "99.00 %"]
   assert found["accuracy, task unknown"] == ["–", "–", "60.00 %"]
-  assert found["share of the ungated net's"] == ["50.0 %", "50.0 %", "–"]
-  assert found["share, task unknown"] == ["–", "–", "75.0 %"]
+  assert found["fraction of the ungated net's"] == ["50.0 %", "50.0 %", "–"]
+  assert found["fraction, task unknown"] == ["–", "–", "75.0 %"]
   assert found["gates conditional"] == ["5 of 8", "5 of 0", "–"]
   assert found["parameters"] == ["5,000", "5,000", "300"]
   assert found["last step"] == ["40", "40", "90"]
@@ -97,7 +97,7 @@ def test_results_stand_side_by_side():
 def test_a_share_of_nothing_is_left_out():
   run = task_run("a")
   found = tables([dataclasses.replace(run, result=TASKS | {"dense_macs": 0}), run])["Results"]
-  assert found["share, task known"] == ["–", "25.0 %"]
+  assert found["fraction, task known"] == ["–", "25.0 %"]
 
 
 def test_a_run_that_goes_on_shows_its_newest_test():

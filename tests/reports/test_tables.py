@@ -131,8 +131,8 @@ def test_splits_are_compared_side_by_side_where_videos_are_held_out():
   names = "training / validation / test"
   assert rows[f"score: {names}"] == "94.0 % / 60.0 % / 59.0 %"
   shares = "50.0 % (± 25.0) / 50.0 % (± 30.0) / 63.4 % (± 40.0)"
-  assert rows[f"share of segments: {names}"] == shares
-  for name in (f"score: {names}", f"share of segments: {names}"):
+  assert rows[f"fraction of segments: {names}"] == shares
+  for name in (f"score: {names}", f"fraction of segments: {names}"):
     assert tables.meaning(name)
 
 

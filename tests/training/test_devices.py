@@ -268,7 +268,7 @@ def assert_alike(found, right):
 @pytest.mark.parametrize("already_averaged", [False, True])
 def test_the_gradient_over_devices_is_that_of_one_device_in_every_mode(way, already_averaged):
   local = functools.partial(fit, axis_name=devices.AXIS, already_averaged=already_averaged)
-  found = spread(value_and_grad_over_devices(local, devices.AXIS), way)(*fit_problem())
+  found = spread(value_and_grad_over_devices(local, axis_name=devices.AXIS), way)(*fit_problem())
   assert_alike(found, right_gradient())
 
 
@@ -285,7 +285,7 @@ def test_by_hand_the_gradient_of_one_mode_is_wrong_in_the_other():
 @pytest.mark.parametrize("way", WAYS[2:])
 def test_the_gradient_is_right_where_parameters_are_typed_as_varying(way):
   differentiate = value_and_grad_over_devices(
-    functools.partial(fit, axis_name=devices.AXIS), devices.AXIS
+    functools.partial(fit, axis_name=devices.AXIS), axis_name=devices.AXIS
   )
   vary = lambda params: jax.tree.map(lambda w: w + 0 * lax.axis_index(devices.AXIS), params)
   found = spread(lambda params, batch: differentiate(vary(params), batch), way)(*fit_problem())
@@ -296,7 +296,7 @@ def test_the_gradient_is_right_where_parameters_are_typed_as_varying(way):
 def test_the_batch_may_be_spread_over_two_axes(way):
   axes = ("hosts", "devices")
   found = spread(
-    value_and_grad_over_devices(functools.partial(fit, axis_name=axes), axes), way, axes
+    value_and_grad_over_devices(functools.partial(fit, axis_name=axes), axis_name=axes), way, axes
   )(*fit_problem())
   assert_alike(found, right_gradient())
 
@@ -310,7 +310,9 @@ def test_aux_is_each_devices_own_and_several_arguments_have_gradients(way):
     return fit({"w": w, "b": b}, batch, axis_name), jnp.sum(batch["x"])
 
   def both(params, batch):
-    differentiate = value_and_grad_over_devices(loss, axis_name, argnums=(0, 2), has_aux=True)
+    differentiate = value_and_grad_over_devices(
+      loss, axis_name=axis_name, argnums=(0, 2), has_aux=True
+    )
     (value, aux), (w, b) = differentiate(params["w"], batch, params["b"], axis_name=axis_name)
     return (value, {"w": w, "b": b}), aux if axis_name is None else lax.psum(aux, axis_name)
 
@@ -332,7 +334,9 @@ def test_a_training_step_is_that_of_one_device_under_shard_map_in_both_modes(way
 
 
 def test_positions_of_arguments_may_be_numbers_of_numpy():
-  differentiate = value_and_grad_over_devices(lambda x, w: w * x, "batch", argnums=np.int64(1))
+  differentiate = value_and_grad_over_devices(
+    lambda x, w: w * x, axis_name="batch", argnums=np.int64(1)
+  )
   over_devices = jax.vmap(differentiate, (0, None), axis_name="batch")
   value, gradient = over_devices(jnp.array([3.0, 5.0]), 2.0)
   np.testing.assert_array_equal(value, 8)
@@ -341,7 +345,9 @@ def test_positions_of_arguments_may_be_numbers_of_numpy():
 
 @pytest.mark.parametrize(("argnums", "got"), [(0, "0"), ((1, -2), "1")])
 def test_a_gradient_needs_arguments_by_position(argnums, got):
-  differentiate = value_and_grad_over_devices(lambda *_, **__: 0.0, "batch", argnums=argnums)
+  differentiate = value_and_grad_over_devices(
+    lambda *_, **__: 0.0, axis_name="batch", argnums=argnums
+  )
   by_position = () if argnums == 0 else (1.0,)
   with pytest.raises(ValueError, match=rf"^argnums must be .* there are [01]; got {got}$"):
     differentiate(*by_position, w=1.0)
@@ -350,4 +356,4 @@ def test_a_gradient_needs_arguments_by_position(argnums, got):
 @pytest.mark.parametrize("argnums", [0.0, None, "w", (0, "w")])
 def test_positions_of_arguments_are_whole_numbers(argnums):
   with pytest.raises(TypeError, match="^argnums must be a whole number, the position of an arg"):
-    value_and_grad_over_devices(lambda w: w, "batch", argnums=argnums)
+    value_and_grad_over_devices(lambda w: w, axis_name="batch", argnums=argnums)

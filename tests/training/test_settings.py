@@ -8,7 +8,7 @@ from gating_jax import config_files
 from gating_jax.continual import registry
 from gating_jax.training.rundir import RunDirError
 from gating_jax.training.settings import all_numbers, config_of
-from gating_jax.video import build, sets
+from gating_jax.video import sets
 
 
 def write(folder, name="digits_resnet20", **changes):
@@ -72,7 +72,6 @@ def test_a_section_of_fields_that_may_be_none_may_be_newer_than_the_run(tmp_path
   write(tmp_path, "composed_timegate", budget=..., data__validation=...)
   config = config_of(tmp_path)
   assert config.budget.scope is None
-  assert build.scope_of(config) is None
   assert not sets.holds_out(config)
 
 

@@ -16,7 +16,7 @@ from gating_jax.analysis import statistics
 from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
 from gating_jax.models.resnets import ResNet
-from gating_jax.training import devices, loop, rundir
+from gating_jax.training import best_state, devices, loop, rundir
 from gating_jax.training.checkpoints import restore_newest
 from gating_jax.video import build, evaluate, report, run, sets, speed, thresholds
 from gating_jax.video import nets as video_nets
@@ -323,7 +323,7 @@ def test_a_budget_is_met_on_videos_that_are_held_out(held_out):
   assert one_each <= splits["validation"]["share"] + 1e-6
   assert splits["validation"]["share"] <= max(0.5, one_each) + 1e-6
   page = (workdir / "report.html").read_text()
-  assert "share of segments: training / validation / test" in page
+  assert "fraction of segments: training / validation / test" in page
 
 
 def test_the_epoch_is_the_one_that_is_best_on_videos_that_are_held_out(held_out):
@@ -345,15 +345,10 @@ def test_a_loaded_run_has_the_threshold_that_was_set_on_held_out_videos(held_out
   _, variables, _ = loaded(workdir)
   chosen = thresholds.load(workdir)
   like = run.LongVideo(build.build(made)).fresh()
-  restore = thresholds.restore_best if chosen.is_best else restore_last
-  trained = restore(workdir, like).state.params["gate"]["logits"]["bias"]
+  folder = workdir / best_state.BEST_DIR if chosen.is_best else workdir
+  trained = restore_newest(folder / "checkpoints", like).state.params["gate"]["logits"]["bias"]
   moved = np.asarray(trained) - np.float32(chosen.thresholds["gate"])
   np.testing.assert_array_equal(variables["params"]["gate"]["logits"]["bias"], moved)
-
-
-def restore_last(workdir, like):
-  """Restores the last state of a training."""
-  return restore_newest(workdir / "checkpoints", like)
 
 
 @pytest.mark.parametrize(
@@ -637,6 +632,11 @@ def test_a_run_leaves_what_it_measured(finished):
   check_run(made, workdir, steps=2, videos=15)
   result = read_result(workdir)
   assert result["unreadable"] == 1
+  assert result["classes"] == ["class 0", "class 1", "class 2"]
+  # Of all splits.
+  named = (workdir / "unreadable_files.csv").read_text().splitlines()
+  unread = result["unreadable"] + result["training_unreadable"]
+  assert (named[0], len(named)) == ("path,reason", 1 + unread)
   assert 0 < result["share"] <= 1
   assert result["mac_ratio"] == pytest.approx(result["macs"] / result["all_segments_macs"])
   assert {path.name for path in workdir.glob("*.png")} == {"segments.png", "timeline.png"}
@@ -723,7 +723,7 @@ def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained,
   assert set(video_nets.placed_nets(experiment, nets)["params"]) == {"light", "heavy"}
   end_to_end = build.build(config(training="end_to_end", **{"model.selection": "uniform"}))
   _, state = video_nets.restore(end_to_end.training, workdir.parent / "none", 0)
-  begun = video_nets.begin_training(end_to_end, state, nets, None)
+  begun = video_nets.begin_training(end_to_end, state, nets, train=None)
   assert tiny.bit_equal(
     begun.params["heavy"], video_nets.placed_nets(end_to_end, nets)["params"]["heavy"]
   )
@@ -946,7 +946,7 @@ def test_concepts_stay_as_they_were_found(config, tmp_path):
   nets = jax.device_get(video_nets.restore(experiment.pretraining, tmp_path, 0)[1])
   variables = {"params": nets.params, "batch_stats": nets.batch_stats}
   train = evaluate.extract_features(experiment, variables)
-  begun = video_nets.begin_training(experiment, state, variables, train)
+  begun = video_nets.begin_training(experiment, state, variables, train=train)
   before = np.asarray(begun.params["gate"]["concepts"]["kernel"])
   advance = run.LongVideo(experiment).make_advance(experiment.training, train, 0)
   after, _ = advance(begun, 0)
@@ -1063,9 +1063,9 @@ def test_the_state_with_the_best_validation_score_is_taken_and_restored(
 ):
   printed = []
   training = SimpleNamespace(step=4, state=state_of(4.0), say=printed.append)
-  with thresholds.BestState(tmp_path) as best:
+  with best_state.BestState(tmp_path / best_state.BEST_DIR) as best:
     best.offer(2, state_of(2.0), score)
-    found, variables = of_states._choose_state(training, tmp_path, None, best)
+    found, variables = of_states._choose_state(training, tmp_path, None, best=best)
   # Each bias is the number of its step, less the threshold.
   assert (found, variables["params"]["gate"]["logits"]["bias"].tolist()) == (step, [step - 0.25])
   assert thresholds.load(tmp_path) == thresholds.Chosen(step, step == 2, {"gate": 0.25})

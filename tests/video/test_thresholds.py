@@ -1,7 +1,6 @@
 import json
 from types import SimpleNamespace
 
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -59,19 +58,6 @@ def test_a_damaged_file_of_the_chosen_state_is_named(tmp_path, content):
   (tmp_path / "chosen.json").write_text(json.dumps(content))
   with pytest.raises(RunDirError, match=r"chosen.json is damaged: it must hold step, is_best and"):
     thresholds.load(tmp_path)
-
-
-def test_only_a_higher_score_replaces_the_best_state_also_after_a_restart(tmp_path):
-  state = lambda value: {"w": jnp.full(2, value, jnp.float32)}
-  with thresholds.BestState(tmp_path) as best:
-    for step, score in ((1, 0.5), (2, 0.75), (3, 0.75), (4, float("nan"))):
-      best.offer(step, state(step), score)
-  with thresholds.BestState(tmp_path) as best:
-    assert best.score == 0.75
-    best.offer(5, state(5), 0.7)
-  found = thresholds.restore_best(tmp_path, state(0))
-  assert found.step == 2
-  assert np.asarray(found.state["w"]).tolist() == [2, 2]
 
 
 def test_scores_are_compared_by_accuracy_or_else_by_mean_average_precision():

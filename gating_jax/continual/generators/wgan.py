@@ -285,7 +285,7 @@ class _Training:
 
       return critic_loss(score, real, fake, mix=mix, penalty=self.settings.penalty)
 
-    (_, metrics), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(
+    (_, metrics), grads = value_and_grad_over_devices(loss, axis_name=self.axis_name, has_aux=True)(
       state.critic
     )
     metrics = mean_over_devices(metrics, self.axis_name)
@@ -308,7 +308,7 @@ class _Training:
         total = total + self.hooks.records_loss(generated.records)
       return total, ({"generator_loss": total}, generated.batch_stats)
 
-    (_, found), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(
+    (_, found), grads = value_and_grad_over_devices(loss, axis_name=self.axis_name, has_aux=True)(
       state.generator
     )
     # Running statistics are averaged too, so that all devices keep the same.
@@ -380,7 +380,7 @@ def gradient_penalty(critic: Callable[[Array], Array], images: Array) -> Array:
   return jnp.mean(jnp.square(norms - 1))
 
 
-def draw_latents(key: Array, n: int, size: int, axis_name: Hashable | None = None) -> Array:
+def draw_latents(key: Array, n: int, size: int, *, axis_name: Hashable | None = None) -> Array:
   """Draws standard normal latents.
 
   An example's latent depends on its position in the whole batch, not on the number of devices.

@@ -99,7 +99,7 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real_weight: float) -> Method
     init,
     loss,
     end_task,
-    network.predict,
+    predict=network.predict,
     footprint=footprint,
     pretrain_step=make_pretrain_step(rehearsal, network.problem),
   )

@@ -195,7 +195,7 @@ def _consolidation(
     of_task = EwcMemory(anchor=learner.params, fisher=fisher)
     return learner.replace(memory=keep(learner.memory, int(learner.task), of_task))
 
-  return Method(init, anchored_loss(network, penalty), end_task, network.predict)
+  return Method(init, anchored_loss(network, penalty), end_task, predict=network.predict)
 
 
 def _fisher_of_task(
@@ -297,7 +297,9 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
     )
     return learner.replace(memory=memory)
 
-  return Method(init, anchored_loss(network, penalty), end_task, network.predict, update=update)
+  return Method(
+    init, anchored_loss(network, penalty), end_task, predict=network.predict, update=update
+  )
 
 
 def _extend_path(path: Array, grad: Array, of_penalty: Array, update: Array) -> Array:

@@ -85,7 +85,7 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
     """Makes the trained network the teacher."""
     return learner.replace(memory=_teacher(learner.params, learner.batch_stats))
 
-  return Method(init, loss, end_task, network.predict)
+  return Method(init, loss, end_task, predict=network.predict)
 
 
 def old_heads_cross_entropy(

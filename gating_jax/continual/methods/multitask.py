@@ -101,7 +101,7 @@ def multitask_trunk(network: Network) -> Method:
     # Log-probabilities within each head: only these can be compared between heads.
     return network.prediction(jax.nn.log_softmax(heads).reshape(-1, tasks * classes), task, seen)
 
-  return Method(init, loss, end_task, predict, simultaneous=True)
+  return Method(init, loss, end_task, predict=predict, simultaneous=True)
 
 
 def by_task(batch: Array, tasks: int) -> Array:

@@ -79,7 +79,7 @@ def er(network: Network, replay: replay_memory.ReplaySettings) -> Method:
     terms = {"cross_entropy": jnp.mean(new), "replay": jnp.mean(old)}
     return jnp.mean(each), (terms, batch_stats)
 
-  return Method(_make_init(network, replay), loss, _end_task, network.predict)
+  return Method(_make_init(network, replay), loss, _end_task, predict=network.predict)
 
 
 def derpp(
@@ -97,7 +97,7 @@ def derpp(
   for name, value in (("alpha", alpha), ("beta", beta)):
     if not value >= 0:
       raise ValueError(f"{name} must be >= 0; got {value}")
-  return _DarkReplay(network, replay, alpha, beta).method()
+  return _DarkReplay(network, replay, alpha=alpha, beta=beta).method()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,13 +199,13 @@ def agem(network: Network, replay: replay_memory.ReplaySettings) -> Method:
       return network.loss(params, learner, remembered)[0]
 
     # r: the gradient on the memory, over all devices as g is.
-    _, reference = value_and_grad_over_devices(loss, problem.axis_name)(learner.params)
+    _, reference = value_and_grad_over_devices(loss, axis_name=problem.axis_name)(learner.params)
     projected = project(grads, reference)
     # An empty memory constrains nothing.
     return jax.tree.map(lambda g, p: jnp.where(drawn.filled, p, g), grads, projected)
 
   init = _make_init(network, replay)
-  return Method(init, network.loss, _end_task, network.predict, gradient=gradient)
+  return Method(init, network.loss, _end_task, predict=network.predict, gradient=gradient)
 
 
 def project(gradient: Any, reference: Any) -> Any:

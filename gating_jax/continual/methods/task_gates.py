@@ -166,7 +166,7 @@ def task_gates(
     if classifier_settings is None:
       raise ValueError("rehearsal without a network needs classifier_settings; got None")
     classifier = FeatureClassifier(net, rehearsal, classifier_settings)
-  return _TaskGates(net, counts, settings, classifier).method()
+  return _TaskGates(net, counts, settings, classifier=classifier).method()
 
 
 @dataclasses.dataclass(frozen=True)

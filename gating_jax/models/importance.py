@@ -134,7 +134,7 @@ def describe_units(
         f"{'/'.join(record.gate)} are read by none"
       )
     ones = np.ones(record.gates.shape[-1])
-    found.append(UnitImportance(record.gate, record.writers, record.readers, ones))
+    found.append(UnitImportance(record.gate, record.writers, record.readers, values=ones))
   return tuple(found)
 
 
@@ -151,7 +151,7 @@ def with_prior(
       prior = scale * Phi^-1((rank - 1/2) / U),   ranks 1 to U of a record, most important last
 
   The normal scores of a layer do not depend on how its importance is distributed. Thresholds that
-  are quantiles begin where they open the share by the prior alone. The argument is not changed.
+  are quantiles begin where they open that fraction by the prior alone. The argument is not changed.
 
   Args:
     variables: those of a network whose gates have `prior=True`.
@@ -173,8 +173,8 @@ def with_prior(
   >>> bool((record.gates[0] > 0).nonzero()[0].tolist() == found[0].most(2).tolist())
   True
   """
-  arguments.number("scale", scale, "> 0", lambda v: v > 0)
-  arguments.number("gain", gain, ">= 0", lambda v: v >= 0)
+  arguments.number("scale", scale, "> 0", holds=lambda v: v > 0)
+  arguments.number("gain", gain, ">= 0", holds=lambda v: v >= 0)
   flat: dict[Path, Any] = traverse_util.flatten_dict(dict(variables))
   # The records of one gate network are a part of its units each.
   priors: dict[Path, list[np.ndarray]] = collections.defaultdict(list)

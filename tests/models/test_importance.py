@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gating_jax.analysis import select_units, unit_importance, with_prior
-from gating_jax.analysis.importance import UnitImportance, describe_units
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.layers.gate import GateSettings
+from gating_jax.models import select_units, unit_importance, with_prior
+from gating_jax.models.importance import UnitImportance, describe_units
 from gating_jax.models.resnets import ResNet
 from gating_jax.models.vggs import VGG
 from tests.helpers.gated_models import images, random_variables
