@@ -164,7 +164,7 @@ def leaving(share, *, batch, size, channels):
     stages, (FoldedNet((Layer(conv(channels, 16)),), (normal(16, 10), normal(10))),), 0.5
   )
   x = images(batch, size, channels)
-  stay = np.sort(np.asarray(exits.run(net, jnp.asarray(x))[1][:, 0]))
+  stay = np.sort(np.asarray(exits.run_exits(net, jnp.asarray(x))[1][:, 0]))
   goes_on = round(batch * (share * 8 - 1) / 7)
   between = (
     stay[0] - 1 if goes_on == batch else stay[batch - goes_on - 1 : batch - goes_on + 1].mean()
@@ -240,7 +240,7 @@ def measure(case, share, repeats):
   usual, calibration = case.make(0.5)
   # The threshold is part of the program, so the same network must get images that all stay.
   if share == 1 and isinstance(net, folded.ExitNet):
-    stay = exits.run(usual, jnp.asarray(calibration))[1][:, 0]
+    stay = exits.run_exits(usual, jnp.asarray(calibration))[1][:, 0]
     net, x = usual, np.repeat(calibration[[int(jnp.argmax(stay))]], len(x), axis=0)
   x, shape, dense_run = jnp.asarray(x), x.shape[1:], make_program()
   if isinstance(net, folded.ExitNet):

@@ -8,9 +8,10 @@
 
 The rows are those of `headline_rows.py`. Each is measured by its command, once for each of its
 seeds, and stored in docs/headlines.json with command, commit, seeds, values, mean, range and
-hardware. The file is written after every row, and the same command resumes: a row that was measured
-at this commit, and a command that has ended, are not repeated. A row whose folder is missing (DATA:
-a TFDS folder; AUTHORS: a checkout of the authors' code) or whose device is another is left out.
+hardware. `commit` is that of all seeds, or a list with one for each. The file is written after
+every row, and the same command resumes: a row that was measured at this commit, and a command that
+has ended, are not repeated. A row whose folder is missing (DATA: a TFDS folder; AUTHORS: a checkout
+of the authors' code) or whose device is another is left out.
 
 A page names its figures in a comment right behind them, in their order:
 
@@ -23,8 +24,8 @@ are differences and ratios, whose sign the sentence says, and a number stands fo
 A figure is compared as it is printed, with as many decimals. A comment never begins a line, since
 it would end the paragraph.
 
-`--check` prints what differs, and which measured numbers of the main pages have no name; `--fill`
-writes the stored figures into the pages.
+`--check` prints what differs, which measured numbers of the main pages have no name, and which rows
+name no commit of this repository; `--fill` writes the stored figures into the pages.
 """
 
 import argparse
@@ -49,6 +50,16 @@ FILE = ROOT / "docs" / "headlines.json"
 MAIN_PAGES = ("README.md", "docs/index.md", "docs/results.md", "docs/when_gates_pay.md")
 # What decides the numbers. A commit of text alone makes no row old.
 CODE = ("gating_jax", "configs", "benchmarks")
+# Rows that may name no commit: those that are to be measured again.
+WITHOUT_COMMIT = (
+  "videos_all",
+  "videos_half",
+  "videos_quarter",
+  "videos_alone",
+  "videos_uniform",
+  "segments",
+)
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
 # A checked-out tree is used as it stands, wherever the package is installed from.
 MACHINE = (
   "import jax; from gating_jax.timing import device; print(f'{device()}, jax {jax.__version__}')"
@@ -84,7 +95,8 @@ def main():
   if args.list:
     list_rows(chosen)
   elif args.check:
-    differences = check_pages(load_rows())
+    rows = load_rows()
+    differences = check_commits(rows) + check_pages(rows)
     sys.exit("\n".join(differences) if differences else 0)
   elif args.fill:
     fill_pages(load_rows())
@@ -104,6 +116,7 @@ def list_rows(names):
     row = stored.get(name, {})
     seeds = ",".join(map(str, row.get("seeds", [])))
     commit = row.get("commit") or "-"
+    commit = ",".join(commit) if isinstance(commit, list) else commit
     print(f"{name:<24}{seeds or '-':<12}{commit}\n{'':<24}{shown(ROWS[name])}")
 
 
@@ -346,6 +359,50 @@ class Claim(NamedTuple):
   said: str
   stored: str
   name: str
+
+
+def commits_of(row):
+  """Returns the commit of each seed of a row, which has them as a list, or one for all."""
+  commit = row["commit"]
+  return commit if isinstance(commit, list) else [commit] * len(row["seeds"])
+
+
+def check_commits(rows):
+  """Returns a line for each row that does not name one commit of this repository per seed."""
+  faults, named = [], {}
+  for name, row in rows.items():
+    commits = commits_of(row)
+    if commits == [None] * len(row["seeds"]) and name in WITHOUT_COMMIT:
+      continue
+    if len(commits) != len(row["seeds"]):
+      faults.append(f"{name}: {len(commits)} commits for {len(row['seeds'])} seeds")
+    for commit in dict.fromkeys(commits):
+      if COMMIT.fullmatch(str(commit)):
+        named.setdefault(commit, name)
+      else:
+        faults.append(f"{name}: commit must be 7 to 40 hexadecimal digits; got {commit!r}")
+  return faults + [f"{named[commit]}: no commit {commit} here" for commit in unknown(list(named))]
+
+
+def unknown(commits):
+  """Returns the commits that the history does not have; none where it is cut or missing."""
+  git = ["git", "-C", str(ROOT)]
+  shallow = subprocess.run(
+    [*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True, check=False
+  )
+  # An unpacked archive has no history, and a shallow clone the newest commit alone.
+  if shallow.stdout.strip() != "false":
+    return []
+  asked = "".join(f"{commit}^{{commit}}\n" for commit in commits)
+  found = subprocess.run(
+    [*git, "cat-file", "--batch-check=%(objecttype)"],
+    input=asked,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  kinds = found.stdout.splitlines()
+  return [commit for commit, kind in zip(commits, kinds, strict=True) if kind != "commit"]
 
 
 def check_pages(rows):

@@ -433,7 +433,7 @@ def export(name, what, folder):
   config = "cifar10_resnet20.py:epochs=5,batch=128,schedule=cosine,budget=0.5"
   fields = ("checkpoint_every=0.25", "model.gate.noise_scale=0.25", "data.data_dir={data}")
   trained = train("export", config, *fields)
-  files = ("files", "weights.safetensors", "bytes")
+  files = ("files", "model.safetensors", "bytes")
   return Row(
     f"CIFAR-10, ResNet20 at half of the MACs, {what}",
     f"{trained} && gating-jax --workdir={{runs}}/export-{{seed}} --mode=export",

@@ -3,9 +3,9 @@
     gating-jax --config=configs/tfds_resnet20.py --config.data.name=mnist --workdir=runs/mnist \
       --mode=train
 
-The recipe is that of configs/cifar10_resnet20.py. For photographs, set `--config.data.flip`. For
-sets that do not fit on the device, use `--config.data.loader=streaming` and, if images differ in
-size, `--config.data.image_size=224 --config.data.crop_area=0.08 --config.model.name=resnet50`. The
+The recipe is that of configs/cifar10_resnet20.py. For photographs, set `--config.data.flip`. Sets
+that do not fit into memory are read from disk. If images differ in size, use
+`--config.data.image_size=224 --config.data.crop_area=0.08 --config.model.name=resnet50`. The
 labelled test split of imagenet2012 is `--config.data.test_split=validation`.
 """
 

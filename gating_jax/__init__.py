@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 
 __version__ = "0.1.0"
 
@@ -149,7 +149,6 @@ if TYPE_CHECKING:
     generalised_batch_shaping_loss,
     noise_floor,
   )
-  from gating_jax.ops.empirical_prior import empirical
   from gating_jax.ops.macs import executed_macs, expected_macs, gated_macs
   from gating_jax.ops.penalties import (
     closed_share,
@@ -161,6 +160,7 @@ if TYPE_CHECKING:
   from gating_jax.ops.priors import (
     Prior,
     beta,
+    empirical,
     from_cdf,
     normal,
     relaxed_bernoulli,
@@ -221,7 +221,6 @@ else:
         "generalised_batch_shaping_loss",
         "noise_floor",
       ),
-      "gating_jax.ops.empirical_prior": ("empirical",),
       "gating_jax.ops.macs": ("executed_macs", "expected_macs", "gated_macs"),
       "gating_jax.ops.penalties": (
         "closed_share",
@@ -233,6 +232,7 @@ else:
       "gating_jax.ops.priors": (
         "Prior",
         "beta",
+        "empirical",
         "from_cdf",
         "normal",
         "relaxed_bernoulli",

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 
 # Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
 # of the letters of both.
@@ -251,6 +251,6 @@ if not TYPE_CHECKING:
     __name__,
     {
       "gating_jax.extras": ("EXTRAS", "missing_extra", "naming_extra", "require_extra"),
-      "gating_jax.former_names": ("former_keyword", "former_positional"),
+      "gating_jax.names": ("former_keyword", "former_positional"),
     },
   )

@@ -36,6 +36,9 @@ MODES = {
 _VALUE_ERRORS = {
   r"invalid literal for int\(\) with base 10: (.+)": r"must be a whole number; got \1",
   r"could not convert string to float: (.+)": r"must be a number; got \1",
+  r"Failed to parse '(.*)' as a ConfigDict: .+": (
+    r"is a section, whose fields are set one by one, --config.SECTION.FIELD=VALUE; got '\1'"
+  ),
   r"\('Non-boolean argument to boolean flag', (.+)\)": r"must be true or false; got \1",
 }
 _HELP_FLAGS = ("h", "help", "?", "helpshort")

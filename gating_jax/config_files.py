@@ -358,7 +358,10 @@ def check(path: Path, variant: str | None) -> Config:
   """
   arguments = () if variant is None else (variant,)
   try:
-    config = _run(path).get_config(*arguments)
+    module = _run(path)
+    if not hasattr(module, "get_config"):
+      raise ValueError("it has no function get_config, so it is no config")
+    config = module.get_config(*arguments)
   except ValueError as error:
     raise ValueError(f"config {path}: {error}") from error
   # A config file is code: it can raise anything.

@@ -47,6 +47,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
     ("--config.model.width=wide", "model.width=wide: must be a number; got 'wide'\n"),
     ("--config.optim.epochs=None", "--config.optim.epochs must have a value; got None\n"),
     ("--config.data.flip=maybe", "data.flip=maybe: must be true or false; got 'maybe'\n"),
+    ("--config.loss.batch_shaping=0", "section, .*--config.SECTION.FIELD=VALUE; got '0'\n"),
     ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
     ("--mode=trian", r"--mode must be one of .*report.*; got 'trian'. Did you mean 'train'\?"),
     ("--page=mine.html", "--page requires --mode=compare; got --mode=train"),
@@ -450,7 +451,7 @@ def test_a_run_whose_config_is_damaged_is_named(content, message, tmp_path):
     ("def get_config(arg='')", "SyntaxError"),
     ("def get_config(arg=''): pass", "get_config must return a ConfigDict; got NoneType"),
     ("def get_config(arg=''): raise ValueError('unheard of')", ": unheard of"),
-    ("", "has no attribute 'get_config'"),
+    ("", ": it has no function get_config, so it is no config"),
     (
       "import ml_collections\ndef get_config(arg=''): return ml_collections.ConfigDict()",
       "the field experiment must name one; got None",

@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from gating_jax import cli
-from tests.helpers import ROOT
+from tests.helpers import ROOT, made_videos
 from tests.helpers.commands import run_one_after_the_other
 
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -48,6 +49,21 @@ SHORT = {  # changes with which a command of the README takes seconds
     "data.test_videos=32",
     "model.heavy.width=0.1",
     "model.light.width=0.25",
+  ),
+}
+
+
+# Changes with which a command on a folder takes seconds, next to those of `--smoke`.
+TINY = {
+  "tfds_resnet20": ("model.name=tiny",),
+  "split_digits": (),
+  "videos_timegate": (
+    "model.light.name=tiny",
+    "model.heavy.name=tiny",
+    "pretrain.batch_size=4",
+    "optim.batch_size=4",
+    "data.workers=0",
+    "model.gate.concepts=4",
   ),
 }
 
@@ -120,6 +136,98 @@ def test_files_that_a_page_names_are_there(page):
     r"(?<![\w/.])((?:docs|configs|launch|tests|benchmarks|gating_jax)/[\w/]+(?:\.\w+)?)", text
   )
   assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def commands_on_folders(page):
+  """Returns the commands on folders of images or films, and those that use their runs."""
+  if page.endswith(".md"):
+    found = commands(page)
+  else:
+    # The docstring of a config.
+    text = (ROOT / page).read_text().split('"""')[1].replace("\\\n", " ")
+    found = []
+    for line in text.splitlines():
+      if line.strip().startswith("gating-jax"):
+        flags = shlex.split(line)[1:]
+        found.append([flag.removeprefix("--").partition("=")[::2] for flag in flags])
+  chosen, runs = [], set()
+  for flags in found:
+    names = dict(flags)
+    own = names.get("config.data.name") == "folder" or "config.data.folder" in names
+    # The annotations of published sets are not ours to make.
+    published = re.search("layout=(breakfast|charades)", names.get("config", ""))
+    if (own and not published) or names["workdir"] in runs:
+      chosen.append(flags)
+      runs.add(names["workdir"])
+  return chosen
+
+
+def make_folders(folder, page):
+  """Makes images and films in folders of their classes; returns the paths for those of a page."""
+  for i in range(80):
+    file = folder / "images" / f"class {i % 4}" / f"{i}.jpg"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40 + i % 7, 50), (60 * (i % 4), 100, 3 * i)).save(file)
+  for i in range(32):
+    made_videos.write(folder / "films" / ("fight", "walk")[i % 2] / f"{i}.mp4", 16 + i % 5)
+  places = {"config.data.data_dir": folder / "images", "config.data.folder": folder / "films"}
+  if page == "docs/films.md":
+    # The code of the page makes the table and the lists of names.
+    names = {"__name__": "page"}
+    exec(compile(blocks(page, "python")[0], page, "exec"), names)  # noqa: S102
+    films = names["folder"]
+  else:
+    films = folder / "listed"
+    films.mkdir()
+    kinds = {f"{i}.mp4": ("fight", "walk")[i % 2] for i in range(24)}
+    rows = [f"{name},{kind}\n" for name, kind in kinds.items()]
+    (films / "labels.csv").write_text("video,label\n" + "".join(rows))
+    (films / "train.txt").write_text("".join(f"{name}\n" for name in list(kinds)[:16]))
+    (films / "test.txt").write_text("".join(f"{name}\n" for name in list(kinds)[16:]))
+    for name in kinds:
+      (films / name).touch()
+  for i, film in enumerate(sorted(films.glob("*.mp4"))):
+    made_videos.write(film, 16 + i % 5)
+  return places, films
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("page", "count"),
+  [
+    ("docs/training.md", 1),
+    ("docs/tasks.md", 1),
+    ("docs/videos.md", 1),
+    ("docs/films.md", 4),
+    ("configs/videos_timegate.py", 1),
+  ],
+)
+def test_commands_on_folders_run_as_they_stand(page, count, tmp_path):
+  walked = commands_on_folders(page)
+  assert len(walked) == count
+  places, films = make_folders(tmp_path, page)
+  arguments = []
+  for flags in walked:
+    names, given = dict(flags), []
+    for name, value in flags:
+      if name == "config":
+        value = ROOT / value
+      elif value == "FOLDER":
+        value = places[name]
+      elif value == "/data/cache":
+        value = tmp_path / "cache"
+      elif value.startswith("/data/"):
+        inside = Path(value).name
+        value = films / inside if Path(inside).suffix else films
+      given.append(f"--{name}={value}")
+    if names.get("mode", "train") == "train":
+      # Tiny nets on little data, for a few steps.
+      given += [f"--config.{name}" for name in TINY[Path(names["config"].partition(":")[0]).stem]]
+      given.append("--smoke")
+    arguments.append(given)
+  run_one_after_the_other(arguments, devices=1, cwd=tmp_path)
+  for flags in walked:
+    assert (tmp_path / dict(flags)["workdir"] / "report.html").read_text().endswith("</html>")
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_an_export_runs_with_jax_alone(main_of, tmp_path):
     images, outputs = main_of("load_exported")(path)
     assert images.shape == (3, 8, 8, 3)
     np.testing.assert_allclose(
-      outputs, folded.run(dequantise(exported), images)[0], rtol=1e-4, atol=1e-5
+      outputs, folded.run_net(dequantise(exported), images)[0], rtol=1e-4, atol=1e-5
     )
   text = (EXAMPLES / "load_exported.py").read_text()
   assert "import gating_jax" not in text

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import statistics
+import subprocess
 import sys
 
 import pytest
@@ -55,6 +56,62 @@ def test_another_number_in_the_readme_is_found(headline):
   digit = text[claim.end - 1]
   changed = text[: claim.end - 1] + str((int(digit) + 1) % 10) + text[claim.end :]
   assert headline.read_claims(changed, rows)[0][0].said != claim.stored
+
+
+def test_every_row_names_a_commit_of_the_history_for_each_seed(headline):
+  rows = headline.load_rows()
+  assert headline.check_commits(rows) == []
+  assert set(headline.WITHOUT_COMMIT) <= set(rows)
+
+
+HERE = "a" * 12
+
+
+@pytest.mark.parametrize(
+  ("commit", "faults"),
+  [
+    (HERE, []),
+    ([HERE, HERE[:7]], []),
+    ([HERE], ["net: 1 commits for 2 seeds"]),
+    (None, ["net: commit must be 7 to 40 hexadecimal digits; got None"]),
+    ([HERE, None], ["net: commit must be 7 to 40 hexadecimal digits; got None"]),
+    (
+      "aaaaaaa (seed 0)",
+      ["net: commit must be 7 to 40 hexadecimal digits; got 'aaaaaaa (seed 0)'"],
+    ),
+    ([HERE, "bbbbbbb"], ["net: no commit bbbbbbb here"]),
+  ],
+)
+def test_a_row_without_a_commit_of_each_seed_is_named(headline, monkeypatch, commit, faults):
+  monkeypatch.setattr(
+    headline, "unknown", lambda commits: [each for each in commits if each[0] != "a"]
+  )
+  assert headline.check_commits({"net": ROWS["net"] | {"commit": commit}}) == faults
+  excused = commit in (None, HERE)
+  monkeypatch.setattr(headline, "WITHOUT_COMMIT", ("net",))
+  assert headline.check_commits({"net": ROWS["net"] | {"commit": commit}}) == (
+    [] if excused else faults
+  )
+
+
+def test_commits_are_looked_up_where_the_whole_history_is_there(headline, monkeypatch, tmp_path):
+  def git(*words):
+    done = subprocess.run(
+      ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words],
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    return done.stdout.strip()
+
+  monkeypatch.setattr(headline, "ROOT", tmp_path)
+  assert headline.unknown(["aaaaaaa"]) == []
+  git("init")
+  git("commit", "--allow-empty", "-m", "first")
+  commit, tree = git("rev-parse", "HEAD"), git("rev-parse", "HEAD^{tree}")
+  assert headline.unknown([commit, tree, "aaaaaaa", commit[:7]]) == [tree, "aaaaaaa"]
+  (tmp_path / ".git" / "shallow").write_text(f"{commit}\n")
+  assert headline.unknown(["aaaaaaa"]) == []
 
 
 def test_every_stored_row_says_how_it_was_measured(headline):

@@ -1,7 +1,10 @@
 """The files that people and tools look for at the top parse, and agree with the package."""
 
 import re
+import shutil
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -47,6 +50,8 @@ def test_the_hooks_are_the_checks_of_the_tests():
   run = (ROOT / "tests" / "run.sh").read_text()
   for hook in repository["hooks"]:
     assert {"id", "name", "entry", "language"} <= hook.keys()
+    # The commands are those of .venv, whose Python runs the tests.
+    assert shutil.which(hook["entry"].split()[0], path=str(Path(sys.executable).parent))
     assert " ".join(hook["entry"].split()[:2]).removesuffix(" --no-logo") in run
 
 

@@ -1,6 +1,7 @@
 """Names of the public API: those of former versions still import."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -54,7 +55,7 @@ def test_a_renamed_name_warns_and_is_the_new_one(old, new):
   ("former", "today", "names"),
   [
     ("checks", "extras", "EXTRAS missing_extra naming_extra require_extra"),
-    ("checks", "former_names", "former_keyword former_positional"),
+    ("checks", "names", "former_keyword former_positional"),
     (
       "inference.folded",
       "inference.costs",
@@ -218,7 +219,7 @@ def test_type_checkers_dir_and_python_find_the_same_names(name):
       imported |= {alias.name: node.module for alias in node.names}
     elif isinstance(node, ast.ImportFrom) and node.module == "gating_jax":
       modules += [alias.asname for alias in node.names]
-  assert imported.pop("lazy_names") == "gating_jax.lazy"
+  assert imported.pop("lazy_names") == "gating_jax.names"
   assert package.__all__ == sorted(imported)
   assert modules == ([] if name else SUBMODULES.split())
   assert set(package.__all__) <= set(dir(package))
@@ -262,7 +263,7 @@ def is_setting(parameter):
   return named is not None and "PathLike" not in kinds
 
 
-def public_functions():
+def public_signatures():
   """Yields each public function and method with its name and its positional parameters."""
   for name, value in public_values():
     members = [(name, value)]
@@ -279,7 +280,7 @@ def public_functions():
 
 def test_arrays_are_positional_and_all_else_is_given_by_keyword():
   allowed = set(" ".join(POSITIONAL).split())
-  functions = dict(public_functions())
+  functions = dict(public_signatures())
   wrong = []
   for label, positional in functions.items():
     # The first argument is what the function is about.
@@ -292,6 +293,73 @@ def test_arrays_are_positional_and_all_else_is_given_by_keyword():
 
 def test_every_public_name_has_an_example():
   assert [name for name, value in public_values() if ">>>" not in (value.__doc__ or "")] == []
+
+
+def public_functions():
+  """Yields each public function with its name, past decorators and caches."""
+  for name, value in public_values():
+    function = inspect.unwrap(value)
+    if inspect.isfunction(function):
+      yield name, function
+
+
+@functools.cache
+def definitions(module):
+  """Returns the functions of a module by name, as parsed; of overloads the last, with its body."""
+  tree = ast.parse(inspect.getsource(importlib.import_module(module)))
+  return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def raises(function):
+  """Returns whether the body of a function raises a ValueError or a TypeError itself."""
+  node = definitions(function.__module__).get(function.__name__)
+  # One that another function makes.
+  if node is None:
+    return False
+  raised = set()
+  for each in ast.walk(node):
+    if isinstance(each, ast.Raise) and isinstance(each.exc, ast.Call):
+      raised.add(ast.unparse(each.exc.func))
+  return not raised.isdisjoint({"ValueError", "TypeError"})
+
+
+def called(function):
+  """Yields the package's functions that a function calls by a name of its module."""
+  for node in ast.walk(definitions(function.__module__)[function.__name__]):
+    if not isinstance(node, ast.Call):
+      continue
+    found = function.__globals__
+    try:
+      for part in ast.unparse(node.func).split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    # A local name, or a method of what is computed.
+    except (KeyError, AttributeError):
+      continue
+    found = inspect.unwrap(found) if callable(found) else None
+    if inspect.isfunction(found) and found.__module__.startswith("gating_jax"):
+      yield found
+
+
+def test_every_public_function_says_what_it_takes_returns_and_raises():
+  lacking = []
+  for name, function in public_functions():
+    said = function.__doc__
+    arguments = list(inspect.signature(function).parameters)
+    for argument in arguments:
+      if not re.search(rf"\b{argument}\b", said.partition("Args:")[2]):
+        lacking.append(f"{name} explains {argument} below Args")
+    if not said.startswith("Returns ") and "\n  Returns:\n" not in said:
+      lacking.append(f"{name} has Returns")
+    if "\n  Raises:\n" not in said and any(map(raises, [function, *called(function)])):
+      lacking.append(f"{name} has Raises")
+  assert not lacking, "\n".join(lacking)
+
+
+def test_checks_that_a_function_calls_are_found():
+  assert raises(gating_jax.apply_gates)
+  assert not raises(gating_jax.vgg)
+  assert any(map(raises, called(gating_jax.vgg)))
+  assert not any(map(raises, [gating_jax.expected_macs]))
 
 
 def test_a_package_imports_a_name_when_it_is_used():

@@ -37,11 +37,12 @@ def test_the_reference_has_every_public_name_of_a_package(package):
   assert set(public) <= described
 
 
-def test_every_page_answers_a_question_and_says_what_to_read_next():
+def test_every_page_answers_a_question_begins_with_code_and_says_what_to_read_next():
   for page in sorted((ROOT / "docs").rglob("*.md")):
-    first, *_, last = page.read_text().rstrip().split("\n\n")
+    first, second, *_, last = page.read_text().rstrip().split("\n\n")
     assert first.startswith("# "), page
     assert first.endswith("?"), page
+    assert second.startswith("```"), page
     assert last.startswith("Next: "), page
 
 

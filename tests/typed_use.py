@@ -8,6 +8,7 @@ Where pyright finds none in it, it reports the comment.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from configs import common
 from gating_jax import (
   ChannelGate,
   GatedChannels,
+  GatedModel,
   GateRecord,
   GateSettings,
   Prior,
@@ -27,8 +29,11 @@ from gating_jax import (
   batch_shaping_loss,
   beta,
   executed_macs,
+  find_pairs,
+  fold,
   from_cdf,
   l0_loss,
+  load_pretrained,
   load_run,
   mac_loss,
   model_summary,
@@ -128,6 +133,37 @@ def get_config(arg: str = "") -> Config:
   return common.apply_variants(config, arg)
 
 
+class PlainNet(nn.Module):
+  """A user's module without gates."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    h = nn.relu(nn.Conv(8, (3, 3), name="conv1")(x))
+    h = nn.relu(nn.Conv(8, (3, 3), name="conv2")(h))
+    return nn.Dense(10)(jnp.mean(h, axis=(1, 2)))
+
+
+def gate_a_model(images: jax.Array, key: jax.Array) -> jax.Array:
+  """Gates a model without a change of it, and computes its loss in training."""
+  gated = GatedModel(PlainNet(), find_pairs(PlainNet(), images).pairs, GateSettings())
+  variables = gated.init(key, images)
+  (logits, records), new = gated.apply(
+    variables, images, train=True, mutable=["batch_stats"], rngs={"gate": key}
+  )
+  print(len(fold(gated, {**variables, **new}).parts))
+  return jnp.mean(logits) + sum_over_layers(records, beta(0.6, 0.4))
+
+
+def use_pretrained(images: jax.Array, path: Path) -> jax.Array:
+  """Gates a network that another library trained, and keeps it as files of that library."""
+  model, variables = load_pretrained(path, "resnet50")
+  gated = model.clone(gating="channel")
+  fresh = gated.init(jax.random.key(0), images)
+  logits, records = gated.apply({**fresh, **variables}, images)
+  gating_jax.save_pretrained(variables, path.with_suffix(".npz"), model=model)
+  return jnp.mean(logits) + mac_loss(records)
+
+
 def use_run(images: jax.Array) -> jax.Array:
   """Uses a trained model."""
   model, variables, config = load_run("runs/digits")
@@ -155,5 +191,8 @@ def mistakes(logits: jax.Array, images: jax.Array) -> None:
   print(records.logits)  # pyright: ignore[reportAttributeAccessIssue]
   print(records[0].logit)  # pyright: ignore[reportAttributeAccessIssue]
   model_summary("resnet20", (32, 32, 3))  # pyright: ignore[reportArgumentType]
+  GatedModel(PlainNet(), ("conv1", "conv2"))  # pyright: ignore[reportArgumentType]
+  GatedModel("PlainNet", ())  # pyright: ignore[reportArgumentType]
+  load_pretrained("resnet50.npz", False)  # pyright: ignore[reportArgumentType]
   load_run(3)  # pyright: ignore[reportArgumentType]
   print(gating_jax.batch_shaping)  # pyright: ignore[reportAttributeAccessIssue]

@@ -15,7 +15,7 @@ import numpy as np
 
 def load(directory):
   program = jax.export.deserialize(bytearray(Path(directory, "program.stablehlo").read_bytes()))
-  data = Path(directory, "weights.safetensors").read_bytes()
+  data = Path(directory, "model.safetensors").read_bytes()
   start = 8 + int.from_bytes(data[:8], "little")
   array = lambda dtype, shape, data_offsets: np.frombuffer(
     data[start:][slice(*data_offsets)], {"F32": np.float32, "I8": np.int8}[dtype]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 
 __all__ = [
   "Diagnosis",

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 
 OUTCOMES = ("always_open", "always_closed", "random_dropout", "conditional")
 # A gate is always open, or always closed, if it opens for more, or less, than this fraction of
@@ -71,6 +71,8 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, *, classes: 
     probs: `[N, G]` probability that it is open under the noise of training; see `open_probs`.
     labels: `[N]` integers below `classes`.
     classes: K.
+  Returns:
+    A `Tally`.
 
   >>> gates, probs = np.array([[1, 0], [1, 1]]), np.array([[0.9, 0.1], [0.9, 0.6]])
   >>> tally(gates, probs, np.array([0, 1]), classes=2).opened
@@ -92,6 +94,12 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, *, classes: 
 @former_positional("noise_scale")
 def open_probs(logits: np.ndarray, *, noise_scale: float) -> np.ndarray:
   """Computes P(logit + noise_scale * L > 0) of logistic L, in float64; without noise 0 or 1.
+
+  Args:
+    logits: `[..., G]` log-odds.
+    noise_scale: of the logistic noise L, at least 0.
+  Returns:
+    Probabilities, of the shape of the logits.
 
   >>> open_probs(np.array([-1.0, 2.0]), noise_scale=0.0)
   array([0., 1.])
@@ -135,6 +143,8 @@ def diagnose(sums: Tally) -> Diagnosis:
 
   Args:
     sums: of `tally`, added up over at least one example.
+  Returns:
+    A `Diagnosis`, whose arrays are `[G]`.
 
   >>> gates, labels = np.array([[1, 0], [1, 1]] * 50), np.array([0, 1] * 50)
   >>> found = diagnose(tally(gates, gates, labels, classes=2))
@@ -193,6 +203,8 @@ def class_information(opened: np.ndarray, examples: np.ndarray) -> np.ndarray:
   Args:
     opened: `[K, G]` examples of each class for which each gate is open.
     examples: `[K]` examples of each class.
+  Returns:
+    `[G]` bits.
 
   >>> class_information(np.array([[500, 250], [0, 250]]), np.array([500, 500])).round(3)
   array([0.999, 0.   ])
@@ -214,6 +226,8 @@ def information_floor(examples: np.ndarray) -> float:
 
   Args:
     examples: `[K]` examples of each class.
+  Returns:
+    Bits, a number.
 
   >>> round(information_floor(np.array([50, 50])), 5)
   0.00721

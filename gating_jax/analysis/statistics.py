@@ -163,6 +163,8 @@ def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:
   Args:
     macs: `[M]`, multiply-accumulates of each image.
     losses: `[M]`, cross-entropy of each image; quarter 1 has the smallest, quarter 4 the largest.
+  Returns:
+    MACs per image by name, such as `macs_std`, `macs_p90` and `macs_of_quarter1`.
 
   >>> mac_spread(np.arange(8.0), -np.arange(8.0))["macs_of_quarter1"]
   6.5

@@ -92,7 +92,7 @@ class ContinualExperiment:
   @property
   def steps_per_task(self) -> int:
     """Counts the steps of a stage: its pretraining, its training, and one for its end."""
-    return self.pretrain_steps + _training_steps(self.config, self.steps_per_epoch) + 1
+    return self.pretrain_steps + _training_steps(self.config.optim, self.steps_per_epoch) + 1
 
   @property
   def total_steps(self) -> int:
@@ -111,7 +111,7 @@ class ContinualExperiment:
 
   def describe_training(self, task: int) -> str:
     """Returns a line that says how long a stage trains, in steps and in epochs of its images."""
-    steps = _training_steps(self.config, self.steps_per_epoch)
+    steps = _training_steps(self.config.optim, self.steps_per_epoch)
     learnt = range(task + 1) if self.method.simultaneous or self.method.cumulative else [task]
     images = sum(len(self.tasks[each].train) for each in learnt)
     # Tasks that are learnt at once have a batch each.
@@ -278,13 +278,13 @@ def _build_problem(config: Config, *, tasks: int, shape: tuple[int, int, int]) -
   )
 
 
-def _training_steps(config: Config, steps_per_epoch: int) -> int:
+def _training_steps(training: Config, steps_per_epoch: int) -> int:
   """Returns the steps of each task's training, without its pretraining and its end.
 
   An epoch is one of the smallest task: where that is tiny, the others would hardly be trained.
   """
-  given = config.optim.steps_per_task
-  return config.optim.epochs * steps_per_epoch if given is None else given
+  given = training.steps_per_task
+  return training.epochs * steps_per_epoch if given is None else given
 
 
 def _build_optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -292,7 +292,7 @@ def _build_optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTran
   training = config.optim
   with settings.named("optim"):
     sgd = optim.sgd(
-      optim.configured_rate(training, _training_steps(config, steps_per_epoch)),
+      optim.configured_rate(training, _training_steps(training, steps_per_epoch)),
       momentum=training.momentum,
       weight_decay=training.weight_decay,
       # HAT's masks are gate parameters too, and HAT sets their pace itself.

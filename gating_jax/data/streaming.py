@@ -13,7 +13,10 @@ Reference: grain, https://google-grain.readthedocs.io.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -274,20 +277,32 @@ def prefetch(
   dataset = grain.MapDataset.source(items).map(fn)
   if not workers:
     threads = grain.ReadOptions(num_threads=buffer_size, prefetch_buffer_size=buffer_size)
-    return _closing(iter(dataset.to_iter_dataset(threads)))
+    return _closing(dataset.to_iter_dataset(threads))
   # grain passes absl's flags on to the workers; outside absl programs nobody has parsed them.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+  # Otherwise it would start with the first worker, and unblock what `_closing` blocks.
+  resource_tracker.ensure_running()
   # Few results per worker, since each may be a whole batch of images or videos.
   processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
   one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-  return _closing(iter(dataset.to_iter_dataset(one_by_one).mp_prefetch(processes)))
+  return _closing(dataset.to_iter_dataset(one_by_one).mp_prefetch(processes))
 
 
-def _closing(pool: Any) -> Iterator[Any]:
+def _closing(dataset: Iterable[Any]) -> Iterator[Any]:
   """Yields the results of a pool of workers, and closes it at the end, whatever that is."""
-  _POOLS.append(pool)
+  pool: Any = None
+  # A terminal sends Ctrl-C to worker processes too, but what becomes of it is for this one to
+  # decide. They start before the first result, and inherit what is blocked then.
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
+    try:
+      pool = iter(dataset)
+      _POOLS.append(pool)
+      first = list(itertools.islice(pool, 1))
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from first
     yield from pool
   finally:
     # Also where the consumer stops early, or fails.

@@ -26,7 +26,6 @@ from gating_jax.images.checks import (
   PRIOR,
   SCALE,
   check_config,
-  scope_of,
 )
 from gating_jax.layers.blocks import GATINGS, KERNELS
 from gating_jax.layers.gate import is_gate_path
@@ -106,7 +105,7 @@ class Experiment:
 
   def competing(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the logits that are compared: with a head a set, those of an image's own set."""
-    if scope_of(self.config) == "source":
+    if self.config.loss.scope == "source":
       return logits_of_source(logits, labels, np.asarray(self.class_sources))
     return logits
 
@@ -166,9 +165,9 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     fit = functools.partial(fit_exits, exit_weights=config.loss.exit_weights)
   experiment = assemble(
     config,
-    lambda: _count_training(config),
-    open_train=lambda: _open(config, data.train_split, training=True),
-    open_test=lambda: _open(config, data.test_split, training=False),
+    lambda: _count_training(data),
+    open_train=lambda: _open(data, data.train_split, config.seed, training=True),
+    open_test=lambda: _open(data, data.test_split, config.seed, training=False),
     network=network,
     fit=fit,
     outlines=outlines,
@@ -177,7 +176,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     return experiment
   class_sources = tuple(unions.class_sources(data.name, experiment.test.class_names).tolist())
   objective = experiment.objective
-  if scope_of(config) == "source":
+  if config.loss.scope == "source":
     own = functools.partial(fit_sources, class_sources=class_sources)
     objective = dataclasses.replace(objective, fit=own)
   return dataclasses.replace(
@@ -222,36 +221,34 @@ def _free_memory() -> int:
   return free
 
 
-def _count_training(config: Config) -> int:
+def _count_training(data: Config) -> int:
   """Counts the training images of an epoch, without reading them."""
-  data = config.data
   source = settings.source_of(data, data.train_split)
   if unions.is_union(data.name):
-    return _shares(config, unions.open_union(source).sizes).per_epoch
+    return _shares(data, unions.open_union(source).sizes).per_epoch
   return image_sets.count_images(source)
 
 
-def _shares(config: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
+def _shares(data: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
   """Returns how the sets of a union come into batches, by the numbers of their images.
 
   Raises:
     ValueError: a set has no image, of which no batch could have its part.
   """
-  for name, size in zip(unions.source_names(config.data.name), sizes, strict=True):
+  for name, size in zip(unions.source_names(data.name), sizes, strict=True):
     if not size:
       raise ValueError(
         "data.train_split must have images of every set of a union; got "
-        f"{config.data.train_split!r}, which has none of {name}"
+        f"{data.train_split!r}, which has none of {name}"
       )
-  return unions.shares_of(sizes, config.data.images_per_set)
+  return unions.shares_of(sizes, data.images_per_set)
 
 
-def _sizes(config: Config, opened: image_sets.Images | streaming.Stream) -> list[int]:
+def _sizes(name: str, opened: image_sets.Images | streaming.Stream) -> list[int]:
   """Returns the number of images of each set of an opened union."""
   if isinstance(opened, streaming.Stream):
     union: Any = opened.source
     return list(union.sizes)
-  name = config.data.name
   # Every image that is in memory has a class.
   of_images = unions.class_sources(name, opened.class_names)[opened.labels]
   return np.bincount(of_images, minlength=len(unions.source_names(name))).tolist()
@@ -553,9 +550,10 @@ def network(model: Config, classes: int | None) -> nn.Module:
   return resnet(model.name, classes, **fields)
 
 
-def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | streaming.Stream:
+def _open(
+  data: Config, split: str, seed: int, *, training: bool
+) -> image_sets.Images | streaming.Stream:
   """Opens a split of the data, in memory or on disk."""
-  data = config.data
   source = settings.source_of(data, split)
   opened: image_sets.Images | streaming.Stream
   if data.loader == "resident":
@@ -564,7 +562,7 @@ def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | 
     opened = streaming.open_stream(
       source,
       image_size=data.image_size,
-      seed=config.seed,
+      seed=seed,
       workers=data.workers or 0,
       # Random crops are for training; test images are cropped at their centre.
       crop_area=data.crop_area if training else None,
@@ -575,4 +573,4 @@ def _open(config: Config, split: str, *, training: bool) -> image_sets.Images | 
   # A test has every image of a union once.
   if not (training and unions.is_union(data.name)):
     return opened
-  return dataclasses.replace(opened, shares=_shares(config, _sizes(config, opened)))
+  return dataclasses.replace(opened, shares=_shares(data, _sizes(data.name, opened)))

@@ -32,11 +32,6 @@ SCALE = "scale"
 PRIOR, PRUNE = IMPORTANCE_FORMS = ("prior", "prune")
 
 
-def scope_of(config: Config) -> str:
-  """Returns which classes compete in the cross-entropy: `all`, or those of the `source`."""
-  return config.loss.scope or "all"
-
-
 def check_config(
   config: Config,
   *,
@@ -157,7 +152,7 @@ def _check_together(config: Config) -> None:
   _check_union(config)
   _check_told(config)
   _check_kernels(model)
-  _check_importance(config)
+  _check_importance(model)
   _check_teacher(config)
   if loss.sparsity.kind == "budget":
     _check_budget_acts(config)
@@ -224,7 +219,7 @@ def _check_equal_macs(model: Config) -> None:
 
 def _check_union(config: Config) -> None:
   """Raises a ValueError where a setting of unions is wrong, or goes with no union."""
-  data, model, scope = config.data, config.model, scope_of(config)
+  data, model, scope = config.data, config.model, config.loss.scope or "all"
   one_of("loss.scope", scope, SCOPES)
   # Scenes have no such field.
   per_set = data.get("images_per_set")
@@ -288,9 +283,8 @@ def _check_kernels(model: Config) -> None:
     )
 
 
-def _check_importance(config: Config) -> None:
+def _check_importance(model: Config) -> None:
   """Raises a ValueError where a setting of the importance of units is wrong, or without effect."""
-  model = config.model
   section = model.importance
   form = section.form
   if form is None:

@@ -26,7 +26,7 @@ from gating_jax.data.checked_files import write_unreadable
 from gating_jax.images import compile, curve, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import AUTO, Experiment, build
-from gating_jax.images.checks import EXITS, scope_of
+from gating_jax.images.checks import EXITS
 from gating_jax.images.start import (
   Weights,
   check_can_start,
@@ -203,7 +203,7 @@ class Classification(runner.Programme):
       experiment.source_names,
       np.asarray(experiment.class_sources),
       ungated_macs=experiment.counts.macs,
-      known=scope_of(self.config) == "source",
+      known=self.config.loss.scope == "source",
     )
 
   def _list_untrained(self, train: Any) -> dict[str, Any]:

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import quoted
-from gating_jax.config_files import Config
 from gating_jax.images.build import Experiment
-from gating_jax.images.model_card import hub_files
+from gating_jax.images.model_card import hub_files, without_folders
 from gating_jax.inference import costs, exits, export, folded
 from gating_jax.inference.analysing import (
   BATCH_SIZE,
@@ -55,6 +54,7 @@ _TRAINED, _PRUNED, _INT8, _SKIPPING = "trained", "pruned", "pruned, int8", "prun
 _ONNX, ONNX_FILE = "pruned, onnxruntime", "model.onnx"
 # Why a network with early exits has none.
 _NO_ONNX = "not written: in an ONNX model every image would pass through all stages"
+_WITHOUT_ONNX = 'not written, since onnx is missing: pip install "gating-jax[export]"'
 FOLDERS = {_PRUNED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
 # The most images to calibrate on, evenly over the training set.
 CALIBRATION = 2_000
@@ -98,7 +98,9 @@ def export_run(
   # An interrupted export leaves nothing half-written.
   with rundir.staged(run_dir.path, tuple(FOLDERS.values())) as folder:
     write = _write_exits if isinstance(experiment.model, EarlyExitNet) else _write
-    trained = write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
+    # An export may be published: it names no folders of this machine.
+    origin = {"config": without_folders(run_dir.config()), "step": step}
+    trained = write(experiment, folder, origin, variables)
     paths, rows = [], []
     for name in FOLDERS.values():
       if not (folder / name).exists():
@@ -111,17 +113,24 @@ def export_run(
   say(f"\nwritten: {', '.join(map(str, paths))}")
   if isinstance(experiment.model, EarlyExitNet):
     rows.append((ONNX_FILE, _NO_ONNX))
+  elif not _has_onnx():
+    rows.append((ONNX_FILE, _WITHOUT_ONNX))
   rows.append(("trained net", _as_compiled(run_dir, step, trained)))
   say(
     conclusion.closing_text(
       f"Exported the checkpoint of step {step:,}, its times on {device()}.",
       rows,
       [
-        _load_command(paths[0], experiment.config),
+        _load_command(paths[0], experiment.config.model.sources),
         *conclusion.next_commands(run_dir.path, ["compile"]),
       ],
     )
   )
+
+
+def _has_onnx() -> bool:
+  """Returns whether the package that writes ONNX models is installed."""
+  return importlib.util.find_spec("onnx") is not None
 
 
 def _summary(card: Mapping[str, Any]) -> str:
@@ -147,9 +156,9 @@ def _times(measured: Mapping[str, Any]) -> list[str]:
   return times
 
 
-def _load_command(path: Path, config: Config) -> str:
-  """Returns a command that runs an export on an image file."""
-  number = "--set=NUMBER " if config.model.sources else ""
+def _load_command(path: Path, sources: int | None) -> str:
+  """Returns a command that runs an export, of a union of so many sets, on an image file."""
+  number = "--set=NUMBER " if sources else ""
   script = quoted(str(path / "load.py"))
   return f"python {script} {number}IMAGE    # its class, without this package"
 
@@ -186,7 +195,7 @@ def _write(
   if skipping is not None:
     candidates[_SKIPPING] = skipping
   onnx = None
-  if importlib.util.find_spec("onnx") is not None:
+  if _has_onnx():
     with working("making the ONNX model", "up to half a minute"):
       onnx = to_onnx(candidates[_PRUNED].model, analysis.input_shape)
     if importlib.util.find_spec("onnxruntime") is not None:
@@ -294,7 +303,7 @@ def _candidate(experiment: Experiment, net: FoldedNet) -> _ExportCandidate:
 def _run_net(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
   """Computes outputs and gate logits of images `[N, H, W, D]`, with float32 or int8 weights."""
   # Weights are an argument: as constants, int8 ones would be dequantised while compiling.
-  return folded.run(dequantise(net), x)
+  return folded.run_net(dequantise(net), x)
 
 
 def _skipping_candidate(

@@ -1,6 +1,7 @@
 """Files that make an export a folder for a model hub: `config.json`, `README.md` and `load.py`.
 
-The folder can be uploaded as it is. `load.py` runs the network without this package.
+The folder can be uploaded as it is. `load.py` runs the network on files without this package, and
+so do the few lines of Python in `README.md`. None of the files names a folder of this machine.
 
 Reference: Hugging Face's model cards, whose head is YAML with the fields of `model-index`.
 """
@@ -8,8 +9,9 @@ Reference: Hugging Face's model cards, whose head is YAML with the fields of `mo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from gating_jax.data import folders, image_sets, streaming, unions
@@ -44,19 +46,17 @@ COLOURS = CHANNELS - bool(SETS)
 
 def load(folder=FOLDER):
   program = jax.export.deserialize(bytearray((folder / "program.stablehlo").read_bytes()))
-  weights = jax.device_put(load_file(folder / "weights.safetensors"))
+  weights = jax.device_put(load_file(folder / "model.safetensors"))
   return lambda images: jax.jit(program.call)(weights, images)
 
 
 def resize(image):
-  box, fraction = None, CONFIG["crop_fraction"]
-  if fraction and image.size != (WIDTH, HEIGHT):
-    # The middle, of the proportions that the network takes.
-    width = fraction * min(image.width, image.height * WIDTH / HEIGHT)
-    height = fraction * min(image.height, image.width * HEIGHT / WIDTH)
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    box = (left, top, left + width, top + height)
-  return image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=box)
+  fraction = CONFIG["crop_fraction"]
+  if not fraction or image.size == (WIDTH, HEIGHT):
+    return image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
+  # The middle, of the proportions that the network takes.
+  edge = (1 - fraction) / 2
+  return ImageOps.fit(image, (WIDTH, HEIGHT), Image.Resampling.BILINEAR, bleed=edge)
 
 
 def prepare(file, number=0):
@@ -86,6 +86,30 @@ if __name__ == "__main__":
     print(file, CONFIG["id2label"][str(int(np.argmax(logits)))])
 '''
 
+# The same in few lines, for a page.
+_SHORT_LOADER = """\
+import json, jax, numpy as np
+from pathlib import Path
+from PIL import Image, ImageOps
+from safetensors.numpy import load_file
+
+config = json.loads(Path("config.json").read_text("utf-8"))
+program = jax.export.deserialize(bytearray(Path("program.stablehlo").read_bytes()))
+weights = load_file("model.safetensors")
+height, width, channels = config["input_shape"]
+with Image.open("picture.png") as opened:
+  image = ImageOps.exif_transpose(opened).convert({mode})
+image = {resized}
+pixels = np.float32(image).reshape(height, width, {colours})
+{number}images = ((pixels / 255 - np.float32(config["mean"])) / np.float32(config["std"]))[None]
+logits, gate_logits = jax.jit(program.call)(weights, images)
+print(config["id2label"][str(int(np.argmax(logits)))])"""
+# The last channel of an image, where the network is told its set.
+_SET_CHANNEL = "pixels = np.dstack([pixels, np.zeros((height, width))])  # of set 0\n"
+# Settings that name a file or a folder.
+_PATH_FIELDS = ("data_dir", "init_from")
+UNKNOWN_LICENCE = "unknown"
+
 _PAGE = """\
 ---
 {head}
@@ -105,7 +129,14 @@ pip install jax flatbuffers safetensors pillow
 python load.py {number}picture.png
 ```
 
-`load.py` reads `program.stablehlo` and `weights.safetensors`, and runs them on image files.
+In Python, in this folder:
+
+```python
+{loader}
+```
+
+`gating_jax.load_exported(".")` is such a function of `images`, too, and checks the files.
+`load.py` reads `program.stablehlo` and `model.safetensors`, and runs them on image files.
 `config.json` says how images are prepared: {crop} becomes {height} x {width} pixels of {channels},
 divided by 255, minus `mean`, over `std`. {onnx}`card.json` has all settings, and the SHA-256 of
 each file.
@@ -118,7 +149,8 @@ def hub_files(
   """Returns the further files of an export, by name.
 
   Args:
-    card: the facts that the export's own card has.
+    card: the facts that the export's own card has; `license`, one that a hub knows, is "unknown"
+      where it is left out.
     input_shape: `(H, W, D)` of an image.
     has_onnx: whether the export has an ONNX model, too.
   """
@@ -129,6 +161,39 @@ def hub_files(
     "README.md": page.encode(),
     "load.py": LOADER.encode(),
   }
+
+
+def without_folders(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a config whose paths are the names of files and folders, without those above them.
+
+  >>> without_folders({"data": {"data_dir": "/home/me/flowers", "name": "folder"}})
+  {'data': {'data_dir': 'flowers', 'name': 'folder'}}
+  """
+  found: dict[str, Any] = {}
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      value = without_folders(value)
+    elif isinstance(value, str):
+      is_path = name in _PATH_FIELDS or value.startswith("~") or _is_absolute(value)
+      # A union of sets names folders, too.
+      value = _base_name(value) if is_path else re.sub(r"(?<=folder:)[^,)]+", _base_of, value)
+    found[name] = value
+  return found
+
+
+def _is_absolute(path: str) -> bool:
+  """Returns whether a text is an absolute path of this system or of another one."""
+  return PurePath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+
+
+def _base_name(path: str) -> str:
+  """Returns the name of a file or a folder, of any system."""
+  return PureWindowsPath(path).name
+
+
+def _base_of(found: re.Match) -> str:
+  """Returns the name of a folder that was found."""
+  return _base_name(found[0])
 
 
 def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -171,8 +236,10 @@ def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int], has_onnx: 
   colours = channels - bool(sets)
   onnx = "`model.onnx` is the same network for onnxruntime and others. " if has_onnx else ""
   images = _name_of_images(data)
+  licence = card.get("license", UNKNOWN_LICENCE)
   return _PAGE.format(
-    head=_head(model["name"], images, card["accuracy"]),
+    head=_head(model["name"], images, card["accuracy"], licence),
+    loader=_short_loader(colours, sets, _crop_fraction(data)),
     title=f"{model['name']} on {images}{_kind(card)}",
     classes=len(card["class_names"]),
     model=model["name"],
@@ -238,13 +305,30 @@ def _describe_crop(fraction: float | None) -> str:
   return part if fraction == 1 else f"{format_percent(fraction, 1)} of the sides of {part}"
 
 
-def _head(model: str, data: str, accuracy: float) -> str:
+def _short_loader(colours: int, sets: int, crop_fraction: float | None) -> str:
+  """Returns lines of Python that run the network on an image."""
+  resized = "image.resize((width, height), Image.Resampling.BILINEAR)"
+  if crop_fraction is not None:
+    edge = round((1 - crop_fraction) / 2, 6)
+    resized = f"ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR, bleed={edge:g})"
+  return _SHORT_LOADER.format(
+    mode='"L"' if colours == 1 else '"RGB"',
+    colours="channels - 1" if sets else "channels",
+    number=_SET_CHANNEL * bool(sets),
+    resized=resized,
+  )
+
+
+def _head(model: str, data: str, accuracy: float, licence: str) -> str:
   """Returns the YAML that a hub reads; texts are JSON, which YAML includes."""
+  advice = "  # write that of your weights here" if licence == UNKNOWN_LICENCE else ""
   return "\n".join(
     [
+      f"license: {json.dumps(licence)}{advice}",
       "library_name: gating_jax",
       "pipeline_tag: image-classification",
       "tags: [jax, conditional-computation]",
+      "metrics: [accuracy]",
       "model-index:",
       f"- name: {json.dumps(model)}",
       "  results:",

@@ -94,7 +94,8 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
       ),
     },
   )
-  sets = _made_sets(config) if data.name == scenes.MADE else _opened_sets(config)
+  open_sets = _made_sets if data.name == scenes.MADE else _opened_sets
+  sets = open_sets(data, config.seed)
   return image_build.assemble(
     config,
     sets.size,
@@ -116,25 +117,23 @@ class _Sets(NamedTuple):
   train_shape: tuple[int, int, int] | None = None
 
 
-def _made_sets(config: Config) -> _Sets:
+def _made_sets(data: Config, seed: int) -> _Sets:
   """Returns sets of scenes that are made of digits."""
-  data = config.data
 
-  def make(split, count, **seed):
+  def make(split, count, **training):
     """Makes the scenes of a split."""
-    return scenes.make_scenes(split, scenes=count, size=data.size, most=data.digits, **seed)
+    return scenes.make_scenes(split, scenes=count, size=data.size, most=data.digits, **training)
 
   return _Sets(
     size=lambda: data.train_scenes,
-    open_train=functools.partial(make, "train", data.train_scenes, seed=config.seed),
+    open_train=functools.partial(make, "train", data.train_scenes, seed=seed),
     # The test set is the same for all seeds, so that these can be compared.
     open_test=functools.partial(make, "test", data.test_scenes),
   )
 
 
-def _opened_sets(config: Config) -> _Sets:
+def _opened_sets(data: Config, seed: int) -> _Sets:
   """Returns sets of scenes on disk."""
-  data = config.data
 
   def opened(split, **training):
     """Opens a split."""
@@ -143,7 +142,7 @@ def _opened_sets(config: Config) -> _Sets:
       split,
       data.data_dir,
       size=data.size,
-      seed=config.seed,
+      seed=seed,
       workers=data.workers,
       **training,
     )

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 
 from gating_jax.checks import user_path
 from gating_jax.images.build import Experiment
-from gating_jax.images.checks import scope_of
-from gating_jax.images.restore import restore_network
-from gating_jax.images.start import Weights
+from gating_jax.images.start import Weights, restore_network
 from gating_jax.models.pretrained import names_weights, read_network, require_classifier
 from gating_jax.models.summary import model_summary
 from gating_jax.training import settings
@@ -117,10 +115,10 @@ def _of_run(source: str, experiment: Experiment) -> Teacher:
       f"{theirs.experiment}"
     )
   # Its outputs for classes of other sets were never trained.
-  if scope_of(theirs) != "all":
+  if theirs.loss.scope not in (None, "all"):
     raise ValueError(
       "loss.distillation.teacher must name a run whose classes all compete; that of "
-      f"{source} has loss.scope={scope_of(theirs)!r}"
+      f"{source} has loss.scope={theirs.loss.scope!r}"
     )
   for name in ("mean", "std"):
     if theirs.data[name] != config.data[name]:

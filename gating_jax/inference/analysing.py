@@ -244,6 +244,8 @@ def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> 
     net: the network before pruning.
     choices: the argument of `apply_pruning`.
     images: `[M, H, W, D]` network inputs, or an iterable of batches.
+  Returns:
+    A `PruningEffect`: fractions of the images, in [0, 1], and differences of their outputs.
   Raises:
     ValueError: no images.
 
@@ -304,7 +306,7 @@ class Observation(NamedTuple):
 
 
 # One compiled function for all calls: networks of the same shapes share a program.
-_run = jax.jit(folded.run)
+_run = jax.jit(folded.run_net)
 
 
 def observe(net: FoldedNet, images: Any) -> Iterator[Observation]:

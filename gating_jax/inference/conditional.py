@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.former_names import former_keyword
 from gating_jax.inference import folded
 from gating_jax.inference.analysing import gates_of
 from gating_jax.inference.compiled import (
@@ -50,6 +49,7 @@ from gating_jax.inference.strategies import (
   why_not,
   worth_trying,
 )
+from gating_jax.names import former_keyword
 from gating_jax.timing import CHOSEN, MASKED, ReportProgress, race
 from gating_jax.types import Array
 
@@ -270,7 +270,7 @@ def make_program(
 
   def run(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
     """Returns the outputs and the gate logits `[N, U]` for x `[N, H, W, D]`."""
-    y, logits = folded.run(net, x, runners)
+    y, logits = folded.run_net(net, x, runners)
     # A NaN logit closes its gate, which may hide that the input was not finite.
     if net.pooled and logits:
       lost = [jnp.any(jnp.isnan(z), axis=1, keepdims=True) for z in logits]
@@ -459,5 +459,5 @@ def part_inputs(net: FoldedNet, x: Array) -> list[PartInputs]:
     seen.append(PartInputs(x, gates, before))
     return folded.masked(part, x, gates, before=before)
 
-  folded.run(net, x, spy)
+  folded.run_net(net, x, spy)
   return seen

@@ -28,7 +28,7 @@ from gating_jax.inference.folded import (
   Layer,
   Part,
   Shape,
-  run,
+  run_net,
   walk,
 )
 from gating_jax.layers.context import THUMBNAIL
@@ -77,7 +77,7 @@ def macs_by_part(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) 
 
 
 def exit_macs(net: ExitNet, input_shape: Shape, stay: Any = None) -> Any:
-  """Computes the multiply-accumulates of each image from `[N, X]` `stay` of `exits.run`.
+  """Computes the multiply-accumulates of each image from `[N, X]` `stay` of `exits.run_exits`.
 
   Without `stay`: of one image that no exit lets leave.
   """
@@ -98,7 +98,7 @@ def stage_macs(net: ExitNet, input_shape: Shape) -> list[int]:
     if i < len(net.exits):
       # The shape of the feature map, which the exit and the next stage take, is traced, not
       # computed.
-      shape = jax.eval_shape(run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
+      shape = jax.eval_shape(run_net, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
       stage_cost += int(macs(net.exits[i], shape[1:]))
     found.append(stage_cost)
   return found
@@ -304,8 +304,8 @@ def exit_dispatch_macs(
   Args:
     net: the network.
     input_shape: `(H, W, D)` of an image.
-    stay: `[N, X]` of `exits.run`, for this batch.
-    buckets: as in `exits.run`.
+    stay: `[N, X]` of `exits.run_exits`, for this batch.
+    buckets: as in `exits.run_exits`.
   """
   taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
   for i, stage_cost in enumerate(stage_macs(net, input_shape)):
@@ -332,8 +332,8 @@ def exit_ratios(
     net: the network.
     without_exits: the network that every image passes through.
     input_shape: `(H, W, D)` of an image.
-    stays: `[N, X]` of `exits.run`, for each batch.
-    buckets: as in `exits.run`.
+    stays: `[N, X]` of `exits.run_exits`, for each batch.
+    buckets: as in `exits.run_exits`.
   """
   # Padding depends on the images that share a batch, so MACs are counted batch by batch.
   gathered = [exit_dispatch_macs(net, input_shape, stay, buckets=buckets) for stay in stays]

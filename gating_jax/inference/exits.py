@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.former_names import former_keyword
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import (
   AUTO,
@@ -46,6 +45,7 @@ from gating_jax.inference.folded import ExitNet, FoldedNet, Layer
 from gating_jax.inference.folding import check_foldable, fold_conv, fold_stages
 from gating_jax.inference.strategies import for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
+from gating_jax.names import former_keyword
 from gating_jax.ops import confidence
 from gating_jax.timing import EXIT_DISPATCH, MASKED, ReportProgress
 from gating_jax.types import Array
@@ -57,7 +57,7 @@ _NEVER = 1e-12
 class CompiledExits(CompiledImages):
   """A compiled network with early exits, made by `compile_exits`.
 
-  It maps `[N, H, W, D]` images, any N, to `(logits, stay)`, as in `run`.
+  It maps `[N, H, W, D]` images, any N, to `(logits, stay)`, as in `run_exits`.
 
   Args:
     net: the network.
@@ -120,7 +120,7 @@ def fold_exits(model: nn.Module, variables: Mapping[str, Any] | None) -> ExitNet
   return ExitNet(stages=tuple(stages), exits=tuple(exits), threshold=model.threshold)
 
 
-def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Array]:
+def run_exits(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Array]:
   """Returns the logits of the exit at which each image leaves, and how unsure every exit was.
 
   Args:
@@ -138,8 +138,8 @@ def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Arra
 
 
 def make_program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Array, Array]]:
-  """Compiles `run`."""
-  return jax.jit(functools.partial(run, buckets=buckets))
+  """Compiles `run_exits`."""
+  return jax.jit(functools.partial(run_exits, buckets=buckets))
 
 
 def _run_from(
@@ -152,14 +152,14 @@ def _run_from(
     net: the network.
     x: `[n, H, W, D]` input of the stage.
     least: `[n]` the lowest value of `stay` at the exits so far.
-    buckets: as in `run`.
+    buckets: as in `run_exits`.
   Returns:
     `[n, K]` logits, and for each exit to come `[n]` how unsure it is, at most `least`.
   """
-  x, _ = folded.run(net.stages[stage], x)
+  x, _ = folded.run_net(net.stages[stage], x)
   if stage == len(net.exits):
     return x, []
-  answer, _ = folded.run(net.exits[stage], x)
+  answer, _ = folded.run_net(net.exits[stage], x)
   # An image that left stays out: how unsure an exit is never grows again.
   stay = jnp.minimum(least, confidence.stay_logits(answer[:, None], threshold=net.threshold)[:, 0])
   goes_on = stay > 0
@@ -247,7 +247,7 @@ def compile_exits(
   ways = {
     MASKED: TimedProgram(programs[MASKED], net, open_weights=staying),
     EXIT_DISPATCH: TimedProgram(programs[EXIT_DISPATCH], net, open_weights=staying),
-    **baseline_programs(jax.jit(folded.run), without_exits(net), batches),
+    **baseline_programs(jax.jit(folded.run_net), without_exits(net), batches),
   }
   # A piece of work is a program compiled, or all of them timed once.
   choice = time_programs(

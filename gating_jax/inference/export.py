@@ -1,7 +1,7 @@
 """A network as files that run without this package: a program, its weights and a card.
 
     export/program.stablehlo     of `jax.export`: (weights, images) -> (outputs, gate logits)
-    export/weights.safetensors   the program's first argument, by name
+    export/model.safetensors     the program's first argument, by name
     export/card.json             shapes, sizes and SHA-256 of each, and facts about the network
     export/model.onnx            and further files, where they are given
 
@@ -40,7 +40,9 @@ from gating_jax.inference.folded import FoldedNet
 from gating_jax.inference.quantising import dequantise
 from gating_jax.ops import arguments
 
-PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
+PROGRAM, WEIGHTS, CARD = "program.stablehlo", "model.safetensors", "card.json"
+# The name of the weights in exports of earlier versions, which are read, too.
+_OLD_WEIGHTS = "weights.safetensors"
 # Written by default; `rocm` is known, too, but has to be named.
 PLATFORMS = ("cpu", "cuda", "tpu")
 _KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
@@ -140,7 +142,7 @@ def export_model(
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   path = export_model(net, f"{folder}/net", input_shape=(6, 6, 1), platforms=("cpu",))
   ...   sorted(file.name for file in path.iterdir())
-  ['card.json', 'program.stablehlo', 'weights.safetensors']
+  ['card.json', 'model.safetensors', 'program.stablehlo']
   """
   arguments.instance("directory", directory, (str, os.PathLike), rule="a path")
   arguments.instance("card", card, Mapping, rule="a mapping of names to JSON values")
@@ -222,11 +224,12 @@ def _check_compiled(
 def load_exported(directory: str | os.PathLike) -> Loaded:
   """Loads an export on this process's default device, after checking it against its card.
 
-  Raises:
-    ExportError: a file is missing, cut off, changed, or not what the program takes.
-
   Args:
     directory: of `export_model`.
+  Returns:
+    A `Loaded`, a function of `[N, H, W, D]` images.
+  Raises:
+    ExportError: a file is missing, cut off, changed, or not what the program takes.
 
   >>> import tempfile
   >>> from gating_jax.inference.folding import fold
@@ -247,13 +250,14 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
   arguments.instance("directory", directory, (str, os.PathLike), rule="a path")
   directory = user_path(directory)
   card = _read_card(directory)
-  data = {name: _read(directory, name, card) for name in (PROGRAM, WEIGHTS)}
+  weights_file = _weights_name(card)
+  serialised, tensors = _read(directory, PROGRAM, card), _read(directory, weights_file, card)
   try:
-    weights = read_tensors(data[WEIGHTS])
+    weights = read_tensors(tensors)
   except (SafetensorError, ValueError, KeyError) as error:
-    raise ExportError(f"{directory / WEIGHTS} is damaged: {error}") from None
+    raise ExportError(f"{directory / weights_file} is damaged: {error}") from None
   try:
-    program = jax_export.deserialize(bytearray(data[PROGRAM]))
+    program = jax_export.deserialize(bytearray(serialised))
   # flatbuffers raises many kinds of errors on damaged bytes.
   except Exception as error:
     raise ExportError(
@@ -263,7 +267,7 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
   # The weights' digest is right; they must also be those of this very program.
   wanted = jax.tree.unflatten(program.in_tree, program.in_avals)[0][0]
   if _shapes(weights) != _shapes(wanted):
-    raise ExportError(f"{directory / WEIGHTS} does not have the weights that {PROGRAM} takes")
+    raise ExportError(f"{directory / weights_file} does not have the weights that {PROGRAM} takes")
   return Loaded(card, jax.device_put(weights), program, _call=jax.jit(program.call))
 
 
@@ -296,7 +300,7 @@ def _split_weights(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, A
 
 def _run_folded(net: FoldedNet, x: Any) -> Any:
   """Runs a folded network, whose weights may be int8."""
-  return folded.run(dequantise(net), x)
+  return folded.run_net(dequantise(net), x)
 
 
 def _images(input_shape: tuple[int, int, int], batch_size: int | None) -> jax.ShapeDtypeStruct:
@@ -373,7 +377,7 @@ def _read_card(directory: Path) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise ExportError(f"{directory / CARD} is damaged: it must hold JSON ({error})") from None
   files = card.get("files") if isinstance(card, dict) else None
-  for name in (PROGRAM, WEIGHTS):
+  for name in (PROGRAM, _weights_name(card)):
     said = files.get(name) if isinstance(files, dict) else None
     if not isinstance(said, dict) or not isinstance(said.get("sha256"), str):
       raise ExportError(
@@ -382,6 +386,13 @@ def _read_card(directory: Path) -> dict[str, Any]:
   if card.get("format") != FORMAT:
     raise ExportError(f"{directory / CARD}: format must be {FORMAT}; got {card.get('format')!r}")
   return card
+
+
+def _weights_name(card: Any) -> str:
+  """Returns the name of the file of weights, as the card of an export has it."""
+  files = card.get("files") if isinstance(card, dict) else None
+  is_old = isinstance(files, dict) and WEIGHTS not in files and _OLD_WEIGHTS in files
+  return _OLD_WEIGHTS if is_old else WEIGHTS
 
 
 def _read(directory: Path, name: str, card: Mapping[str, Any]) -> bytes:

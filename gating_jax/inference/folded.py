@@ -8,8 +8,8 @@
 A gate is 0 where its unit is closed; where it is open, 1 or the unit's weight, above 0. Scales, as
 of squeeze-and-excitation, multiply units too, but close none: a part that has them has no gates.
 
-Every faster program starts from it. `run` calls one function for each part, so that a strategy is a
-function of a part and nothing else. `inference.costs` counts its multiply-accumulates.
+Every faster program starts from it. `run_net` calls one function for each part, so that a strategy
+is a function of a part and nothing else. `inference.costs` counts its multiply-accumulates.
 
 Axes: N examples, H and W pixels, D input channels, U gates of a group, each of which switches
 `channels` adjacent ones, X exits before the last, K classes.
@@ -36,7 +36,7 @@ from gating_jax.layers.context import (
   grid_means,
   standardised_thumbnail,
 )
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 from gating_jax.ops.macs import dense_layer_macs
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import AnyArray, Array
@@ -374,7 +374,7 @@ class FoldedNet:
       are read as one vector, part by part.
 
   >>> net = FoldedNet(parts=(), classifier=(jnp.ones((3, 2)), jnp.zeros(2)))
-  >>> outputs, gate_logits = run(net, jnp.ones((1, 4, 4, 3)))
+  >>> outputs, gate_logits = run_net(net, jnp.ones((1, 4, 4, 3)))
   >>> outputs.shape, gate_logits
   ((1, 2), ())
   """
@@ -536,7 +536,7 @@ def join_batches(batches: Sequence[AllGates]) -> list[np.ndarray]:
 Runner = Callable[[Any, Array, Gates, Gates], Array]
 
 
-def run(
+def run_net(
   net: FoldedNet, x: Array, runners: Runner | Sequence[Runner] | None = None
 ) -> tuple[Array, Gates]:
   """Computes the network's output and the logits of all its gates.

@@ -95,6 +95,8 @@ def load_onnx(data: bytes) -> Callable[[Any], tuple[np.ndarray, tuple[np.ndarray
   It maps images `[N, H, W, D]` to `(outputs, gate logits of each group)`, as a folded network does.
   It takes as many threads as the process may use processors.
 
+  Args:
+    data: the content of an ONNX file, bytes.
   Raises:
     TypeError: `data` is of another type than bytes; the path of a file, for example.
     ValueError: it holds no such model. The function raises it for images of another shape than the

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gating_jax.analysis.statistics import GateStatistics
-from gating_jax.former_names import former_keyword
 from gating_jax.inference.folded import (
   Block,
   FoldedNet,
@@ -32,6 +31,7 @@ from gating_jax.inference.folded import (
   walk,
 )
 from gating_jax.inference.quantising import check_folded
+from gating_jax.names import former_keyword
 from gating_jax.ops import arguments
 
 
@@ -147,6 +147,8 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
   Args:
     net: the network.
     choices: one `PruneMask` a group.
+  Returns:
+    The smaller `FoldedNet`.
   Raises:
     ValueError, TypeError: choices that are not those of the network's groups, or a network that is
       not folded.

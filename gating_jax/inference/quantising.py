@@ -75,6 +75,9 @@ def quantise(net: FoldedNet) -> FoldedNet:
 def dequantise(net: FoldedNet) -> FoldedNet:
   """Returns a network of `quantise` in float32, and any other network as it is.
 
+  Args:
+    net: a network of `quantise`, or another one.
+
   >>> net = FoldedNet(parts=(), classifier=(jnp.ones((3, 2)), jnp.zeros(2)))
   >>> dequantise(quantise(net)).classifier[0].round(3)
   Array([[1., 1.],

@@ -53,7 +53,7 @@ from gating_jax.inference.folded import (
   output_groups,
   walk,
 )
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 from gating_jax.ops import native_kernels, pallas_kernels
 from gating_jax.ops.compaction import bucket_sizes, example_sizes
 from gating_jax.timing import MASKED

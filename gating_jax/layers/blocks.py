@@ -18,7 +18,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.former_names import former_keyword
 from gating_jax.layers.context import NOTHING_SHARED, Shared, shared_part
 from gating_jax.layers.conv import (
   CONVOLUTIONS,
@@ -37,6 +36,7 @@ from gating_jax.layers.gate import (
   apply_gates,
   decisions,
 )
+from gating_jax.names import former_keyword
 from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_backward
 from gating_jax.ops.macs import ConvMacs, channel_macs

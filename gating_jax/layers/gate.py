@@ -30,7 +30,6 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 
 from gating_jax.checks import one_of, shown
-from gating_jax.former_names import former_positional
 from gating_jax.layers.context import (
   GLANCE_NAME,
   NOTHING_SHARED,
@@ -40,6 +39,7 @@ from gating_jax.layers.context import (
   context_of,
   shared_part,
 )
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives, quantiles, relaxations
 from gating_jax.ops.arguments import float_dtype
 from gating_jax.ops.macs import UnitMacs
@@ -668,6 +668,11 @@ def apply_gates(x: Array, gates: AnyArray) -> Array:
   The b channels of a gate are adjacent. The result has the type of the features; float32 if they
   are whole numbers, which relaxed gates do not keep whole.
 
+  Args:
+    x: `[N, H, W, C]` features, or of any number of axes between the first and the last.
+    gates: `[N, C / b]`, one for b adjacent channels.
+  Returns:
+    The gated features, of the shape of `x`.
   Raises:
     ValueError: the shapes do not fit together.
     TypeError: one of them is no array, such as a `GateRecord` in place of its `gates`.

@@ -90,7 +90,7 @@ class GatedModel(nn.Module):
     TypeError, ValueError: pairs that are no pairs of paths of layers, or that do not fit: the
       layers are not called once each, the writer first; the reader's last axis is not the writer's
       channels, nor those of a flattened map; the message names the pair; or modes that contradict
-      each other.
+      each other, or are traced.
 
   >>> import jax
   >>> class Net(nn.Module):

@@ -91,6 +91,7 @@ def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
   Raises:
     TypeError: `model` is no Linen module.
 
+  >>> import jax.numpy as jnp
   >>> class Net(nn.Module):
   ...   @nn.compact
   ...   def __call__(self, x):

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.former_names import former_positional
 from gating_jax.layers.gate import (
   GATE_RNG,
   GateSettings,
@@ -26,6 +25,7 @@ from gating_jax.layers.gate import (
   check_gate_settings,
   check_sampling,
 )
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives, relaxations, selection
 from gating_jax.types import Array, GateRecord
 

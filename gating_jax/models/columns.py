@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import scaled
 from gating_jax.layers.gate import GateSettings
-from gating_jax.lazy import lazy_names
 from gating_jax.models.resnets import RESNETS, ResNet, resnet
 from gating_jax.models.vggs import POOL, VGGS, Chain, VGGLayer
+from gating_jax.names import lazy_names
 from gating_jax.types import Array, cached
 
 

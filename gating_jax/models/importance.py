@@ -76,6 +76,8 @@ def unit_importance(
     model: a network with gates of channels, called as `model(x)`.
     variables: its variables; those of its gates do not count.
     images: `[M, ...]`, as the network reads them.
+  Returns:
+    A `UnitImportance` for each record, whose values are `[U]` for its U units.
   Raises:
     ValueError: gates without a layer that reads their units, as of whole blocks or of block
       outputs; no images; or a network without gates.

@@ -40,11 +40,11 @@ from flax import traverse_util
 
 from gating_jax.checks import check_unpacked, few, first_line, one_of, printable, user_path
 from gating_jax.extras import naming_extra
-from gating_jax.former_names import former_positional
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.resnets import RESNETS, ResNet
 from gating_jax.models.vggs import POOL, VGG, Chain
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.types import Path
 
@@ -76,6 +76,28 @@ _VARIABLES = {
   "bias": "bias",
   "mean": "running_mean",
   "var": "running_var",
+}
+# Types of arrays in safetensors. The integers are refused later, by name.
+_TYPES: dict[str, Any] = {
+  "F16": np.float16,
+  "BF16": jnp.bfloat16,
+  "F32": np.float32,
+  "F64": np.float64,
+  "I8": np.int8,
+  "U8": np.uint8,
+  "I16": np.int16,
+  "I32": np.int32,
+  "I64": np.int64,
+  "BOOL": np.bool_,
+}
+# What relatives of the residual networks have, by the name of a value.
+_BLOCK = r"layer\d+\.\d+\."
+_OTHER_PARTS = {
+  r"conv1\.0\.weight": "a stem of three convolutions (timm's resnet50d, resnet50t and the like)",
+  rf"{_BLOCK}downsample\.2\.weight": "a pool in its shortcuts (timm's resnet50d and the like)",
+  rf"{_BLOCK}se\.\w+\.weight": "squeeze-and-excitation (a SENet)",
+  rf"{_BLOCK}bns\..*": "windows of several scales (a Res2Net)",
+  rf"{_BLOCK}conv\d\.(conv|attn|fc).*": "attention over windows (a ResNeSt or an SKNet)",
 }
 # A number of steps, which no computation here uses.
 _STEPS = "num_batches_tracked"
@@ -319,13 +341,12 @@ def _read_state(file: FilePath) -> dict[str, np.ndarray]:
     new = file.with_suffix(".safetensors")
     raise ValueError(
       f"path must be a .safetensors or .npz file, since reading a pickle such as {file} runs what "
-      "is in it; where torch is installed, these three lines convert a state dict, also one inside "
-      "of a checkpoint:\n"
+      "is in it; where torch is installed, these two lines convert a state dict, also one that a "
+      "checkpoint has under 'state_dict' or 'model':\n"
       "  import torch, safetensors.torch; state = "
       f"torch.load({str(file)!r}, map_location='cpu', weights_only=True)\n"
-      "  state = state.get('state_dict', state.get('model', state))\n"
-      "  safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, "
-      f"{str(new)!r})"
+      "  safetensors.torch.save_file({k: v.contiguous() for k, v in state.get('state_dict', "
+      f"state.get('model', state)).items()}}, {str(new)!r})"
     )
   if file.suffix not in _SUFFIXES:
     raise ValueError(f"path must end in {' or '.join(_SUFFIXES)}; got {file}")
@@ -358,18 +379,23 @@ def _without_prefixes(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _read_safetensors(file: FilePath) -> dict[str, np.ndarray]:
   """Returns the arrays of a file of safetensors."""
   # Imported here: only files of weights need it.
-  from safetensors import SafetensorError
-  from safetensors.numpy import load
+  from safetensors import SafetensorError, deserialize
 
   try:
-    return load(file.read_bytes())
-  except KeyError as error:
-    # NumPy has no such type.
-    raise ValueError(
-      f"the weights in {file} must be of type F16, F32 or F64; it holds {printable(error.args[0])}"
-    ) from None
+    entries = deserialize(file.read_bytes())
   except (SafetensorError, ValueError) as error:
     raise ValueError(f"{file} is damaged or no file of safetensors: {first_line(error)}") from None
+  found = {}
+  for name, entry in entries:
+    if entry["dtype"] not in _TYPES:
+      raise ValueError(
+        f"the weights in {file} must be of type F16, BF16, F32 or F64; it holds "
+        f"{printable(entry['dtype'])}"
+      )
+    # A copy, since the bytes of a file are read-only.
+    array = np.frombuffer(bytearray(entry["data"]), _TYPES[entry["dtype"]])
+    found[name] = array.reshape(entry["shape"])
+  return found
 
 
 def _read_npz(file: FilePath) -> dict[str, np.ndarray]:
@@ -447,7 +473,7 @@ def _write_state(state: Mapping[str, np.ndarray], target: FilePath) -> None:
 def _model_of(shapes: Mapping[str, Shape], file: FilePath) -> ResNet | VGG:
   """Returns the network that a state dict of these names and shapes describes."""
   if any(re.match(r"layer1\.", name) for name in shapes):
-    return _resnet_of(shapes)
+    return _resnet_of(shapes, file)
   if any(re.match(r"features\.", name) for name in shapes):
     return _vgg_of(shapes)
   names = few(sorted(shapes), 5) or "none"
@@ -457,7 +483,7 @@ def _model_of(shapes: Mapping[str, Shape], file: FilePath) -> ResNet | VGG:
   )
 
 
-def _resnet_of(shapes: Mapping[str, Shape]) -> ResNet:
+def _resnet_of(shapes: Mapping[str, Shape], file: FilePath) -> ResNet:
   """Returns the residual network that names and shapes describe."""
   # Numbers of the blocks that are there, by the number of their stage.
   found: dict[str, set[str]] = {}
@@ -465,6 +491,12 @@ def _resnet_of(shapes: Mapping[str, Shape]) -> ResNet:
     place = re.match(r"layer([0-9]+)\.([0-9]+)\.", name)
     if place:
       found.setdefault(place[1], set()).add(place[2])
+  other = _other_part(shapes)
+  if other is not None:
+    raise ValueError(
+      f"the weights in {file} are of a ResNet with {other}, which is not read: only torchvision's "
+      "resnet and wide_resnet nets are, and timm's of the same structure, such as resnet50"
+    )
   # Counted, not read as numbers: those of a strange name may be huge.
   blocks = tuple(len(found.get(str(stage), ())) for stage in range(1, len(found) + 1))
   is_deep = any(name.endswith(".conv3.weight") for name in shapes)
@@ -479,6 +511,20 @@ def _resnet_of(shapes: Mapping[str, Shape]) -> ResNet:
     stem="imagenet",
     shortcut="B",
   )
+
+
+def _other_part(shapes: Mapping[str, Shape]) -> str | None:
+  """Returns what sets a relative of the residual networks apart; None for one that is read."""
+  for pattern, part in _OTHER_PARTS.items():
+    if any(re.fullmatch(pattern, name) for name in shapes):
+      return part
+  # A grouped convolution reads a part of what the one before it makes.
+  grouped = []
+  for name, shape in shapes.items():
+    if re.fullmatch(rf"{_BLOCK}conv2\.weight", name) and len(shape) == 4:
+      made = _size(shapes, name.replace("conv2", "conv1"), 0)
+      grouped.append(0 < shape[1] < made and made % shape[1] == 0)
+  return "grouped convolutions (a ResNeXt)" if grouped and all(grouped) else None
 
 
 def _vgg_of(shapes: Mapping[str, Shape]) -> VGG:

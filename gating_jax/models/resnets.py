@@ -361,6 +361,8 @@ def resnet(
     classes: number of outputs, or None; see `ResNet`.
     kind: `ResNet` or a subclass, such as `EarlyExitNet`.
     **settings: other fields of `kind`; they replace the named network's own.
+  Returns:
+    A module of `kind`.
   Raises:
     ValueError: no such name, or a width or inner width that is not positive.
     TypeError: classes, a width or gate settings of another kind.

@@ -21,11 +21,11 @@ from flax import traverse_util
 from flax.errors import FlaxError
 
 from gating_jax.checks import first_line, shown
-from gating_jax.former_names import former_keyword, former_positional
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.layers.mac_trace import Call, kernel_calls, sum_macs
 from gating_jax.models.columns import Column, output_shapes, trace_column
 from gating_jax.models.timegate import SegmentNet
+from gating_jax.names import former_keyword, former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.macs import conv_macs, dense_layer_macs, executed_macs, gated_macs
 from gating_jax.types import Array, GateRecord, Path, Records, cached
@@ -121,6 +121,8 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
     input_shape: shape of one example: `(H, W, D)` of an image or `(F, H, W, D)` of a clip; or a
       tree of such tuples, for a model that takes a tree of arrays. Without the axis of the batch:
       a model of clips would take its size for a number of frames.
+  Returns:
+    A `ModelCounts`.
   Raises:
     TypeError: no module, one that returns something else, or a shape of another kind.
     ValueError: a shape that the model does not take.
@@ -385,6 +387,8 @@ def video_summary(
       light net, `light`.
     precomputed: MACs per segment of making the light and the heavy net's inputs, where these are
       precomputed features.
+  Returns:
+    A `VideoCounts`.
   Raises:
     TypeError: another network, or a shape that is missing.
 

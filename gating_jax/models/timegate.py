@@ -24,7 +24,6 @@ import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.extras import naming_extra
-from gating_jax.former_names import former_positional
 from gating_jax.layers.gate import GATE_NAME, check_examples
 from gating_jax.layers.segment_gate import (
   POLICIES,
@@ -33,6 +32,7 @@ from gating_jax.layers.segment_gate import (
   SegmentGateSettings,
   deterministic_record,
 )
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives, selection
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.compaction import open_backward

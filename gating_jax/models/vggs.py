@@ -238,6 +238,8 @@ def vgg(name: str, classes: int | None, **settings) -> VGG:
   >>> vgg("simple_cnn", 10, width=0.1).chain
   (100, 'pool', 100, 'pool', 100)
 
+  Returns:
+    A `VGG`.
   Raises:
     ValueError: an unknown name, or a width that is not positive.
     TypeError: classes, a width or gate settings of another kind.

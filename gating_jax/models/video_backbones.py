@@ -222,6 +222,8 @@ def light_net(
     name: one of `LIGHT_NETS`: `mobilenet`; `mobilenet_small` and `resnet8` for frames of 16 to 64
       pixels; `features` for precomputed features.
     width, dtype, axis_name: fields of the network.
+  Returns:
+    A module that returns `(features, records)`.
   Raises:
     ValueError: no such name, a width that is not positive, or a width that the network does not
       have.
@@ -252,6 +254,8 @@ def heavy_net(
     gate: settings of these gates.
     group_norm: GroupNorm in place of BatchNorm, so that every clip is treated alone.
     width, dtype, axis_name: fields of the network.
+  Returns:
+    A module that returns `(features, records)`.
   Raises:
     ValueError: no such name, a width that is not positive, or a setting that the network does not
       have.

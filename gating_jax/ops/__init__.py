@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 
 __all__ = [
   "Prior",
@@ -76,7 +76,6 @@ if TYPE_CHECKING:
     generalised_batch_shaping_loss,
     noise_floor,
   )
-  from gating_jax.ops.empirical_prior import empirical
   from gating_jax.ops.macs import conv_macs, executed_macs, expected_macs, gated_macs
   from gating_jax.ops.penalties import (
     balance_loss,
@@ -92,6 +91,7 @@ if TYPE_CHECKING:
   from gating_jax.ops.priors import (
     Prior,
     beta,
+    empirical,
     from_cdf,
     normal,
     relaxed_bernoulli,
@@ -137,7 +137,6 @@ else:
         "generalised_batch_shaping_loss",
         "noise_floor",
       ),
-      "gating_jax.ops.empirical_prior": ("empirical",),
       "gating_jax.ops.macs": ("conv_macs", "executed_macs", "expected_macs", "gated_macs"),
       "gating_jax.ops.penalties": (
         "balance_loss",
@@ -153,6 +152,7 @@ else:
       "gating_jax.ops.priors": (
         "Prior",
         "beta",
+        "empirical",
         "from_cdf",
         "normal",
         "relaxed_bernoulli",

@@ -32,7 +32,7 @@ _NO_NUMBERS = "OSUcmM"
 def instance(name: str, value: object, kind: type | tuple[type, ...], *, rule: str) -> None:
   """Raises a TypeError unless `value` is an instance of `kind`.
 
-  >>> instance("settings", {"hidden": 4}, int, "a whole number")
+  >>> instance("settings", {"hidden": 4}, int, rule="a whole number")
   Traceback (most recent call last):
   TypeError: settings must be a whole number; got {'hidden': 4}
   """

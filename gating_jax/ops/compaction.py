@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import shown
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float
 from gating_jax.types import AnyArray, Array
@@ -100,6 +100,9 @@ def scatter_back(values: Array, index: Array, taken: Array, *, size: int) -> Arr
 def capacity_for(count: int, *, sizes: Sequence[int]) -> int:
   """Returns the smallest of some static sizes that holds `count` units; on the host, with numbers.
 
+  Args:
+    count: number of units.
+    sizes: whole numbers, such as those of `bucket_sizes`.
   Raises:
     ValueError: `count` is more than the largest size.
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.former_names import former_keyword, former_positional
+from gating_jax.names import former_keyword, former_positional
 from gating_jax.ops import arguments
 from gating_jax.types import Array
 
@@ -70,6 +70,8 @@ def stay_logits(exits: Array, *, threshold: float) -> Array:
   Args:
     exits: `[N, X, K]` logits of the exits before the last, in their order.
     threshold: fraction of the largest entropy, in (0, 1): an exit with less entropy is taken.
+  Returns:
+    `[N, X]` log-odds.
   Raises:
     ValueError, TypeError: exits of another shape, or a threshold out of range.
 
@@ -126,6 +128,8 @@ def threshold_for_budget(
     always_macs: MACs that run for every example.
     threshold: the one that `stay` was made with.
     share: fraction in (0, 1] of `always_macs + sum(macs)`.
+  Returns:
+    The threshold, a number in (0, 1).
   Raises:
     ValueError: `always_macs` alone exceeds the budget, or the shapes do not fit together.
 

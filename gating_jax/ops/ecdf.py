@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.checks import one_of
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives, ranking
 from gating_jax.ops.arguments import as_float
 from gating_jax.ops.priors import Prior, check_prior
@@ -144,7 +144,15 @@ def cdf_matching_loss(
       loss = mean_i (F(x_(i)) - i / (N + 1))^2
 
   For gates prefer `batch_shaping_loss`: a probability that has rounded to 0 or 1 has lost the
-  logit's digits. Arguments, result and errors are as there.
+  logit's digits.
+
+  Args:
+    x: `[N, C]` probabilities or features, of N examples.
+    prior, axis, axis_name, weights, exchange: as in `batch_shaping_loss`.
+  Returns:
+    As `batch_shaping_loss`.
+  Raises:
+    ValueError, TypeError: as `batch_shaping_loss`.
 
   >>> from gating_jax.ops.priors import normal, uniform
   >>> print(f"{4 * cdf_matching_loss(jnp.array([0.7, 0.1, 0.95, 0.4]), uniform()):.4f}")
@@ -211,6 +219,8 @@ def noise_floor(n: int) -> float:
 
   Args:
     n: number of examples of the whole batch, at least 1.
+  Returns:
+    The loss, a number.
   Raises:
     ValueError, TypeError: n is no such number.
 

@@ -30,6 +30,8 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
   Args:
     kernel_shape: `[*window, Cin / groups, Cout]`; a dense kernel is `[Cin, Cout]`.
     output_shape: `[N, *spatial, Cout]`.
+  Returns:
+    The MACs, a whole number.
   Raises:
     ValueError, TypeError: sizes that are no whole numbers >= 0.
 
@@ -229,6 +231,8 @@ def expected_macs(records: Records) -> Array:
 
   Args:
     records: as in `executed_macs`.
+  Returns:
+    `[N]` MACs of each example.
   Raises:
     ValueError, TypeError: as `executed_macs`.
 
@@ -246,6 +250,8 @@ def gated_macs(records: Records) -> int:
 
   Args:
     records: in the network's order; only the number of gates and the costs count.
+  Returns:
+    The MACs of the gated units, a number.
   Raises:
     ValueError, TypeError: as `executed_macs`.
 

@@ -24,7 +24,7 @@ from jax import lax
 from jax.scipy.special import entr
 
 from gating_jax.checks import is_array
-from gating_jax.former_names import former_keyword, former_positional
+from gating_jax.names import former_keyword, former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float, one_dtype
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, mac_fraction
@@ -45,6 +45,8 @@ def l0_loss(probs: Layers) -> Array:
   Args:
     probs: one `[N, C]` array or record per layer. For hard concrete gates pass
       `hard_concrete_open_prob`.
+  Returns:
+    A scalar in [0, 1].
   Raises:
     ValueError: no layers given.
 
@@ -76,6 +78,8 @@ def target_rate_loss(
       as drawn are taken.
     target: a rate in [0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
+  Returns:
+    A scalar.
   Raises:
     ValueError: no layer, a layer without examples, or a target out of range.
     TypeError: no list of layers.
@@ -120,6 +124,8 @@ def entropy_loss(probs: Layers, *, axis_name: Hashable | None = None) -> Array:
   Args:
     probs: one `[N, C]` array or record per layer.
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
+  Returns:
+    A scalar in [0, 1].
   Raises:
     ValueError: no layer, or a layer without examples.
     TypeError: no list of layers.
@@ -166,6 +172,10 @@ def indecision_loss(probs: Layers) -> Array:
 
   The mean is over examples and all gates of all layers.
 
+  Args:
+    probs: one `[N, C]` array or record per layer.
+  Returns:
+    A scalar in [0, 1].
   Raises:
     ValueError: no layer, or a layer without examples.
     TypeError: no list of layers.
@@ -193,6 +203,8 @@ def balance_loss(
       1 over the C units.
     gates: with arrays, one `[N, C]` array per layer, above 0 where an expert runs.
     axis_name: as in `batch_shaping_loss`; means are over the whole batch.
+  Returns:
+    A scalar.
   Raises:
     ValueError, TypeError: records as in `executed_macs`, or without examples; arrays without
       `gates`.
@@ -226,6 +238,8 @@ def mac_loss(records: Layers, *, macs_per_unit: Sequence[int] | None = None) -> 
   Args:
     records: of one forward pass, one record, or one `[N, C]` array of probabilities, per layer.
     macs_per_unit: with arrays, the MACs per example of one open unit, a number for each layer.
+  Returns:
+    A scalar in [0, 1].
   Raises:
     ValueError, TypeError: records as in `executed_macs`, or without examples; arrays without
       `macs_per_unit`.

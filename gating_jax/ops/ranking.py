@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.checks import shown
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import shown
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float, float_dtype
 from gating_jax.types import AnyArray, Array
@@ -70,6 +70,8 @@ def straight_through(
   Args:
     noisy_logits: log-odds with their noise, any shape.
     temperature: > 0, of the backward pass only.
+  Returns:
+    Gates 0 and 1, of the shape of the logits.
   Raises:
     ValueError: a temperature that is known and not above 0.
     TypeError: an argument that is no real numbers.
@@ -100,8 +102,12 @@ def binary_concrete(
 
       sigmoid((logit + noise) / temperature),   so P(gate > 1/2) = sigmoid(logit)
 
-  Arguments are as in `straight_through_gate`; the probability holds at noise scale 1.
+  The probability holds at noise scale 1.
 
+  Args:
+    key, logits, temperature, noise_scale: as in `straight_through_gate`.
+  Returns:
+    Gates in (0, 1), of the shape of the logits.
   Raises:
     ValueError, TypeError: as `straight_through_gate`.
 
@@ -130,6 +136,8 @@ def hard_concrete(
   Args:
     key, logits, temperature, noise_scale: as in `straight_through_gate`.
     stretch: `(low, high)` with low < 0 and high > 1.
+  Returns:
+    Gates in [0, 1], of the shape of the logits.
   Raises:
     ValueError, TypeError: an argument out of range or of another kind.
 
@@ -158,6 +166,8 @@ def hard_concrete_open_prob(
     logits: log-odds, any shape.
     temperature: > 0.
     stretch: `(low, high)` with low < 0 and high > 1.
+  Returns:
+    Probabilities, of the shape of the logits.
   Raises:
     ValueError, TypeError: an argument out of range or of another kind.
 
@@ -196,6 +206,8 @@ def hard_concrete_mean(
   Args:
     logits: as in `hard_concrete`, any shape.
     stretch: `(low, high)` with low < 0 and high > 1.
+  Returns:
+    Gates in [0, 1], of the shape of the logits.
   Raises:
     ValueError, TypeError: another stretch.
 
@@ -214,6 +226,8 @@ def clipped_sigmoid(logits: AnyArray, *, slope: float = 0.25) -> Array:
   Args:
     logits: log-odds, any shape.
     slope: > 0.
+  Returns:
+    Gates in [0, 1], of the shape of the logits.
   Raises:
     ValueError, TypeError: another slope, or logits that are no real numbers.
 
@@ -229,6 +243,8 @@ def threshold_gate(logits: AnyArray) -> Array:
 
   Args:
     logits: log-odds, any shape.
+  Returns:
+    Gates 0 and 1, of the shape of the logits.
   Raises:
     TypeError: logits that are no real numbers.
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import shown
-from gating_jax.former_names import former_positional
+from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.ops.arguments import as_float, float_dtype
 from gating_jax.ops.collectives import example_keys
@@ -62,6 +62,8 @@ def top_k(scores: AnyArray, valid: AnyArray, *, k: int | AnyArray) -> Array:
       below `-inf`: it is chosen only if nothing else is left.
     valid: `[B, T]` bool.
     k: segments per video, a number or `[B]`; a video with no more than k has all chosen.
+  Returns:
+    `[B, T]` float32, 1 where a segment is selected, else 0.
   Raises:
     ValueError, TypeError: arrays of other or unlike shapes, or a k that is no whole number >= 1.
 
@@ -123,6 +125,8 @@ def random_k(
     valid: `[B, T]` bool.
     k: segments per video, a number or `[B]`.
     axis_name: mapped device axis of the batch.
+  Returns:
+    `[B, T]` float32, 1 where a segment is selected, else 0.
   Raises:
     ValueError, TypeError: arrays of other or unlike shapes, or a k that is no whole number >= 1.
 

@@ -18,7 +18,7 @@ from gating_jax import timing
 from gating_jax.inference.compiled import CompiledImages, Timing, spread_indices
 from gating_jax.inference.conditional import CompiledConditional
 from gating_jax.inference.strategies import why_not
-from gating_jax.lazy import lazy_names
+from gating_jax.names import lazy_names
 from gating_jax.reports import page
 from gating_jax.reports.measured_times import (
   PICTURE_FILE,

@@ -173,6 +173,8 @@ def _check_usable(path: Path, mine: Mapping[str, Any]) -> None:
 
 def _check_is_run(path: Path) -> None:
   """Raises a RunDirError where there is something at the path that is no run."""
+  if path.exists() and not path.is_dir():
+    raise RunDirError(f"workdir must be a run directory or new; {path} is no directory")
   if path.exists() and not RunDir(path).exists() and not _is_blank(path):
     raise RunDirError(
       f"workdir must be a run directory or new; {path} exists and has no {CONFIG_FILE}"

@@ -87,9 +87,11 @@ def shrink(config: Config) -> Config:
   # Splits of videos are files; digits and made scenes are small already.
   if "layout" in small.get("data", {}):
     small.data.at_most = _VIDEOS
-    # Made segments have a fixed number of frames.
     if small.data.name != composed.NAME:
       _lower(small, "data.frames", _FRAMES)
+    else:
+      # Made segments have a fixed number of frames, and an activity has a least number of segments.
+      small.data.segments = min(config.data.segments, composed.MIN_SEGMENTS)
   elif unions.is_union(small.get("data", {}).get("name", "")):
     _cut_union(small)
   elif small.data.get("name") in worlds.NAMES:

@@ -126,12 +126,12 @@ class VideoExperiment:
 
   def prepare(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Converts a batch's arrays to the inputs of the whole network."""
-    return sets.network_inputs(inputs, self.config, heavy_from=self.heavy_from)
+    return sets.network_inputs(inputs, self.config.data, heavy_from=self.heavy_from)
 
   @property
   def heavy_from(self) -> str:
     """Returns which net, `light` or `heavy`, has the heavy one's place in the network."""
-    return heavy_from(self.config)
+    return heavy_from(self.config.model)
 
 
 def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExperiment:
@@ -154,11 +154,11 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
     train, test = outlines[0], outlines[-1]
   else:
     train, test = sets.open_set(config, "train"), sets.open_set(config, "test")
-    if sets.holds_out(config):
+    if sets.holds_out(config.data):
       validation = sets.open_set(config, "validation")
   _check_data(config, train)
-  source = heavy_from(config)
-  shapes = sets.network_shapes(train, config, heavy_from=source)
+  source = heavy_from(config.model)
+  shapes = sets.network_shapes(train, config.data, heavy_from=source)
   model = _segment_net(config, len(train.class_names))
   # Features come with the cost of the nets that made them: the config has it.
   feature_macs = (
@@ -171,7 +171,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
   # The baseline of all ratios: every segment by the heavy net, no light net and no gate.
   dense = model.clone(selection="all", light=None, light_head=False, heavy=nets(config)[1])
   reference = video_summary(
-    dense, sets.network_shapes(train, config), precomputed=(0, config.data.heavy_macs)
+    dense, sets.network_shapes(train, config.data), precomputed=(0, config.data.heavy_macs)
   )
   # The heavy net itself, also where the light net takes its place and `counts` are of that.
   check_budget("loss.channels.sparsity", config.loss.channels.sparsity, reference.heavy)
@@ -189,9 +189,9 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> VideoExp
   )
 
 
-def heavy_from(config: Config) -> str:
+def heavy_from(model: Config) -> str:
   """Returns which net, `light` or `heavy`, has the heavy one's place in the network."""
-  return "light" if config.model.selection == LIGHT else "heavy"
+  return "light" if model.selection == LIGHT else "heavy"
 
 
 def nets(config: Config) -> tuple[nn.Module, nn.Module]:
@@ -218,7 +218,7 @@ def _segment_net(config: Config, classes: int) -> SegmentNet:
   light, heavy = nets(config)
   select, light_head = model.selection, config.loss.light > 0
   # In the heavy net's place, the light net is the only one, and sees every segment.
-  if heavy_from(config) == "light":
+  if heavy_from(model) == "light":
     heavy, select, light_head = light, "all", False
   # The light net runs only where something reads it: the gate, its confidence or its own loss.
   asked = light_head or select in ("gate", "confidence")
@@ -252,13 +252,13 @@ def _pretraining(config: Config, train: Any, counts: VideoCounts) -> Phase | Non
   light, heavy = nets(config)
   loops = _loop(config, train, "pretrain")
   total = loops.total_steps
-  shapes = sets.network_shapes(train, config)
+  shapes = sets.network_shapes(train, config.data)
 
   def prepare(key, inputs):
     """Picks segments of each video `[B, T, ...]`, and returns both nets' inputs `[B * S, ...]`."""
     picked = sets.pick_segments(key, inputs, pretrain.segments_per_video, axis_name=devices.AXIS)
-    picked = sets.augment_clips(key, picked, config, axis_name=devices.AXIS)
-    return sets.network_inputs(picked, config)
+    picked = sets.augment_clips(key, picked, config.data, axis_name=devices.AXIS)
+    return sets.network_inputs(picked, config.data)
 
   return Phase(
     name="pretrain",
@@ -305,8 +305,8 @@ def _training(
     """Returns inputs `[B, T, ...]` of the network, the videos' own or their features."""
     if config.training == "two_stage":
       return inputs
-    inputs = sets.augment_clips(key, inputs, config, axis_name=devices.AXIS)
-    return sets.network_inputs(inputs, config, heavy_from=heavy_from(config))
+    inputs = sets.augment_clips(key, inputs, config.data, axis_name=devices.AXIS)
+    return sets.network_inputs(inputs, config.data, heavy_from=heavy_from(config.model))
 
   return Phase(
     name="train",
@@ -377,8 +377,8 @@ def _loop(config: Config, train: Any, name: str) -> loop.LoopSettings:
 def _check(config: Config) -> None:
   """Raises a ValueError where a setting breaks its rule; the message names the field."""
   _check_model(config)
-  _check_cache(config)
-  _check_augmentation(config)
+  _check_cache(config.data)
+  _check_augmentation(config.data)
   _check_skipped_backward(config)
   _check_sets(config)
   _check_held_out(config)
@@ -428,9 +428,8 @@ def _check_sets(config: Config) -> None:
   )
 
 
-def _check_cache(config: Config) -> None:
+def _check_cache(data: Config) -> None:
   """Checks the settings of the cache of frames."""
-  data = config.data
   if data.cache and data.name != "videos":
     raise ValueError(
       f"data.cache must be None unless data.name is 'videos', which are decoded; got {data.cache!r}"
@@ -440,9 +439,8 @@ def _check_cache(config: Config) -> None:
     raise ValueError(f"data.cache_gb must be a positive finite number or None; got {gigabytes}")
 
 
-def _check_augmentation(config: Config) -> None:
+def _check_augmentation(data: Config) -> None:
   """Checks the settings of the augmentation, each of which may be None."""
-  data = config.data
   pad, colour = data.crop_padding, data.colour
   if pad is not None and pad < 0:
     raise ValueError(f"data.crop_padding must be >= 0 or None; got {pad}")

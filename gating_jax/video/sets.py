@@ -120,9 +120,9 @@ def _open_cache(data: Config) -> ArrayCache | None:
     return ArrayCache(data.cache, round(gigabytes * 1e9))
 
 
-def holds_out(config: Config) -> bool:
-  """Returns whether a config holds videos out of training, as the split `validation`."""
-  return bool(config.data.validation or config.data.validation_split)
+def holds_out(data: Config) -> bool:
+  """Returns whether the section `data` holds videos out of training, as the split `validation`."""
+  return bool(data.validation or data.validation_split)
 
 
 def _table_of_split(data: Config, split: str, *, seed: int) -> video_tables.VideoTable:
@@ -175,18 +175,18 @@ def _table(data: Config, split: str) -> video_tables.VideoTable:
   return video_tables.read_multithumos(data.table, split)
 
 
-def network_inputs(batch: Batch, config: Config, *, heavy_from: str = "heavy") -> dict[str, Array]:
+def network_inputs(batch: Batch, data: Config, *, heavy_from: str = "heavy") -> dict[str, Array]:
   """Computes the inputs of a `SegmentNet` from a batch.
 
   uint8 clips are normalised, and their centre frames are for the light net.
 
   Args:
     batch: arrays `[B, T, ...]`, or `[N, ...]` of picked segments.
-    config: the config of the run.
+    data: the section of the config.
     heavy_from: `light` to put the light net's input in place of the heavy one's.
   """
   inputs = only(batch, ("light", "heavy", "valid", "relevant", "picked"))
-  mean, std, clips = config.data.mean, config.data.std, batch.get("clips")
+  mean, std, clips = data.mean, data.std, batch.get("clips")
   if clips is not None:
     # The axis is counted from the end, [F, H, W, D], so that picked segments work, too.
     centre = jnp.take(clips, clips.shape[-4] // 2, axis=-4)
@@ -199,17 +199,17 @@ def network_inputs(batch: Batch, config: Config, *, heavy_from: str = "heavy") -
 
 
 def augment_clips(
-  key: Array, batch: Batch, config: Config, *, axis_name: Hashable | None
+  key: Array, batch: Batch, data: Config, *, axis_name: Hashable | None
 ) -> dict[str, Array]:
   """Augments the clips of a training batch as the config says, each video as a whole.
 
   Args:
     key: of the training step.
     batch: arrays `[B, T, ...]`, or `[B * S, ...]` of picked segments.
-    config: the config of the run.
+    data: the section of the config.
     axis_name: mapped device axis, over which each video has a draw of its own.
   """
-  data, clips = config.data, batch.get("clips")
+  clips = batch.get("clips")
   pad, colour = data.crop_padding or 0, data.colour or 0.0
   flip = bool(data.flip)
   if clips is None or not (pad or flip or colour):
@@ -257,14 +257,14 @@ def pick_segments(
 
 
 def network_shapes(
-  videos: VideoArrays | VideoSet, config: Config, *, heavy_from: str = "heavy"
+  videos: VideoArrays | VideoSet, data: Config, *, heavy_from: str = "heavy"
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of one video's `network_inputs`, of which `heavy_from` is an argument."""
   batch = {}
   for name, shape in only(videos.shapes, INPUTS).items():
     dtype = np.uint8 if name == "clips" else np.float32
     batch[name] = jax.ShapeDtypeStruct((1, *shape), dtype)
-  inputs = jax.eval_shape(lambda b: network_inputs(b, config, heavy_from=heavy_from), batch)
+  inputs = jax.eval_shape(lambda b: network_inputs(b, data, heavy_from=heavy_from), batch)
   return {name: x.shape[1:] for name, x in inputs.items()}
 
 

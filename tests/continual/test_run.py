@@ -904,7 +904,7 @@ def test_the_net_of_each_task_is_compiled(changes, config, tmp_path, capsys, mon
   for task in range(2):
     net = compile.folded_net(experiment, learner, task)
     x = experiment.problem.normalise(experiment.tasks[task].test.read(slice(32))[0])
-    logits, gates = folded.run(net, x)
+    logits, gates = folded.run_net(net, x)
     aware = experiment.method.predict(learner, x, task, 2).aware
     assert np.ptp(aware) > 0.1
     np.testing.assert_allclose(logits, aware, rtol=1e-4, atol=1e-5)
@@ -969,6 +969,7 @@ def test_a_training_that_is_asked_to_stop_ends_no_task_and_has_no_result(tmp_pat
   experiment = SimpleNamespace(
     config=SimpleNamespace(method="gates", data=SimpleNamespace(name="digits")),
     tasks=[SimpleNamespace(train="images")],
+    unreadable={},
     stages=[0],
     total_steps=4,
     steps_per_task=4,

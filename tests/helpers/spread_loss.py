@@ -12,9 +12,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss
-from gating_jax.ops.empirical_prior import empirical
 from gating_jax.ops.penalties import target_rate_loss
-from gating_jax.ops.priors import beta, relaxed_bernoulli
+from gating_jax.ops.priors import beta, empirical, relaxed_bernoulli
 
 AXIS = "devices"
 TWO_AXES = ("hosts", "devices")

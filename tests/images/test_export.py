@@ -18,7 +18,7 @@ from PIL import Image
 from gating_jax.data import image_sets, streaming
 from gating_jax.data.image_sets import SetSource
 from gating_jax.images import classification, export
-from gating_jax.images.model_card import hub_files
+from gating_jax.images.model_card import hub_files, without_folders
 from gating_jax.inference.export import export_model, load_exported
 from gating_jax.inference.folding import fold
 from gating_jax.inference.onnx_export import load_onnx
@@ -133,16 +133,90 @@ def test_an_export_is_a_folder_for_a_model_hub(exported, tmp_path, monkeypatch, 
   x = (image / 255 - np.array(card["mean"])) / np.array(card["std"])
   answer = int(np.argmax(load_exported(folder)(np.float32(x)[None])[0]))
   assert capsys.readouterr().out.split()[-1] == card["class_names"][answer]
+  run_page_in(tmp_path, folder, monkeypatch)
+  assert capsys.readouterr().out.strip() == card["class_names"][answer]
   source = (folder / "load.py").read_text().partition("\nimport")[2].splitlines()
   assert "gating_jax" not in "".join(source)
   config = json.loads((folder / "config.json").read_text())
   assert config["id2label"] == {str(i): str(i) for i in range(10)}
   assert config["input_shape"] == [8, 8, 1]
   _, head, page = (folder / "README.md").read_text().split("---\n", 2)
-  metrics = yaml.safe_load(head)["model-index"][0]["results"][0]["metrics"]
+  fields = yaml.safe_load(head)
+  assert (fields["license"], fields["library_name"]) == ("unknown", "gating_jax")
+  assert (fields["pipeline_tag"], fields["metrics"]) == ("image-classification", ["accuracy"])
+  metrics = fields["model-index"][0]["results"][0]["metrics"]
   assert metrics == [{"type": "accuracy", "value": pytest.approx(card["accuracy"], abs=1e-6)}]
   assert f"| accuracy | {100 * card['accuracy']:.2f} % |" in page
   assert f"| one image in JAX | {card['milliseconds']['1']:.2f} ms |" in page
+
+
+def loader_of(page):
+  """The lines of Python on a page."""
+  (code,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+  assert len(code.splitlines()) <= 20
+  return code
+
+
+def run_page_in(tmp_path, folder, monkeypatch):
+  """Runs the lines of an export's page next to its files and a picture."""
+  shutil.copytree(folder, tmp_path / "net")
+  shutil.copy(tmp_path / "digit.png", tmp_path / "net" / "picture.png")
+  monkeypatch.chdir(tmp_path / "net")
+  exec(loader_of((folder / "README.md").read_text()), {})
+
+
+@pytest.mark.parametrize(
+  ("card", "channels"),
+  [
+    ({"data": {"loader": "streaming", "name": "imagenet2012"}}, 3),
+    ({"data": {"name": "digits"}}, 1),
+    ({"model": {"sources": 3}, "mean": [0.5, 0.4, 0.3, 0.0], "std": [0.25] * 4}, 4),
+  ],
+  ids=["a photograph", "grey", "with sets"],
+)
+def test_the_lines_of_a_page_prepare_an_image_as_its_script_does(
+  tmp_path, monkeypatch, card, channels
+):
+  card = card_of(**{"mean": [0.5] * channels, "std": [0.25] * channels, **card})
+  files = hub_files(card, (8, 12, channels))
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content)
+  pixels = np.random.default_rng(0).integers(0, 256, (30, 41, 3), np.uint8)
+  Image.fromarray(pixels).save(tmp_path / "picture.png")
+  monkeypatch.chdir(tmp_path)
+  kept = []
+  # The network itself is not there.
+  for line in loader_of(files["README.md"].decode()).splitlines():
+    if not line.startswith(("program", "weights", "logits", "print")):
+      kept.append(line)
+  names = {}
+  exec("\n".join(kept), names)
+  prepare = runpy.run_path(str(tmp_path / "load.py"))["prepare"]
+  np.testing.assert_allclose(names["images"], prepare("picture.png")[None], atol=1e-5)
+
+
+def test_the_licence_of_the_weights_can_be_given():
+  page = hub_files(card_of(license="apache-2.0"), (8, 8, 3))["README.md"].decode()
+  assert page.startswith('---\nlicense: "apache-2.0"\nlibrary_name: gating_jax\n')
+
+
+def test_a_card_names_no_folders_of_the_machine():
+  config = {
+    "data": {"data_dir": "../home/me/flowers/", "name": "union(mnist,folder:/a/b c,folder:d)"},
+    "model": {"init_from": "runs/x.safetensors", "name": "resnet18", "width": 1.0, "gate": None},
+    "notes": "/tmp/run",
+    "windows": "C:\\me\\run",
+    "home": "~/x",
+    "set": "imagenet_resized/32x32",
+  }
+  assert without_folders(config) == {
+    "data": {"data_dir": "flowers", "name": "union(mnist,folder:b c,folder:d)"},
+    "model": {"init_from": "x.safetensors", "name": "resnet18", "width": 1.0, "gate": None},
+    "notes": "run",
+    "windows": "run",
+    "home": "x",
+    "set": "imagenet_resized/32x32",
+  }
 
 
 def card_of(*, model=(), data=(), **facts):
@@ -262,10 +336,16 @@ def test_where_skipping_is_no_faster_no_program_that_skips_is_written(
 ):
   monkeypatch.setattr(export, "_REPEATS", 1)
   race_by(monkeypatch, fastest("masked"))
+  monkeypatch.setattr(export, "_has_onnx", lambda: False)
   shutil.copytree(exported[0], tmp_path / "run", ignore=shutil.ignore_patterns("export*"))
   text = said(classification, config, tmp_path / "run", "export")
   assert {path.name for path in (tmp_path / "run").glob("*export*")} == {"export", "export_int8"}
   assert "computing everything is as fast as skipping here" in text
+  # The package onnx is not installed here.
+  assert not (tmp_path / "run" / "export" / "model.onnx").exists()
+  lines = [line for line in text.splitlines() if "model.onnx" in line]
+  assert len(lines) == 1
+  assert lines[0].endswith('not written, since onnx is missing: pip install "gating-jax[export]"')
 
 
 @pytest.mark.slow
@@ -377,7 +457,7 @@ def test_what_is_said(exported):
     f"{workdir / 'export_int8'}",
   ):
     assert words in text
-  size = (workdir / "export_int8" / "weights.safetensors").stat().st_size
+  size = (workdir / "export_int8" / "model.safetensors").stat().st_size
   assert f"{size:,}" in text
   end = text.partition("Exported the checkpoint")[2]
   assert re.search(r"export/model\.onnx +\d+\.\d\d %, .* ms .*in onnxruntime\n", end)

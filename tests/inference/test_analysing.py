@@ -19,7 +19,7 @@ VARIABLES = random_variables(MODEL)
 @pytest.fixture(scope="module")
 def gates():
   """Returns the gates of 150 images, `[150, U]` for each group."""
-  return [np.asarray(z) > 0 for z in folded.run(fold(MODEL, VARIABLES), images(150))[1]]
+  return [np.asarray(z) > 0 for z in folded.run_net(fold(MODEL, VARIABLES), images(150))[1]]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def analysis():
 
 
 def test_openings_are_those_of_all_images(analysis, gates):
-  logits = folded.run(analysis.net, images(150))[1]
+  logits = folded.run_net(analysis.net, images(150))[1]
   assert analysis.images == 150
   assert [o.part for o in analysis.gate_statistics] == [1, 2, 3]
   for o, g, z in zip(analysis.gate_statistics, gates, logits, strict=True):
@@ -89,7 +89,7 @@ def test_a_weighted_unit_counts_as_one_and_the_glance_with_the_gate_networks():
   model = MODELS["recipe"]
   net = fold(model, random_variables(model))
   found = analyse(net, None, np.asarray(images(20))).macs
-  gates = [np.asarray(z) > 0 for z in folded.run(net, images(20))[1]]
+  gates = [np.asarray(z) > 0 for z in folded.run_net(net, images(20))[1]]
   assert found["executed"] == pytest.approx(costs.macs(net, SHAPE, gates).mean())
   heads = sum(map(costs.head_macs, net.parts)) + costs.glance_macs(net)
   assert found["masked"] - found["ungated"] == heads
@@ -166,9 +166,9 @@ def test_a_last_smaller_batch_runs_in_the_same_program():
 
 def test_pruning_error_counts_what_new_images_move():
   net, x = fold(MODEL, VARIABLES), images(40, seed=3)
-  middle = -np.median(np.asarray(folded.run(net, x)[1][0]), axis=0)
+  middle = -np.median(np.asarray(folded.run_net(net, x)[1][0]), axis=0)
   net = forced(net, [middle, *([0] * h.logits_bias.size for h in heads_of(net)[1:])])
-  logits = np.asarray(folded.run(net, x)[1][0])
+  logits = np.asarray(folded.run_net(net, x)[1][0])
   opens, closes = logits[:, 0] > 0, logits[:, 3] <= 0
   assert 0 < opens.mean() < 1
   none = [PruneMask(*np.zeros((2, h.logits_bias.size), bool)) for h in heads_of(net)[1:]]
@@ -178,7 +178,7 @@ def test_pruning_error_counts_what_new_images_move():
   assert found.affected == np.mean(opens | closes)
   assert found.opened.tolist() == [opens.mean(), *[0.0] * len(none)]
   assert found.closed.tolist() == [closes.mean(), *[0.0] * len(none)]
-  y, z = folded.run(net, x)[0], folded.run(apply_pruning(net, wrong), x)[0]
+  y, z = folded.run_net(net, x)[0], folded.run_net(apply_pruning(net, wrong), x)[0]
   gap = np.abs(np.asarray(y - z)).max(axis=1)
   np.testing.assert_allclose(found.difference[0], gap[opens | closes].max(), rtol=1e-4)
   assert found.difference[1] < 1e-4 < found.difference[0]

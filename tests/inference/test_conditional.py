@@ -40,8 +40,8 @@ MOST = 7  # images
 
 
 def reference_of(of, x):
-  """Runs `folded.run` as one program for any number of images."""
-  found = jax.jit(folded.run)(of, np.concatenate([x, images(MOST - len(x))]))
+  """Runs `folded.run_net` as one program for any number of images."""
+  found = jax.jit(folded.run_net)(of, np.concatenate([x, images(MOST - len(x))]))
   return jax.tree.map(lambda a: np.asarray(a)[: len(x)], found)
 
 
@@ -156,10 +156,10 @@ def test_what_is_closed_is_not_computed():
       ),
     )
     x = images(1)
-    expected, _ = jax.jit(folded.run)(closed, x)
+    expected, _ = jax.jit(folded.run_net)(closed, x)
     run.load(spoilt)
     np.testing.assert_allclose(run(x)[0], expected, rtol=2e-5, atol=2e-5, err_msg=strategy)
-    assert np.isnan(jax.jit(folded.run)(spoilt, x)[0]).all()
+    assert np.isnan(jax.jit(folded.run_net)(spoilt, x)[0]).all()
 
 
 @pytest.mark.slow

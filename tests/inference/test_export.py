@@ -18,7 +18,7 @@ from gating_jax.inference.strategies import why_not
 from gating_jax.models.resnet_variants import EarlyExitNet
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
-run = jax.jit(folded.run)
+run = jax.jit(folded.run_net)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_program_of_the_native_kernel_is_refused(tmp_path):
 
 
 def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
-  function = jax.jit(lambda x: {"out": folded.run(net, x)[0]})
+  function = jax.jit(lambda x: {"out": folded.run_net(net, x)[0]})
   path = export_model(
     function, tmp_path / "net", input_shape=SHAPE, batch_size=2, platforms=("cpu",)
   )
@@ -153,8 +153,8 @@ def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
   ("damage", "message"),
   [
     (
-      lambda d: (d / "weights.safetensors").unlink(),
-      "holds no complete export: weights.safetensors cannot be read",
+      lambda d: (d / "model.safetensors").unlink(),
+      "holds no complete export: model.safetensors cannot be read",
     ),
     (lambda d: (d / "card.json").unlink(), "holds no complete export: card.json cannot be read"),
     (lambda d: (d / "card.json").write_text("{"), "card.json is damaged: it must hold JSON"),
@@ -164,11 +164,11 @@ def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
       "card.json is damaged: it must have the SHA-256",
     ),
     (lambda d: edit(d, lambda card: card.update(format=2)), "format must be 1; got 2"),
-    (lambda d: cut(d / "weights.safetensors"), "weights.safetensors is damaged"),
+    (lambda d: cut(d / "model.safetensors"), "model.safetensors is damaged"),
     (lambda d: cut(d / "program.stablehlo"), "program.stablehlo is damaged"),
     (
-      lambda d: (cut(d / "weights.safetensors"), sign(d, "weights.safetensors")),
-      "weights.safetensors is damaged",
+      lambda d: (cut(d / "model.safetensors"), sign(d, "model.safetensors")),
+      "model.safetensors is damaged",
     ),
     (
       lambda d: (
@@ -179,8 +179,8 @@ def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
     ),
     (
       lambda d: (
-        (d / "weights.safetensors").write_bytes(safetensors.numpy.save({"a": np.zeros(2)})),
-        sign(d, "weights.safetensors"),
+        (d / "model.safetensors").write_bytes(safetensors.numpy.save({"a": np.zeros(2)})),
+        sign(d, "model.safetensors"),
       ),
       "does not have the weights that program.stablehlo takes",
     ),
@@ -260,7 +260,19 @@ def test_further_files_must_be_bytes(net, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "program.stablehlo"])
+def test_an_export_of_an_earlier_version_is_loaded(exported):
+  expected = load_exported(exported).weights
+  (exported / "model.safetensors").rename(exported / "weights.safetensors")
+  rename = lambda files: files.update({"weights.safetensors": files.pop("model.safetensors")})
+  edit(exported, lambda card: rename(card["files"]))
+  found = load_exported(exported).weights
+  assert found.keys() == expected.keys()
+  (exported / "weights.safetensors").unlink()
+  with pytest.raises(ExportError, match="no complete export: weights.safetensors cannot be read"):
+    load_exported(exported)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "program.stablehlo"])
 def test_a_file_of_the_right_size_that_was_changed_is_not_loaded(exported, name):
   data = bytearray((exported / name).read_bytes())
   data[-1] ^= 1

@@ -30,7 +30,7 @@ def test_the_same_outputs_gates_and_macs(model):
   variables, x = random_variables(model), images()
   y, records = jax.jit(model.apply)(variables, x)
   net = fold(model, variables)
-  z, logits = jax.jit(folded.run)(net, x)
+  z, logits = jax.jit(folded.run_net)(net, x)
   np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
   if model.gate.context == "none" and model.gating != "none":
     assert logits == ()
@@ -63,7 +63,7 @@ def test_moved_thresholds_move_the_logits_and_keep_the_weights(name, shift):
   variables, x = shift_thresholds(random_variables(model), shift=shift), images(40)
   y, records = jax.jit(model.apply)(variables, x)
   net = fold(model, variables)
-  z, logits = jax.jit(folded.run)(net, x)
+  z, logits = jax.jit(folded.run_net)(net, x)
   np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
   seen = []
   for record, of_net, gates in zip(records, logits, gates_of(net, logits), strict=True):
@@ -117,7 +117,7 @@ def test_gates_that_are_shut_for_good_stay_shut(name):
   stats["threshold"] = jnp.float32(-1)
   net = fold(model, variables)
   y, records = jax.jit(model.apply)(variables, images())
-  z, logits = jax.jit(folded.run)(net, images())
+  z, logits = jax.jit(folded.run_net)(net, images())
   assert (np.asarray(logits[0])[:, 1] == SHUT).all()
   np.testing.assert_allclose(logits[0], records[0].logits, rtol=1e-3, atol=1e-3)
   np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
@@ -156,7 +156,7 @@ def test_scales_are_no_gates(name):
   assert heads
   assert all(head.scales for head in heads)
   assert folded.group_places(net) == []
-  assert jax.jit(folded.run)(net, images())[1] == ()
+  assert jax.jit(folded.run_net)(net, images())[1] == ()
   run = compile_conditional(net, input_shape=SHAPE, batch_size=2, strategy="masked")
   expected, _ = jax.jit(MODELS[name].apply)(random_variables(MODELS[name]), images())
   scale = np.abs(expected).max()
@@ -176,7 +176,7 @@ def test_the_glance_is_computed_once(monkeypatch):
 
   monkeypatch.setattr(folded.Glance, "__call__", counting)
   # A function of its own: a trace of `run` that another test has left would call nothing.
-  jax.eval_shape(lambda net, x: folded.run(net, x), net, images())
+  jax.eval_shape(lambda net, x: folded.run_net(net, x), net, images())
   assert calls == [images().shape]
   # 3 x 3 windows at 4 x 4 places, from 3 channels to 8.
   assert costs.glance_macs(net) == 9 * 16 * 3 * 8
@@ -214,7 +214,7 @@ def test_what_static_gates_close_in_a_chain_is_gone(closed):
     list(places) for places in closed
   ]
   net = fold(model, variables)
-  np.testing.assert_allclose(jax.jit(folded.run)(net, x)[0], y, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(jax.jit(folded.run_net)(net, x)[0], y, rtol=1e-4, atol=1e-5)
   first, second = (
     max(1, width - len(places)) for width, places in zip(widths, closed, strict=True)
   )
@@ -252,9 +252,9 @@ def test_static_gates_of_a_sigmoid_scale_what_they_let_through():
 def test_runners_must_be_one_for_each_part_and_a_dead_branch_leaves_the_shortcut():
   x = jnp.array([-1.0, 2.0]).reshape(1, 1, 1, 2)
   net = folded.FoldedNet((folded.Block(()),), pooled=False)
-  np.testing.assert_array_equal(folded.run(net, x)[0].ravel(), [0, 2])
+  np.testing.assert_array_equal(folded.run_net(net, x)[0].ravel(), [0, 2])
   with pytest.raises(ValueError, match="^runners must be one for each of 1 parts; got 2"):
-    folded.run(net, x, [folded.masked] * 2)
+    folded.run_net(net, x, [folded.masked] * 2)
 
 
 DENSE = VGG(3, (4, POOL, 6), hidden=(7, 5), pooled=2, gating="channel", gate=GateSettings(hidden=4))
@@ -264,7 +264,7 @@ def test_dense_layers_on_parts_of_the_last_map_are_folded():
   variables, x = random_variables(DENSE), images(20)
   expected, records = jax.jit(DENSE.apply)(variables, x)
   net, size = fold(DENSE, variables), np.abs(expected).max()
-  y, _ = jax.jit(folded.run)(net, x)
+  y, _ = jax.jit(folded.run_net)(net, x)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4 * size)
   counts, gates = model_summary(DENSE, SHAPE), [record.gates for record in records]
   assert costs.macs(net, SHAPE) == counts.macs + counts.gate_macs
@@ -302,7 +302,9 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
   net = fold(model, variables)
   assert net.parts[-1].conv.bias.size == (6 if features is None else 4)
   expected, _ = jax.jit(model.apply)(variables, images())
-  np.testing.assert_allclose(jax.jit(folded.run)(net, images())[0], expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(folded.run_net)(net, images())[0], expected, rtol=1e-4, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize(
@@ -383,9 +385,9 @@ def test_gates_with_a_prior_have_weights_without_it():
   net = fold(model, variables)
   pruned = apply_pruning(net, find_static_units(net, count_gates(net, x), multiple=1))
   assert pruned.parts[1].head.shift.size < net.parts[1].head.shift.size == 8
-  z, _ = jax.jit(folded.run)(pruned, x)
+  z, _ = jax.jit(folded.run_net)(pruned, x)
   np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
-  z, logits = jax.jit(folded.run)(net, x)
+  z, logits = jax.jit(folded.run_net)(net, x)
   np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
   for record, gates in zip(records, gates_of(net, logits), strict=True):
     np.testing.assert_allclose(gates, record.gates, rtol=1e-4, atol=1e-4)

@@ -84,7 +84,7 @@ def test_the_pairs_are_those_that_can_be_found():
 def test_the_same_outputs_gates_and_macs():
   gated, variables, (expected, records) = trained()
   net = fold(gated, variables, images())
-  y, logits = jax.jit(folded.run)(net, images())
+  y, logits = jax.jit(folded.run_net)(net, images())
   assert_near(y, expected)
   for found, record in zip(logits, records, strict=True):
     np.testing.assert_allclose(found, record.logits, rtol=1e-3, atol=1e-3)
@@ -100,7 +100,7 @@ def test_the_same_outputs_gates_and_macs():
 def test_what_static_gates_close_is_gone():
   gated, variables, (expected, records) = trained(GateSettings(context="none"))
   net = fold(gated, variables, jax.ShapeDtypeStruct((1, *SHAPE), np.float32))
-  y, logits = jax.jit(folded.run)(net, images())
+  y, logits = jax.jit(folded.run_net)(net, images())
   assert logits == ()
   assert_near(y, expected)
   widths = [part.conv.bias.size for part in net.parts]
@@ -158,7 +158,7 @@ def test_weights_and_moved_thresholds_are_those_of_the_model(strategy):
 @pytest.mark.parametrize("settings", [{"context": "moments+grid"}, {"relaxation": "scale"}])
 def test_other_contexts_and_scales_are_folded(settings):
   gated, variables, (expected, records) = trained(GateSettings(hidden=4, **settings))
-  y, logits = jax.jit(folded.run)(fold(gated, variables, images()), images())
+  y, logits = jax.jit(folded.run_net)(fold(gated, variables, images()), images())
   assert_near(y, expected)
   # With scales a network is ungated.
   assert len(logits) == len(records) == (0 if "relaxation" in settings else 3)
@@ -168,12 +168,12 @@ def test_other_contexts_and_scales_are_folded(settings):
 def test_it_is_pruned_quantised_and_exported(tmp_path):
   gated, variables, (expected, _) = trained()
   net = fold(gated, variables, images())
-  y, _ = jax.jit(folded.run)(dequantise(quantise(net)), images())
+  y, _ = jax.jit(folded.run_net)(dequantise(quantise(net)), images())
   np.testing.assert_allclose(y, expected, atol=0.1 * np.abs(expected).max())
   analysis = analyse(net, None, images())
   small = prune(analysis, multiple=1)
   assert costs.macs(small, SHAPE) < costs.macs(net, SHAPE)
-  assert_near(jax.jit(folded.run)(small, images())[0], expected)
+  assert_near(jax.jit(folded.run_net)(small, images())[0], expected)
   export_model(small, tmp_path / "out", input_shape=SHAPE)
   loaded = load_exported(tmp_path / "out")
   assert loaded.card["dense_macs"] == costs.macs(small, SHAPE)
@@ -190,7 +190,7 @@ def test_answers_that_pruning_changes_are_counted():
       removed = np.full(group.gates, len(masks) < 2)
       masks.append(PruneMask(removed, np.zeros(group.gates, bool)))
   moved = pruning_error(net, masks, images())
-  y, _ = jax.jit(folded.run)(apply_pruning(net, masks), images())
+  y, _ = jax.jit(folded.run_net)(apply_pruning(net, masks), images())
   changed = np.mean(np.argmax(y, -1) != np.argmax(expected, -1))
   assert changed > 0
   assert (moved.changed, moved.affected) == (changed, 1)
@@ -213,7 +213,7 @@ def test_what_others_read_is_as_in_the_model():
   gated = GatedModel(Shared(middle=False), (("a", "b"), ("b", "c")), GATE)
   variables = random_variables(gated)
   expected, _ = jax.jit(gated.apply)(variables, images())
-  found, _ = jax.jit(folded.run)(fold(gated, variables, images()), images())
+  found, _ = jax.jit(folded.run_net)(fold(gated, variables, images()), images())
   for y, wanted in zip(found, expected, strict=True):
     assert_near(y, wanted)
   gated = GatedModel(Shared(middle=True), (("a", "b"), ("b", "c")), GATE)

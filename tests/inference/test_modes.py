@@ -32,7 +32,7 @@ def numbers(tree):
 def fold(model):
   """Returns the network and its outputs."""
   net = folding.fold(model, gated_models.random_variables(model))
-  return net, jax.jit(folded.run)(net, gated_models.images())
+  return net, jax.jit(folded.run_net)(net, gated_models.images())
 
 
 def small_model(name):

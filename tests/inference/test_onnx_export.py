@@ -21,7 +21,7 @@ from tests.helpers.gated_models import MODELS, RECIPE, SHAPE, images, random_var
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-run = jax.jit(folded.run)
+run = jax.jit(folded.run_net)
 # The recipe with a prior: each gate of a block's two groups has a shift of its own.
 PRIOR = dataclasses.replace(RECIPE, prior=True)
 KINDS = {

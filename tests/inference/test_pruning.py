@@ -33,8 +33,8 @@ def everywhere(net, bias):
 
 def equal_where_it_must(net, choices, x):
   """Compares outputs where all static units behave; returns the images on which one does not."""
-  y, logits = folded.run(net, x)
-  z, _ = folded.run(pruning.apply_pruning(net, choices), x)
+  y, logits = folded.run_net(net, x)
+  z, _ = folded.run_net(pruning.apply_pruning(net, choices), x)
   wrong = [
     ((g > 0) & c.removed | (g <= 0) & c.ungated).any(axis=1)
     for g, c in zip(logits, choices, strict=True)
@@ -90,7 +90,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
       new.project.kernel.size * 64 if new.project else 0
     )
   np.testing.assert_allclose(
-    folded.run(small, images(4))[0], folded.run(closed, images(4))[0], rtol=1e-4, atol=1e-5
+    folded.run_net(small, images(4))[0], folded.run_net(closed, images(4))[0], rtol=1e-4, atol=1e-5
   )
 
 
@@ -112,7 +112,7 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
       small, input_shape=SHAPE, batch_size=2, calibration=images(4), repeats=1
     )
     np.testing.assert_allclose(
-      run(images(3))[0], folded.run(net, images(3))[0], rtol=1e-4, atol=1e-4
+      run(images(3))[0], folded.run_net(net, images(3))[0], rtol=1e-4, atol=1e-4
     )
     macs = analyse(small, None, images(4)).macs
     assert macs["executed"] <= macs["switch of 4"] <= macs["masked"]
@@ -153,7 +153,7 @@ def test_a_glance_that_no_gate_reads_any_more_is_gone():
   assert closed.glance is not None
   assert small.glance is None
   assert heads_of(small) == []
-  y, z = folded.run(closed, images(4))[0], folded.run(small, images(4))[0]
+  y, z = folded.run_net(closed, images(4))[0], folded.run_net(small, images(4))[0]
   np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-5)
 
 
@@ -267,8 +267,8 @@ def test_features_of_a_vgg_keep_their_channels_and_order():
   assert not choices[-1].removed.any()
   assert choices[0].removed.any()
   assert (
-    folded.run(pruning.apply_pruning(net, choices), images(4))[0].shape
-    == folded.run(net, images(4))[0].shape
+    folded.run_net(pruning.apply_pruning(net, choices), images(4))[0].shape
+    == folded.run_net(net, images(4))[0].shape
   )
 
 

@@ -9,7 +9,7 @@ from gating_jax.inference.folding import fold
 from gating_jax.inference.quantising import Int8, dequantise, quantise
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
-run = jax.jit(folded.run)
+run = jax.jit(folded.run_net)
 
 
 def test_values_and_scales_by_hand():

@@ -121,12 +121,69 @@ class Rematerialised(nn.Module):
     return nn.Dense(2, name="head")(x)
 
 
+class UNet(nn.Module):
+  """Two levels, whose features meet again by concatenation."""
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    def block(x, features, name):
+      """Two convolutions with BatchNorm and ReLU."""
+      for i in (1, 2):
+        x = nn.Conv(features, (3, 3), use_bias=False, name=f"{name}_conv{i}")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name=f"{name}_norm{i}")(x))
+      return x
+
+    skip = block(x, 4, "down")
+    x = block(nn.max_pool(skip, (2, 2), (2, 2)), 6, "bottom")
+    x = jax.image.resize(x, (x.shape[0], *skip.shape[1:3], x.shape[3]), "nearest")
+    x = nn.Conv(4, (2, 2), name="up")(x)
+    x = block(jnp.concatenate([skip, x], axis=-1), 4, "merge")
+    return nn.Conv(2, (1, 1), name="logits")(x)
+
+
+class ConvNeXt(nn.Module):
+  """Blocks of a depthwise window, LayerNorm and two dense layers, with a scale."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.LayerNorm()(nn.Conv(4, (4, 4), strides=4, name="stem")(x))
+    for i in range(2):
+      y = nn.Conv(4, (7, 7), feature_group_count=4, name=f"block{i}_dwconv")(x)
+      y = nn.LayerNorm()(y)
+      y = nn.gelu(nn.Dense(8, name=f"block{i}_pwconv1")(y))
+      y = nn.Dense(4, name=f"block{i}_pwconv2")(y)
+      x = x + y * self.param(f"gamma{i}", nn.initializers.constant(0.1), (4,))
+    return nn.Dense(2, name="head")(nn.LayerNorm()(x.mean((1, 2))))
+
+
+class Transformer(nn.Module):
+  """One block of a vision transformer."""
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.Conv(6, (4, 4), strides=(4, 4), name="embedding")(x)
+    x = x.reshape(x.shape[0], -1, 6)
+    y = nn.LayerNorm()(x)
+    x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(y, y)
+    y = nn.gelu(nn.Dense(12, name="mlp_in")(nn.LayerNorm()(x)))
+    y = nn.Dense(6, name="mlp_out")(nn.Dropout(0.1, deterministic=not train)(y))
+    return nn.Dense(2, name="head")(nn.LayerNorm()(x + y)[:, 0])
+
+
 PAIRS = {
   PlainCNN: (("Conv_0", "Conv_1"), ("Conv_1", "Dense_0"), ("Dense_0", "Dense_1")),
   PreActivationResNet: (("block1/conv1", "block1/conv2"), ("block2/conv1", "block2/conv2")),
   InvertedResidual: (("expand", "depthwise"), ("depthwise", "project")),
   Mixer: (("tokens/Dense_0", "tokens/Dense_1"), ("channels/Dense_0", "channels/Dense_1")),
   WithSetup: (("layers_0", "layers_1"), ("layers_1", "layers_2")),
+  UNet: (
+    ("down_conv1", "down_conv2"),
+    ("bottom_conv1", "bottom_conv2"),
+    ("merge_conv1", "merge_conv2"),
+    ("merge_conv2", "logits"),
+  ),
+  ConvNeXt: (("block0_pwconv1", "block0_pwconv2"), ("block1_pwconv1", "block1_pwconv2")),
+  Transformer: (("mlp_in", "mlp_out"),),
   Scanned: (),
   Rematerialised: (("stem", "conv"),),
 }
@@ -317,13 +374,20 @@ def test_what_cannot_be_gated_has_a_reason():
     "head reads channels of block1/conv2, block2/conv2, stem as a sum"
   )
   assert refused[InvertedResidual] == {"project": "it makes the model's output"}
+  # The two halves that a U-Net joins, LayerNorm over channels, and attention.
+  assert refused[UNet]["down_conv2"] == "it is read by bottom_conv1, merge_conv1"
+  mixed = "its channels are mixed, or not the last axis of what %s reads"
+  assert refused[UNet]["up"] == mixed % "merge_conv1"
+  assert refused[ConvNeXt]["block0_dwconv"] == mixed % "block0_pwconv1"
+  assert refused[ConvNeXt]["stem"] == "it is read by block0_dwconv, block1_dwconv, head"
+  assert refused[Transformer]["embedding"].startswith("its channels go through dot_general, which")
   assert refused[Scanned]["first"].startswith("its channels go through scan")
   assert refused[Scanned]["block/Dense_0"] == "it is inside nn.scan, nn.remat, nn.vmap or nn.jit"
   assert refused[Rematerialised]["block/Dense_0"].startswith("it is inside nn.scan, nn.remat")
   assert refused[Rematerialised]["conv"].startswith("its channels go through remat2, which")
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @each_model
 def test_with_open_gates_and_without_pairs_it_is_the_model_bit_for_bit(kind):
   gated, variables, model = made(kind)
@@ -366,6 +430,7 @@ def test_closed_channels_are_those_that_the_reader_does_not_see(kind):
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thin(2)
 @each_model
 def test_macs_are_those_of_the_layers(kind):
   gated, variables, model = made(kind)
@@ -581,6 +646,7 @@ def test_kernels_may_say_how_they_are_partitioned():
       (("layers_0", "layers_1"), ("layers_0", "layers_2")),
       "every layer as a writer once at most, .*; got 'layers_0', 'layers_2'",
     ),
+    (UNet, (("up", "merge_conv1"),), r"'up' makes 4 .*'merge_conv1' reads .*\(3, 8, 8, 8\)"),
     (PlainCNN, (("Conv_0", "Dense_1"),), r"'Conv_0' makes 4 .*'Dense_1' reads .*\(3, 5\)"),
     (Scanned, (("block/Dense_0", "block/Dense_1"),), "'block/Dense_0' is called inside one"),
     (Rematerialised, (("block/Dense_0", "block/Dense_1"),), "Transform the gated model instead"),

@@ -1,5 +1,6 @@
 """Weights of torchvision's and timm's networks, against forward passes as torch has them."""
 
+import json
 import sys
 import zipfile
 from pathlib import Path
@@ -341,6 +342,7 @@ def test_pickles_are_refused_with_the_lines_that_convert_them(tmp_path, monkeypa
   with pytest.raises(ValueError, match="runs what is in it") as error:
     load_pretrained(tmp_path / name)
   lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+  assert len(lines) == 2
   # In place of torch, which the project does without.
   state, asked, saved = resnet_state((1,)), [], {}
   contiguous = {key: SimpleNamespace(contiguous=lambda v=v: v) for key, v in state.items()}
@@ -384,7 +386,7 @@ def test_files_of_other_arrays_are_refused(tmp_path):
   header = b'{"fc.bias": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}'
   eight_bits = tmp_path / "net.safetensors"
   eight_bits.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
-  with pytest.raises(ValueError, match="must be of type F16, F32 or F64; it holds F8_E4M3"):
+  with pytest.raises(ValueError, match="must be of type F16, BF16, F32 or F64; it holds F8_E4M3"):
     load_pretrained(eight_bits)
   with open(tmp_path / "net.npz", "wb") as file:
     np.save(file, np.zeros(2))
@@ -444,6 +446,50 @@ def test_half_precision_becomes_float32(tmp_path):
   half = {name: v.astype(np.float16) if v.ndim else v for name, v in state.items()}
   _, variables = load_pretrained(written(half, tmp_path / "net.safetensors"))
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(variables)} == {"float32"}
+
+
+def test_bfloat16_becomes_float32(tmp_path):
+  state = resnet_state((1, 1))
+  half = {}
+  for name, value in state.items():
+    half[name] = value.astype(jnp.bfloat16) if value.ndim else value
+  header, data = {}, b""
+  for name, value in half.items():
+    kind = {"bfloat16": "BF16", "int64": "I64"}[str(value.dtype)]
+    places = [len(data), len(data) + value.nbytes]
+    header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": places}
+    data += value.tobytes()
+  text = json.dumps(header).encode()
+  file = tmp_path / "net.safetensors"
+  file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+  _, variables = load_pretrained(file)
+  kernel = variables["params"]["classifier"]["kernel"]
+  assert kernel.dtype == np.float32
+  np.testing.assert_array_equal(kernel, np.float32(half["fc.weight"]).T)
+
+
+@pytest.mark.parametrize(
+  ("change", "part"),
+  [
+    (lambda s: {"conv1.0.weight": s.pop("conv1.weight")}, "a stem of three convolutions"),
+    (
+      lambda s: {"layer2.0.downsample.2.weight": s.pop("layer2.0.downsample.1.weight")},
+      "a pool in its shortcuts",
+    ),
+    (lambda s: {"layer1.0.se.fc1.weight": s["fc.weight"]}, r"squeeze-and-excitation \(a SENet\)"),
+    (lambda s: {"layer1.0.bns.0.weight": s["bn1.weight"]}, "windows of several scales"),
+    (lambda s: {"layer1.0.conv2.fc1.weight": s["fc.weight"]}, "attention over windows"),
+    (
+      lambda s: {k: v[:, ::2] for k, v in s.items() if k.endswith(".conv2.weight")},
+      r"grouped convolutions \(a ResNeXt\)",
+    ),
+  ],
+)
+def test_relatives_of_residual_nets_are_named(tmp_path, change, part):
+  state = resnet_state((1, 1), deep=True)
+  state |= change(state)
+  with pytest.raises(ValueError, match=f"are of a ResNet with {part}.*which is not read"):
+    load_pretrained(written(state, tmp_path / "net.npz"))
 
 
 def variables_of(model, size=32):

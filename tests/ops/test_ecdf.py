@@ -18,8 +18,7 @@ from gating_jax.ops.ecdf import (
   generalised_batch_shaping_loss,
   noise_floor,
 )
-from gating_jax.ops.empirical_prior import empirical
-from gating_jax.ops.priors import Prior, beta, normal, relaxed_bernoulli, uniform
+from gating_jax.ops.priors import Prior, beta, empirical, normal, relaxed_bernoulli, uniform
 from gating_jax.types import GateRecord
 
 # Sum form and d/dp of p = [0.7, 0.1, 0.95, 0.4] as one gate, by SciPy's `betainc` in float64.

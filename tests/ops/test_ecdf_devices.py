@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gating_jax.ops import collectives
 from gating_jax.ops.ecdf import EXCHANGES, cdf_matching_loss, empirical_cdf
-from gating_jax.ops.empirical_prior import empirical
+from gating_jax.ops.priors import empirical
 from gating_jax.ops.ranking import sort_with_vjp
 from tests.helpers import ROOT, environment
 from tests.helpers.spread_loss import (

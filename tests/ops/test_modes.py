@@ -13,7 +13,6 @@ from gating_jax.ops import (
   confidence,
   cpu_convs,
   ecdf,
-  empirical_prior,
   macs,
   native_kernels,
   pallas_kernels,
@@ -90,15 +89,15 @@ LOSSES = {
   "relaxed Bernoulli": shaped(priors.relaxed_bernoulli(SIX_TENTHS, HALF)),
   "relaxed Bernoulli, one for each": shaped(priors.relaxed_bernoulli(EACH, EACH)),
   "custom": matched(EXPONENTIAL, jnp.exp),
-  "samples": matched(empirical_prior.empirical(LOGITS)),
-  "samples of one column": matched(empirical_prior.empirical(LOGITS[:, 0])),
+  "samples": matched(priors.empirical(LOGITS)),
+  "samples of one column": matched(priors.empirical(LOGITS[:, 0])),
 }
 PARAMETERS = {
   "beta": learned(lambda each: priors.beta(each, SIX_TENTHS)),
   "symmetric beta": learned(priors.symmetric_beta),
   "relaxed Bernoulli": learned(lambda each: priors.relaxed_bernoulli(each, HALF)),
   "normal": learned(lambda each: priors.normal(each, HALF), lambda x: x),
-  "samples": gradient(lambda x: ecdf.cdf_matching_loss(x[:3], empirical_prior.empirical(x[3:]))),
+  "samples": gradient(lambda x: ecdf.cdf_matching_loss(x[:3], priors.empirical(x[3:]))),
   "generalised": lambda x: gradient(
     lambda x, means: sum(
       map(
@@ -120,7 +119,7 @@ PRIORS = {
   "normal": densities(priors.normal(EACH)),
   "uniform": densities(priors.uniform()),
   "custom": densities(EXPONENTIAL),
-  "samples": densities(empirical_prior.empirical(LOGITS)),
+  "samples": densities(priors.empirical(LOGITS)),
   "ranks": lambda x: (ecdf.empirical_cdf(x), ecdf.empirical_cdf(jnp.round(x), axis=1)),
   "sort": lambda x: gradient(lambda x: ranking.sort_with_vjp(x) ** 2)(x),
   "sort of ties": lambda x: gradient(lambda x: ranking.sort_with_vjp(jnp.round(x), axis=1) ** 2)(x),

@@ -13,10 +13,10 @@ from scipy import special, stats
 
 from gating_jax.ops import beta_cdf
 from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss
-from gating_jax.ops.empirical_prior import empirical
 from gating_jax.ops.priors import (
   Prior,
   beta,
+  empirical,
   from_cdf,
   normal,
   relaxed_bernoulli,

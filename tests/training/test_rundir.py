@@ -219,7 +219,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
 def test_a_file_in_the_way_is_refused(tmp_path):
   file = tmp_path / "run"
   file.write_text("not a folder")
-  refused(file, "run exists and has no config.json")
+  refused(file, "run is no directory")
   refused(file / "below", "cannot be written: Not a directory")
   assert file.read_text() == "not a folder"
 

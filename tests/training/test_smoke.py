@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from gating_jax import config_files
-from gating_jax.data import tfds
+from gating_jax.data import composed, tfds
 from gating_jax.models.resnets import RESNETS
 from gating_jax.models.vggs import VGGS
 from gating_jax.models.video_backbones import HEAVY_NETS, LIGHT_NETS
@@ -128,7 +128,7 @@ def test_films_become_small_and_short_and_made_videos_keep_their_frames():
     smoke.shrink(config_of(name)).data for name in ("videos_timegate", "composed_timegate")
   )
   assert (films.size, films.frames, films.at_most) == (16, 4, 24)
-  assert (made.size, made.frames) == (16, 8)
+  assert (made.size, made.frames, made.segments) == (16, 8, composed.MIN_SEGMENTS)
 
 
 def test_a_large_network_becomes_a_small_one_unless_it_starts_from_trained_weights(opened):

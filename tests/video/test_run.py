@@ -511,6 +511,30 @@ def read_result(path):
 
 
 @pytest.mark.slow
+def test_videos_in_folders_of_their_classes_are_trained_on_without_a_table(
+  config, tmp_path, monkeypatch
+):
+  without_reports(monkeypatch)
+  films = tmp_path / "films"
+  # A hash of the path puts about a fifth of them into the test.
+  for i in range(32):
+    made_videos.write(films / ("fight", "walk")[i % 2] / f"{i}.mp4", 8 + 8 * (i % 2), size=(16, 24))
+  (films / "fight" / "bad.mp4").write_bytes(b"no video")
+  (films / "fight" / "notes.txt").write_text("")
+  changes = {"data.layout": "folders", "data.folder": str(films), "data.workers": 0}
+  small = {"data.segments": 4, "data.frames": 4, "data.size": 8, "model.gate.concepts": 2}
+  made = config("videos_timegate", **{**changes, **small, "eval_every": 0.0, "optim.epochs": 1})
+  run.run(made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert result["classes"] == ["fight", "walk"]
+  assert result["unreadable"] + result["training_unreadable"] == 1
+  parts = [build.build(made).train, build.build(made).test]
+  assert sum(map(len, parts)) == 33
+  assert result["videos"] == len(parts[1]) - result["unreadable"]
+  assert "fight/bad.mp4," in (tmp_path / "run" / "unreadable_files.csv").read_text()
+
+
+@pytest.mark.slow
 def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(
   config, tmp_path, capsys
 ):
