@@ -31,7 +31,7 @@ class Source(list):
     self.shape, self.class_names = shape, tuple(names)
 
 
-def source(name, split, *_):
+def source(name, split, *_, **__):
   """Makes images with the set's channels, classes and, where they differ in it, sizes."""
   if name == "cityscapes":
     labels = RANDOM.choice([7, 26, 0], (16, 12, 16, 1)).astype(np.uint8)

@@ -238,7 +238,7 @@ def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int], has_onnx: 
   images = _name_of_images(data)
   licence = card.get("license", UNKNOWN_LICENCE)
   return _PAGE.format(
-    head=_head(model["name"], images, card["accuracy"], licence),
+    head=_head(model["name"], images, card["accuracy"], licence=licence),
     loader=_short_loader(colours, sets, _crop_fraction(data)),
     title=f"{model['name']} on {images}{_kind(card)}",
     classes=len(card["class_names"]),

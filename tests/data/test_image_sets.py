@@ -107,7 +107,7 @@ class MadeSource(list):
 def test_a_split_without_labels_is_refused(monkeypatch, bad):
   image = np.full((2, 2, 1), 7, np.uint8)
   made = MadeSource({"image": image, "label": label} for label in (0, 1, 1))
-  monkeypatch.setattr(tfds, "open_tfds", lambda *_: made)
+  monkeypatch.setattr(tfds, "open_tfds", lambda *_, **__: made)
   read = image_sets.load(SetSource("made", "train"))
   assert read.labels.tolist() == [0, 1, 1]
   assert read.class_names == ("cat", "dog")
@@ -347,7 +347,7 @@ def test_the_last_batch_is_filled_with_its_own_first_image():
 
 def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_read(monkeypatch):
   example = {"image": np.full((2, 2, 1), 7, np.uint8), "label": 0}
-  monkeypatch.setattr(tfds, "open_tfds", lambda *_: MadeSource([example] * 3))
+  monkeypatch.setattr(tfds, "open_tfds", lambda *_, **__: MadeSource([example] * 3))
   monkeypatch.setattr(image_sets, "available_memory", lambda: 12)
   assert len(image_sets.load(SetSource("made", "train"))) == 3
   monkeypatch.setattr(image_sets, "available_memory", lambda: 11)

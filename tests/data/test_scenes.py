@@ -80,7 +80,7 @@ def street(count, size=(32, 48)):
 @pytest.fixture
 def opened(monkeypatch):
   made = street(7)
-  monkeypatch.setattr(tfds, "open_tfds", lambda *_: made)
+  monkeypatch.setattr(tfds, "open_tfds", lambda *_, **__: made)
   return made, lambda **settings: open_scenes(
     "cityscapes", "train", **dict(size=(32, 48)) | settings
   )

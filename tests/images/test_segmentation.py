@@ -153,7 +153,7 @@ def test_seeds_train_on_other_scenes_and_are_tested_on_the_same(config):
 def test_the_budget_is_of_what_is_trained_on_and_the_score_of_whole_scenes(
   config, monkeypatch, crop
 ):
-  monkeypatch.setattr(tfds, "open_tfds", lambda *_: [None] * 8)
+  monkeypatch.setattr(tfds, "open_tfds", lambda *_, **__: [None] * 8)
   settings = {
     "data.size": (32, 48),
     "data.crop": crop,

@@ -191,8 +191,8 @@ def test_a_file_is_read_once_for_checks_a_teacher_and_a_fresh_start(config, tmp_
     read.append(path)
     return read_network(path)
 
-  def begin(*arguments):
-    begun.append(start.start_from(*arguments))
+  def begin(*arguments, **keywords):
+    begun.append(start.start_from(*arguments, **keywords))
     raise InterruptedError
 
   monkeypatch.setattr(start, "read_network", counted)

@@ -27,7 +27,7 @@ def opened(monkeypatch):
   source = SimpleNamespace(
     class_names=CLASSES * ("a",), dataset_info=SimpleNamespace(splits=splits)
   )
-  monkeypatch.setattr(tfds, "open_tfds", lambda *_: source)
+  monkeypatch.setattr(tfds, "open_tfds", lambda *_, **__: source)
 
 
 def config_of(name, **changes):
