@@ -73,7 +73,7 @@ def test_the_settings_as_they_stand_are_right(config):
     (
       "data.loader",
       "residnt",
-      "data.loader must be one of resident, streaming, auto; got 'residnt'. Did you mean",
+      "data.loader must be one of auto, resident, streaming; got 'residnt'. Did you mean",
     ),
     ("data.loader", "streaming", "data.loader must be 'resident' for digits"),
     (

@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from PIL import Image
 from gating_jax.continual import build
 from gating_jax.continual import run as continual
 from gating_jax.data import folders
+from gating_jax.images import build as images
 from gating_jax.images import classification
 from gating_jax.models import resnets, vggs
+from gating_jax.reports import tables
 from tests.helpers import runs, tiny_cli
 
 CLASSES = ('a "b"', "it's", "two\nlines", "ümlaut 日本")
@@ -170,6 +173,26 @@ def test_a_folder_of_odd_images_trains_and_reports(odd, tmp_path, monkeypatch):
   assert "10, listed in unreadable_files.csv" in page
   for name in ("it&#39;s", "ümlaut 日本"):
     assert name in page
+
+
+def test_a_result_counts_the_files_that_went_bad_in_the_training_too(odd, monkeypatch):
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
+  folder, reasons = odd
+  changes = {"optim.batch_size": 16, "data.loader": "streaming"}
+  experiment = images.build(config_of("digits_resnet20", folder, **changes))
+  programme, train = classification.Classification(experiment), experiment.open_train()
+  evaluated = SimpleNamespace(result={}, gates=None)
+  programme._add_names(evaluated)
+  assert evaluated.result == {"classes": list(CLASSES), "unreadable_files": len(reasons)}
+  gone = Path(train.source._files[0])
+  gone.unlink()
+  train.read(np.arange(2))
+  programme._add_names(evaluated, train)
+  assert evaluated.result["unreadable_files"] == len(reasons) + 1
+  assert programme._unreadable(train)[str(gone)] == "is missing"
+  (row,) = tables._unreadable_rows(evaluated.result)
+  assert row == ("files that cannot be read", "11, listed in unreadable_files.csv")
+  assert tables._unreadable_rows({"unreadable_files": 0}) == []
 
 
 @pytest.mark.slow
