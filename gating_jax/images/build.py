@@ -160,6 +160,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
   )
   if outlines is None:
     config = _choose_loader(config)
+    data = config.data
   fit = fit_classes
   if config.model.gating == EXITS:
     fit = functools.partial(fit_exits, exit_weights=config.loss.exit_weights)

@@ -201,13 +201,7 @@ def _read_mode(model: nn.Module, train: bool, given: Mapping[str, Any]) -> bool:
     TypeError: one of them is traced.
     ValueError: they contradict each other.
   """
-  for name, value in {"train": train, **given}.items():
-    if name in _MODES and isinstance(value, Tracer):
-      raise TypeError(
-        f"{name} must be True or False while JAX traces the model; got {shown(value)}. In nn.remat "
-        "give it by its place, and name that: nn.remat(GatedModel, static_argnums=(2,))"
-      )
-  modes = {"train": True} if train else {}
+  modes = {"train": True} if _as_bool("train", train) else {}
   own, names = mode_of(model, train), inspect.signature(type(model).__call__).parameters
   for name, means_training in _MODES.items():
     # A second word in the model's signature is a setting, such as dropout without training.
@@ -215,11 +209,21 @@ def _read_mode(model: nn.Module, train: bool, given: Mapping[str, Any]) -> bool:
       continue
     # None stands for a mode that the model has elsewhere.
     if given.get(name) is not None:
-      modes[name] = bool(given[name]) == means_training
+      modes[name] = _as_bool(name, given[name]) == means_training
   if len({*modes.values()}) > 1:
     said = ", ".join(f"{name}={given.get(name, True)}" for name in modes)
     raise ValueError(f"arguments must say one mode, training or evaluation; got {said}")
   return any(modes.values())
+
+
+def _as_bool(name: str, mode: Any) -> bool:
+  """Returns a mode as a bool; raises a TypeError if JAX traces it."""
+  if isinstance(mode, Tracer):
+    raise TypeError(
+      f"{name} must be True or False while JAX traces the model; got {shown(mode)}. In nn.remat "
+      "give it by its place, and name that: nn.remat(GatedModel, static_argnums=(2,))"
+    )
+  return bool(mode)
 
 
 class _Cost(NamedTuple):

@@ -99,7 +99,7 @@ def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
   ...     h = nn.relu(h + nn.Conv(8, (3, 3), name="conv2")(h))
   ...     h = nn.relu(nn.Conv(4, (3, 3), name="conv3")(h))
   ...     return nn.Dense(2, name="last")(h.mean((1, 2)))
-  >>> found = find_pairs(Net(), jnp.ones((1, 6, 6, 3)))
+  >>> found = find_pairs(Net(), jax.numpy.ones((1, 6, 6, 3)))
   >>> found.pairs
   (('conv3', 'last'),)
   >>> found.refused["conv1"]
@@ -313,18 +313,21 @@ class _Search:
     result = equation.outvars[0].aval.shape
     if name in _ELEMENTWISE:
       return flow
-    move, axis, examples = _MOVES.get(name), flow.axis, flow.examples
-    if move is None and name != "reshape":
+    axis, examples = flow.axis, flow.examples
+    if name == "reshape":
+      if axis is not None:
+        axis = _channels_after_reshape(axis, shape, result, channels=flow.channels)
+      if examples is not None:
+        examples = _examples_after_reshape(examples, shape, result, count=flow.count)
+      return dataclasses.replace(flow, axis=axis, examples=examples)
+    move = _MOVES.get(name)
+    if move is None:
       if axis is not None:
         self.lost.setdefault(flow.writer, name)
       return dataclasses.replace(flow, axis=None, examples=None)
-    if axis is not None and name == "reshape":
-      axis = _channels_after_reshape(axis, shape, result, channels=flow.channels)
-    elif axis is not None and move is not None:
+    if axis is not None:
       axis = move(axis, params, shape, result)
-    if examples is not None and name == "reshape":
-      examples = _examples_after_reshape(examples, shape, result, count=flow.count)
-    elif examples is not None and move is not None:
+    if examples is not None:
       examples = move(examples, params, shape, result)
     return dataclasses.replace(flow, axis=axis, examples=examples)
 
