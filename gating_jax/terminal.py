@@ -144,7 +144,8 @@ def working(
 ) -> Iterator[ReportProgress]:
   """Announces the work in the block, then reports every ten seconds how far it is.
 
-  Work that ends within a second is silent.
+  Work that ends within a second is silent. On a terminal a bar shows pieces of work that are
+  counted, in place of these lines.
 
   Args:
     what: the work in the block.
@@ -154,6 +155,7 @@ def working(
     a function to call with the pieces done and their total; the lines then estimate the time left.
   """
   started, ended, pieces = time.monotonic(), threading.Event(), []
+  bar: tqdm | None = None
 
   def tick():
     """Announces the work, then reports its progress until it ends."""
@@ -161,7 +163,9 @@ def working(
       return
     tell(f"{what} ({about}) ..." if about else f"{what} ...")
     while not ended.wait(_EVERY):
-      tell("  " + _how_far(time.monotonic() - started, pieces))
+      # A line would break a bar that is shown.
+      if bar is None or bar.disable:
+        tell("  " + _how_far(time.monotonic() - started, pieces))
 
   # A daemon, so that it cannot hold up the end of the process.
   ticker = threading.Thread(target=tick, daemon=True)
@@ -169,13 +173,19 @@ def working(
 
   def advance(done, total):
     """Notes how many pieces are done."""
+    nonlocal bar
     pieces.append((time.monotonic() - started, done, total))
+    if bar is None:
+      bar = progress_bar(total=total, desc=what, leave=False)
+    bar.update(done - bar.n)
 
   try:
     yield advance
   finally:
     ended.set()
     ticker.join()
+    if bar is not None:
+      bar.close()
 
 
 def _how_far(spent: float, pieces: Sequence[tuple[float, int, int]]) -> str:

@@ -249,6 +249,7 @@ POSITIONAL = {
   "train": "Flax modules are called as `module(x, train)`, and blocks call modules of others",
   "a b mean std temperature": "a distribution is written as Beta(a, b); numbers or arrays",
   "classes": "as in `resnet(name, classes)` of torchvision and timm; no array precedes it",
+  "name": "the network that a file should hold, `load_pretrained(file, 'resnet50')`",
   "macs": "the array `[X]` of `threshold_for_budget`",
 }
 

@@ -159,6 +159,17 @@ def test_work_says_what_is_done_how_far_it_is_and_what_is_left():
   assert len(said) == silent
 
 
+def test_counted_work_has_a_bar_on_a_terminal_in_place_of_lines(monkeypatch, capfd):
+  said = []
+  monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+  with terminal.working("timing programs", tell=said.append) as advance:
+    advance(1, 8)
+    advance(3, 8)
+    threading.Event().wait(0.05)
+  assert "timing programs:  38%" in capfd.readouterr().err
+  assert said in ([], ["timing programs ..."])
+
+
 def test_work_of_unknown_size_says_for_how_long_it_goes_on():
   assert terminal._how_far(75, []) == "1 min 15 s so far"
   assert terminal._how_far(60, [(50, 1, 4)]) == "1 of 4 after 1 min"

@@ -551,19 +551,23 @@ def _doubt_classes(
 def _count_outside(folder: Path, endings: Sequence[str]) -> int:
   """Counts the files in a folder itself, outside those of classes, and says how many are left out.
 
-  Files in hidden folders are counted in the message alone.
+  Hidden files and folders and files of other endings are counted in the message alone.
   """
-  outside = hidden = 0
+  outside = others = hidden = 0
   for path in folder.iterdir():
     if path.name.startswith(".") and path.is_dir():
       hidden += sum(1 for _ in _files(path))
     elif path.suffix.lower() in endings and not path.name.startswith("."):
       outside += path.is_file()
-  if outside or hidden:
+    else:
+      others += path.is_file()
+  if outside or others or hidden:
     warn(
-      "%s: left out %d files outside folders of classes and %d in hidden folders",
+      "%s: left out %d files outside folders of classes, %d that are hidden or of other endings, "
+      "and %d in hidden folders",
       printable(folder),
       outside,
+      others,
       hidden,
     )
   return outside

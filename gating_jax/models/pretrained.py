@@ -44,7 +44,6 @@ from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.resnets import RESNETS, ResNet
 from gating_jax.models.vggs import POOL, VGG, Chain
-from gating_jax.names import former_positional
 from gating_jax.ops import arguments
 from gating_jax.types import Path
 
@@ -138,10 +137,9 @@ class Entry(NamedTuple):
   absorbed: bool = False
 
 
-@former_positional("name")
 @naming_extra()
 def load_pretrained(
-  path: str | os.PathLike, *, name: str | None = None, classifier: bool = True
+  path: str | os.PathLike, name: str | None = None, *, classifier: bool = True
 ) -> tuple[ResNet | VGG, dict[str, Any]]:
   """Loads a network that torchvision or timm trained, with its weights.
 

@@ -208,6 +208,14 @@ def test_a_table_names_paths_labels_and_splits(tmp_path):
   assert [example["label"] for example in train] == [1]
   assert [example["label"] for example in test] == [0]
   assert test[0]["image"][0, 0].tolist() == [20, 10, 5]
+  # Without a column of splits, a hash of the path decides.
+  rows = [f"pictures/{kind}/{i}.png,{kind}" for kind in ("cat", "dog") for i in range(2)]
+  table.write_text("\n".join(["path,label", *rows]))
+  folders._list_images.cache_clear()
+  listing = folders._of_table(table)
+  own = {entry.file.name + entry.label: entry.split for entry in listing.entries}
+  assert len(own) == 4
+  assert set(own.values()) <= {"train", "test"}
   table.write_text("file,label\npictures/cat/0.png,tom\n")
   folders._list_images.cache_clear()
   with pytest.raises(ValueError, match="line 1: must have the columns path,label; got 'file,"):
@@ -534,13 +542,18 @@ def test_images_outside_classes_and_in_hidden_folders_are_counted(tmp_path, capl
   saved(root / "test" / "1.png")
   saved(root / "train" / "cat" / ".thumbnails" / "0.png")
   saved(root / "train" / ".cache" / "0.png")
+  for name in (".DS_Store", "README.txt"):
+    (root / "train" / name).touch()
   with (
     caplog.at_level(logging.WARNING),
     pytest.raises(ValueError, match="got 'test': test/ has 2 images outside folders of classes"),
   ):
     opened(root, "test")
   assert "set/test: left out 2 files outside folders of classes" in caplog.text
-  assert "train: left out 0 files outside folders of classes and 1 in hidden" in caplog.text
+  assert (
+    "train: left out 0 files outside folders of classes, 2 that are hidden or of other endings, "
+    "and 1 in hidden folders"
+  ) in caplog.text
   assert "left out hidden files and other endings: 1 of hidden" in caplog.text
   saved(tmp_path / "flat" / "0.png")
   with pytest.raises(ValueError, match="no readable image; it has 1 images outside folders of"):

@@ -148,6 +148,7 @@ def test_an_export_is_a_folder_for_a_model_hub(exported, tmp_path, monkeypatch, 
   assert metrics == [{"type": "accuracy", "value": pytest.approx(card["accuracy"], abs=1e-6)}]
   assert f"| accuracy | {100 * card['accuracy']:.2f} % |" in page
   assert f"| one image in JAX | {card['milliseconds']['1']:.2f} ms |" in page
+  assert f"| one image in onnxruntime | {card['onnx']['milliseconds']['1']:.2f} ms |" in page
 
 
 def loader_of(page):

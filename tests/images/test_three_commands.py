@@ -1,4 +1,4 @@
-"""From a file of weights and a folder of pictures to an exported net, by three commands."""
+"""From a file of weights and a folder of pictures to an exported net, by a page's commands."""
 
 import json
 import re
@@ -22,6 +22,7 @@ from gating_jax.models.resnets import NamedResNet
 from gating_jax.reports import timings
 from tests.helpers import ROOT
 from tests.helpers.command import run_command
+from tests.test_docs import commands
 
 # A small net of the kind that torchvision has.
 SMALL = NamedResNet("imagenet", BasicBlock, (1, 1), 4, "B")
@@ -65,26 +66,29 @@ def test_three_commands_lead_from_weights_and_pictures_to_an_exported_net(tmp_pa
   pictures, run = tmp_path / "my images", tmp_path / "run"
   write_pictures(pictures)
   weights = write_weights(tmp_path / "small.safetensors")
-  end = end_of(
-    f"--config={ROOT / 'configs/imagenet_resnet18.py'}",
-    f"--workdir={run}",
-    "--mode=train",
-    "--config.data.name=folder",
-    f"--config.data.data_dir={pictures}",
-    "--config.data.test_split=test",
-    f"--config.data.image_size={SIZE}",
-    "--config.data.workers=1",
-    f"--config.model.init_from={weights}",
-    "--config.model.name=small",
-    "--config.optim.freeze_epochs=1.0",
-    "--config.optim.epochs=2",
-    "--config.optim.batch_size=16",
-  )
+  train, compiling, exporting = commands("docs/gate_a_pretrained_net.md")[:3]
+  given = {
+    **dict(train),
+    "config": ROOT / "configs/imagenet_resnet18.py",
+    "workdir": run,
+    "config.data.data_dir": pictures,
+    "config.model.init_from": weights,
+    # What makes it quick.
+    "config.data.image_size": SIZE,
+    "config.data.workers": 1,
+    "config.model.name": "small",
+    "config.optim.epochs": 2,
+    "config.optim.batch_size": 16,
+  }
+  assert given["mode"] == "train"
+  end = end_of(*[f"--{name}={value}" for name, value in given.items()])
   assert f"{run / 'report.html'}" in end
   assert f"next: gating-jax --workdir={run} --mode=compile" in end
+  assert dict(compiling) == {"workdir": dict(train)["workdir"], "mode": "compile"}
   end = end_of(f"--workdir={run}", "--mode=compile")
   assert re.search(r"\n  made +.*compile\.json", end)
   assert f"next: gating-jax --workdir={run} --mode=export" in end
+  assert dict(exporting) == {"workdir": dict(train)["workdir"], "mode": "export"}
   end = end_of(f"--workdir={run}", "--mode=export")
   assert re.search(r"\n  .*/run/export/model\.onnx ", end)
   assert f"next: python {run / 'export' / 'load.py'} IMAGE " in end

@@ -221,14 +221,14 @@ def test_what_others_read_is_as_in_the_model():
     fold(gated, variables, images())
 
 
-def between(act, **settings):
-  """Makes a class of models with `act` between two convolutions."""
+def between(act, *, groups=1, **settings):
+  """Makes a class of models with `act` between two convolutions, the second in groups."""
 
   class Model(nn.Module):
     @nn.compact
     def __call__(self, x):
       h = act(nn.Conv(4, (3, 3), name="a", **settings)(x))
-      return nn.Conv(2, (3, 3), name="b")(h)
+      return nn.Conv(2, (3, 3), feature_group_count=groups, name="b")(h)
 
   return Model
 
@@ -246,6 +246,7 @@ def between(act, **settings):
     (between(nn.relu, padding=((0, 2), (1, 1))), r"a has padding \(\(0, 2\), \(1, 1\)\)"),
     (between(nn.relu, strides=(1, 2)), "a has other strides or dilations along height"),
     (between(nn.relu, dtype=jnp.bfloat16), "a computes in bfloat16"),
+    (between(nn.relu, groups=2), "b has groups, a mask or gaps in its input"),
     (between(nn.relu, input_dilation=2, padding=1), "a has groups, a mask or gaps in its input"),
   ],
 )

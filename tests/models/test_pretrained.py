@@ -18,6 +18,7 @@ from configs.common import imagenet_config
 from gating_jax import ResNet, checks, load_pretrained, save_pretrained, vgg
 from gating_jax.layers.context import grid_means
 from gating_jax.layers.gate import GateSettings
+from gating_jax.models import pretrained
 from gating_jax.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, _without_prefixes
 from gating_jax.models.vggs import POOL, VGG
 
@@ -116,7 +117,11 @@ def norm_shapes(name, channels):
   return {f"{name}.{v}": (channels,) for v in ("weight", "bias", "running_mean", "running_var")}
 
 
-def resnet_state(blocks, *, deep=False, features=4, inner=None, classes=3):
+def resnet_state(blocks, **settings):
+  return filled(resnet_shapes(blocks, **settings))
+
+
+def resnet_shapes(blocks, *, deep=False, features=4, inner=None, classes=3):
   shapes = {"conv1.weight": (features, 3, 7, 7), **norm_shapes("bn1", features)}
   last = features
   for stage, count in enumerate(blocks, start=1):
@@ -133,7 +138,7 @@ def resnet_state(blocks, *, deep=False, features=4, inner=None, classes=3):
         shapes[f"{name}.downsample.0.weight"] = (out, last, 1, 1)
         shapes |= norm_shapes(f"{name}.downsample.1", out)
       last = out
-  return filled(shapes | {"fc.weight": (classes, last), "fc.bias": (classes,)})
+  return shapes | {"fc.weight": (classes, last), "fc.bias": (classes,)}
 
 
 def vgg_state(chain, *, side, norm=True, classes=3):
@@ -271,10 +276,29 @@ def test_what_is_written_is_read_again(tmp_path, state, suffix):
   assert [file.name for file in tmp_path.iterdir() if "partial" in file.name] == []
 
 
+@pytest.mark.parametrize(
+  ("blocks", "deep", "name", "entries", "parameters"),
+  [
+    ((2, 2, 2, 2), False, "resnet18", 122, 11_689_512),
+    ((3, 4, 6, 3), True, "resnet50", 320, 25_557_032),
+  ],
+)
+def test_nets_of_full_size_have_torchvisions_entries(blocks, deep, name, entries, parameters):
+  shapes = resnet_shapes(blocks, deep=deep, features=64, classes=1000)
+  model = pretrained._model_of(shapes, Path("net.safetensors"))
+  assert pretrained.describe_network(model) == pretrained.describe_named(name)
+  found = {entry.name: entry.shape for entry in pretrained._entries_of(model, 3)}
+  assert found == shapes
+  # torch counts the steps of each BatchNorm, too.
+  counters = sum(entry.endswith("running_mean") for entry in found)
+  assert len(found) + counters == entries
+  trained = [shape for entry, shape in found.items() if "running_" not in entry]
+  assert sum(int(np.prod(shape)) for shape in trained) == parameters
+
+
 def test_a_name_is_checked_whatever_the_width(tmp_path):
   small = written(resnet_state((2, 2, 2, 2), features=2), tmp_path / "resnet.npz")
-  with pytest.warns(DeprecationWarning, match="load_pretrained takes name=... by keyword"):
-    model, _ = load_pretrained(small, "resnet18")
+  model, _ = load_pretrained(small, "resnet18")
   assert model.features == 2
   message = r"name must be that of the network in .*, a ResNet with 2, 2, 2, 2 blocks of the kind"
   with pytest.raises(ValueError, match=f"{message} BasicBlock; got 'resnet50', a ResNet with 3, 4"):
