@@ -162,8 +162,8 @@ def continual_config() -> Config:
         "grad_clip_norm": 1.0,
       },
       "devices": {"backend": "pmap"},  # or shard_map
-      # epochs between tests of a task on its own validation images, of which the best state ends
-      # the task; None: its last state does. Each test costs what the end of a task costs
+      # epochs between tests on the task's validation images; the best state then ends the task.
+      # None: the last state does. A test costs as much as the end of a task
       "eval_every": config_dict.placeholder(float),
       "log_every": 50,  # steps
       "checkpoint_every": 500,  # steps; and at the end of each task

@@ -138,6 +138,8 @@ _CLASSIFICATION = ProgrammeRow(
     "optim.frozen_layers",
     "data.workers",
     "data.loader",
+    # Tests on the way choose nothing; those of tasks and videos choose the state that is kept.
+    "eval_every",
   ),
   how="the variant gates=none of its config",
   # Where the set of an image is known, its class is easier to recognise.

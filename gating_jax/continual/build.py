@@ -354,6 +354,10 @@ def _check(config: Config) -> None:
       "optim.eval_batch_size": settings.divides_over_devices(),
       "generator.batch_size": settings.divides_over_devices(),
       "generator.gates.threshold": (lambda value: 0 <= value < 1, "a fraction in [0, 1)"),
+      "eval_every": (
+        lambda epochs: epochs is None or 0 <= epochs < math.inf,
+        "None or a finite number >= 0",
+      ),
       "tasks.order_seed": (lambda seed: seed is None or seed >= 0, "None or >= 0"),
     },
   )
@@ -363,10 +367,7 @@ def _check(config: Config) -> None:
 
 
 def _check_tasks(config: Config) -> None:
-  """Raises a ValueError for listed tasks, steps or tests that cannot be."""
-  between = config.eval_every
-  if between is not None and not 0 <= between < math.inf:
-    raise ValueError(f"eval_every must be None or a finite number >= 0; got {between}")
+  """Raises a ValueError unless the listed tasks and the steps of each are valid."""
   given = config.optim.steps_per_task
   if given is not None and given < 1:
     raise ValueError(f"optim.steps_per_task must be >= 1 or None; got {given}")

@@ -6,6 +6,7 @@ Reference: Abati et al., 2020.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -160,8 +161,9 @@ class ContinualLearning(runner.Programme):
     advance_on, watch = make_advance(experiment), watch_tasks()
     end_stage = _make_end_stage(experiment, training, evaluate)
     for task in experiment.stages:
-      # A resumed run has learnt some tasks already.
+      # A resumed run has learnt some tasks already; one may have been killed before it forgot.
       if task < int(training.state.task):
+        forget_best(_best_folder(training.folder, task))
         continue
       # Fails before the training of a task that cannot be learnt.
       experiment.method.check_capacity(training.state)
@@ -221,8 +223,7 @@ class _EpochChoice:
   ):
     self._experiment, self._training = experiment, training
     self._task, self._evaluate = task, evaluate
-    # Each task has its own: scores of two tasks are not compared.
-    self._folder = training.folder / BEST_DIR / f"task{task + 1}"
+    self._folder = _best_folder(training.folder, task)
     self._best = BestState(self._folder) if experiment.steps_per_test else None
 
   def __enter__(self) -> _EpochChoice:
@@ -239,7 +240,8 @@ class _EpochChoice:
 
   def take_best(self) -> None:
     """Gives the training the best state in place of the last one, at the same step."""
-    if self._best is None:
+    # Without a test on the way there is nothing to choose from.
+    if self._best is None or self._best.score == -math.inf:
       return
     training, score = self._training, self._score()
     found = None
@@ -267,6 +269,11 @@ class _EpochChoice:
     training.journal.write(training.step, "validation", {"task_aware": score})
     training.say(f"validation accuracy {format_percent(score, 2)} with the task known")
     return score
+
+
+def _best_folder(folder: Path, task: int) -> Path:
+  """Returns the folder of a task's best state: scores of two tasks are not compared."""
+  return folder / BEST_DIR / f"task{task + 1}"
 
 
 def _pretrain_steps_left(experiment: ContinualExperiment, step: int) -> int:

@@ -80,9 +80,9 @@ def stay_logits(exits: Array, *, threshold: float) -> Array:
   """
   arguments.real_array("exits", exits, "[N, X, K]")
   # The logits of 0 and 1 are infinite.
-  entropy = jnp.clip(entropy_share(exits), _EPS, 1 - _EPS)
+  fraction = jnp.clip(entropy_share(exits), _EPS, 1 - _EPS)
   # The running minimum: an example that has left does not come back at a later, unsure exit.
-  return lax.cummin(jnp.log(entropy) - jnp.log1p(-entropy), axis=1) - _log_odds(threshold)
+  return lax.cummin(jnp.log(fraction) - jnp.log1p(-fraction), axis=1) - _log_odds(threshold)
 
 
 def first_sure(answers: Array, stay: Array) -> Array:

@@ -43,7 +43,7 @@ _ABOUT = (
 )
 _MOST_NEIGHBOURS = 500  # directories that are read
 # A baseline may differ in these whatever the experiment: they change no result, or only its noise.
-_ALWAYS_IGNORED = ("seed", "devices.", "log_every", "eval_every", "checkpoint_every")
+_ALWAYS_IGNORED = ("seed", "devices.", "log_every", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def restore_best(folder: Path, like: Any) -> Checkpoint | None:
 
 def forget_best(folder: Path) -> None:
   """Removes the folder of a best state that is not needed any more."""
-  hosts.on_writer(shutil.rmtree, folder, True)
+  hosts.on_writer(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

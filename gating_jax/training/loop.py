@@ -313,6 +313,8 @@ def train(
       ):
         # Before the checkpoint: a restart from there would skip this evaluation.
         doing = "testing"
+        # A test may keep the state, which must then be finite.
+        settle()
         evaluate(state, step)
         doing = "training"
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:

@@ -378,13 +378,26 @@ def test_the_state_that_is_best_on_validation_images_ends_a_task(
   assert not (tmp_path / "best" / "task1").exists()
 
 
-def test_without_tests_on_the_way_the_last_state_ends_a_task(tmp_path):
+@pytest.mark.parametrize("steps", [0, 100])
+def test_without_tests_on_the_way_the_last_state_ends_a_task(steps, tmp_path, monkeypatch):
+  monkeypatch.setattr(run, "validate", None)
   training = SimpleNamespace(folder=tmp_path, state="last")
-  with run._EpochChoice(SimpleNamespace(steps_per_test=0), training, 0, None) as choice:
+  with run._EpochChoice(SimpleNamespace(steps_per_test=steps), training, 0, None) as choice:
     choice.take_best()
   choice.forget()
   assert training.state == "last"
-  assert not list(tmp_path.iterdir())
+  assert not list(tmp_path.glob("best/*"))
+
+
+def test_a_best_state_that_a_kill_left_is_removed_on_resume(tmp_path, monkeypatch):
+  left = tmp_path / "best" / "task1"
+  left.mkdir(parents=True)
+  monkeypatch.setattr(run, "make_advance", lambda experiment: None)
+  monkeypatch.setattr(run, "_make_end_stage", lambda *_: None)
+  # The only task has been learnt.
+  training = SimpleNamespace(folder=tmp_path, state=SimpleNamespace(task=1))
+  assert run.ContinualLearning(SimpleNamespace(stages=[0]))._learn(training, None)
+  assert not left.exists()
 
 
 @pytest.mark.slow
