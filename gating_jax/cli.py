@@ -88,8 +88,9 @@ def _main(argv: list[str]) -> int:
     from gating_jax.inference.export import ExportError
     from gating_jax.training import hosts
     from gating_jax.training.checkpoints import CheckpointError
-    from gating_jax.training.loop import Interrupted, NonFiniteError
+    from gating_jax.training.loop import NonFiniteError
     from gating_jax.training.rundir import RunDirError
+    from gating_jax.training.stopping import Interrupted
 
   try:
     _run_mode()

@@ -21,7 +21,7 @@ from gating_jax.checks import one_of
 from gating_jax.config_files import Config
 from gating_jax.reports import conclusion
 from gating_jax.terminal import TRAINING, Pace, lasting, say, working
-from gating_jax.training import hosts, loop, outlines, provenance, rundir
+from gating_jax.training import hosts, loop, outlines, provenance, rundir, stopping
 from gating_jax.training.checkpoints import Checkpoint, Checkpoints, restore_newest
 from gating_jax.training.journal import Journal
 from gating_jax.training.rundir import RunDir, RunDirError
@@ -278,9 +278,9 @@ class Training:
     Returns:
       whether the phase has ended; False where the training was asked to stop, and said so.
     Raises:
-      loop.Interrupted: the same, where Ctrl-C asked.
+      stopping.Interrupted: the same, where Ctrl-C asked.
     """
-    stop = loop.StopRequest()
+    stop = stopping.StopRequest()
 
     def evaluate_at(state, step):
       """Tests a state on the way."""
@@ -304,7 +304,7 @@ class Training:
       self.say(f"stopped as asked; a checkpoint is saved, run {interrupts.same_command} to resume")
       # Whoever pressed Ctrl-C wants nothing that follows: no later cell, no next command.
       if stop.interrupted:
-        raise loop.Interrupted
+        raise stopping.Interrupted
       return False
     return True
 

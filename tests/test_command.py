@@ -24,7 +24,7 @@ from gating_jax.continual import run as continual
 from gating_jax.images import classification
 from gating_jax.models import resnets
 from gating_jax.reports import timings
-from gating_jax.training import hosts, loop, provenance, rundir, smoke
+from gating_jax.training import hosts, provenance, rundir, smoke, stopping
 from gating_jax.video import run as video
 from tests.helpers import ROOT, environment, tiny_cli
 from tests.helpers.command import run_command
@@ -183,7 +183,7 @@ def test_a_library_that_only_an_extra_brings_is_named_with_it(monkeypatch, capsy
 
 def test_a_training_that_ctrl_c_stopped_has_the_status_of_an_interrupt(tmp_path, monkeypatch):
   def stopped(*_):
-    raise loop.Interrupted
+    raise stopping.Interrupted
 
   monkeypatch.setattr(classification, "run", stopped)
   assert run_command(CONFIG, f"--workdir={tmp_path}") == (130, "")

@@ -11,7 +11,7 @@ import ml_collections
 import pytest
 
 from gating_jax import programmes, runner
-from gating_jax.training import loop, outlines
+from gating_jax.training import loop, outlines, stopping
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.rundir import RunDirError
 from tests.helpers.programmes import StandIn
@@ -138,7 +138,7 @@ def test_a_training_stopped_by_ctrl_c_ends_in_an_interrupt_after_its_checkpoint(
       return training.run(advance, loop.LoopSettings(total_steps=4), watch=lambda step, means: ())
 
   if number == signal.SIGINT:
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(stopping.Interrupted):
       take_steps()
   else:
     # A request at the last step has nothing left to stop.

@@ -24,6 +24,7 @@ from gating_jax.continual.registry import (
   gradient_clip,
 )
 from gating_jax.data import augment, image_sets
+from gating_jax.data.tasks import Task, make_tasks
 from gating_jax.models.resnets import RESNETS
 from gating_jax.models.summary import model_summary, reduced_macs
 from gating_jax.models.vggs import VGGS
@@ -47,7 +48,7 @@ class ContinualExperiment:
   """
 
   config: Config
-  tasks: tuple[image_sets.Task, ...]
+  tasks: tuple[Task, ...]
   problem: Problem
   method: Method
   dense_macs: int
@@ -231,12 +232,12 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Continua
   )
 
 
-def _task_of(outline: Any) -> image_sets.Task:
+def _task_of(outline: Any) -> Task:
   # An outline has the length and the shape of a set: enough for every check.
-  return image_sets.Task(train=outline, validation=outline, test=outline)
+  return Task(train=outline, validation=outline, test=outline)
 
 
-def _read_tasks(config: Config) -> tuple[image_sets.Task, ...]:
+def _read_tasks(config: Config) -> tuple[Task, ...]:
   """Reads the data set and splits it into tasks."""
   data = config.data
 
@@ -246,7 +247,7 @@ def _read_tasks(config: Config) -> tuple[image_sets.Task, ...]:
 
   train, test = load(data.train_split), load(data.test_split)
   with settings.named("tasks"):
-    return image_sets.make_tasks(train, test, **config.tasks)
+    return make_tasks(train, test, **config.tasks)
 
 
 def _build_problem(config: Config, *, tasks: int, shape: tuple[int, int, int]) -> Problem:

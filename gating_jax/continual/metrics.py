@@ -300,7 +300,8 @@ def free_units(footprint: Footprint, learnt: int) -> dict[str, tuple[int, int]]:
 def _accuracy_metrics(accuracies: np.ndarray) -> dict[str, Any]:
   """Returns an accuracy matrix and its metrics, for the result."""
   metrics = {"accuracies": _with_nulls(accuracies), **vars(summarise(accuracies))}
-  # A key of all results. It would need tests of an untrained network, which no run makes.
+  # It would need tests of an untrained network, which no run makes. Results had the key from the
+  # beginning, so whoever reads them may expect it.
   return metrics | {"forward_transfer": None}
 
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gating_jax.data import image_sets
+from gating_jax.data import image_sets, tasks
 from gating_jax.data.videos import VideoArrays
 
 NAME = "composed"
@@ -125,7 +125,7 @@ def make_videos(
 def _part_of(digits: image_sets.Images, split: str, held_out: float) -> image_sets.Images:
   """Returns the training digits of which a split is made, where some are held out."""
   # A fixed seed: the same digits are held out in every run.
-  held = image_sets.hold_out(digits.labels, held_out, np.random.default_rng(0))
+  held = tasks.hold_out(digits.labels, held_out, np.random.default_rng(0))
   if split == "validation":
     return digits.take(held)
   return digits.take(np.setdiff1d(np.arange(len(digits.labels)), held))

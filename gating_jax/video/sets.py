@@ -16,7 +16,7 @@ import numpy as np
 
 from gating_jax.checks import user_path
 from gating_jax.config_files import Config
-from gating_jax.data import augment, composed, image_sets, video_tables
+from gating_jax.data import augment, composed, tasks, video_tables
 from gating_jax.data.array_cache import ArrayCache
 from gating_jax.data.video_features import FeatureFolder
 from gating_jax.data.video_files import VideoFolder
@@ -139,9 +139,7 @@ def _table_of_split(data: Config, split: str, *, seed: int) -> video_tables.Vide
     table = table.take(np.linspace(0, len(table) - 1, count).astype(int))
   if of_file != "train" or not data.validation:
     return table
-  held = image_sets.hold_out(
-    table.labels, data.validation, np.random.default_rng((seed, _HELD_OUT))
-  )
+  held = tasks.hold_out(table.labels, data.validation, np.random.default_rng((seed, _HELD_OUT)))
   left = np.setdiff1d(np.arange(len(table)), held)
   if not len(held) or not len(left):
     raise ValueError(

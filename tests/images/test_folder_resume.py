@@ -20,7 +20,7 @@ from configs import digits_resnet20, union
 from gating_jax.data import folders
 from gating_jax.images import build, classification
 from gating_jax.models import resnets
-from gating_jax.training import devices, loop, steps
+from gating_jax.training import devices, steps, stopping
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import environment, runs, tiny, tiny_cli
 from tests.helpers.jobs import arguments
@@ -84,7 +84,7 @@ def test_a_run_on_a_folder_that_is_stopped_ends_as_one_that_is_not(
   whole = config_of(folder, **changes)
   classification.run(whole, tmp_path / "whole", "train")
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "StopRequest", lambda: runs.Stopping(3))
+    patch.setattr(stopping, "StopRequest", lambda: runs.Stopping(3))
     assert "stopped as asked" in runs.said(classification, whole, tmp_path / "cut", "train")
   # Another number of workers changes nothing.
   resumed = config_of(folder, **changes, **{"data.workers": 1})

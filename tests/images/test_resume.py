@@ -9,7 +9,7 @@ import pytest
 from gating_jax.images import classification
 from gating_jax.images.build import LOADERS
 from gating_jax.models import resnets
-from gating_jax.training import devices, loop, steps
+from gating_jax.training import devices, steps, stopping
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import made_tfds, tiny, tiny_cli
 from tests.helpers.runs import Stopping, said
@@ -55,7 +55,7 @@ def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch
     }
   )
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "StopRequest", lambda: Stopping(1))
+    patch.setattr(stopping, "StopRequest", lambda: Stopping(1))
     assert "stopped as asked" in said(classification, config, tmp_path, "train")
   assert "resuming from the checkpoint of step 1" in said(classification, config, tmp_path, "train")
   assert final_state(config, tmp_path)[0] == 2

@@ -1,12 +1,9 @@
 import asyncio
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
-import socket
-import threading
 import time
 from concurrent import futures
 
@@ -16,10 +13,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gating_jax.training import devices, loop
+from gating_jax.training import devices, loop, stopping
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import METRICS_FILE, Journal
-from gating_jax.training.loop import LoopSettings, NonFiniteError, StopRequest
+from gating_jax.training.loop import LoopSettings, NonFiniteError
 
 METRICS = (
   "loss",
@@ -270,17 +267,6 @@ def test_sigterm_before_the_first_step_saves_nothing_new(tmp_path):
   assert run.saved() == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_do_as_before_outside_the_loop(number):
-  previous = signal.getsignal(number)
-  with StopRequest() as stop:
-    assert signal.getsignal(number) != previous
-    assert not stop.requested
-    send(number)
-    assert stop.requested
-  assert signal.getsignal(number) == previous
-
-
 def test_training_on_another_thread_leaves_signals_alone(tmp_path):
   before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
   with futures.ThreadPoolExecutor(1) as threads:
@@ -298,121 +284,10 @@ def test_training_goes_within_a_running_event_loop_as_in_a_notebook(tmp_path):
   assert Run(tmp_path).saved() == sums(1, 2)
 
 
-def test_a_handler_that_python_cannot_put_back_is_left_alone(monkeypatch):
-  set_anew = []
-  monkeypatch.setattr(
-    signal, "getsignal", lambda number: None if number == signal.SIGTERM else signal.SIG_DFL
-  )
-  monkeypatch.setattr(signal, "signal", lambda number, handler: set_anew.append(number))
-  with StopRequest():
-    pass
-  assert set_anew == [signal.SIGINT, signal.SIGINT]
-
-
-@pytest.mark.parametrize(
-  ("number", "answered", "ended"),
-  [(signal.SIGTERM, False, True), (signal.SIGTERM, True, False), (signal.SIGINT, False, False)],
-)
-def test_a_sigterm_that_is_not_answered_in_time_ends_the_process(
-  monkeypatch, number, answered, ended
-):
-  called = threading.Event()
-  monkeypatch.setattr(loop, "_PATIENCE", 0.2)
-  monkeypatch.setattr(loop, "_end_process", lambda number: called.set())
-  with StopRequest() as stop:
-    if answered:
-      stop.answer()
-    os.kill(os.getpid(), number)
-    assert called.wait(5.0 if ended else 0.6) == ended
-    assert stop.requested
-  assert signal.set_wakeup_fd(-1) == -1
-
-
-def test_a_second_ctrl_c_ends_a_process_whose_main_thread_is_busy(monkeypatch, capfd):
-  ended, called = [], threading.Event()
-  monkeypatch.setattr(loop, "_PATIENCE_AGAIN", 0.05)
-  monkeypatch.setattr(loop, "_end_process", lambda number: (ended.append(number), called.set()))
-  # In place of a main thread that compiles, in which no handler runs.
-  previous = signal.signal(signal.SIGINT, lambda *_: None)
-  watch = loop._Deadline()
-  try:
-    send(signal.SIGINT)
-    assert not called.wait(0.3)
-    assert "stopping after this step" in capfd.readouterr().err
-    send(signal.SIGINT)
-    assert called.wait(5.0)
-  finally:
-    watch.close()
-    signal.signal(signal.SIGINT, previous)
-  assert ended == [signal.SIGINT]
-
-
-@pytest.mark.parametrize(
-  ("handler", "interrupted"), [(signal.default_int_handler, True), (signal.SIG_IGN, False)]
-)
-def test_a_ctrl_c_that_a_launch_script_handles_does_not_count_as_the_users(handler, interrupted):
-  previous = signal.signal(signal.SIGINT, handler)
-  try:
-    with StopRequest() as stop:
-      send(signal.SIGINT)
-      assert (stop.requested, stop.interrupted) == (True, interrupted)
-  finally:
-    signal.signal(signal.SIGINT, previous)
-
-
-def test_signals_of_an_event_loop_go_on_to_it_and_ctrl_c_is_confirmed(capfd):
-  mine, other = socket.socketpair()
-  for end in (mine, other):
-    end.setblocking(False)
-  previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-  signal.set_wakeup_fd(mine.fileno())
-  try:
-    with StopRequest() as stop:
-      send(signal.SIGINT)
-      assert (stop.requested, stop.interrupted) == (True, True)
-    assert other.recv(1) == bytes([signal.SIGINT])
-  finally:
-    restored, own = signal.set_wakeup_fd(-1), mine.fileno()
-    signal.signal(signal.SIGINT, previous)
-    mine.close()
-    other.close()
-  assert restored == own
-  assert capfd.readouterr().err.count("stopping after this step") == 1
-
-
-def test_other_signals_stop_nothing(monkeypatch):
-  ended, seen = [], []
-  monkeypatch.setattr(loop, "_PATIENCE_AGAIN", 0.01)
-  monkeypatch.setattr(loop, "_end_process", ended.append)
-  previous = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
-  try:
-    with StopRequest() as stop:
-      send(signal.SIGUSR1)
-      # Ten times as long as it waits before it ends the process.
-      time.sleep(0.1)
-      assert (seen, ended, stop.requested) == ([signal.SIGUSR1], [], False)
-  finally:
-    signal.signal(signal.SIGUSR1, previous)
-
-
-def test_a_process_that_must_end_at_once_ends_its_workers_first(monkeypatch, capsys):
-  worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
-  worker.start()
-  ended = []
-  # Those of other tests must live on.
-  monkeypatch.setattr(loop.multiprocessing, "active_children", lambda: [worker])
-  monkeypatch.setattr(loop.os, "_exit", lambda status: ended.append(status))
-  loop._end_process(signal.SIGTERM)
-  worker.join(10)
-  assert worker.exitcode == -signal.SIGKILL
-  assert ended == [128 + signal.SIGTERM]
-  assert "run the same command to resume from the newest one" in capsys.readouterr().out
-
-
 def test_the_loop_answers_a_request_before_it_saves(tmp_path, monkeypatch):
   called = []
-  monkeypatch.setattr(loop, "_PATIENCE", 1.0)
-  monkeypatch.setattr(loop, "_end_process", lambda number: called.append("ended"))
+  monkeypatch.setattr(stopping, "_PATIENCE", 1.0)
+  monkeypatch.setattr(stopping, "_end_process", lambda number: called.append("ended"))
   saved = Checkpoints.save
 
   def save_slowly(self, *what):
@@ -436,15 +311,6 @@ def test_a_slow_step_is_told_while_it_lasts(tmp_path, monkeypatch, capsys):
     assert "step 2/4  training\n" in capsys.readouterr().out
 
   Run(tmp_path, before={2: wait_for_a_line})(total=4, log_every=4)
-
-
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_ctrl_c_interrupts_where_a_stop_was_asked_for_already(first):
-  with StopRequest():
-    send(first)
-    send(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-      send(signal.SIGINT)
 
 
 @pytest.mark.parametrize(

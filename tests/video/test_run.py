@@ -16,7 +16,7 @@ from gating_jax.analysis import statistics
 from gating_jax.inference.segments import compile_segments, opened_variables
 from gating_jax.models import video_backbones
 from gating_jax.models.resnets import ResNet
-from gating_jax.training import best_state, devices, loop, rundir
+from gating_jax.training import best_state, devices, rundir, stopping
 from gating_jax.training.checkpoints import restore_newest
 from gating_jax.video import build, evaluate, report, run, sets, speed, thresholds
 from gating_jax.video import nets as video_nets
@@ -719,7 +719,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_parameters(finished, tmp_pat
   without_reports(monkeypatch)
   made, workdir = finished
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "StopRequest", lambda: Stopping(1))
+    patch.setattr(stopping, "StopRequest", lambda: Stopping(1))
     assert "stopped as asked" in said(run, made, tmp_path / "run", "train")
   assert "resuming from the checkpoint of step 1" in said(run, made, tmp_path / "run", "train")
   assert tiny.bit_equal(newest(made, tmp_path / "run"), newest(made, workdir))
@@ -884,7 +884,7 @@ def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(
   made = config()
   run.run(made, tmp_path / "whole", "train")
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "StopRequest", lambda: Stopping(1))
+    patch.setattr(stopping, "StopRequest", lambda: Stopping(1))
     for stop in (1, 2, 3):
       run.run(made, tmp_path / "parts", "train")
       assert capsys.readouterr().out.count("stopped as asked") == 1, stop
