@@ -244,12 +244,12 @@ def public_values():
 
 # A shape stands for an array.
 SHAPES = "shape input_shape output_shape shapes"
-# Parameters that are no arrays and still positional, each with its reason.
+# Parameters that are no arrays and still positional, of every function or of one, with reasons.
 POSITIONAL = {
   "train": "Flax modules are called as `module(x, train)`, and blocks call modules of others",
   "a b mean std temperature": "a distribution is written as Beta(a, b); numbers or arrays",
   "classes": "as in `resnet(name, classes)` of torchvision and timm; no array precedes it",
-  "name": "the network that a file should hold, `load_pretrained(file, 'resnet50')`",
+  "load_pretrained.name": "the network that a file should hold, as `resnet('resnet50')`",
   "macs": "the array `[X]` of `threshold_for_budget`",
 }
 
@@ -286,7 +286,8 @@ def test_arrays_are_positional_and_all_else_is_given_by_keyword():
   for label, positional in functions.items():
     # The first argument is what the function is about.
     for parameter in positional[1:]:
-      if parameter.name not in allowed and is_setting(parameter):
+      names = {parameter.name, f"{label}.{parameter.name}"}
+      if allowed.isdisjoint(names) and is_setting(parameter):
         wrong.append(f"{label}: {parameter}")
   assert not wrong
   assert {"top_k", "ResNet.__call__", "ModelCounts.of_results"} <= functions.keys()
