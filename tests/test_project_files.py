@@ -60,7 +60,9 @@ def test_the_workflow_runs_what_a_change_must_pass():
   (job,) = workflow["jobs"].values()
   commands = [step["run"] for step in job["steps"] if "run" in step]
   assert commands == ["bash .ci/run"]
-  (python,) = [step["with"] for step in job["steps"] if "with" in step]
+  checkout, python = [step["with"] for step in job["steps"] if "with" in step]
+  # A shallow clone would not have the commits of stored figures.
+  assert checkout == {"fetch-depth": 0}
   pins = (ROOT / "requirements.txt").read_text()
   assert f"Python {python['python-version']}" in pins
 
