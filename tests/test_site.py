@@ -43,6 +43,9 @@ def test_every_page_answers_a_question_begins_with_code_and_says_what_to_read_ne
     assert first.startswith("# "), page
     assert first.endswith("?"), page
     assert second.startswith("```"), page
+    # It runs as it stands, without a folder or file of the reader's own.
+    if second.startswith("```bash"):
+      assert not re.search(r"(?<!\w)[A-Z]{2,}\b", second), page
     assert last.startswith("Next: "), page
 
 
