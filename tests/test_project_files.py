@@ -72,3 +72,8 @@ def test_files_that_a_page_names_exist(name):
   text = (ROOT / name).read_text()
   for path in re.findall(r"`((?:docs|tests|launch)/[\w./]+)`", text):
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(("name", "most"), [("README.md", 120), ("docs/results.md", 150)])
+def test_what_is_read_first_stays_short(name, most):
+  assert len((ROOT / name).read_text().splitlines()) <= most
