@@ -8,10 +8,11 @@
 
 The rows are those of `headline_rows.py`. Each is measured by its command, once for each of its
 seeds, and stored in docs/headlines.json with command, commit, seeds, values, mean, range and
-hardware. `commit` is that of all seeds, or a list with one for each. The file is written after
-every row, and the same command resumes: a row that was measured at this commit, and a command that
-has ended, are not repeated. A row whose folder is missing (DATA: a TFDS folder; AUTHORS: a checkout
-of the authors' code) or whose device is another is left out.
+hardware. `commit` is that of all seeds, or a list with one for each. A row that was stored by hand
+has `source`: `journal`, the pages of docs/results, or `run`, a run of another purpose. The file is
+written after every row, and the same command resumes: a row that was measured at this commit, and a
+command that has ended, are not repeated. A row whose folder is missing (DATA: a TFDS folder;
+AUTHORS: a checkout of the authors' code) or whose device is another is left out.
 
 A page names its figures in a comment right behind them, in their order:
 

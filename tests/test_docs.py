@@ -129,6 +129,33 @@ def test_commands_name_what_is_there(page):
         section = section[part]
 
 
+BENCHMARK = re.compile(
+  r"(?:python|bash) benchmarks/(\w+\.(?:py|sh))((?:(?!\n(?:python|bash|gating-jax)\b|[`#]).)*)",
+  re.DOTALL,
+)
+
+
+def benchmark_commands(page):
+  """Returns each command of a page that runs a benchmark, as the file's name and the flags."""
+  found = BENCHMARK.findall((ROOT / page).read_text())
+  return [(file, re.findall(r"\s\[?(--[\w.]+)", words)) for file, words in found]
+
+
+@pytest.mark.parametrize(
+  "page", [page for page in (*PAGES, "CONTRIBUTING.md") if benchmark_commands(page)]
+)
+def test_flags_of_benchmarks_are_those_of_their_scripts(page):
+  for file, flags in benchmark_commands(page):
+    text = (ROOT / "benchmarks" / file).read_text()
+    for other in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE):
+      neighbour = ROOT / "benchmarks" / f"{other}.py"
+      text += neighbour.read_text() if neighbour.exists() else ""
+    for flag in flags:
+      # A field of a config, which the script hands on.
+      handed_on = "." in flag and "parse_known_args" in text
+      assert flag == "--help" or handed_on or re.search(rf"{flag}\b", text), (file, flag)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_are_there(page):
   text = (ROOT / page).read_text()

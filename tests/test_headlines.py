@@ -114,6 +114,14 @@ def test_commits_are_looked_up_where_the_whole_history_is_there(headline, monkey
   assert headline.unknown(["aaaaaaa"]) == []
 
 
+def test_the_results_say_how_many_rows_the_command_stored(headline):
+  sources = [row.get("source") for row in headline.load_rows().values()]
+  command, journal, run = map(sources.count, (None, "journal", "run"))
+  said = " ".join((ROOT / "docs" / "results.md").read_text().split())
+  assert f"{command} of the {len(sources)} rows were stored by it" in said
+  assert f"{journal} are as the journal has them, and {run} are of the runs" in said
+
+
 def test_every_stored_row_says_how_it_was_measured(headline):
   text = headline.FILE.read_text()
   content = json.loads(text)
@@ -125,6 +133,9 @@ def test_every_stored_row_says_how_it_was_measured(headline):
     assert {"what", "command", "commit", "seeds", "hardware", "figures"} <= set(row), name
     assert row["command"], name
     assert row["hardware"], name
+    # The command writes twelve digits of one commit, and no source.
+    by_hand = not re.fullmatch("[0-9a-f]{12}", str(row["commit"]))
+    assert row.get("source") in (("journal", "run") if by_hand else (None, "run")), name
     # Where no commit is known, or no command measures the row again, a note says more.
     if row["commit"] is None or name not in headline.ROWS:
       assert row["note"], name

@@ -60,7 +60,9 @@ def test_the_workflow_runs_what_a_change_must_pass():
   (job,) = workflow["jobs"].values()
   commands = [step["run"] for step in job["steps"] if "run" in step]
   assert commands == ["bash .ci/run"]
-  (python,) = [step["with"] for step in job["steps"] if "with" in step]
+  checkout, python = [step["with"] for step in job["steps"] if "with" in step]
+  # A shallow clone would not have the commits of stored figures.
+  assert checkout == {"fetch-depth": 0}
   pins = (ROOT / "requirements.txt").read_text()
   assert f"Python {python['python-version']}" in pins
 
@@ -70,3 +72,8 @@ def test_files_that_a_page_names_exist(name):
   text = (ROOT / name).read_text()
   for path in re.findall(r"`((?:docs|tests|launch)/[\w./]+)`", text):
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(("name", "most"), [("README.md", 120), ("docs/results.md", 150)])
+def test_what_is_read_first_stays_short(name, most):
+  assert len((ROOT / name).read_text().splitlines()) <= most

@@ -244,12 +244,12 @@ def public_values():
 
 # A shape stands for an array.
 SHAPES = "shape input_shape output_shape shapes"
-# Parameters that are no arrays and still positional, each with its reason.
+# Parameters that are no arrays and still positional, of every function or of one, with reasons.
 POSITIONAL = {
   "train": "Flax modules are called as `module(x, train)`, and blocks call modules of others",
   "a b mean std temperature": "a distribution is written as Beta(a, b); numbers or arrays",
   "classes": "as in `resnet(name, classes)` of torchvision and timm; no array precedes it",
-  "name": "the network that a file should hold, `load_pretrained(file, 'resnet50')`",
+  "load_pretrained.name": "the network that a file should hold, as `resnet('resnet50')`",
   "macs": "the array `[X]` of `threshold_for_budget`",
 }
 
@@ -286,7 +286,8 @@ def test_arrays_are_positional_and_all_else_is_given_by_keyword():
   for label, positional in functions.items():
     # The first argument is what the function is about.
     for parameter in positional[1:]:
-      if parameter.name not in allowed and is_setting(parameter):
+      names = {parameter.name, f"{label}.{parameter.name}"}
+      if allowed.isdisjoint(names) and is_setting(parameter):
         wrong.append(f"{label}: {parameter}")
   assert not wrong
   assert {"top_k", "ResNet.__call__", "ModelCounts.of_results"} <= functions.keys()
@@ -306,19 +307,25 @@ def public_functions():
 
 @functools.cache
 def definitions(module):
-  """Returns the functions of a module by name, as parsed; of overloads the last, with its body."""
+  """Returns the functions and methods of a module by name, parsed; of overloads the last."""
   tree = ast.parse(inspect.getsource(importlib.import_module(module)))
-  return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+  found = {}
+  for outer in tree.body:
+    for node in outer.body if isinstance(outer, ast.ClassDef) else [outer]:
+      if isinstance(node, ast.FunctionDef):
+        found[f"{outer.name}.{node.name}" if node is not outer else node.name] = node
+  return found
+
+
+def parsed(function):
+  """Returns a function as parsed; what another function makes is empty."""
+  return definitions(function.__module__).get(function.__qualname__, ast.Module([], []))
 
 
 def raises(function):
   """Returns whether the body of a function raises a ValueError or a TypeError itself."""
-  node = definitions(function.__module__).get(function.__name__)
-  # One that another function makes.
-  if node is None:
-    return False
   raised = set()
-  for each in ast.walk(node):
+  for each in ast.walk(parsed(function)):
     if isinstance(each, ast.Raise) and isinstance(each.exc, ast.Call):
       raised.add(ast.unparse(each.exc.func))
   return not raised.isdisjoint({"ValueError", "TypeError"})
@@ -326,7 +333,7 @@ def raises(function):
 
 def called(function):
   """Yields the package's functions that a function calls by a name of its module."""
-  for node in ast.walk(definitions(function.__module__)[function.__name__]):
+  for node in ast.walk(parsed(function)):
     if not isinstance(node, ast.Call):
       continue
     found = function.__globals__
@@ -356,11 +363,27 @@ def test_every_public_function_says_what_it_takes_returns_and_raises():
   assert not lacking, "\n".join(lacking)
 
 
+def test_every_public_class_says_what_it_raises_where_it_is_made_or_called():
+  lacking = []
+  for name, value in public_values():
+    for method in ("__init__", "__post_init__", "setup", "__call__"):
+      function = inspect.unwrap(getattr(value, method, None))
+      # Not those of Flax, of dataclasses and of functions.
+      if not inspect.isfunction(function) or not function.__module__.startswith("gating_jax"):
+        continue
+      said = re.search(r"^ +Raises:$", f"{value.__doc__}{function.__doc__}", re.MULTILINE)
+      if said is None and any(map(raises, [function, *called(function)])):
+        lacking.append(f"{name}.{method} has Raises")
+  assert not lacking, "\n".join(lacking)
+
+
 def test_checks_that_a_function_calls_are_found():
   assert raises(gating_jax.apply_gates)
   assert not raises(gating_jax.vgg)
   assert any(map(raises, called(gating_jax.vgg)))
   assert not any(map(raises, [gating_jax.expected_macs]))
+  assert raises(inspect.unwrap(gating_jax.VGG.__call__))
+  assert any(map(raises, called(gating_jax.GateSettings.__post_init__)))
 
 
 def test_a_package_imports_a_name_when_it_is_used():
