@@ -93,7 +93,7 @@ def main():
 def training(args, images, gating):
   """Returns a function that takes one training step."""
   config = cifar10_resnet20.get_config(f"batch={args.batch},gates={gating},epochs=1000")
-  config.model.name = args.model
+  config.model.name, config.data.loader = args.model, "resident"
   # In place of CIFAR-10, which need not be there.
   with mock.patch.multiple(image_sets, load=lambda *_: images, count_images=lambda *_: len(images)):
     experiment = classification.build(config)

@@ -1,6 +1,7 @@
 """Every config, in a tiny size, builds, matches its counts, and takes two steps on made data."""
 
 import importlib
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ class Source(list):
   def __init__(self, examples, shape, names):
     super().__init__(examples)
     self.shape, self.class_names = shape, tuple(names)
+    self.dataset_info = SimpleNamespace(features={"image": SimpleNamespace(shape=shape)})
 
 
 def source(name, split, *_, **__):

@@ -48,7 +48,7 @@ def stand_in(monkeypatch, folder):
   monkeypatch.setattr(
     tfds_sets,
     "open_tfds",
-    lambda name, split, _, *features: opened(write(name), split, str(folder), *features),
+    lambda name, split, _, **features: opened(write(name), split, str(folder), **features),
   )
 
 

@@ -195,7 +195,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(
 ):
   if name == "cityscapes":
     monkeypatch.setattr(
-      tfds, "open_tfds", lambda _, split, *rest: street(40 if split == "train" else 11)
+      tfds, "open_tfds", lambda _, split, *rest, **readers: street(40 if split == "train" else 11)
     )
     made = config(name, **{"data.crop": (8, 8), "data.workers": 0, "model.output_stride": None})
   else:
