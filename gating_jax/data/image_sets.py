@@ -8,8 +8,8 @@ A set has a length, reads a batch by index and maps a function over items, as `I
 training the host sends indices, and the step gathers and augments the images. A batch depends on
 (seed, step) alone, so a restart needs no state. Sets of videos are read in the same order.
 
-Axes: M images in a split, H and W pixels, D channels, T arrays to interleave, B images in the global
-batch, S sets of a union.
+Axes: M images in a split, H and W pixels, D channels, T arrays to interleave, B images in the
+global batch, S sets of a union.
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ def test_held_out_images_are_stratified_and_a_choice_of_the_seed():
 
 def test_of_several_labels_each_a_fraction_of_all_images_is_held_out():
   labels = np.eye(10, 3, dtype=np.int32)
-  held, same, other = (
-    hold_out(labels, 0.3, np.random.default_rng(seed)) for seed in (0, 0, 1)
-  )
+  held, same, other = (hold_out(labels, 0.3, np.random.default_rng(seed)) for seed in (0, 0, 1))
   assert len(set(held)) == len(held) == 3
   assert set(held) <= set(range(10))
   np.testing.assert_array_equal(held, np.sort(held))
