@@ -34,7 +34,7 @@ from gating_jax.continual.method import (
   task_entry,
   tree_megabytes,
 )
-from gating_jax.models.generator import Critic, Generator, classes_of
+from gating_jax.models.generator import Critic, Generator
 from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
 
@@ -403,7 +403,7 @@ def generate_tasks(
     pixels, classes = _sample(generator, variables_of(task), key=of_task, images=images)
     all_pixels.append(np.asarray(pixels))
     # A generator numbers the classes of its task from 0.
-    all_labels.append(np.asarray(classes) + task * classes_of(generator))
+    all_labels.append(np.asarray(classes) + task * generator.classes)
   return np.concatenate(all_pixels), np.concatenate(all_labels)
 
 
@@ -414,7 +414,7 @@ def _sample(
 ) -> tuple[Array, Array]:
   """Generates pixels `[M, H, W, D]` and their classes `[M]`."""
   # The classes in turn, so that their counts differ by at most 1.
-  classes = jnp.arange(images) % classes_of(generator)
+  classes = jnp.arange(images) % generator.classes
   z = wgan.draw_latents(key, images, generator.latent)
   generated, _ = generator.apply(variables, z, classes)
   return wgan.to_pixels(generated), classes

@@ -37,11 +37,11 @@ _INITIAL = nn.initializers.he_normal()
 
 
 class Generator(nn.Module):
-  """Generator of images from latent values and, optionally, labels.
+  """Generator of images from latent values and labels.
 
-  `[N, Z]` standard normal values to `([N, H, W, D] pixels in (-1, 1), records)`:
+  `[N, Z]` standard normal values and `[N]` labels to `([N, H, W, D] pixels in (-1, 1), records)`:
 
-      h_1 = g_1 ReLU(Dense z),   h_(i+1) = g_(i+1) ReLU(conv(up(h_i))),
+      h_1 = g_1 ReLU(Dense [z, one-hot label]),   h_(i+1) = g_(i+1) ReLU(conv(up(h_i))),
       pixels = tanh(conv(up(h_last)))
 
   with 3x3 convolutions and `up` doubling each side. The first map has the sides of the image,
@@ -50,9 +50,9 @@ class Generator(nn.Module):
 
   Attributes:
     shape: `(H, W, D)`; H and W are even and at least 8.
+    classes: number of labels that the images are conditional on.
     latent: Z.
     width: channels of the last hidden map; they double with each halving.
-    classes: number of labels that the images are conditional on; None for none.
     gating: `none`, or `channel`: a gate network at every hidden map, which reads the input of the
       map.
     gate: settings of the gates.
@@ -60,23 +60,18 @@ class Generator(nn.Module):
   """
 
   shape: tuple[int, int, int]
+  classes: int
   latent: int = 64
   width: int = 16
-  classes: int | None = None
   gating: str = "none"
   gate: GateSettings = GateSettings()
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(
-    self, z: Array, labels: Array | None = None, train: bool = False
-  ) -> tuple[Array, Records]:
+  def __call__(self, z: Array, labels: Array, train: bool = False) -> tuple[Array, Records]:
     if z.ndim != 2 or z.shape[1] != self.latent:
       raise ValueError(f"z must be [N, {self.latent}] to match latent; got shape {z.shape}")
-    _check_labels(self.classes, labels)
-    h = z
-    if self.classes is not None:
-      h = jnp.concatenate([z, jax.nn.one_hot(labels, self.classes, dtype=z.dtype)], axis=-1)
+    h = jnp.concatenate([z, jax.nn.one_hot(labels, self.classes, dtype=z.dtype)], axis=-1)
     height, width, colours = self.shape
     maps = _maps(self.shape, self.width)
     records: Records = ()
@@ -103,7 +98,7 @@ class Generator(nn.Module):
 class Critic(nn.Module):
   """Critic that scores images, higher for real ones.
 
-  `[N, H, W, D]` pixels in [-1, 1] to `[N]` scores:
+  `[N, H, W, D]` pixels in [-1, 1] and `[N]` labels to `[N]` scores:
 
       h_1 = LeakyReLU(conv x),  h_(i+1) = LeakyReLU(conv h_i),   score = Dense(h_last)
 
@@ -111,26 +106,22 @@ class Critic(nn.Module):
   the others, because of the gradient penalty.
 
   Attributes:
+    classes: number of labels that the score is conditional on, each with its own Dense.
     width: channels of the first map; they double with each halving. There are as many halvings as
       in `Generator`.
-    classes: number of labels that the score is conditional on, each with its own Dense; None for
-      none.
   """
 
+  classes: int
   width: int = 16
-  classes: int | None = None
 
   @nn.compact
-  def __call__(self, x: Array, labels: Array | None = None) -> Array:
-    _check_labels(self.classes, labels)
+  def __call__(self, x: Array, labels: Array) -> Array:
     for i, (*_, features) in enumerate(reversed(_maps(x.shape[1:], self.width)), start=1):
       # Leaky, so that the generator gets a gradient through every unit of the critic.
       x = nn.leaky_relu(_halving(features, f"conv{i}")(x), 0.2)
     # One output per class; an image is scored by the output of its label.
-    scores = nn.Dense(self.classes or 1, name="score")(x.reshape(x.shape[0], -1))
-    if labels is not None:
-      scores = jnp.take_along_axis(scores, labels[:, None], axis=-1)
-    return scores[:, 0]
+    scores = nn.Dense(self.classes, name="score")(x.reshape(x.shape[0], -1))
+    return jnp.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
 
 
 class _Hidden(nn.Module):
@@ -222,19 +213,3 @@ def _halving(features: int, name: str) -> nn.Conv:
     conv_general_dilated=convolve,
     name=name,
   )
-
-
-def classes_of(generator: Generator) -> int:
-  """Returns the number of labels that the images of a generator are conditional on."""
-  if generator.classes is None:
-    raise ValueError("the generator must be conditional on labels; got classes None")
-  return generator.classes
-
-
-def _check_labels(classes: int | None, labels: Array | None) -> None:
-  """Raises a ValueError unless labels are given to a network with classes alone."""
-  if (classes is None) != (labels is None):
-    raise ValueError(
-      f"labels must be given if and only if classes is given; got classes {classes}, "
-      f"labels {'none' if labels is None else labels.shape}"
-    )

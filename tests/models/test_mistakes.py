@@ -14,7 +14,6 @@ import gating_jax as gj
 from gating_jax.layers.conv import ConvNorm
 from gating_jax.layers.experts import mixture
 from gating_jax.layers.gate import GateHead
-from gating_jax.models.generator import Generator, classes_of
 from gating_jax.models.summary import solve_share
 from gating_jax.models.timegate import Dropout, pool
 from gating_jax.testing import check_loss
@@ -315,11 +314,6 @@ COUNTS = {
     lambda: init(VIDEO_NET, {"heavy": VIDEOS[:, :0], "valid": VALID[:, :0]}),
     ValueError,
     "inputs must have at least one segment of each video; got (2, 0) of valid",
-  ),
-  "a generator without labels": (
-    lambda: classes_of(Generator((8, 8, 1), latent=4)),
-    ValueError,
-    "the generator must be conditional on labels; got classes None",
   ),
   "MACs for a network without gates": (
     lambda: solve_share(FOLDABLE, (4, 4, 3), macs=100),

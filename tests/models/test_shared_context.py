@@ -179,9 +179,9 @@ def test_a_network_without_what_its_gates_ask_for_is_refused(net, shape, message
 
 def test_a_generator_has_no_image_to_glance_at():
   gate = GateSettings(context="glance")
-  net = Generator((8, 8, 1), latent=4, width=2, gating="channel", gate=gate)
+  net = Generator((8, 8, 1), classes=3, latent=4, width=2, gating="channel", gate=gate)
   with pytest.raises(ValueError, match="^gate context 'glance' must be computed by the network"):
-    jax.eval_shape(lambda z: net.init(jax.random.key(0), z), jnp.zeros((2, 4)))
+    jax.eval_shape(lambda z: net.init(jax.random.key(0), z, jnp.zeros(2, int)), jnp.zeros((2, 4)))
 
 
 def test_segments_have_no_quantiles():

@@ -31,7 +31,7 @@ from gating_jax.continual.generators import shared as shared_generator
 from gating_jax.continual.generators import wgan
 from gating_jax.continual.method import MemoryNode
 from gating_jax.continual.methods import hat
-from gating_jax.models.generator import Generator, classes_of
+from gating_jax.models.generator import Generator
 from gating_jax.types import Array, Tree
 
 # Latents per batch, and batches, that show which gates a task opens.
@@ -128,7 +128,7 @@ def open_rates(generator: Generator, variables: Tree, key: Array) -> np.ndarray:
 def _count_opened(generator: Generator, variables: Tree, key: Array) -> Array:
   """Counts the latents of a batch for which each gate opens, `[U]`."""
   # The classes in turn: each has an equal part in the rates.
-  labels = jnp.arange(_PROBES) % classes_of(generator)
+  labels = jnp.arange(_PROBES) % generator.classes
   z = wgan.draw_latents(key, _PROBES, generator.latent)
   outputs: Any = generator.apply(variables, z, labels)
   _, records = outputs

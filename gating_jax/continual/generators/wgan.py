@@ -104,7 +104,7 @@ def init_state(
   def init(key):
     """Initialises the state from a PRNG key."""
     keys = jax.random.split(key)
-    labels = None if generator.classes is None else jnp.zeros(1, jnp.int32)
+    labels = jnp.zeros(1, jnp.int32)
     variables = generator.init(keys[0], jnp.zeros((1, generator.latent)), labels)
     params = variables["params"]
     critic_params = critic.init(keys[1], jnp.zeros((1, *generator.shape)), labels)["params"]
@@ -175,10 +175,9 @@ def make_wgan_step(
     axis_name: mapped device axis over which a batch is spread.
   Returns:
     `(state, pixels, labels) -> (state, metrics)`. `pixels` `[B * S, H, W, D]` are uint8 and real,
-      `labels` `[B * S]` their classes, unused by unconditional networks; update s of the critic
-      takes every S-th image, from the s-th on. Metrics are scalars over the whole batch:
-      `critic_loss`, `distance` (the estimate of Wasserstein's) and `gradient_penalty`, averages
-      over the S updates, and `generator_loss`.
+      `labels` `[B * S]` their classes; update s of the critic takes every S-th image, from the s-th
+      on. Metrics are scalars over the whole batch: `critic_loss`, `distance` (the estimate of
+      Wasserstein's) and `gradient_penalty`, averages over the S updates, and `generator_loss`.
   """
   return _Training(
     generator, critic, settings=settings, seed=seed, hooks=hooks, axis_name=axis_name
@@ -190,11 +189,11 @@ class _Images(NamedTuple):
 
   Attributes:
     pixels: `[..., H, W, D]` uint8.
-    labels: `[...]`; None for networks that are not conditional.
+    labels: `[...]`.
   """
 
   pixels: Array
-  labels: Array | None
+  labels: Array
 
 
 class _Generated(NamedTuple):
@@ -223,15 +222,12 @@ class _Training:
   axis_name: Hashable | None
 
   def step(
-    self, state: WganState, pixels: Array, labels: Array | None = None
+    self, state: WganState, pixels: Array, labels: Array
   ) -> tuple[WganState, dict[str, Array]]:
     """Takes one step on `[B * S, H, W, D]` pixels and `[B * S]` labels."""
     # By the step alone, so that a resumed training draws the same.
     key = jax.random.fold_in(jax.random.key(self.seed), state.step)
     turns = self.settings.critic_steps
-    # An unconditional network takes no labels, though the data have some.
-    if self.generator.classes is None:
-      labels = None
     # Each update of the critic has its own images.
     images = _in_turn(_Images(pixels, labels), turns)
 
@@ -249,7 +245,7 @@ class _Training:
     return state.replace(step=state.step + 1), {**jax.tree.map(jnp.mean, metrics), **more}
 
   def _generate(
-    self, params: Any, state: WganState, *, labels: Array | None, count: int, key: Array
+    self, params: Any, state: WganState, *, labels: Array, count: int, key: Array
   ) -> _Generated:
     """Generates images in training mode."""
     latent_key = jax.random.fold_in(key, LATENT_STREAM)
@@ -294,7 +290,7 @@ class _Training:
     return state.replace(critic=critic, critic_opt=opt), metrics
 
   def _update_generator(
-    self, state: WganState, *, labels: Array | None, count: int, key: Array
+    self, state: WganState, *, labels: Array, count: int, key: Array
   ) -> tuple[WganState, dict[str, Array]]:
     """Updates the generator and its average."""
 

@@ -49,17 +49,17 @@ def test_the_critics_loss_by_hand():
 
 @pytest.mark.usefixtures("x64")
 def test_the_gradient_of_the_critics_loss_by_finite_differences():
-  critic = Critic(width=2)
+  critic, labels = Critic(classes=1, width=2), jnp.zeros(3, int)
   real, fake = (
     jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (3, 8, 8, 1))) for seed in (1, 2)
   )
   mix = jnp.array([0.2, 0.5, 0.9])
   rng = np.random.default_rng(3)
-  shapes = jax.eval_shape(critic.init, jax.random.key(0), real)["params"]
+  shapes = jax.eval_shape(critic.init, jax.random.key(0), real, labels)["params"]
   params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape)), shapes)
   loss = jax.jit(
     lambda p: wgan.critic_loss(
-      lambda x: critic.apply({"params": p}, x), real, fake, mix, penalty=10.0
+      lambda x: critic.apply({"params": p}, x, labels), real, fake, mix, penalty=10.0
     )[0]
   )
   gradient = jax.jit(jax.grad(loss))(params)
