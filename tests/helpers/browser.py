@@ -84,9 +84,7 @@ def look_at_all(pages, width=390):
 
 def _look(pages, width, dark):
   probe = pages[0].with_name("probe.html")
-  probe.write_text(
-    _PROBE.format(pages=json.dumps([page.as_uri() for page in pages]), width=width)
-  )
+  probe.write_text(_PROBE.format(pages=json.dumps([page.as_uri() for page in pages]), width=width))
   done = _run(
     probe,
     "--dump-dom",
