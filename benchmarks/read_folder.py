@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
-from gating_jax.cores import usable_cores, worker_processes
+from gating_jax.cores import count_workers, usable_cores
 from gating_jax.data.image_sets import SetSource
 from gating_jax.data.streaming import open_stream
 
@@ -67,7 +67,7 @@ def main():
   parser.add_argument("--images", type=int, default=20_000, help="of each measurement")
   parser.add_argument("--batch", type=int, default=128)
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--workers", default=f"0,{worker_processes()}", help="0 for threads")
+  parser.add_argument("--workers", default=f"0,{count_workers()}", help="0 for threads")
   parser.add_argument("--size", type=int, default=64)
   args = parser.parse_args()
   if args.images < args.batch:

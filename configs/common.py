@@ -56,6 +56,9 @@ def image_config() -> Config:
         "image_size": 0,  # images are resized to this; 0: they have one size already
         # streaming: smallest area of a random crop, as a fraction of the image; None: no crop
         "crop_area": config_dict.placeholder(float),
+        # streaming: fraction of its sides that the middle part of another image keeps; 0: the whole
+        # image; None: 0.875, of a union 1; auto sets what resident does
+        "test_crop": config_dict.placeholder(float),
         # streaming: processes that decode; 0: threads of this one; None: as many as cores, at most
         # 8, for folders of many images, else 0
         "workers": config_dict.placeholder(int),

@@ -22,13 +22,19 @@ def usable_cores() -> int:
   return os.cpu_count() or 1
 
 
-def worker_processes() -> int:
+def count_workers(sharing: int = 1) -> int:
   """Returns the number of processes that decode pictures: one for each core, at most 8.
 
   On one core it is 0: a process of its own would only add its start.
 
-  >>> worker_processes() in (0, 2, 3, 4, 5, 6, 7, 8)
+  Args:
+    sharing: number of processes, this one included, that use the same cores.
+
+  >>> count_workers() in (0, 2, 3, 4, 5, 6, 7, 8)
   True
   """
   cores = usable_cores()
+  # A launcher that has given each process cores of its own has divided them already.
+  if cores == os.cpu_count():
+    cores //= sharing
   return min(cores, _MOST_WORKERS) if cores > 1 else 0

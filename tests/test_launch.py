@@ -173,6 +173,15 @@ def test_processes_agree_on_what_one_has_seen_and_gather_their_parts(monkeypatch
   assert hosts.allgather(part)["x"].tolist() == batch["x"].tolist()
 
 
+def test_processes_know_the_least_number_and_who_shares_their_host(monkeypatch):
+  assert (hosts.least_of(5), hosts.count_on_host()) == (5, 1)
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  # One on this host, and one on another, with larger numbers.
+  gather = lambda mine: np.stack([mine, mine, mine + 1])
+  monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+  assert (hosts.least_of(5), hosts.count_on_host()) == (5.0, 2)
+
+
 @pytest.mark.parametrize("coordinator", ["localhost", "localhost:", ":1", "localhost:http"])
 def test_a_coordinator_without_host_or_port_is_refused(coordinator):
   with pytest.raises(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ import PIL
 from gating_jax.checks import printable
 from gating_jax.cores import usable_cores
 from gating_jax.data.array_cache import ArrayCache, stamp_of
+from gating_jax.data.text_files import write_atomically
 from gating_jax.terminal import progress_bar, warn
 
 UNREADABLE_FILE = "unreadable_files.csv"
@@ -57,11 +59,22 @@ class FaultNotes:
   """Files that cannot be read, with the reasons: those of a check, and those noted since.
 
   Attributes:
-    checked, later: the first reason for each file, by its path.
+    checked, later: the first reason for each file, by its path or name.
   """
 
-  def __init__(self, checked: Mapping[str, str]):
-    self.checked = dict(checked)
+  def __init__(
+    self,
+    checked: Mapping[str, str],
+    message: str = "%s could be read when the data were opened, but not any more: it %s. The next "
+    "image is read instead",
+  ):
+    """Begins with the files of a check.
+
+    Args:
+      checked: the reason for each file.
+      message: the warning of a file that is noted later, with places for file and reason.
+    """
+    self.checked, self._message = dict(checked), message
     self.later: dict[str, str] = {}
     # A copy in a worker process has its own notes; the process that made the notes reports.
     self._process = os.getpid()
@@ -72,12 +85,7 @@ class FaultNotes:
       for file in reasons.keys() - self.later.keys():
         self.later[file] = reasons[file]
         if os.getpid() == self._process:
-          warn(
-            "%s could be read when the training began, and no longer: it %s; another takes its "
-            "place",
-            printable(file),
-            reasons[file],
-          )
+          warn(self._message, printable(file), printable(reasons[file]))
 
 
 def write_unreadable(folder: Path, reasons: Mapping[str, str]) -> None:
@@ -93,10 +101,11 @@ def write_unreadable(folder: Path, reasons: Mapping[str, str]) -> None:
   if not reasons:
     path.unlink(missing_ok=True)
     return
-  with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-    writer = csv.writer(file)
-    writer.writerow(("path", "reason"))
-    writer.writerows(sorted(reasons.items()))
+  table = io.StringIO(newline="")
+  writer = csv.writer(table)
+  writer.writerow(("path", "reason"))
+  writer.writerows(sorted(reasons.items()))
+  write_atomically(path, table.getvalue().encode("utf-8", errors="backslashreplace"))
 
 
 def find_faults(

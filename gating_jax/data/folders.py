@@ -53,6 +53,8 @@ _CHANNELS = 3
 _TEST_FRACTION = 0.2
 # Fewer images than these are decoded in a moment, and not remembered.
 _MANY = 1000
+# Images in a row that cannot be read any more before reading stops.
+_MOST_REPLACED = 100
 # Names that people give to folders of splits, in lower case, and the split that each stands for.
 _SPLIT_NAMES = {
   "train": "train",
@@ -159,22 +161,25 @@ class FolderImages(Sequence):
     return {self._image: pixels, self._label: self._labels[index]}
 
 
-def read_or_replace(examples: Sequence[Any], index: int, notes: FaultNotes) -> Any:
-  """Returns an example; in place of one whose file can be read no longer, the next that can.
+def read_or_replace(examples: Sequence[Any], index: int, notes: FaultNotes | None = None) -> Any:
+  """Returns an example; in place of one whose file cannot be read any more, the next that can.
 
   Args:
     examples: of a folder, or of any other set, whose errors are its own.
     index: of the example.
-    notes: take the files that can be read no longer.
+    notes: receives the files that cannot be read any more.
   Raises:
-    ValueError: no file of the set can be read any longer.
+    ValueError: no file of the set can be read any more, or none of the 100 from `index` on.
   """
-  for step in range(len(examples)):
+  # So many are no single damaged files: the folder is gone, or its disk.
+  tried = min(len(examples), _MOST_REPLACED)
+  for step in range(tried):
     try:
       return examples[(index + step) % len(examples)]
     except UnreadableFileError as error:
-      notes.note({str(error.file): error.reason})
-  raise ValueError(f"none of {len(examples)} images can be read any longer")
+      if notes is not None:
+        notes.note({str(error.file): error.reason})
+  raise ValueError(f"none of {tried} images can be read any longer: is the folder still there?")
 
 
 def open_folder(
@@ -317,6 +322,9 @@ def _read_file(file: Path) -> np.ndarray:
   try:
     encoded = file.read_bytes()
     pixels = _decode(encoded)
+  # A lack of memory is no fault of the file.
+  except MemoryError:
+    raise
   # Damaged files make decoders raise errors of many types.
   except Exception as error:
     raise UnreadableFileError(file, _explain_fault(error, encoded)) from error
@@ -676,7 +684,7 @@ def _check_files(
     new,
     read,
     f"checking the images of {root.name}",
-    describe=lambda error: getattr(error, "reason", str(error)),
+    describe=_reason_of,
   )
   unreadable = {str(file): fault for file, fault in zip(new, faults, strict=True) if fault}
   if unreadable:
@@ -692,3 +700,10 @@ def _check_files(
   if many and len(unreadable) < len(new):
     keep_ranges(root, stamps, ranges, listed=[entry.file for entry in listing.entries])
   return ranges, unreadable
+
+
+def _reason_of(error: Exception) -> str:
+  """Returns why a file cannot be read; raises the error where the file is not at fault."""
+  if isinstance(error, MemoryError):
+    raise error
+  return getattr(error, "reason", str(error))

@@ -35,6 +35,8 @@ DIGITS = "digits"
 MADE = (DIGITS, "worlds", "worlds_told")
 
 _DIGITS_TEST_FRACTION = 0.2
+# Of the container of this process, on Linux.
+_CGROUP = "/sys/fs/cgroup"
 
 
 class SetSource(NamedTuple):
@@ -212,15 +214,38 @@ def _check_fits(count: int, shape: Sequence[int], name: str) -> None:
 
 def available_memory() -> int:
   """Returns the bytes of memory that this process may still take; all of it where none says so."""
-  try:
-    # With what the cache of files would give back, unlike the pages that `sysconf` calls available.
-    for line in Path("/proc/meminfo").read_text().splitlines():
-      if line.startswith("MemAvailable:"):
-        return 1024 * int(line.split()[1])
-  except OSError:
+  # With what the cache of files would give back, unlike the pages that `sysconf` calls available.
+  host = _read_sizes("/proc/meminfo")
+  if "MemAvailable:" in host:
+    free = 1024 * host["MemAvailable:"]
+  else:
     # Only Linux has it.
-    pass
-  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  # A container may take less than its host has. There, too, the cache of files is given back.
+  most = _read_sizes(f"{_CGROUP}/memory.max")
+  taken = _read_sizes(f"{_CGROUP}/memory.current")
+  if most and taken:
+    parts = _read_sizes(f"{_CGROUP}/memory.stat")
+    cached = parts.get("active_file", 0) + parts.get("inactive_file", 0)
+    free = min(free, max(0, most[""] - taken[""] + cached))
+  return free
+
+
+def _read_sizes(file: str) -> dict[str, int]:
+  """Returns the number in each line of a file of the system, by the word before it, if any.
+
+  Lines without a number, such as `max`, are left out. Without the file there is none.
+  """
+  try:
+    lines = Path(file).read_text().splitlines()
+  except OSError:
+    return {}
+  sizes = {}
+  for line in lines:
+    *name, size = line.split()[:2]
+    if size.isdigit():
+      sizes["".join(name)] = int(size)
+  return sizes
 
 
 def decoded_bytes(source: SetSource, image_size: int = 0, channels: int | None = None) -> int:
@@ -243,7 +268,7 @@ def decoded_bytes(source: SetSource, image_size: int = 0, channels: int | None =
     shape = opened.shape
     if not image_size:
       # All must have one size.
-      shape = folders.read_or_replace(opened, 0, FaultNotes({}))[source.image].shape
+      shape = folders.read_or_replace(opened, 0)[source.image].shape
   else:
     opened = tfds.open_tfds(source.name, source.split, source.data_dir, readers={})
     own = opened.dataset_info.features

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -46,7 +46,7 @@ class Stream:
     workers: number of processes that decode; 0 for threads of this process.
     image, label: names of the features that hold them.
     shares: as in `image_sets.Images`.
-    central_fraction: fraction of the shorter side that the central crop keeps.
+    central_fraction: fraction of the shorter side that the central crop keeps; 0 for no crop.
     notes: files of a folder that cannot be read.
   """
 
@@ -119,14 +119,7 @@ class Stream:
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order and ahead of the consumer, by threads or processes."""
-
-    def read(item):
-      """Returns a result with the worker's notes, which are in its own copy of the set."""
-      return fn(item), dict(self.notes.later)
-
-    for result, unreadable in prefetch(read, list(items), self.workers):
-      self.notes.note(unreadable)
-      yield result
+    return prefetch_noting(fn, list(items), self.workers, notes=self.notes)
 
   def read_one(
     self, index: int, seed: tuple[int, ...] | None
@@ -168,6 +161,7 @@ def open_stream(
   image_size: int = 0,
   seed: int = 0,
   crop_area: float | None = None,
+  test_crop: float | None = None,
   workers: int = 0,
 ) -> Stream:
   """Opens an image-classification set on disk; errors are as in `image_sets.load`.
@@ -177,8 +171,9 @@ def open_stream(
     image_size: side in pixels that images are brought to; 0 for sets whose images all have one
       size.
     seed, crop_area, workers: see `Stream`.
+    test_crop: the `central_fraction` of `Stream`; None for that of the set.
   Raises:
-    ValueError: the digits, a crop area out of range, or images of unknown size and no `image_size`.
+    ValueError: the digits, a crop out of range, or images of unknown size and no `image_size`.
   """
   if source.name == image_sets.DIGITS:
     raise ValueError(
@@ -186,13 +181,16 @@ def open_stream(
     )
   if crop_area is not None and not 0 < crop_area <= 1:
     raise ValueError(f"data.crop_area must be in (0, 1]; got {crop_area}")
+  if test_crop is not None and not 0 <= test_crop <= 1:
+    raise ValueError(f"data.test_crop must be in [0, 1]; got {test_crop}")
   opened = image_sets.open_images(source)
   height, width, depth = opened.shape
   if image_size:
     height = width = image_size
   if height is None or width is None:
     raise ValueError(
-      f"data.image_size must be set: images of {source.name} differ in size; got {image_size}"
+      f"data.image_size must be set to stream {source.name}, whose images may differ in size; "
+      f"got {image_size}"
     )
   return Stream(
     opened,
@@ -203,7 +201,7 @@ def open_stream(
     workers=workers,
     image=source.image,
     label=source.label,
-    central_fraction=central_fraction(source.name),
+    central_fraction=central_fraction(source.name) if test_crop is None else test_crop,
     notes=FaultNotes(getattr(opened, "unreadable", {})),
   )
 
@@ -246,12 +244,19 @@ def central_crop(
 ) -> np.ndarray:
   """Resizes the middle of an image to `size`.
 
-  The middle has `size`'s aspect, and `fraction` of the sides of the largest such part.
+  The middle has `size`'s aspect, and `fraction` of the sides of the largest such part. With 0 the
+  whole image is resized.
   """
+  if not fraction:
+    return image_sets.resize(image, size)
   height, width = image.shape[:2]
-  scale = min(height / size[0], width / size[1]) * fraction
+  # The side that limits the part is not divided: with rounding, the part could leave the image.
+  if height * size[1] <= width * size[0]:
+    h, w = float(height), height * size[1] / size[0]
+  else:
+    h, w = width * size[0] / size[1], float(width)
   # Fractions of a pixel are kept: Pillow resizes any box.
-  h, w = scale * size[0], scale * size[1]
+  h, w = fraction * h, fraction * w
   left, top = (width - w) / 2, (height - h) / 2
   return image_sets.resize(image, size, (left, top, left + w, top + h))
 
@@ -277,7 +282,7 @@ def prefetch(
   dataset = grain.MapDataset.source(items).map(fn)
   if not workers:
     threads = grain.ReadOptions(num_threads=buffer_size, prefetch_buffer_size=buffer_size)
-    return _closing(dataset.to_iter_dataset(threads))
+    return _closing(dataset.to_iter_dataset(threads), ())
   # grain passes absl's flags on to the workers; outside absl programs nobody has parsed them.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
@@ -286,15 +291,45 @@ def prefetch(
   # Few results per worker, since each may be a whole batch of images or videos.
   processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
   one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-  return _closing(dataset.to_iter_dataset(one_by_one).mp_prefetch(processes))
-
-
-def _closing(dataset: Iterable[Any]) -> Iterator[Any]:
-  """Yields the results of a pool of workers, and closes it at the end, whatever that is."""
-  pool: Any = None
   # A terminal sends Ctrl-C to worker processes too, but what becomes of it is for this one to
-  # decide. They start before the first result, and inherit what is blocked then.
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  # decide.
+  return _closing(dataset.to_iter_dataset(one_by_one).mp_prefetch(processes), {signal.SIGINT})
+
+
+def prefetch_noting(
+  fn: Callable[[Any], Any],
+  items: Sequence[Any],
+  workers: int,
+  *,
+  notes: FaultNotes,
+  buffer_size: int = 8,
+) -> Iterator[Any]:
+  """Works as `prefetch`; notes here also the files that worker processes could not read.
+
+  Args:
+    fn, items, workers, buffer_size: as for `prefetch`.
+    notes: those of the set that `fn` reads.
+  """
+
+  def read(item):
+    """Returns a result with the worker's notes, which are in its own copy of the set."""
+    return fn(item), dict(notes.later)
+
+  for result, unreadable in prefetch(read, items, workers, buffer_size=buffer_size):
+    notes.note(unreadable)
+    yield result
+
+
+def _closing(dataset: Iterable[Any], blocked: Collection[int]) -> Iterator[Any]:
+  """Yields the results of a pool of workers, and closes it at the end, whatever that is.
+
+  Args:
+    dataset: starts the workers at its first result.
+    blocked: signals that the workers never see.
+  """
+  pool: Any = None
+  # They start before the first result, and inherit what is blocked then.
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
   try:
     try:
       pool = iter(dataset)

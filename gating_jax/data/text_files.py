@@ -1,5 +1,7 @@
 """Lines and tables in text files, read strictly, with errors that name file, line and content.
 
+Files are also written here, whole or not at all.
+
 Text files are UTF-8, with or without a byte-order mark. Lines end at LF, CRLF or CR only. Only
 spaces and tabs surround a field: every other character, such as U+2028 or a form feed, is part of a
 name.
@@ -7,6 +9,8 @@ name.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +18,8 @@ from typing import NamedTuple
 
 from gating_jax.checks import user_path
 
+# The suffix of a file that is still being written.
+TEMPORARY = ".tmp"
 # Characters that may surround a field.
 BLANKS = " \t"
 # A field of a CSV file and what ends it. A quoted field has two quotes for each one in it; any
@@ -141,3 +147,36 @@ def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[Line, list[str]]]
     # Quoted fields may hold line ends.
     number += text.count("\n", start, place)
     start, fields = place, []
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+  """Replaces the file whole or not at all.
+
+  A kill in between leaves the old file, and a `.tmp` next to it.
+
+  Args:
+    path: the file.
+    content: its bytes, or a text, which is written as UTF-8.
+  Raises:
+    OSError: the file cannot be written; the message names it.
+  """
+  temporary = path.with_name(path.name + TEMPORARY)
+  if isinstance(content, str):
+    # Names may hold surrogates, which UTF-8 cannot encode.
+    content = content.encode("utf-8", errors="replace")
+  with naming_file(path):
+    with temporary.open("wb") as file:
+      file.write(content)
+      file.flush()
+      # On disk before the rename: else a power cut could leave an empty file under the name.
+      os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+  """Names the file in errors of writing, which otherwise say only `No space left on device`."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -149,7 +149,7 @@ class VideoFolder(VideoSet):
     for name, fault in zip(self.names, found, strict=True):
       if fault is not None:
         faults[name] = fault
-    self.unreadable |= faults
+    self.unreadable.update(faults)
     if faults:
       named = [printable(f"{name} ({fault})") for name, fault in faults.items()]
       warn("%d of %d videos cannot be read and are skipped: %s", len(faults), len(self), few(named))

@@ -18,17 +18,16 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gating_jax.checks import few, printable, user_path
+from gating_jax.checks import few, user_path
+from gating_jax.data.checked_files import FaultNotes
 from gating_jax.data.image_sets import process_indices
-from gating_jax.data.streaming import prefetch
+from gating_jax.data.streaming import prefetch_noting
 from gating_jax.data.video_tables import FEATURE_SUFFIXES, Intervals, VideoTable
 from gating_jax.terminal import warn
 
@@ -57,8 +56,6 @@ _PREFETCHED = 2
 _NAMED = 5
 # Added to the seed of an example, which draws its jitter, to draw what takes its place.
 _SUBSTITUTE = 1
-# Held while a reading thread notes an unreadable video, so that each is reported once.
-_NOTING = threading.Lock()
 
 
 class Segments(NamedTuple):
@@ -87,7 +84,6 @@ class VideoSet(abc.ABC):
   Attributes:
     table: of the videos that have their files.
     missing: names of the videos that have not.
-    unreadable: the reason for each video that could not be read so far, by name.
   """
 
   def __init__(
@@ -117,10 +113,8 @@ class VideoSet(abc.ABC):
         "%d of %d videos have no file and are skipped: %s", len(missing), len(table), few(missing)
       )
     self.table, self.missing = table.take(kept), tuple(missing)
-    self.unreadable: dict[str, str] = {}
     self._segments, self._seed, self._jitter, self._workers = segments, seed, jitter, workers
-    # Workers copy this object; the process that made it is the one that reports.
-    self._process = os.getpid()
+    self._notes = FaultNotes({}, "video %s cannot be read and is skipped: %s")
 
   def __len__(self) -> int:
     return len(self.table)
@@ -129,6 +123,11 @@ class VideoSet(abc.ABC):
   def names(self) -> tuple[str, ...]:
     """Returns the names, one per video."""
     return self.table.names
+
+  @property
+  def unreadable(self) -> dict[str, str]:
+    """Returns the reason for each video that could not be read so far, by name."""
+    return self._notes.later
 
   @property
   def paths(self) -> list[Path]:
@@ -167,7 +166,7 @@ class VideoSet(abc.ABC):
 
     `fn` may read this set.
     """
-    return self._noted(fn, items, _PREFETCHED)
+    return prefetch_noting(fn, items, self._workers, notes=self._notes, buffer_size=_PREFETCHED)
 
   def batches(
     self,
@@ -207,7 +206,13 @@ class VideoSet(abc.ABC):
       return self._read_for_training(int(indices(step)[row]), seed)
 
     calls = len(range(first_step, total_steps, k))
-    examples = self._noted(read, range(calls * k * rows), 4 * _PREFETCHED)
+    examples = prefetch_noting(
+      read,
+      range(calls * k * rows),
+      self._workers,
+      notes=self._notes,
+      buffer_size=4 * _PREFETCHED,
+    )
     for _ in range(calls):
       by_step, by_row = list(itertools.islice(examples, k * rows)), []
       # Examples come step by step; `[b, K]` is laid out row by row.
@@ -285,38 +290,13 @@ class VideoSet(abc.ABC):
       loaded = self._load(index, rng)
     # A damaged file makes its decoder raise errors of many types; none may stop a run.
     except Exception as error:
-      self._note({self.names[index]: str(error) or type(error).__name__})
+      self._notes.note({self.names[index]: str(error) or type(error).__name__})
       return None
     example = self._blank(index)
     example |= loaded.inputs | {"valid": loaded.valid, "weight": np.float32(1)}
     if self.table.units is not None:
       example["units"] = _units_at(self.table.units[index], loaded.middles)
     return example
-
-  def _noted(
-    self, fn: Callable[[Any], Any], items: Sequence[Any], buffer_size: int
-  ) -> Iterator[Any]:
-    """Works as `map`; also notes here what worker processes could not read."""
-
-    def read(item):
-      """Returns a result with the worker's notes, which are in its own copy of the set."""
-      return fn(item), dict(self.unreadable)
-
-    for result, unreadable in prefetch(read, items, self._workers, buffer_size=buffer_size):
-      self._note(unreadable)
-      yield result
-
-  def _note(self, unreadable: dict[str, str]) -> None:
-    """Keeps the first reason for each video, and reports it in the main process."""
-    with _NOTING:
-      for name in unreadable.keys() - self.unreadable.keys():
-        self.unreadable[name] = unreadable[name]
-        if os.getpid() == self._process:
-          warn(
-            "video %s cannot be read and is skipped: %s",
-            printable(name),
-            printable(unreadable[name]),
-          )
 
 
 @dataclasses.dataclass(frozen=True)

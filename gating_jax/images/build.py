@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from gating_jax.config_files import Config
-from gating_jax.cores import worker_processes
+from gating_jax.cores import count_workers
 from gating_jax.data import augment, image_sets, streaming, unions
 from gating_jax.images.checks import (
   CLASSIFIER_GATINGS,
@@ -193,29 +193,35 @@ def _choose_loader(config: Config) -> Config:
   data = config.data
   if data.loader != AUTO:
     return config
-  # Only a stream crops at random, of images that are read.
-  crops = data.crop_area is not None and data.name not in image_sets.MADE
+  # Only the streaming loader crops as these fields say; made images are never read.
+  asked = [name for name in ("crop_area", "test_crop") if data.get(name) is not None]
+  crops = bool(asked) and data.name not in image_sets.MADE
   needed = 0
   for split in (data.train_split, data.test_split):
     needed += image_sets.decoded_bytes(settings.source_of(data, split), data.image_size)
-  free = _free_memory()
-  # All processes read in the same way.
-  streams = hosts.any_of(crops or needed > _RESIDENT * free)
+  # All processes read in the same way, and say why in the same words.
+  free = hosts.least_of(_free_memory())
+  # Images of a folder may differ in size, which memory alone finds out.
+  can_stream = data.image_size or not image_sets.has_folder(data.name)
+  streams = hosts.any_of(bool(crops or (can_stream and needed > _RESIDENT * free)))
   if streams or needed:
     size = f"{needed / 1e9:,.1f} GB of {free / 1e9:,.1f} GB that are free"
     how = "read from disk in the training" if streams else "held in memory"
-    why = "since data.crop_area is set" if crops else size
+    why = f"since data.{asked[0]} is set" if crops else size
     say(f"data.loader=auto: the images are {how}, {why}")
   chosen = config.copy_and_resolve_references()
   with chosen.unlocked():
-    chosen.data.loader = LOADERS[streams]
+    chosen.data.loader = "streaming" if streams else "resident"
+    # What is free must not change the images: they are prepared as in memory.
+    if streams and not crops:
+      chosen.data.test_crop = 1.0 if image_sets.keeps_proportions(data.name) else 0.0
   return chosen.lock()
 
 
 def _free_memory() -> int:
   """Returns the bytes that are free in memory, of this process or of a device if that has less."""
-  free = image_sets.available_memory()
-  # That of a processor has none of its own.
+  free = image_sets.available_memory() // hosts.count_on_host()
+  # A CPU device reports none.
   stats = jax.local_devices()[0].memory_stats()
   if stats and "bytes_limit" in stats:
     free = min(free, stats["bytes_limit"] - stats.get("bytes_in_use", 0))
@@ -234,7 +240,7 @@ def _shares(data: Config, sizes: Sequence[int]) -> image_sets.EqualShares:
   """Returns how the sets of a union come into batches, by the numbers of their images.
 
   Raises:
-    ValueError: a set has no image, of which no batch could have its part.
+    ValueError: a set has no image, so no batch could hold its images.
   """
   for name, size in zip(unions.source_names(data.name), sizes, strict=True):
     if not size:
@@ -565,12 +571,14 @@ def _open(
       image_size=data.image_size,
       seed=seed,
       workers=data.workers or 0,
-      # Random crops are for training; test images are cropped at their centre.
+      # Random crops are for training alone.
       crop_area=data.crop_area if training else None,
+      # A run of an older version has no such field.
+      test_crop=data.get("test_crop"),
     )
     # Processes decode small files several times as fast as threads, but start slowly.
     if data.workers is None and image_sets.has_folder(data.name) and len(opened) >= _MANY:
-      opened = dataclasses.replace(opened, workers=worker_processes())
+      opened = dataclasses.replace(opened, workers=count_workers(hosts.count_on_host()))
   # A test has every image of a union once.
   if not (training and unions.is_union(data.name)):
     return opened

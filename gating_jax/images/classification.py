@@ -40,7 +40,7 @@ from gating_jax.programmes import UNGATED_NETS
 from gating_jax.reports import conclusion, page, predictions, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports.text import format_percent
-from gating_jax.terminal import say, working
+from gating_jax.terminal import say, warn, working
 from gating_jax.training import devices, evaluation, hosts, outlines, steps
 from gating_jax.training.closed_gates import (
   CLOSED,
@@ -90,7 +90,7 @@ def run(config: Config, workdir: Path, mode: str) -> None:
 
 def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
   """Opens the data of a run, and checks what a training begins with."""
-  config = _with_own_loader(config, workdir)
+  config = _with_own_loader(config, workdir, mode)
   start = config.model.init_from if mode == "train" else None
   # A resumed run has parameters of its own, and does without the file.
   begins = not RunDir(user_path(workdir)).has_checkpoint()
@@ -115,17 +115,24 @@ def _prepare(config: Config, workdir: Path, mode: str) -> Classification:
   return programme
 
 
-def _with_own_loader(config: Config, workdir: Path) -> Config:
+def _with_own_loader(config: Config, workdir: Path, mode: str) -> Config:
   """Returns the config with the loader that a run has in place of `auto`; as it is for a new run.
 
-  A run keeps its loader, however much memory there is when it is resumed.
+  A run keeps its loader, however much memory there is when it is resumed. Only `train` begins a run
+  that has saved nothing again.
   """
   run_dir = RunDir(user_path(workdir))
-  if config.data.loader != AUTO or not run_dir.exists() or not run_dir.has_progress():
+  if config.data.loader != AUTO or not run_dir.exists():
+    return config
+  if mode == "train" and not run_dir.has_progress():
     return config
   own = config.copy_and_resolve_references()
   with own.unlocked():
-    own.data.loader = run_dir.config().get("data", {}).get("loader", AUTO)
+    kept = run_dir.config().get("data", {})
+    own.data.loader = kept.get("loader", AUTO)
+    # Chosen with the loader. A run of an older version has none, and keeps its own way.
+    if own.data.get("test_crop") is None:
+      own.data.test_crop = kept.get("test_crop")
   return own.lock()
 
 
@@ -271,6 +278,8 @@ class Classification(runner.Programme):
       "up to half a minute, more for large sets",
     ):
       train = experiment.open_train()
+      if run_dir.has_checkpoint():
+        _warn_of_other_images(run_dir, train)
       # Kept in the run directory, so that the model can be loaded without its data.
       outlines.write_outlines(run_dir.path, [train, experiment.test])
       # Also of a run that is stopped before its end.
@@ -286,12 +295,17 @@ class Classification(runner.Programme):
           training.state = start_from(experiment, training.state, train, weights=self.weights)
       training.begin(f"{self.title}, tested on {len(experiment.test):,} {self.noun}s")
       evaluate = functools.partial(self._evaluate, training, self.make_test())
-      ended = training.run(
-        self.make_advance(train, training.step, teacher),
-        experiment.settings,
-        evaluate=evaluate,
-        watch=watch_images(self.config),
-      )
+      try:
+        ended = training.run(
+          self.make_advance(train, training.step, teacher),
+          experiment.settings,
+          evaluate=evaluate,
+          watch=watch_images(self.config),
+        )
+      finally:
+        # Also of a training that was stopped or failed, in which no process may wait for others.
+        if hosts.is_writer():
+          write_unreadable(run_dir.path, self._unreadable(train))
       if not ended:
         return None
       evaluated = evaluate()
@@ -445,7 +459,7 @@ class Classification(runner.Programme):
     return found
 
   def _add_names(self, evaluated: Evaluation, train: Any = None) -> None:
-    """Adds the outcomes of each layer's gates to the result, and what is known of folders' files.
+    """Adds names, the number of unreadable files of folders and the outcomes of gates to a result.
 
     Args:
       evaluated: a test.
@@ -518,6 +532,19 @@ class Classification(runner.Programme):
       notice=notice,
     )
     image_report.write_report(run_dir.report, described)
+
+
+def _warn_of_other_images(run_dir: RunDir, train: Any) -> None:
+  """Warns where a run is resumed with another number of training images than before."""
+  kept = outlines.read_outlines(run_dir.path)
+  images = getattr(train, "in_epoch", None) or len(train)
+  if kept and len(kept[0]) != images:
+    warn(
+      "%s was trained on %d images so far; now there are %d, whose order differs",
+      run_dir.path,
+      len(kept[0]),
+      images,
+    )
 
 
 def watch_images(config: Config) -> ClosingWatch:

@@ -224,7 +224,9 @@ def _count_sets(model: Mapping[str, Any]) -> int:
 def _crop_fraction(data: Mapping[str, Any]) -> float | None:
   """Returns the fraction of its largest middle part that a test image keeps; None for all of it."""
   if data["loader"] == "streaming":
-    return streaming.central_fraction(data["name"])
+    fraction = data.get("test_crop")
+    # 0 stands for the whole image.
+    return streaming.central_fraction(data["name"]) if fraction is None else fraction or None
   return 1.0 if image_sets.keeps_proportions(data["name"]) else None
 
 

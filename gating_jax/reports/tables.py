@@ -530,8 +530,8 @@ _MEANINGS = {
   "IoU of": "Intersection over union of this class.",
   "pixels that are right": "Fraction of pixels with a known class whose predicted class is the "
   "true one.",
-  "files that cannot be read": "Damaged, empty or closed files of the splits in use, which are"
-  " left out, and files that became so in the training, for which others stood in.",
+  "files that cannot be read": "Files of the splits in use that are damaged, empty or closed to "
+  "this user. They are left out. For those that became so during the training, the next was read.",
   "parameters": "Trainable parameters of the network, and of its gates if counted separately.",
   "MACs per image, ungated net": f"The {_MACS} of one image with every unit computed and no gates: "
   "the baseline.",

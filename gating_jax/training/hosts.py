@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,22 @@ def any_of(said: bool) -> bool:
   if jax.process_count() == 1:
     return said
   return bool(np.any(multihost_utils.process_allgather(np.array(said))))
+
+
+def least_of(number: float) -> float:
+  """Returns the least of all processes' numbers, up to rounding; each waits for all."""
+  if jax.process_count() == 1:
+    return number
+  return float(np.min(multihost_utils.process_allgather(np.array(number, np.float32))))
+
+
+def count_on_host() -> int:
+  """Returns the number of the job's processes on this host; each waits for all."""
+  if jax.process_count() == 1:
+    return 1
+  # Names of hosts have any length; arrays of the exchange have one.
+  own = np.array(zlib.crc32(socket.gethostname().encode()) >> 1, np.int32)
+  return int(np.sum(multihost_utils.process_allgather(own) == own))
 
 
 def broadcast_from_writer(number: int) -> int:

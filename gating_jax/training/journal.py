@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from gating_jax.data.text_files import TEMPORARY as TEMPORARY
+from gating_jax.data.text_files import naming_file, write_atomically
 from gating_jax.terminal import is_open, progress_bar, warn
 from gating_jax.training import hosts
 
 METRICS_FILE = "metrics.jsonl"
 HISTOGRAMS_FILE = "histograms.jsonl"
 TENSORBOARD_DIR = "tensorboard"
-# The suffix of a file that is still being written.
-TEMPORARY = ".tmp"
 
 # The words for metrics of training, in human-readable lines.
 _ACCURACIES = {
@@ -170,7 +169,7 @@ class Journal:
   def close(self) -> None:
     """Closes the bar, the events and both files."""
     self._bar.close()
-    with _naming(self._path):
+    with naming_file(self._path):
       self._events.close()
     self._metrics.close()
     self._histograms.close()
@@ -192,7 +191,7 @@ class _Lines:
     if (step, split) in self._written:
       return False
     self._written.add((step, split))
-    with _naming(self._path):
+    with naming_file(self._path):
       self._file = self._file or self._path.open("a")
       self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
       # A kill loses no line that was written.
@@ -202,7 +201,7 @@ class _Lines:
   def close(self) -> None:
     """Closes the file, if a line was written."""
     if self._file:
-      with _naming(self._path):
+      with naming_file(self._path):
         self._file.close()
 
 
@@ -213,30 +212,6 @@ def _cut_back(path: Path, first_step: int) -> list[dict[str, Any]]:
     lines = [json.dumps(line) + "\n" for line in kept]
     write_atomically(path, "".join(lines))
   return kept
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-  """Replaces the file whole or not at all.
-
-  A kill in between leaves the old file, and a `.tmp` next to it.
-
-  Args:
-    path: the file.
-    content: its bytes, or a text, which is written as UTF-8.
-  Raises:
-    OSError: the file cannot be written; the message names it.
-  """
-  temporary = path.with_name(path.name + TEMPORARY)
-  if isinstance(content, str):
-    # Names may hold surrogates, which UTF-8 cannot encode.
-    content = content.encode("utf-8", errors="replace")
-  with _naming(path):
-    with temporary.open("wb") as file:
-      file.write(content)
-      file.flush()
-      # On disk before the rename: else a power cut could leave an empty file under the name.
-      os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -327,12 +302,3 @@ def _term(name: str) -> str:
 
 def _percent(fraction: float) -> str:
   return f"{100 * fraction:.1f} %"
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-  """Names the file in errors of writing, which otherwise say only `No space left on device`."""
-  try:
-    yield
-  except OSError as error:
-    raise OSError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -165,7 +165,13 @@ class LongVideo(runner.Programme):
       if experiment.validation is not None and phase.settings.eval_every:
         best = opened.enter_context(BestState(run_dir.path / BEST_DIR))
       evaluate = functools.partial(self._evaluate, training, nets, best)
-      if not self._run(training, phase, train, evaluate=evaluate):
+      try:
+        ended = self._run(training, phase, train, evaluate=evaluate)
+      finally:
+        # Also of a training that was stopped or failed, in which no process may wait for others.
+        if hosts.is_writer():
+          write_unreadable(run_dir.path, self._unreadable())
+      if not ended:
         return None
       step, variables = self._choose_state(training, run_dir.path, nets, best=best)
       result, behaviour = self._test(variables, training.say)

@@ -162,3 +162,17 @@ def test_unreadable_files_are_listed_with_names_as_they_are(tmp_path):
   for _ in range(2):
     checked_files.write_unreadable(tmp_path, {})
     assert not file.exists()
+
+
+def test_the_list_of_unreadable_files_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+  checked_files.write_unreadable(tmp_path, {"a": "is empty"})
+  file = tmp_path / checked_files.UNREADABLE_FILE
+  before = file.read_bytes()
+
+  def full(_):
+    raise OSError("disk")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match="unreadable_files.csv cannot be written: disk"):
+    checked_files.write_unreadable(tmp_path, {"b": "is empty"})
+  assert file.read_bytes() == before

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from gating_jax.data import checked_files, features, folders, image_sets, streaming
+from gating_jax.data.checked_files import FaultNotes
 from gating_jax.data.image_sets import SetSource
 
 RED = (200, 10, 10)
@@ -245,7 +247,7 @@ def test_both_loaders_read_a_folder(tmp_path):
   assert images.pixels.shape == (7, 4, 4, 3)
   assert images.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
   assert image_sets.count_images(SetSource(folders.FOLDER, "train", folder)) == 7
-  with pytest.raises(ValueError, match="data.image_size must be set"):
+  with pytest.raises(ValueError, match="data.image_size must be set to stream folder"):
     streaming.open_stream(SetSource(folders.FOLDER, "train", folder))
   stream = streaming.open_stream(SetSource(folders.FOLDER, "train", folder), image_size=4)
   pixels, labels = stream.read(np.arange(7))
@@ -287,8 +289,10 @@ def test_another_image_takes_the_place_of_one_that_can_be_read_no_longer(tmp_pat
   assert stream.notes.later == gone
   assert stream.unreadable == whole.unreadable | gone
   for file, reason in gone.items():
-    assert caplog.text.count(f"{file} could be read when the training began, and no lo") == 1
-    assert f"it {reason}; another takes its place" in caplog.text
+    assert (
+      caplog.text.count(f"{file} could be read when the data were opened, but not any more: ") == 1
+    )
+    assert f"it {reason}. The next image is read instead" in caplog.text
   # The next in the order of paths, whatever the order of the batch.
   place = np.array([0, 2, 2, 4, 4, 5])
   for step, (pixels, labels) in enumerate(found):
@@ -610,3 +614,41 @@ def test_files_of_a_large_set_are_decoded_once(tmp_path, monkeypatch):
   (entry,) = (tmp_path / "cache").rglob("*.safetensors")
   entry.write_bytes(entry.read_bytes()[:-3])
   assert [count(), count()] == [(6, 5), (1, 5)]
+
+
+def test_a_folder_that_is_gone_ends_the_reading_soon(tmp_path, caplog, monkeypatch):
+  root = classes(tmp_path / "train", 4)
+  images = folders.open_folder(str(tmp_path), "train")
+  monkeypatch.setattr(folders, "_MOST_REPLACED", 3)
+  for file in root.rglob("*.png"):
+    file.unlink()
+  caplog.clear()
+  message = "none of 3 images can be read any longer: is the folder still there?"
+  with pytest.raises(ValueError, match=re.escape(message)):
+    folders.read_or_replace(images, 0, FaultNotes({}))
+  assert caplog.text.count("but not any more") == 3
+
+
+def test_a_lack_of_memory_is_no_fault_of_a_file(tmp_path, monkeypatch):
+  classes(tmp_path / "train", 1)
+  images = folders.open_folder(str(tmp_path), "train")
+
+  def fail(*_, **__):
+    raise MemoryError
+
+  monkeypatch.setattr(folders, "_decode", fail)
+  with pytest.raises(MemoryError):
+    images[0]
+  folders._list_images.cache_clear()
+  with pytest.raises(MemoryError):
+    folders.open_folder(str(tmp_path), "train")
+
+
+def test_the_size_of_a_folder_is_found_without_a_word(tmp_path, caplog):
+  root = classes(tmp_path / "train", 2)
+  source = SetSource(folders.FOLDER, "train", str(tmp_path))
+  image_sets.open_images(source)
+  (root / "cat" / "0.png").unlink()
+  caplog.clear()
+  assert image_sets.decoded_bytes(source)
+  assert "not any more" not in caplog.text

@@ -250,3 +250,30 @@ def test_the_memory_that_is_available_is_at_most_all_of_it():
   assert (
     0 < image_sets.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
   )
+
+
+@pytest.mark.parametrize(
+  ("most", "stat", "free"),
+  [
+    ("6000\n", "anon 1\nactive_file 40\ninactive_file 2\n", 1042),
+    ("6000", None, 1000),
+    ("max\n", "", 9 * 1024),
+    ("1", "", 0),
+    (None, None, 9 * 1024),
+  ],
+)
+def test_a_container_may_take_less_memory_than_its_host_has(monkeypatch, most, stat, free):
+  texts = {
+    "/proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    9 kB\n",
+    "/sys/fs/cgroup/memory.max": most,
+    "/sys/fs/cgroup/memory.current": "5000\n",
+    "/sys/fs/cgroup/memory.stat": stat,
+  }
+
+  def read_text(path):
+    if texts.get(str(path)) is None:
+      raise FileNotFoundError(path)
+    return texts[str(path)]
+
+  monkeypatch.setattr(image_sets.Path, "read_text", read_text)
+  assert image_sets.available_memory() == free

@@ -1,4 +1,5 @@
 import itertools
+import signal
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_random_crop_reaches_every_corner():
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (dict(), "data.image_size must be set: images of uneven_set differ in size"),
+    (dict(), "data.image_size must be set to stream uneven_set, whose images may"),
     (dict(image_size=8, crop_area=1.5), r"data.crop_area must be in \(0, 1\]; got 1.5"),
   ],
 )
@@ -203,3 +204,18 @@ def test_workers_end_with_their_results_or_where_nobody_wants_them(workers):
   assert next(forgotten) == 0
   streaming.close_pools()
   assert streaming._POOLS == []
+
+
+def test_ctrl_c_is_held_back_from_no_thread():
+  blocked = lambda _: signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+  assert list(streaming.prefetch(blocked, [0], workers=0)) == [False]
+
+
+@pytest.mark.parametrize("size", [7, 49, 224])
+def test_the_largest_middle_part_is_that_of_images_in_memory(size):
+  rng = np.random.default_rng(0)
+  for height, width in rng.integers(1, 400, (20, 2)):
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    box = image_sets._central_square(image)
+    expected = image_sets.resize(image, (size, size), box)
+    np.testing.assert_array_equal(streaming.central_crop(image, (size, size), 1.0), expected)

@@ -1,5 +1,6 @@
 """The loader that `auto` stands for, and the processes that decode by default."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -10,10 +11,11 @@ from configs import common, union
 from gating_jax import cores
 from gating_jax.data import folders, image_sets
 from gating_jax.data.image_sets import SetSource
-from gating_jax.images import build, classification
+from gating_jax.images import build, classification, model_card
 from gating_jax.models import resnets
 from gating_jax.training.checkpoints import CheckpointError
-from gating_jax.training.outlines import Outline
+from gating_jax.training.outlines import Outline, write_outlines
+from gating_jax.training.rundir import RunDir, RunDirError
 from tests.helpers import made_tfds, tiny_cli
 
 # Images of the training and of the test split, and bytes of each at 8 x 8 pixels.
@@ -113,11 +115,14 @@ def test_a_run_keeps_the_loader_that_it_began_with(folder, tmp_path, monkeypatch
   # As far as to the checkpoint, which holds nothing.
   with pytest.raises(CheckpointError):
     classification.run(config_of(folder), run, "evaluate")
-  assert classification._with_own_loader(config_of(folder), run).data.loader == loader
+  assert classification._with_own_loader(config_of(folder), run, "train").data.loader == loader
   # A run that has saved nothing is begun again.
   (run / "checkpoints" / "1").rmdir()
-  assert classification._with_own_loader(config_of(folder), run).data.loader == "auto"
+  assert classification._with_own_loader(config_of(folder), run, "train").data.loader == "auto"
   assert json.loads((run / "config.json").read_text())["data"]["loader"] == loader
+  # The other modes say what is missing.
+  with pytest.raises(RunDirError, match="no checkpoint in"):
+    classification.run(config_of(folder), run, "evaluate")
 
 
 def test_bytes_are_counted_of_every_kind_of_set(folder, tmp_path):
@@ -154,7 +159,7 @@ def test_a_union_with_a_folder_is_streamed_where_it_does_not_fit(folder, monkeyp
 def test_large_folders_are_decoded_by_processes_unless_the_config_says_otherwise(
   folder, monkeypatch
 ):
-  monkeypatch.setattr(build, "worker_processes", lambda: 3)
+  monkeypatch.setattr(build, "count_workers", lambda sharing: 3)
 
   def workers(**changes):
     experiment = build.build(config_of(folder, **{"data.loader": "streaming", **changes}))
@@ -170,10 +175,94 @@ def test_large_folders_are_decoded_by_processes_unless_the_config_says_otherwise
     workers(**{"data.workers": -1})
 
 
-@pytest.mark.parametrize(("usable", "expected"), [(1, 0), (2, 2), (8, 8), (96, 8)])
-def test_there_are_as_many_processes_as_cores_up_to_a_limit(monkeypatch, usable, expected):
+@pytest.mark.parametrize(
+  ("usable", "sharing", "expected"),
+  [(1, 1, 0), (2, 1, 2), (8, 1, 8), (95, 1, 8), (96, 32, 3), (96, 96, 0), (12, 8, 8)],
+)
+def test_there_are_as_many_processes_as_cores_up_to_a_limit(monkeypatch, usable, sharing, expected):
   monkeypatch.setattr(cores, "usable_cores", lambda: usable)
-  assert cores.worker_processes() == expected
+  # Fewer than these are a part that a launcher has given to the process.
+  monkeypatch.setattr(cores.os, "cpu_count", lambda: 96)
+  assert cores.count_workers(sharing) == expected
+
+
+def test_what_is_free_changes_no_image(folder, tmp_path, monkeypatch):
+  noise = np.random.default_rng(0).integers(0, 256, (23, 31, 3), np.uint8)
+  Image.fromarray(noise).save(folder / "test" / "a" / "wide.png")
+  sets = [config_of(folder, **{"data.image_size": 7})]
+  made = [list(zip(*made_tfds.images(9, (12, 9, 3)), strict=True))] * 2
+  made_tfds.write(tmp_path / "tfds", *made, shape=(12, 9, 3), name="loader_set")
+  sets.append(config_of(tmp_path / "tfds", **{"data.name": "loader_set"}))
+  for config, fraction in zip(sets, (1.0, 0.0), strict=True):
+    pixels = {}
+    for free in (10**9, 1):
+      monkeypatch.setattr(image_sets, "available_memory", lambda free=free: free)
+      experiment = build.build(config)
+      pixels[free] = experiment.test.read(np.arange(len(experiment.test)))[0]
+    np.testing.assert_array_equal(pixels[1], pixels[10**9])
+    data = experiment.config.data
+    assert (data.loader, data.test_crop) == ("streaming", fraction)
+    assert model_card._crop_fraction(data) == (fraction or None)
+  # A resumed run, and one of an older version, keep their own way.
+  run = tmp_path / "run"
+  (run / "checkpoints" / "1").mkdir(parents=True)
+  for kept in (1.0, None):
+    own = config_of(folder, **{"data.loader": "streaming", "data.test_crop": kept})
+    (run / "config.json").write_text(own.to_json())
+    assert classification._with_own_loader(config_of(folder), run, "train").data.test_crop == kept
+
+
+def test_a_crop_that_is_asked_for_is_streamed(folder, capsys):
+  experiment = build.build(config_of(folder, **{"data.test_crop": 0.5}))
+  assert (experiment.config.data.loader, experiment.test.central_fraction) == ("streaming", 0.5)
+  assert "since data.test_crop is set" in capsys.readouterr().out
+  with pytest.raises(ValueError, match=r"data.test_crop must be in \[0, 1\]; got 2"):
+    build.build(config_of(folder, **{"data.test_crop": 2.0}))
+
+
+def test_a_folder_without_an_image_size_is_held_in_memory_where_it_fits_at_all(folder, monkeypatch):
+  for file in folder.rglob("*.png"):
+    Image.new("RGB", (8, 8)).save(file)
+  monkeypatch.setattr(image_sets, "available_memory", lambda: TRAIN * BYTES)
+  assert build.build(config_of(folder, **{"data.image_size": 0})).config.data.loader == "resident"
+
+
+def test_processes_of_one_host_share_its_memory(monkeypatch):
+  monkeypatch.setattr(image_sets, "available_memory", lambda: 1000)
+  monkeypatch.setattr(build.hosts, "count_on_host", lambda: 4)
+  assert build._free_memory() == 250
+
+
+def test_a_run_that_is_resumed_with_other_images_says_so(tmp_path, caplog):
+  run_dir, train = RunDir(tmp_path), Outline(examples=16, class_names=("a",), shape=SHAPE)
+  classification._warn_of_other_images(run_dir, train)
+  write_outlines(tmp_path, [train])
+  classification._warn_of_other_images(run_dir, train)
+  assert not caplog.text
+  classification._warn_of_other_images(run_dir, Outline(examples=15, class_names=("a",)))
+  assert "was trained on 16 images so far; now there are 15, whose order differs" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, None])
+def test_a_training_that_is_stopped_lists_what_could_not_be_read(
+  folder, tmp_path, monkeypatch, kind
+):
+  experiment = build.build(config_of(folder, **{"data.loader": "streaming"}))
+  programme = classification.Classification(experiment)
+  gone = folder / "train" / "a" / "0.png"
+
+  def stop(*_, **__):
+    """Stands in for a training in which a file is removed."""
+    experiment.test.notes.note({str(gone): "is missing"})
+    if kind:
+      raise kind
+    return False
+
+  monkeypatch.setattr(classification.runner.Training, "run", stop)
+  ends = pytest.raises(kind) if kind else contextlib.nullcontext()
+  with ends:
+    assert programme.train(RunDir(tmp_path)) is None
+  assert f"{gone},is missing" in (tmp_path / "unreadable_files.csv").read_text()
 
 
 @pytest.mark.slow
