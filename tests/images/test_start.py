@@ -14,7 +14,6 @@ import safetensors.numpy
 from flax import traverse_util
 
 from gating_jax import ResNet, load_pretrained, runner, save_pretrained
-from gating_jax import runner
 from gating_jax.data.image_sets import EqualShares, Images
 from gating_jax.images import build, classification, start, teacher
 from gating_jax.layers.blocks import BasicBlock
