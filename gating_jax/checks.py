@@ -63,7 +63,7 @@ def shown(value: object) -> str:
   if callable(value) and hasattr(value, "__qualname__"):
     return f"the function {value.__qualname__}"
   # The repr of a tracer says nothing to a user, so it is never shown.
-  if is_array(value) and (_is_tracer(value) or math.prod(value.shape) > _MOST):
+  if is_array(value) and (is_tracer(value) or math.prod(value.shape) > _MOST):
     return _type_and_shape(value)
   text = " ".join(repr(value).split())
   if len(text) <= _LONGEST:
@@ -88,8 +88,13 @@ def is_array(value: object) -> TypeGuard[_Array]:
   return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type)
 
 
-def _is_tracer(array: object) -> bool:
-  """Returns whether JAX traces an array, so that it has no values."""
+def is_number(value: object) -> TypeGuard[float]:
+  """Returns whether a value read from a file is a finite number."""
+  return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_tracer(array: object) -> bool:
+  """Returns whether JAX traces a value, so that it is not known."""
   # Imported here: the command checks its flags before it loads JAX.
   from jax.core import Tracer
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 
 from absl import app, flags, logging
 
@@ -76,8 +77,6 @@ def _main(argv: list[str]) -> int:
     _say(f"error: {message}")
     return 2
   logging.set_verbosity(logging.WARNING)
-  if command_flags.WORKDIR.value is None:
-    _choose_workdir()
   if is_terminal(sys.stderr):
     _say("loading, a few seconds ...")
   # JAX and all that imports it load for seconds: errors in flags are reported before.
@@ -125,15 +124,30 @@ def _main(argv: list[str]) -> int:
   return 0
 
 
-def _choose_workdir() -> None:
-  """Sets --workdir to a new directory, which is made once the config has been checked."""
-  workdir = command_flags.new_workdir()
+@contextlib.contextmanager
+def _chosen_workdir() -> Iterator[str]:
+  """Yields --workdir; without it a new directory, which is removed where the block fails in it.
+
+  One that holds anything stays.
+  """
+  if command_flags.WORKDIR.value is not None:
+    yield command_flags.WORKDIR.value
+    return
+  workdir = command_flags.make_workdir()
   flag = quoted(f"--{command_flags.WORKDIR.name}={workdir}")
   flags.FLAGS[command_flags.WORKDIR.name].value = workdir
   # What the run keeps as its command resumes it.
   sys.argv.append(f"--{command_flags.WORKDIR.name}={workdir}")
   interrupts.same_command = f"the same command with {flag}"
   print(f"new run directory: {workdir}; to resume this run, add {flag}", flush=True)
+  try:
+    yield workdir
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      os.removedirs(workdir)
+      if isinstance(error, Exception):
+        _say(f"removed {workdir}, in which nothing was written")
+    raise
 
 
 def _run_mode() -> None:
@@ -142,16 +156,15 @@ def _run_mode() -> None:
     from gating_jax.reports import compared_runs, comparison
     from gating_jax.training import hosts, settings, smoke
 
-  given = command_flags.WORKDIR.value
-  assert given is not None  # which has been checked
+  # None only where a training is to take a new one.
+  given, config = command_flags.WORKDIR.value or "", command_flags.CONFIG.value
   if command_flags.MODE.value == COMPARE:
     folders = compared_runs.split_folders(given)
     comparison.compare_runs(folders, user_path(command_flags.PAGE.value or "comparison.html"))
     return
-  workdir, config = user_path(given), command_flags.CONFIG.value
   # All modes but training can do without --config: the run directory keeps it.
   if config is None:
-    config = settings.config_of(workdir)
+    config = settings.config_of(user_path(given))
   one_of("experiment", config.experiment, programmes.PROGRAMMES)
   with interrupts.ending_at_once():
     module = importlib.import_module(programmes.PROGRAMMES[config.experiment].module)
@@ -164,8 +177,12 @@ def _run_mode() -> None:
   if command_flags.SMOKE.value:
     config, compiling = smoke.shrink(config), smoke.compiling_quickly()
   # Only one process of a job prints.
-  with compiling, contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
-    module.run(config, workdir, command_flags.MODE.value)
+  with (
+    _chosen_workdir() as workdir,
+    compiling,
+    contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None),
+  ):
+    module.run(config, user_path(workdir), command_flags.MODE.value)
 
 
 def _memory_text(error: Exception) -> str:

@@ -333,12 +333,23 @@ def _why_workdir() -> str | None:
   return None
 
 
-def new_workdir() -> str:
-  """Returns a run directory that does not exist, `runs/digits-1` for `--config=digits:epochs=3`."""
+def make_workdir() -> str:
+  """Makes a new run directory, `runs/digits-1` for `--config=digits:epochs=3`; returns its path.
+
+  Commands that start together make different ones. Raises a ValueError where none can be made.
+  """
   given = config_flags.get_config_filename(flags.FLAGS[CONFIG.name])
   _, variant = config_files.find(given)
   name = Path(given if variant is None else given.removesuffix(f":{variant}")).name
   path = Path("runs", name.removesuffix(".py"))
-  numbered = (f"{path}-{number}" for number in itertools.count(1))
-  # A link to nothing is something, too.
-  return next(workdir for workdir in numbered if not os.path.lexists(workdir))
+  numbers = itertools.count(1)
+  while True:
+    workdir = f"{path}-{next(numbers)}"
+    try:
+      os.makedirs(workdir)
+      return workdir
+    # Also a link to nothing.
+    except FileExistsError:
+      continue
+    except OSError as error:
+      raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import importlib
 import importlib.util
 import os
@@ -237,9 +238,9 @@ def rename_fields(fields: Config | MutableMapping[str, Any], section: str = "") 
 
 
 def completed(config: Any) -> Config:
-  """Returns a config of any version with every field that is newer than it.
+  """Returns a copy of a config of any version, with every field that is newer than it.
 
-  Whoever reads it need not ask whether it has them. It is changed in place, unless it is frozen.
+  Whoever reads it need not ask whether it has them. The copy is locked where the config is.
 
   Args:
     config: a ConfigDict of a whole config.
@@ -247,6 +248,8 @@ def completed(config: Any) -> Config:
   # One that is frozen could not be completed.
   if isinstance(config, ml_collections.FrozenConfigDict):
     config = config.as_configdict()
+  # References stay references, which know the types of fields that are None.
+  config = copy.deepcopy(config)
   default = base(config.get("experiment"))
   if default is not None:
     add_unset_fields(config, default)

@@ -317,10 +317,12 @@ def test_a_training_without_a_workdir_takes_the_next_free_one(config, name, tmp_
   (tmp_path / "runs").mkdir()
   (tmp_path / "runs" / f"{name}-1").touch()
   (tmp_path / "runs" / f"{name}-2").symlink_to("nowhere")
-  asked = []
+  asked, others = [], []
 
   def run(config, workdir, mode):
     asked.append((workdir, mode, provenance.describe()["command"]))
+    # A command that starts now takes another one.
+    others.append(command_flags.make_workdir())
     raise KeyboardInterrupt
 
   for module in (classification, continual, video):
@@ -336,8 +338,34 @@ def test_a_training_without_a_workdir_takes_the_next_free_one(config, name, tmp_
   )
   command = f"gating-jax --config={config} --workdir={chosen}"
   assert asked == [(Path(chosen), "train", command)]
-  # Nothing is made before the config has been checked.
+  assert others == [f"runs/{name}-4"]
+  # One in which nothing was written is removed.
   assert not (tmp_path / chosen).exists()
+  assert (tmp_path / others[0]).exists()
+
+
+def test_a_run_directory_of_a_failed_training_stays_where_anything_is_in_it(tmp_path, monkeypatch):
+  monkeypatch.setattr(interrupts, "same_command", interrupts.same_command)
+  monkeypatch.chdir(tmp_path)
+
+  def run(config, workdir, mode):
+    (workdir / "config.json").touch()
+    raise ValueError("no such data")
+
+  monkeypatch.setattr(classification, "run", run)
+  said = "new run directory: runs/digits-1; to resume this run, add --workdir=runs/digits-1\n"
+  assert run_command("--config=digits") == (2, f"{said}error: no such data\n")
+  assert (tmp_path / "runs" / "digits-1" / "config.json").exists()
+
+
+def test_a_new_run_directory_that_cannot_be_made_is_an_error(tmp_path, monkeypatch):
+  monkeypatch.setattr(interrupts, "same_command", interrupts.same_command)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "runs").touch()
+  assert run_command("--config=digits") == (
+    2,
+    "error: workdir runs/digits-1 cannot be written: Not a directory\n",
+  )
 
 
 def test_a_refused_config_makes_no_directory(tmp_path, monkeypatch):
@@ -351,6 +379,7 @@ def test_a_refused_config_makes_no_directory(tmp_path, monkeypatch):
     status, said = run_command(*arguments)
     assert status == 2, said
   assert "Did you mean 'channel'" in said
+  assert "\nremoved runs/digits_resnet20-1, in which nothing was written\n" in said
   assert list(tmp_path.iterdir()) == []
 
 

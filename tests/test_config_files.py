@@ -10,7 +10,7 @@ import types
 import ml_collections
 import pytest
 
-from configs import continual_common, video_common
+from configs import common, continual_common, video_common
 from gating_jax import config_files, programmes
 from gating_jax.training import rundir
 from tests.helpers import ROOT
@@ -228,14 +228,30 @@ def test_a_config_that_python_makes_is_completed_before_it_is_read(
     for field in fields:
       section, _, name = field.rpartition(".")
       del (config[section] if section else config)[name]
+  before = config.to_json()
   for given in (ml_collections.FrozenConfigDict(config), config):
     with pytest.raises(ZeroDivisionError):
       build.build(given)
+  # That of the caller stays as it is.
+  assert config.to_json() == before
   for found in read:
     for field in fields:
       values = rundir.flatten(found)
       assert values["budget.scope" if field == "budget" else field] is None
-  assert read[-1] is config
+  assert read[-1].is_locked == config.is_locked
+
+
+@pytest.mark.parametrize("module", ["build", "segmentation"])
+def test_a_config_of_images_is_completed_before_it_is_read(monkeypatch, module):
+  module = importlib.import_module(f"gating_jax.images.{module}")
+  monkeypatch.setattr(module, "check_config", lambda config, **_: read.append(config) or 1 / 0)
+  read, config = [], common.image_config()
+  del config.loss.scope
+  with pytest.raises(ZeroDivisionError):
+    module.build(config.lock())
+  assert read[0].loss.scope is None
+  assert read[0].is_locked
+  assert "scope" not in config.loss
 
 
 @pytest.mark.parametrize(

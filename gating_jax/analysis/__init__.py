@@ -58,7 +58,7 @@ else:
         "tally",
       ),
       "gating_jax.analysis.statistics": ("GateCounter", "GateStatistics", "mac_spread"),
-      # Former home of what runs networks.
+      # Moved to `gating_jax.models`; still importable from here.
       "gating_jax.models.importance": (
         "UnitImportance",
         "select_units",

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from gating_jax.config_files import Config
+from gating_jax.config_files import Config, completed
 from gating_jax.cores import count_workers
 from gating_jax.data import augment, image_sets, streaming, unions
 from gating_jax.images.checks import (
@@ -135,6 +135,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
     ValueError: a setting is wrong; the message names the field.
     DatasetNotPreparedError: the data are not where the config says.
   """
+  config = completed(config)
   data = config.data
   check_config(
     config,

@@ -293,6 +293,8 @@ class Classification(runner.Programme):
       if not training.step and self.config.model.init_from is not None:
         with working("taking what is trained already", "up to a minute"):
           training.state = start_from(experiment, training.state, train, weights=self.weights)
+      # The state and the teacher have what they need: memory for a training is not held twice.
+      object.__setattr__(self, "weights", None)
       training.begin(f"{self.title}, tested on {len(experiment.test):,} {self.noun}s")
       evaluate = functools.partial(self._evaluate, training, self.make_test())
       try:

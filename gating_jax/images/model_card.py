@@ -9,7 +9,6 @@ Reference: Hugging Face's model cards, whose head is YAML with the fields of `mo
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
@@ -97,18 +96,20 @@ config = json.loads(Path("config.json").read_text("utf-8"))
 program = jax.export.deserialize(bytearray(Path("program.stablehlo").read_bytes()))
 weights = load_file("model.safetensors")
 height, width, channels = config["input_shape"]
-with Image.open("picture.png") as opened:
-  image = ImageOps.exif_transpose(opened).convert({mode})
-image = {resized}
+image = ImageOps.exif_transpose(Image.open("picture.png"))
+if image.has_transparency_data:
+  image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+image = image.convert({mode})
+if image.size != (width, height):
+  image = {resized}
 pixels = np.float32(image).reshape(height, width, {colours})
 {number}images = ((pixels / 255 - np.float32(config["mean"])) / np.float32(config["std"]))[None]
 logits, gate_logits = jax.jit(program.call)(weights, images)
 print(config["id2label"][str(int(np.argmax(logits)))])"""
-# The last channel of an image, where the network is told its set.
+# The last channel of an image, where the network knows its set.
 _SET_CHANNEL = "pixels = np.dstack([pixels, np.zeros((height, width))])  # of set 0\n"
 # Settings that name a file or a folder.
-_PATH_FIELDS = ("data_dir", "init_from")
-UNKNOWN_LICENCE = "unknown"
+_PATH_FIELDS = ("data_dir", "init_from", "teacher")
 
 _PAGE = """\
 ---
@@ -129,13 +130,14 @@ pip install jax flatbuffers safetensors pillow
 python load.py {number}picture.png
 ```
 
-In Python, in this folder:
+In Python, in this folder, for pictures of 8 bits:
 
 ```python
 {loader}
 ```
 
-`gating_jax.load_exported(".")` is such a function of `images`, too, and checks the files.
+With gating_jax installed, `gating_jax.load_exported(".")` returns a function of `images`, after
+checking the files.
 `load.py` reads `program.stablehlo` and `model.safetensors`, and runs them on image files.
 `config.json` says how images are prepared: {crop} becomes {height} x {width} pixels of {channels},
 divided by 255, minus `mean`, over `std`. {onnx}`card.json` has all settings, and the SHA-256 of
@@ -149,8 +151,7 @@ def hub_files(
   """Returns the further files of an export, by name.
 
   Args:
-    card: the facts that the export's own card has; `license`, one that a hub knows, is "unknown"
-      where it is left out.
+    card: the facts that the export's own card has.
     input_shape: `(H, W, D)` of an image.
     has_onnx: whether the export has an ONNX model, too.
   """
@@ -174,9 +175,10 @@ def without_folders(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(value, Mapping):
       value = without_folders(value)
     elif isinstance(value, str):
-      is_path = name in _PATH_FIELDS or value.startswith("~") or _is_absolute(value)
-      # A union of sets names folders, too.
-      value = _base_name(value) if is_path else re.sub(r"(?<=folder:)[^,)]+", _base_of, value)
+      if unions.is_union(value):
+        value = _union_without_folders(value)
+      elif name in _PATH_FIELDS or value.startswith("~") or _is_absolute(value):
+        value = _base_name(value)
     found[name] = value
   return found
 
@@ -191,9 +193,13 @@ def _base_name(path: str) -> str:
   return PureWindowsPath(path).name
 
 
-def _base_of(found: re.Match) -> str:
-  """Returns the name of a folder that was found."""
-  return _base_name(found[0])
+def _union_without_folders(union: str) -> str:
+  """Returns the name of a union with the names of its folders, without those above them."""
+  parts = []
+  for part in unions.parts_of(union):
+    kind, colon, path = part.partition(":")
+    parts.append(f"{kind}:{_base_name(path)}" if colon and kind == folders.FOLDER else part)
+  return f"{union.partition('(')[0]}({','.join(parts)})"
 
 
 def _config(card: Mapping[str, Any], input_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -238,9 +244,8 @@ def _page(card: Mapping[str, Any], input_shape: tuple[int, int, int], has_onnx: 
   colours = channels - bool(sets)
   onnx = "`model.onnx` is the same network for onnxruntime and others. " if has_onnx else ""
   images = _name_of_images(data)
-  licence = card.get("license", UNKNOWN_LICENCE)
   return _PAGE.format(
-    head=_head(model["name"], images, card["accuracy"], licence=licence),
+    head=_head(model["name"], images, card["accuracy"]),
     loader=_short_loader(colours, sets, _crop_fraction(data)),
     title=f"{model['name']} on {images}{_kind(card)}",
     classes=len(card["class_names"]),
@@ -321,12 +326,11 @@ def _short_loader(colours: int, sets: int, crop_fraction: float | None) -> str:
   )
 
 
-def _head(model: str, data: str, accuracy: float, licence: str) -> str:
+def _head(model: str, data: str, accuracy: float) -> str:
   """Returns the YAML that a hub reads; texts are JSON, which YAML includes."""
-  advice = "  # write that of your weights here" if licence == UNKNOWN_LICENCE else ""
   return "\n".join(
     [
-      f"license: {json.dumps(licence)}{advice}",
+      "license: unknown  # write that of your weights here",
       "library_name: gating_jax",
       "pipeline_tag: image-classification",
       "tags: [jax, conditional-computation]",

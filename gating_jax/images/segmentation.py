@@ -24,7 +24,7 @@ import optax
 
 from gating_jax import runner
 from gating_jax.analysis import scores as class_scores
-from gating_jax.config_files import Config
+from gating_jax.config_files import Config, completed
 from gating_jax.data import scenes
 from gating_jax.images import build as image_build
 from gating_jax.images import compile
@@ -69,6 +69,7 @@ def build(config: Config, outlines: Sequence[Outline] | None = None) -> Experime
   Raises:
     ValueError, DatasetNotPreparedError: as in `images.build.build`.
   """
+  config = completed(config)
   data = config.data
 
   def is_size(value):

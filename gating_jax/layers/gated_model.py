@@ -7,8 +7,9 @@ channels that the reader sees:
     g = gate(x) in {0, 1}^C,   reader(g * h(writer(x)))
 
 A closed channel need neither be made by the writer nor be read by the reader. A dense layer that
-reads a flattened map has each channel once for each pixel, and its gate switches all of them. Calls
-of layers are intercepted, so that the model's own code runs unchanged.
+reads a flattened map has each channel once for each pixel, and its gate switches all of them. There
+`init` checks that the channels are in their places. Calls of layers are intercepted, so that the
+model's own code runs unchanged.
 
 Axes: N examples, C channels of a pair.
 Reference: Bejnordi et al., 2020, section 3 (the gate); Flax's `nn.intercept_methods`.
@@ -24,9 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import tracers
-from jax.core import Tracer
 
-from gating_jax.checks import few, near, shown
+from gating_jax.checks import few, is_tracer, near, shown
 from gating_jax.layers.gate import (
   GATE_NAME,
   ChannelGate,
@@ -89,8 +89,8 @@ class GatedModel(nn.Module):
   Raises:
     TypeError, ValueError: pairs that are no pairs of paths of layers, or that do not fit: the
       layers are not called once each, the writer first; the reader's last axis is not the writer's
-      channels, nor those of a flattened map; the message names the pair; or modes that contradict
-      each other, or are traced.
+      channels, nor those of a flattened map, which `find_pairs` must propose, as `init` checks; the
+      message names the pair; or modes that contradict each other, or are traced.
 
   >>> import jax
   >>> class Net(nn.Module):
@@ -123,7 +123,31 @@ class GatedModel(nn.Module):
     gates.trace, gates.depth = tracers.current_trace(), len(self.path)
     with nn.intercept_methods(gates.intercept):
       y = self.model(x, **{**mode_of(self.model, train), **kwargs})
-    return y, decisions(gates.records(), self.gate)
+    records = gates.records()
+    if gates.flattened and self.is_initializing():
+      self._check_flattened(gates.flattened, x, {**kwargs, **mode_of(self.model, train=False)})
+    return y, decisions(records, self.gate)
+
+  def _check_flattened(
+    self, pairs: Sequence[tuple[str, str]], x: Any, kwargs: Mapping[str, Any]
+  ) -> None:
+    """Raises a ValueError unless each reader finds its writer's channels once for each pixel.
+
+    Shapes alone do not show it: a map may be flattened in another order, or joined with others.
+    """
+    # That module imports this one.
+    from gating_jax.layers.pair_search import find_pairs
+
+    found = find_pairs(self.model.unbind()[0], x, **kwargs)
+    for writer, reader in pairs:
+      if (writer, reader) not in found.pairs:
+        others = few([other for first, other in found.pairs if first == writer], 5)
+        reason = found.refused.get(writer, f"its channels are read by {others}")
+        raise ValueError(
+          f"pairs must be of layers with the same channels: {reader!r} does not read a map of "
+          f"{writer!r}, flattened with the channels last, alone: of {writer}, find_pairs says that "
+          f"{reason}"
+        )
 
 
 class Pairs(NamedTuple):
@@ -177,8 +201,9 @@ def holds_channels(read: Sequence[int], made: Sequence[int]) -> bool:
   >>> holds_channels((2, 8, 8, 12), made=(2, 8, 8, 6))
   False
   """
-  is_flattened = len(read) < len(made) and read[-1] % made[-1] == 0
-  return is_flattened or read[-1] == made[-1]
+  if read[-1] == made[-1]:
+    return True
+  return len(read) < len(made) and made[-1] > 0 and read[-1] % made[-1] == 0
 
 
 def mode_of(model: nn.Module, train: bool) -> dict[str, bool]:
@@ -218,7 +243,7 @@ def _read_mode(model: nn.Module, train: bool, given: Mapping[str, Any]) -> bool:
 
 def _as_bool(name: str, mode: Any) -> bool:
   """Returns a mode as a bool; raises a TypeError if JAX traces it."""
-  if isinstance(mode, Tracer):
+  if is_tracer(mode):
     raise TypeError(
       f"{name} must be True or False while JAX traces the model; got {shown(mode)}. In nn.remat "
       "give it by its place, and name that: nn.remat(GatedModel, static_argnums=(2,))"
@@ -279,6 +304,8 @@ class _Pass:
     self._seen: list[str] = []
     self._costs: dict[str, _Cost] = {}
     self._records: dict[str, GateRecord] = {}
+    # Pairs whose reader reads more channels than its writer makes.
+    self.flattened: list[tuple[str, str]] = []
 
   def intercept(
     self,
@@ -351,6 +378,7 @@ class _Pass:
       )
     if x.shape[-1] == made[-1]:
       return apply_gates(x, record.gates)
+    self.flattened.append((writer, reader))
     # Of a flattened map, one axis for pixels and one for channels.
     maps = x.reshape((*x.shape[:-1], -1, made[-1]))
     return apply_gates(maps, record.gates).reshape(x.shape)

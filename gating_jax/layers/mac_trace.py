@@ -6,6 +6,7 @@ A mixed kernel costs one MAC for each number of all its kernels, and then those 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -37,6 +38,20 @@ def kernel_shape(module: nn.Module) -> tuple[int, ...]:
   return nn.meta.unbox(module.get_variable("params", "kernel")).shape
 
 
+# Whether calls of layers are collected.
+_counts: contextvars.ContextVar[bool] = contextvars.ContextVar("counts", default=True)
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+  """Keeps calls in the block out of any list of `kernel_calls`, also of one around it."""
+  before = _counts.set(False)
+  try:
+    yield
+  finally:
+    _counts.reset(before)
+
+
 @contextlib.contextmanager
 def kernel_calls() -> Iterator[list[Call]]:
   """Yields a list that collects each call of an `nn.Conv`, `nn.Dense`, `nn.DenseGeneral`.
@@ -58,6 +73,8 @@ def kernel_calls() -> Iterator[list[Call]]:
     """Calls a module's method and appends a `Call` for every Conv and Dense."""
     # After the call, the kernel exists and the output's shape is known.
     y, module = next_fun(*args, **kwargs), context.module
+    if not _counts.get():
+      return y
     if isinstance(module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":
       kernel = kernel_shape(module)
       inputs = kernel[-2] if isinstance(module, nn.Conv) else 0

@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gating_jax.checks import few
 from gating_jax.layers.gated_model import LAYERS, holds_channels, mode_of
+from gating_jax.layers.mac_trace import uncounted
 from gating_jax.ops import arguments
 
 if TYPE_CHECKING:
@@ -91,7 +92,6 @@ def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
   Raises:
     TypeError: `model` is no Linen module.
 
-  >>> import jax.numpy as jnp
   >>> class Net(nn.Module):
   ...   @nn.compact
   ...   def __call__(self, x):
@@ -106,8 +106,15 @@ def find_pairs(model: nn.Module, x: Any, **kwargs: Any) -> FoundPairs:
   'it is read by conv2, conv3'
   """
   arguments.instance("model", model, nn.Module, rule="a Flax Linen module")
-  calls = _Calls()
   mode = {**mode_of(model, train=False), **kwargs}
+  # A model that is counted just now, as it begins, has its layers once.
+  with uncounted():
+    return _search(model, x, mode)
+
+
+def _search(model: nn.Module, x: Any, mode: Mapping[str, Any]) -> FoundPairs:
+  """Finds the pairs of a model that is called as `model(x, **mode)`."""
+  calls = _Calls()
   variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **mode), x)
 
   def run(variables: Any, x: Any) -> Any:

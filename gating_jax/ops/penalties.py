@@ -297,6 +297,9 @@ def mac_budget_loss(
   >>> record = GateRecord(probs, probs, gates, macs_per_unit=8)
   >>> print(f"{mac_budget_loss([record], never_gated_macs=4, budget=0.5):.4f}")
   0.0100
+  >>> given = {"gates": [gates], "macs_per_unit": [8]}
+  >>> print(f"{mac_budget_loss([probs], never_gated_macs=4, budget=0.5, **given):.4f}")
+  0.0100
   """
   arguments.number("never_gated_macs", never_gated_macs, ">= 0", holds=lambda v: v >= 0)
   budget = arguments.parameter("budget", budget, "in (0, 1]", holds=lambda v: (v > 0) & (v <= 1))
@@ -372,13 +375,21 @@ def _as_records(layers: Layers, **given: Sequence[Any] | None) -> Records:
     given: by the name of a field, its value for each layer; None with records, which have it.
   """
   layers = arguments.items("records", layers, "one GateRecord per gated layer")
-  are_arrays = bool(layers) and all(map(is_array, layers))
+  # Without layers, none is the error.
+  if not layers:
+    return ()
+  are_arrays = all(map(is_array, layers))
   for name, values in given.items():
     if are_arrays and values is None:
       raise TypeError(f"{name} must be given with arrays, one for each layer; got None")
     if not are_arrays and values is not None:
       raise TypeError(f"{name} must be None with records, which have their own")
-    if values is not None and len(values) != len(layers):
+    if values is None:
+      continue
+    # Costs, one number a layer, may be in an array of their own.
+    if not (is_array(values) and np.ndim(values) == 1):
+      given[name] = values = arguments.items(name, values, "one item per layer")
+    if len(values) != len(layers):
       raise ValueError(
         f"{name} must have one item for each of the {len(layers)} layers; got {len(values)}"
       )
@@ -387,6 +398,11 @@ def _as_records(layers: Layers, **given: Sequence[Any] | None) -> Records:
   # No penalty reads logits, nor gates or costs that it does not ask for.
   probs = tuple(map(as_float, layers))
   gates, macs = given.get("gates"), given.get("macs_per_unit")
+  for i, drawn in enumerate(gates or ()):
+    if np.shape(drawn) != probs[i].shape:
+      raise ValueError(
+        f"gates[{i}] must have the shape of its layer, {probs[i].shape}; got {np.shape(drawn)}"
+      )
   records = []
   for i, p in enumerate(probs):
     drawn = p if gates is None else as_float(gates[i])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from gating_jax.checks import is_number
 from gating_jax.training import hosts, rundir
 from gating_jax.training.checkpoints import Checkpoint, Checkpoints, restore_newest
 from gating_jax.training.journal import read_json, write_json
@@ -31,7 +32,7 @@ class BestState:
     # Kept from before a restart: steps that are taken again have the same scores again.
     kept = read_json(folder / _SCORE_FILE)
     score = kept.get("score") if isinstance(kept, dict) else None
-    self.score = float(score) if _is_number(score) else -math.inf
+    self.score = float(score) if is_number(score) else -math.inf
 
   def __enter__(self) -> BestState:
     return self
@@ -58,8 +59,3 @@ def restore_best(folder: Path, like: Any) -> Checkpoint | None:
 def forget_best(folder: Path) -> None:
   """Removes the folder of a best state that is not needed any more."""
   hosts.on_writer(shutil.rmtree, folder, ignore_errors=True)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-  """Returns whether a value read from a file is a finite number."""
-  return type(value) in (int, float) and math.isfinite(value)

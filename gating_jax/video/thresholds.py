@@ -9,7 +9,6 @@ Axes: M videos, T segments.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.checks import is_number
 from gating_jax.config_files import Config
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.timegate import THRESHOLDS
@@ -137,17 +137,12 @@ def load(folder: Path) -> Chosen | None:
     isinstance(thresholds, dict)
     and type(found.get("step")) is int
     and type(found.get("is_best")) is bool
-    and all(name in known and _is_number(value) for name, value in thresholds.items())
+    and all(name in known and is_number(value) for name, value in thresholds.items())
   ):
     raise rundir.RunDirError(
       f"{file} is damaged: it must hold step, is_best and thresholds of {' or '.join(known)}"
     )
   return Chosen(found["step"], found["is_best"], thresholds)
-
-
-def _is_number(value: Any) -> bool:
-  """Returns whether a value is a finite number."""
-  return type(value) in (int, float) and math.isfinite(value)
 
 
 def score_of(result: Mapping[str, Any]) -> float:

@@ -182,28 +182,28 @@ def test_the_lines_of_a_page_prepare_an_image_as_its_script_does(
   files = hub_files(card, (8, 12, channels))
   for name, content in files.items():
     (tmp_path / name).write_bytes(content)
-  pixels = np.random.default_rng(0).integers(0, 256, (30, 41, 3), np.uint8)
-  Image.fromarray(pixels).save(tmp_path / "picture.png")
   monkeypatch.chdir(tmp_path)
   kept = []
   # The network itself is not there.
   for line in loader_of(files["README.md"].decode()).splitlines():
     if not line.startswith(("program", "weights", "logits", "print")):
       kept.append(line)
-  names = {}
-  exec("\n".join(kept), names)
   prepare = runpy.run_path(str(tmp_path / "load.py"))["prepare"]
-  np.testing.assert_allclose(names["images"], prepare("picture.png")[None], atol=1e-5)
+  # Also one with transparency, and one of the size that the network takes.
+  for shape in ((30, 41, 3), (30, 41, 4), (8, 12, 3)):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    names = {}
+    exec("\n".join(kept), names)
+    np.testing.assert_allclose(names["images"], prepare("picture.png")[None], atol=1e-5)
 
 
-def test_the_licence_of_the_weights_can_be_given():
-  page = hub_files(card_of(license="apache-2.0"), (8, 8, 3))["README.md"].decode()
-  assert page.startswith('---\nlicense: "apache-2.0"\nlibrary_name: gating_jax\n')
-
-
-def test_a_card_names_no_folders_of_the_machine():
+def test_a_card_names_no_folders_of_the_machine(tmp_path):
+  (tmp_path / "me, myself (2)" / "b c").mkdir(parents=True)
+  folder = f"folder:{tmp_path}/me, myself (2)/b c"
   config = {
-    "data": {"data_dir": "../home/me/flowers/", "name": "union(mnist,folder:/a/b c,folder:d)"},
+    "data": {"data_dir": "../home/me/flowers/", "name": f"union(mnist,{folder},folder:d)"},
+    "loss": {"distillation": {"teacher": "../alice/runs/big"}},
     "model": {"init_from": "runs/x.safetensors", "name": "resnet18", "width": 1.0, "gate": None},
     "notes": "/tmp/run",
     "windows": "C:\\me\\run",
@@ -212,6 +212,7 @@ def test_a_card_names_no_folders_of_the_machine():
   }
   assert without_folders(config) == {
     "data": {"data_dir": "flowers", "name": "union(mnist,folder:b c,folder:d)"},
+    "loss": {"distillation": {"teacher": "big"}},
     "model": {"init_from": "x.safetensors", "name": "resnet18", "width": 1.0, "gate": None},
     "notes": "run",
     "windows": "run",

@@ -193,11 +193,15 @@ def test_a_file_is_read_once_for_checks_a_teacher_and_a_fresh_start(config, tmp_
 
   def begin(*arguments, **keywords):
     begun.append(start.start_from(*arguments, **keywords))
+    return begun[-1]
+
+  def stop(*_):
     raise InterruptedError
 
   monkeypatch.setattr(start, "read_network", counted)
   monkeypatch.setattr(teacher, "read_network", counted)
   monkeypatch.setattr(classification, "start_from", begin)
+  monkeypatch.setattr(runner.Training, "begin", stop)
   made = config(**{"model.init_from": str(file), "loss.distillation.coefficient": 0.5})
   programme = classification._prepare(made, tmp_path / "run", "train")
   assert programme.teacher.source == str(file)
@@ -206,6 +210,8 @@ def test_a_file_is_read_once_for_checks_a_teacher_and_a_fresh_start(config, tmp_
   with pytest.raises(InterruptedError):
     programme.train(rundir.RunDir(tmp_path / "run"))
   assert len(begun) == len(read) == 1
+  # The training does not hold them a second time.
+  assert programme.weights is None
   # One that is made by hand loads its teacher when it is asked for it.
   by_hand = classification.Classification(programme.experiment)
   assert by_hand.teacher is by_hand.teacher

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gating_jax import GatedModel, batch_shaping_loss, beta, find_pairs, model_summary
 from gating_jax.inference.folding import fold
 from gating_jax.layers.gate import GateSettings, gate_controls, is_gate_path
+from gating_jax.layers.gated_model import holds_channels
 from gating_jax.ops.macs import executed_macs, gated_macs
 
 IMAGES = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
@@ -285,6 +286,46 @@ def test_a_dense_layer_may_read_each_channel_once_for_each_pixel(flatten, count)
 def test_a_dense_layer_that_reads_channels_in_another_order_has_no_pair(flatten):
   found = find_pairs(into_dense(flatten), IMAGES)
   assert found.refused["a"] == "its channels are mixed, or not the last axis of what b reads"
+
+
+class JoinedAfterMean(nn.Module):
+  """A model whose last layer reads twice as many channels as a convolution makes."""
+
+  @nn.compact
+  def __call__(self, x):
+    h = nn.relu(nn.Conv(4, (3, 3), strides=4, name="a")(x)).mean((1, 2))
+    return nn.Dense(2, name="b")(jnp.concatenate([h, 1 - h], axis=1))
+
+
+class ReadElsewhere(nn.Module):
+  """A model with a dense layer that reads another map than that of the convolution before."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.Dense(2, name="c")(nn.relu(nn.Conv(4, (3, 3), strides=4, name="a")(x)).mean((1, 2)))
+    return y + nn.Dense(2, name="b")(x[:, :2, :2, :2].reshape(len(x), -1))
+
+
+@pytest.mark.parametrize(
+  ("model", "reason"),
+  [
+    (
+      into_dense(lambda h: h.transpose(0, 3, 1, 2).reshape(len(h), -1)),
+      "its channels are mixed, or not the last axis of what b reads",
+    ),
+    (JoinedAfterMean(), "its channels are mixed, or not the last axis of what b reads"),
+    (ReadElsewhere(), "its channels are read by c"),
+  ],
+  ids=["channels first", "joined", "another map"],
+)
+def test_a_pair_over_a_map_in_another_order_is_refused(model, reason):
+  gated = GatedModel(model, (("a", "b"),), SMALL)
+  with pytest.raises(ValueError, match=f"'b' does not read a map of 'a', .* says that {reason}"):
+    jax.eval_shape(gated.init, jax.random.key(0), IMAGES)
+
+
+def test_a_layer_without_channels_has_no_pair():
+  assert not holds_channels((3, 8), made=(3, 8, 8, 0))
 
 
 def test_a_flattened_map_is_trained_with_its_gates_and_not_folded():

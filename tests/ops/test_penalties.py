@@ -344,8 +344,16 @@ def test_arrays_with_gates_and_costs_count_as_their_records(loss, names):
   for name in names:
     with pytest.raises(TypeError, match=f"^{name} must be given with arrays, one for each layer"):
       loss(probs, **{**given, name: None})
+    with pytest.raises(TypeError, match=f"^{name} must be a list of one item per layer; got "):
+      loss(probs, **{**given, name: np.ones((2, 4, 3)) if name == "gates" else 8})
+    with pytest.raises(ValueError, match=r"^records must hold at least one"):
+      loss([], **{name: [] for name in names})
     with pytest.raises(ValueError, match=f"^{name} must have one item for each of the 2 layers; "):
       loss(probs, **{**given, name: given[name][:1]})
+  if "gates" in names:
+    wide = [given["gates"][0][:, :1], given["gates"][1]]
+    with pytest.raises(ValueError, match=r"^gates\[0\] must have the shape of its layer, \(4, 3\)"):
+      loss(probs, **{**given, "gates": wide})
     with pytest.raises(TypeError, match=f"^{name} must be None with records, which have their own"):
       loss(records, **{name: given[name]})
 
