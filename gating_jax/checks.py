@@ -90,7 +90,8 @@ def is_array(value: object) -> TypeGuard[_Array]:
 
 def is_number(value: object) -> TypeGuard[float]:
   """Returns whether a value read from a file is a finite number."""
-  return type(value) in (int, float) and math.isfinite(value)
+  # True is an int in Python, but no number here.
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_tracer(array: object) -> bool:

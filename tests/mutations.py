@@ -242,8 +242,8 @@ GATES = [
   Mutant(
     "an_exit_taken_back",
     "ops/confidence.py",
-    "return lax.cummin(jnp.log(entropy) - jnp.log1p(-entropy), axis=1) - _log_odds(threshold)",
-    "return jnp.log(entropy) - jnp.log1p(-entropy) - _log_odds(threshold)",
+    "return lax.cummin(jnp.log(fraction) - jnp.log1p(-fraction), axis=1) - _log_odds(threshold)",
+    "return jnp.log(fraction) - jnp.log1p(-fraction) - _log_odds(threshold)",
     "ops/test_confidence.py",
   ),
   Mutant(

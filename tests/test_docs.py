@@ -11,6 +11,7 @@ from PIL import Image
 from gating_jax import cli
 from tests.helpers import ROOT, made_videos
 from tests.helpers.commands import run_one_after_the_other
+from tests.helpers.doc_blocks import blocks, commands
 
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = ("README.md", *(path.relative_to(ROOT).as_posix() for path in DOCS))
@@ -66,23 +67,6 @@ TINY = {
     "model.gate.concepts=4",
   ),
 }
-
-
-def blocks(page, language):
-  return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-
-
-def commands(page):
-  """Returns each `gating-jax` command of a page, as its flags `(name, value)`."""
-  lines = [
-    line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()
-  ]
-  split = [shlex.split(line, comments=True) for line in lines]
-  return [
-    [flag.removeprefix("--").partition("=")[::2] for flag in words[1:]]
-    for words in split
-    if words[:1] == ["gating-jax"]
-  ]
 
 
 def config_of(flags):

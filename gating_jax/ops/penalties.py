@@ -387,7 +387,7 @@ def _as_records(layers: Layers, **given: Sequence[Any] | None) -> Records:
     if values is None:
       continue
     # Costs, one number a layer, may be in an array of their own.
-    if not (is_array(values) and np.ndim(values) == 1):
+    if getattr(values, "ndim", None) != 1:
       given[name] = values = arguments.items(name, values, "one item per layer")
     if len(values) != len(layers):
       raise ValueError(

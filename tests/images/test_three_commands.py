@@ -22,7 +22,7 @@ from gating_jax.models.resnets import NamedResNet
 from gating_jax.reports import timings
 from tests.helpers import ROOT
 from tests.helpers.command import run_command
-from tests.test_docs import commands
+from tests.helpers.doc_blocks import commands
 
 # A small net of the kind that torchvision has.
 SMALL = NamedResNet("imagenet", BasicBlock, (1, 1), 4, "B")

@@ -101,7 +101,7 @@ def test_a_critic_by_xlas_convolutions():
       h, p[name]["kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     h = np.where(h > 0, h, 0.2 * h)
-  expected = (h.reshape(4, -1) @ p["score"]["kernel"] + p["score"]["bias"])[range(4), labels]
+  expected = (h.reshape(4, -1) @ p["score"]["kernel"] + p["score"]["bias"])[jnp.arange(4), labels]
   scores = jax.jit(critic.apply)(variables, x, labels)
   np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-3)
 
