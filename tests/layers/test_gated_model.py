@@ -157,7 +157,7 @@ class ConvNeXt(nn.Module):
       y = nn.LayerNorm()(y)
       y = nn.gelu(nn.Dense(8, name=f"block{i}_pwconv1")(y))
       y = nn.Dense(4, name=f"block{i}_pwconv2")(y)
-      x = x + y * self.param(f"gamma{i}", nn.initializers.constant(0.1), (4,))
+      x = x + y * self.param(f"gamma{i}", nn.initializers.constant(0.1), (4,), x.dtype)
     return nn.Dense(2, name="head")(nn.LayerNorm()(x.mean((1, 2))))
 
 
@@ -257,7 +257,7 @@ def test_a_dense_layer_may_read_each_channel_once_for_each_pixel(flatten, count)
   assert find_pairs(model, IMAGES).pairs == (("a", "b"),)
   gated = GatedModel(model, (("a", "b"),), SMALL)
   variables = jax.jit(gated.init)(jax.random.key(0), IMAGES)
-  closed = np.array([0.0, 1.0, 1.0, 0.0])
+  closed = np.array([0.0, 1.0, 1.0, 0.0], np.float32)
   shut = with_logits(variables, lambda name, units: np.where(closed, -5.0, 5.0))
   y, records = gated.apply(shut, IMAGES)
   # A closed channel is 0 wherever the dense layer reads it.
