@@ -10,7 +10,7 @@ import pytest
 import gating_jax
 from gating_jax.training import rundir
 from tests.helpers import ROOT
-from tests.helpers.browser import BROWSER, look_at_all
+from tests.helpers.browser import BROWSER, look_at
 
 REFERENCE = ROOT / "docs" / "reference"
 NAMED = re.compile(r"^::: (gating_jax[\w.]*)$", re.MULTILINE)
@@ -98,9 +98,7 @@ def test_the_site_builds_strictly_and_opens_without_a_network(site):
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_no_page_is_wider_than_the_window(site, width):
-  docs = ROOT / "docs"
-  sources = sorted(page.relative_to(docs) for page in docs.rglob("*.md"))
-  pages = [site / source.with_suffix(".html") for source in sources]
-  for page, found in zip(pages, look_at_all(pages, width), strict=True):
-    assert (found["scrolls"], found["broken"], found["nameless"]) == (False, [], 0), page
+@pytest.mark.parametrize("page", ["index", "inference", "results/continual", "reference/losses"])
+def test_no_page_is_wider_than_the_window(site, page, width):
+  found = look_at(site / f"{page}.html", width)
+  assert (found["scrolls"], found["broken"], found["nameless"]) == (False, [], 0)

@@ -9,18 +9,17 @@ import subprocess
 BROWSER = next(
   filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-# Pages are shown in turn in a frame as narrow as a phone, since a window cannot be that narrow; the
-# script examines the frame from outside, with all sections unfolded. Contrast is that of WCAG 2, of
-# every text with the background behind it.
+# The page is in a frame as narrow as a phone, since a window cannot be that narrow; the script
+# examines the frame from outside, with all sections unfolded. Contrast is that of WCAG 2, of every
+# text with the background behind it.
 _PROBE = """<!DOCTYPE html>
-<iframe style="width: {width}px; height: 900px; border: 0"></iframe>
+<iframe src="{name}" style="width: {width}px; height: 900px; border: 0"></iframe>
 <script>
 const linear = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
 const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
 const rgba = text => text.match(/[0-9.]+/g).map(Number);
-const frame = document.querySelector("iframe"), width = {width}, pages = {pages};
-const examined = () => {{
-  const page = frame.contentDocument;
+onload = () => {{
+  const frame = document.querySelector("iframe"), page = frame.contentDocument, width = {width};
   const style = e => frame.contentWindow.getComputedStyle(e);
   const ground = e => {{
     for (; e; e = e.parentElement) {{
@@ -42,7 +41,7 @@ const examined = () => {{
   const out = inFlow.filter(e => e.getBoundingClientRect().right > width + 0.5);
   const isText = n => n.nodeType == 3 && n.textContent.trim();
   const texts = all.filter(e => [...e.childNodes].some(isText));
-  return {{
+  document.body.dataset.found = JSON.stringify({{
     images: page.images.length,
     widths: [...page.images].map(i => Math.round(i.getBoundingClientRect().width)),
     broken: [...page.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt),
@@ -54,16 +53,7 @@ const examined = () => {{
     numbers: [...page.querySelectorAll(".value")].map(e => e.textContent),
     dark: luminance(ground(page.body)) < 0.2,
     shut, height,
-  }};
-}};
-const found = [];
-onload = () => {{
-  frame.onload = () => {{
-    found.push(examined());
-    if (found.length < pages.length) frame.src = pages[found.length];
-    else document.body.dataset.found = JSON.stringify(found);
-  }};
-  frame.src = pages[0];
+  }});
 }};
 </script>"""
 
@@ -73,27 +63,20 @@ def look_at(page, width=390, *, dark=False):
 
   The page is a file, shown in a frame of `width` CSS pixels.
   """
-  (found,), messages = _look([page], width, dark)
-  return found | {"messages": messages}
-
-
-def look_at_all(pages, width=390):
-  """Returns the browser's findings on each page as dicts, at one start of the browser."""
-  return _look(pages, width, dark=False)[0]
-
-
-def _look(pages, width, dark):
-  probe = pages[0].with_name("probe.html")
-  probe.write_text(_PROBE.format(pages=json.dumps([page.as_uri() for page in pages]), width=width))
+  probe = page.with_name("probe.html")
+  probe.write_text(_PROBE.format(name=page.name, width=width))
   done = _run(
-    probe,
+    page,
     "--dump-dom",
     *(["--blink-settings=preferredColorScheme=0"] if dark else []),
     probe.as_uri(),
   )
   found = re.search(r'data-found="([^"]*)"', done.stdout)
   assert found, done.stderr
-  return json.loads(html.unescape(found[1])), re.findall(r":CONSOLE[:(].*", done.stderr)
+  return {
+    **json.loads(html.unescape(found[1])),
+    "messages": re.findall(r":CONSOLE[:(].*", done.stderr),
+  }
 
 
 def printed(page):

@@ -157,7 +157,8 @@ class ConvNeXt(nn.Module):
       y = nn.LayerNorm()(y)
       y = nn.gelu(nn.Dense(8, name=f"block{i}_pwconv1")(y))
       y = nn.Dense(4, name=f"block{i}_pwconv2")(y)
-      x = x + y * self.param(f"gamma{i}", nn.initializers.constant(0.1), (4,), x.dtype)
+      gamma = self.param(f"gamma{i}", nn.initializers.constant(0.1), (4,), x.dtype)
+      x = x + y * gamma.reshape(1, 1, 1, 4)
     return nn.Dense(2, name="head")(nn.LayerNorm()(x.mean((1, 2))))
 
 

@@ -331,7 +331,7 @@ def test_arrays_with_gates_and_costs_count_as_their_records(loss, names):
   records = []
   for units, macs in ((3, 7), (2, 5)):
     probs, gates = (jnp.asarray(random.random((4, units)), jnp.bfloat16) for _ in range(2))
-    gates = jnp.where(gates > 0.4, gates, 0) * jnp.arange(units, dtype=gates.dtype)
+    gates = jnp.where(gates > 0.4, gates, 0) * jnp.arange(units, dtype=gates.dtype)[None]
     records.append(GateRecord(probs, probs / 20, gates, macs_per_unit=macs))
   probs = [record.probs for record in records]
   given = {name: [getattr(record, name) for record in records] for name in names}
