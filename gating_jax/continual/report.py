@@ -63,14 +63,15 @@ def list_predictions(
   columns = {name: [] for name in ("image", "task", "class", "task known", "task unknown")}
   right = []
   for number, task in enumerate(of_tasks, start=1):
-    columns["image"] += [str(image) for image in range(len(task.labels))]
+    file_names = experiment.tasks[number - 1].test.file_names
+    columns["image"] += file_names or [str(image) for image in range(len(task.labels))]
     columns["task"] += [str(number)] * len(task.labels)
     columns["class"] += [names[c] for c in task.labels]
     columns["task known"] += [names[c] for c in task.known]
     columns["task unknown"] += [names[c] for c in task.chosen]
     right.append(np.asarray(task.chosen) == np.asarray(task.labels))
   terms = {
-    "image": "its number among the test images of its task, from 0",
+    "image": "its file, or its number among the test images of its task, from 0",
     "task": "the number of its task, from 1",
     "task known": "the likeliest class of the task's own",
     "task unknown": "the likeliest class of all tasks learnt, of which the last column speaks",

@@ -132,6 +132,7 @@ class FolderImages(Sequence):
 
   Attributes:
     class_names: one per class.
+    file_names: of the images, relative to the folder where they lie in it.
     shape: `(None, None, 3)`, since sizes differ between images.
     unreadable: the reason for each file that was left out, of all splits in use, by its path.
   """
@@ -142,12 +143,15 @@ class FolderImages(Sequence):
     self,
     entries: Sequence[Entry],
     class_names: Sequence[str],
+    folder: Path,
+    *,
     image: str,
     label: str,
     unreadable: Mapping[str, str],
   ):
     self.unreadable = dict(unreadable)
     self._files = [entry.file for entry in entries]
+    self.file_names = tuple(_name_in(folder, file) for file in self._files)
     self.class_names = tuple(class_names)
     places = {name: place for place, name in enumerate(class_names)}
     self._labels = [places[entry.label] for entry in entries]
@@ -214,7 +218,12 @@ def open_folder(
   if not entries:
     raise ValueError(f"data split {split!r} of {root} must hold at least one image; it is empty")
   return FolderImages(
-    entries, checked.class_names, image=image, label=label, unreadable=checked.unreadable
+    entries,
+    checked.class_names,
+    root if root.is_dir() else root.parent,
+    image=image,
+    label=label,
+    unreadable=checked.unreadable,
   )
 
 
@@ -484,6 +493,11 @@ def _folders(root: Path) -> list[Path]:
   """Returns the folders in a folder, in order and without hidden ones."""
   found = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
   return sorted(found, key=os.fsencode)
+
+
+def _name_in(folder: Path, file: Path) -> str:
+  """Returns the path of a file below a folder; its whole path where it lies elsewhere."""
+  return str(file.relative_to(folder) if file.is_relative_to(folder) else file)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -92,6 +92,7 @@ class Images:
     shares: of a union to train on, how its sets come into batches; None for permutations of all
       images.
     unreadable: the reason for each file of a folder that could not be read, by its path.
+    file_names: M names of files; none where images have no file of their own.
   """
 
   pixels: np.ndarray
@@ -99,6 +100,7 @@ class Images:
   class_names: tuple[str, ...]
   shares: EqualShares | None = None
   unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  file_names: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -120,7 +122,8 @@ class Images:
   def take(self, index: np.ndarray) -> Images:
     """Returns the set of the images at `index`, with the same classes."""
     pixels, labels = self.read(index)
-    return dataclasses.replace(self, pixels=pixels, labels=labels, shares=None)
+    names = tuple(self.file_names[i] for i in index) if self.file_names else ()
+    return dataclasses.replace(self, pixels=pixels, labels=labels, shares=None, file_names=names)
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order."""
@@ -180,7 +183,13 @@ def load(source: SetSource, image_size: int = 0) -> Images:
         "'validation'"
       )
     pixels[i], labels[i] = pixel, example[source.label]
-  return Images(pixels, labels, opened.class_names, unreadable=notes.checked | notes.later)
+  return Images(
+    pixels,
+    labels,
+    opened.class_names,
+    unreadable=notes.checked | notes.later,
+    file_names=getattr(opened, "file_names", ()),
+  )
 
 
 def open_images(source: SetSource) -> Any:

@@ -73,6 +73,11 @@ class Stream:
     return self.notes.checked | self.notes.later
 
   @property
+  def file_names(self) -> tuple[str, ...]:
+    """Returns the name of each image's file; none where images have no file of their own."""
+    return getattr(self.source, "file_names", ())
+
+  @property
   def in_epoch(self) -> int:
     """Returns the number of images of an epoch of training."""
     return self.shares.per_epoch if self.shares else len(self)

@@ -235,6 +235,7 @@ class UnionExamples(Sequence):
 
   Attributes:
     class_names: the name of the set, a slash and that of the class.
+    file_names: the name of the set, a slash and the image's file or number.
     sizes: images of each set.
     shape: `(H, W, D)`; None for a size that differs between images.
     unreadable: as in `folders.FolderImages`, of all folders.
@@ -248,8 +249,9 @@ class UnionExamples(Sequence):
     self._told = is_told(source.name)
     self.sizes = tuple(len(each) for each in sets)
     self._ends = np.cumsum(self.sizes)
+    self._names = source_names(source.name)
     names, self._first = [], []
-    for name, each in zip(source_names(source.name), sets, strict=True):
+    for name, each in zip(self._names, sets, strict=True):
       if each.shape[-1] not in (1, COLOURS):
         raise ValueError(
           f"sets of a union must have 1 or {COLOURS} channels; {name} has {each.shape[-1]}"
@@ -263,6 +265,15 @@ class UnionExamples(Sequence):
 
   def __len__(self) -> int:
     return sum(self.sizes)
+
+  @property
+  def file_names(self) -> tuple[str, ...]:
+    """Returns the set of each image, and its file or number there."""
+    found = []
+    for name, each in zip(self._names, self._sets, strict=True):
+      own = getattr(each, "file_names", ()) or range(len(each))
+      found += [f"{name}{_JOINT}{of_image}" for of_image in own]
+    return tuple(found)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < len(self):

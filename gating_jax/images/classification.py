@@ -492,7 +492,8 @@ class Classification(runner.Programme):
     found = None
     # The classes of pixels are no classes of scenes.
     if self.classes():
-      found = image_report.predict_images(evaluated.images, experiment.test.class_names)
+      file_names = getattr(experiment.test, "file_names", ())
+      found = image_report.predict_images(evaluated.images, experiment.test.class_names, file_names)
     if found is not None:
       predictions.write_csv(run_dir.path, found)
     for name, figure in figures.items():

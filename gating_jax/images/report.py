@@ -52,6 +52,7 @@ class ImageRun:
     gates: results for the gates; None for an ungated net.
     layers: name and number of gates of each layer.
     class_names: K names; None where an image has no class.
+    file_names: of the test images; none where they have no file of their own.
     prior: the prior of open probabilities; None where they have none.
     config: name and value of each setting.
     read: pixels `[n, H, W, D]` of test images, by number.
@@ -77,6 +78,7 @@ class ImageRun:
   prior: Prior | None
   config: Sequence[tuple[str, str]]
   read: Callable[[np.ndarray], np.ndarray]
+  file_names: Sequence[str] = ()
   pictures: Sequence[tuple[Any, str]] = ()
   confusions: Sequence[page.Section] = ()
   around: frame.Surroundings = frame.Surroundings()
@@ -151,6 +153,7 @@ def describe_run(
     gates=gates,
     layers=layers,
     class_names=class_names,
+    file_names=getattr(experiment.test, "file_names", ()),
     prior=experiment.objective.prior if shaped else None,
     config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
     read=lambda index: experiment.test.read(index)[0],
@@ -295,9 +298,15 @@ def _score(run: ImageRun) -> page.Section:
 
 
 def predict_images(
-  images: ImageBehaviour, class_names: Sequence[str]
+  images: ImageBehaviour, class_names: Sequence[str], file_names: Sequence[str] = ()
 ) -> predictions.Predictions | None:
-  """Returns the prediction for each test image; None where an image has no class."""
+  """Returns the prediction for each test image; None where an image has no class.
+
+  Args:
+    images: the test images.
+    class_names: one per class.
+    file_names: of the images; without them they are numbered.
+  """
   if images.predicted is None or images.labels is None:
     return None
   more = {
@@ -305,7 +314,12 @@ def predict_images(
     "MACs": [f"{macs:.0f}" for macs in images.macs],
   }
   return predictions.of_classes(
-    "image", images.labels, images.predicted, class_names=class_names, more=more
+    "image",
+    images.labels,
+    images.predicted,
+    class_names=class_names,
+    names=file_names,
+    more=more,
   )
 
 
@@ -313,7 +327,7 @@ def _predictions(run: ImageRun) -> list[page.Section]:
   """Returns the section of predictions, or nothing where an image has no class."""
   found = None
   if run.class_names is not None:
-    found = predict_images(run.images, run.class_names)
+    found = predict_images(run.images, run.class_names, run.file_names)
   return [] if found is None else [predictions.make_section(found, run.noun)]
 
 

@@ -67,22 +67,25 @@ def of_classes(
   labels: np.ndarray,
   predicted: np.ndarray,
   class_names: Sequence[str],
+  *,
+  names: Sequence[str] = (),
   more: Mapping[str, Sequence[str]] | None = None,
 ) -> Predictions:
-  """Returns predictions for examples without names, which are numbered from 0 in the test's order.
+  """Returns predictions of one class for each example.
 
   Args:
     noun: the word for an example, such as `image`.
     labels, predicted: `[N]` classes, as integers.
     class_names: one per class.
+    names: of the examples; without names they are numbered from 0 in the test's order.
     more: further columns, after these.
   """
   columns = {
-    noun: [str(number) for number in range(len(labels))],
+    noun: [*names] if names else [str(number) for number in range(len(labels))],
     "class": [class_names[c] for c in labels],
     "prediction": [class_names[c] for c in predicted],
   }
-  terms = {noun: "its number in the test set, from 0"}
+  terms = {noun: "its file" if names else "its number in the test set, from 0"}
   for name in (*columns, *(more or {})):
     if name in _TERMS:
       terms[name] = _TERMS[name]

@@ -169,10 +169,37 @@ def test_a_folder_of_odd_images_trains_and_reports(odd, tmp_path, monkeypatch):
   assert (sum(counts), result["images"]) == (90, counts[1])
   rows = read_rows(tmp_path / "run" / "unreadable_files.csv")
   assert [row["path"] for row in rows] == sorted(reasons)
+  predicted = read_rows(tmp_path / "run" / "predictions.csv")
+  assert len(predicted) == counts[1]
+  for row in predicted:
+    assert (folder / row["image"]).is_file()
+    assert Path(row["image"]).parent.name == row["class"]
   page = (tmp_path / "run" / "report.html").read_text()
   assert "10, listed in unreadable_files.csv" in page
   for name in ("it&#39;s", "ümlaut 日本"):
     assert name in page
+
+
+@pytest.mark.slow
+def test_a_table_of_odd_images_trains_and_reports(odd, tmp_path, monkeypatch):
+  monkeypatch.setitem(resnets.RESNETS, "tiny", tiny_cli.TINY)
+  folder, reasons = odd
+  listed = [entry.file for entry in folders.list_files(folder, folders.ENDINGS).entries]
+  table = tmp_path / "my table.csv"
+  with table.open("w", newline="", encoding="utf-8") as lines:
+    writer = csv.writer(lines)
+    writer.writerow(("label", "path", "split"))
+    for i, file in enumerate(listed):
+      writer.writerow((file.parent.name, file, "mine" if i % 5 else "yours"))
+  splits = {"data.train_split": "mine", "data.test_split": "yours"}
+  config = config_of("digits_resnet20", table, **{"optim.batch_size": 16, **splits})
+  classification.run(config, tmp_path / "run", "train")
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  tested = [file for file in listed[::5] if str(file) not in reasons]
+  assert (result["classes"], result["unreadable_files"]) == (list(CLASSES), len(reasons))
+  assert result["images"] == len(tested)
+  predicted = [row["image"] for row in read_rows(tmp_path / "run" / "predictions.csv")]
+  assert sorted(tmp_path / name for name in predicted) == sorted(tested)
 
 
 def test_a_result_counts_the_files_that_went_bad_in_the_training_too(odd, monkeypatch):
@@ -210,6 +237,8 @@ def test_tasks_are_made_of_the_classes_of_a_folder(odd, tmp_path, monkeypatch):
   assert 0 <= first <= 1
   assert 0 <= second <= 1
   assert len(reasons) == len(read_rows(tmp_path / "run" / "unreadable_files.csv"))
+  for row in read_rows(tmp_path / "run" / "predictions.csv"):
+    assert (folder / row["image"]).parent.name == row["class"]
 
 
 def test_tasks_of_a_folder_know_its_unreadable_files(odd, monkeypatch):

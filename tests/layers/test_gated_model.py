@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
 from gating_jax import GatedModel, batch_shaping_loss, beta, find_pairs, model_summary
+from gating_jax.inference import folded
 from gating_jax.inference.folding import fold
 from gating_jax.layers.gate import GateSettings, gate_controls, is_gate_path
 from gating_jax.layers.gated_model import holds_channels
@@ -498,6 +499,45 @@ def test_closed_channels_are_those_that_the_reader_does_not_see(kind):
       flat[(collection, *path)] = value
   expected = model.apply(traverse_util.unflatten_dict(flat), IMAGES)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+# The reason why pairs of a model cannot be folded; none where they can.
+NOT_FOLDED = {
+  PlainCNN: r"Conv_0, Conv_1 \(the second does not read a ReLU\)",
+  PreActivationResNet: None,
+  InvertedResidual: r"depthwise, project \(depthwise has groups",
+  Mixer: r"tokens/Dense_0, tokens/Dense_1 \(tokens/Dense_0 is no nn.Conv\)",
+  WithSetup: r"layers_0, layers_1 \(layers_0 is no nn.Conv\)",
+  UNet: None,
+  ConvNeXt: r"block0_pwconv1 is no nn.Conv",
+  Transformer: r"mlp_in, mlp_out \(mlp_in is no nn.Conv\)",
+  Rematerialised: None,
+}
+
+
+@pytest.mark.thin(2)
+@each_model
+def test_pairs_are_folded_or_named_with_the_reason(kind):
+  gated, variables, _ = made(kind)
+  rng = np.random.default_rng(2)
+  flat = dict(traverse_util.flatten_dict(variables))
+  for path, value in flat.items():
+    # Gates that are open for some images alone.
+    if path[-2:] == ("logits", "kernel"):
+      flat[path] = rng.normal(0, 3, value.shape).astype(np.float32)
+    elif path[-2:] == ("logits", "bias"):
+      flat[path] = np.zeros_like(value)
+  variables = traverse_util.unflatten_dict(flat)
+  if NOT_FOLDED[kind]:
+    with pytest.raises(ValueError, match=NOT_FOLDED[kind]):
+      fold(gated, variables, IMAGES)
+    return
+  y, records = gated.apply(variables, IMAGES)
+  outputs, logits = folded.run_net(fold(gated, variables, IMAGES), IMAGES)
+  np.testing.assert_allclose(outputs, y, rtol=1e-5, atol=1e-6)
+  for found, record in zip(logits, records, strict=True):
+    np.testing.assert_allclose(found, record.logits, rtol=1e-4, atol=1e-5)
+    assert 0 < np.mean(record.gates) < 1
 
 
 @pytest.mark.thin(2)
