@@ -17,7 +17,8 @@ import numpy as np
 from gating_jax.analysis import scores, statistics
 from gating_jax.checks import few
 from gating_jax.data.image_sets import padded_batches
-from gating_jax.data.videos import VideoArrays, VideoSet, find_shared
+from gating_jax.data.shared_videos import find_shared
+from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.ops import confidence, selection
 from gating_jax.terminal import warn
 from gating_jax.training import devices, hosts

@@ -22,7 +22,8 @@ from gating_jax import runner
 from gating_jax.config_files import Config
 from gating_jax.data.checked_files import write_unreadable
 from gating_jax.data.image_sets import process_indices
-from gating_jax.data.videos import VideoArrays, check_apart
+from gating_jax.data.shared_videos import check_apart
+from gating_jax.data.videos import VideoArrays
 from gating_jax.reports import tables
 from gating_jax.reports.text import format_percent
 from gating_jax.terminal import say, working

@@ -12,13 +12,7 @@ from gating_jax.data.image_sets import batch_indices, padded_batches
 from gating_jax.data.video_features import FeatureFolder
 from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.video_tables import VideoTable
-from gating_jax.data.videos import (
-  VideoArrays,
-  check_apart,
-  find_shared,
-  segment_starts,
-  timed_starts,
-)
+from gating_jax.data.videos import VideoArrays, segment_starts, timed_starts
 from tests.helpers import made_videos
 
 SOME = st.integers(1, 70)
@@ -437,49 +431,6 @@ def test_features_are_found_under_the_name_of_the_video(features):
 def test_a_name_without_suffix_finds_a_file_of_any_known_suffix(tmp_path, suffix):
   (tmp_path / f"v0{suffix}").write_bytes(b"film")
   assert VideoFolder(table(("v0",)), tmp_path, **CLIPS).paths == [tmp_path / f"v0{suffix}"]
-
-
-def features_of(folder, names, content=None):
-  """Writes files of features, each with a number of its own, and opens them as a set."""
-  for i, name in enumerate(names):
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    rows = np.full((3, 2), i if content is None else content, np.float32)
-    np.save(folder / f"{name}.npy", rows)
-  return FeatureFolder(table(names), folder, segments=2)
-
-
-def test_a_file_in_two_splits_is_named_whatever_the_case_of_its_name(tmp_path):
-  train = features_of(tmp_path, ("a", "b.c", "b.d"))
-  np.save(tmp_path / "A.npy", np.ones((3, 2), np.float32))
-  (tmp_path / "link.npy").symlink_to(tmp_path / "b.c.npy")
-  names = ("A.mp4", "link", "new")
-  np.save(tmp_path / "new.npy", np.full((3, 2), 7, np.float32))
-  test = FeatureFolder(table(names), tmp_path, segments=2)
-  shared = find_shared(train, test)
-  assert shared.by_path == [("a", "A.mp4"), ("b.c", "link")]
-  assert shared.by_content == []
-  with pytest.raises(ValueError, match="2 of training are also in test: A.mp4, link"):
-    check_apart(training=train, validation=None, test=test)
-  check_apart(training=train, validation=None, test=arrays_of(np.arange(5)))
-
-
-def test_copies_of_a_file_in_two_splits_are_found_by_their_bytes(tmp_path):
-  train = features_of(tmp_path / "train", ("a", "b", "c"))
-  test = features_of(tmp_path / "test", ("d",), content=1)
-  other = features_of(tmp_path / "test", ("e",), content=9)
-  assert find_shared(train, test).by_content == [("b", "d")]
-  assert find_shared(train, other) == ([], [])
-  check_apart(training=train, test=test)
-
-
-def test_files_alike_in_their_beginnings_are_compared_whole(tmp_path):
-  for name, last in (("a", 0), ("b", 1), ("c", 1)):
-    rows = np.zeros((100_000, 1), np.float32)
-    rows[-1] = last
-    np.save(tmp_path / f"{name}.npy", rows)
-  train = FeatureFolder(table(("a", "b")), tmp_path, segments=2)
-  test = FeatureFolder(table(("c",)), tmp_path, segments=2)
-  assert find_shared(train, test).by_content == [("b", "c")]
 
 
 def test_a_folder_whose_features_cannot_be_read_is_refused(tmp_path):
