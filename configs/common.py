@@ -69,7 +69,8 @@ def image_config() -> Config:
         "cutout_size": 0,  # pixels: width of a square at a random place that is set to the mean
       },
       "model": {
-        # resnet8, 14, 20, 32, 44, 56, 110; for large images 18, 34, 50, 101; vgg8, 16; simple_cnn
+        # resnet8, 14, 20, 32, 44, 56, 110; for large images 18, 34, 50, 101, 152; vgg8, 16;
+        # simple_cnn
         "name": "resnet20",
         "width": 1.0,  # factor of every channel count, such as 0.25 or 20
         # factor of the channels between a residual block's convolutions, which gates choose from

@@ -1,4 +1,4 @@
-"""Split CIFAR-10: five tasks of two classes each, with the ResNet18 of the paper and its recipe.
+"""Split CIFAR-10: five tasks of two classes each, with the ResNet18 of the paper.
 
     gating-jax --config=configs/split_cifar10.py --workdir=runs/split_cifar10 --mode=train
 

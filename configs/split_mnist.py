@@ -1,4 +1,4 @@
-"""Split MNIST: five tasks of two digits each, with the SimpleCNN of the paper and its recipe.
+"""Split MNIST: five tasks of two digits each, with the SimpleCNN of the paper.
 
     gating-jax --config=configs/split_mnist.py --workdir=runs/split_mnist --mode=train
 

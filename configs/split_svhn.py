@@ -1,4 +1,4 @@
-"""Split SVHN: five tasks of two digits each, with the SimpleCNN of the paper and its recipe.
+"""Split SVHN: five tasks of two digits each, with the SimpleCNN of the paper.
 
     gating-jax --config=configs/split_svhn.py --workdir=runs/split_svhn --mode=train
 

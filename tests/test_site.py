@@ -1,6 +1,8 @@
 """The documentation site builds strictly, names every public name, and fetches nothing."""
 
 import importlib.util
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -35,6 +37,15 @@ def test_the_reference_has_every_public_name_of_a_package(package):
   # A name that the top level has too is described under that.
   described = {name.rpartition(".")[2] for name in reference_names()}
   assert set(public) <= described
+
+
+def test_every_function_and_class_of_the_reference_has_an_example():
+  without = []
+  for name in reference_names():
+    value = pkgutil.resolve_name(name)
+    if (inspect.isroutine(value) or inspect.isclass(value)) and ">>>" not in (value.__doc__ or ""):
+      without.append(name)
+  assert without == []
 
 
 def test_every_page_answers_a_question_begins_with_code_and_says_what_to_read_next():

@@ -236,7 +236,20 @@ def information_floor(examples: np.ndarray) -> float:
 
 
 def summary(found: Diagnosis) -> dict[str, Any]:
-  """Returns the number of gates of each outcome, and means over gates, as plain numbers."""
+  """Returns the number of gates of each outcome, and means over gates, as plain numbers.
+
+  Args:
+    found: of `diagnose`, with G gates.
+  Returns:
+    `gates`, the number G, and one number for each of `OUTCOMES`; `mean_open`, `disagreement`,
+    `input_information` and `class_information`, means over gates; the last is left out where there
+    is only one class.
+
+  >>> gates, labels = np.array([[1, 0], [1, 1]] * 50), np.array([0, 1] * 50)
+  >>> numbers = summary(diagnose(tally(gates, gates, labels, classes=2)))
+  >>> numbers["gates"], numbers["always_open"], numbers["conditional"], numbers["mean_open"]
+  (2, 1, 1, 0.75)
+  """
   numbers = {"gates": len(found.outcomes), "mean_open": float(np.mean(found.open_rates))}
   for position, outcome in enumerate(OUTCOMES):
     numbers[outcome] = int(np.count_nonzero(found.outcomes == position))
@@ -249,7 +262,19 @@ def summary(found: Diagnosis) -> dict[str, Any]:
 
 
 def by_layer(found: Diagnosis, layers: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
-  """Returns the `summary` of each layer, for layers given as (name, gates), in the gates' order."""
+  """Returns the `summary` of each layer.
+
+  Args:
+    found: of `diagnose`, with the gates of one layer after those of another.
+    layers: name and number of gates of each layer, in that order.
+  Returns:
+    The summaries, each with its `layer`.
+
+  >>> gates, labels = np.array([[1, 0], [1, 1]] * 50), np.array([0, 1] * 50)
+  >>> found = diagnose(tally(gates, gates, labels, classes=2))
+  >>> [(row["layer"], row["mean_open"]) for row in by_layer(found, [("conv1", 1), ("conv2", 1)])]
+  [('conv1', 1.0), ('conv2', 0.5)]
+  """
   rows, start = [], 0
   for name, size in layers:
     # Gates of a layer are adjacent, so each layer is a slice of every array.

@@ -47,8 +47,8 @@ def map_over_devices(
 ) -> Callable:
   """Runs `fn` on every device, with `AXIS` as the name of the device axis for its collectives.
 
-  Inside, gradients are local with either backend: `value_and_grad_over_devices(loss, AXIS)`
-  averages them.
+  Inside, gradients are local with either backend, and
+  `value_and_grad_over_devices(loss, axis_name=AXIS)` averages them.
 
   Args:
     fn: a pure function of arrays.
@@ -63,6 +63,14 @@ def map_over_devices(
     a compiled function. Pass it the result of `replicate`, or its own results, to avoid copies.
   Raises:
     ValueError: an unknown backend or kind; a batch that does not divide over the devices.
+
+  >>> mean_over_job = map_over_devices(
+  ...   lambda scale, x: jax.lax.pmean(scale * x.mean(), AXIS),
+  ...   args=(REPLICATED, BATCH),
+  ...   results=REPLICATED,
+  ... )
+  >>> float(mean_over_job(2.0, np.arange(8.0)))
+  7.0
   """
   one_of("backend", backend, BACKENDS)
   for kind in (*args, *jax.tree.leaves(results)):
@@ -216,7 +224,14 @@ def _own_copy(tree: Any, axis_name: Hashable) -> Any:
 
 
 def device_mesh(devices: Sequence[Device] | None = None) -> Mesh:
-  """Returns the mesh of all devices of the job on one axis."""
+  """Returns the mesh of devices on one axis, `AXIS`.
+
+  Args:
+    devices: all of the job's by default.
+
+  >>> device_mesh().shape[AXIS] == jax.device_count()
+  True
+  """
   return Mesh(
     np.array(jax.devices() if devices is None else list(devices)),
     (AXIS,),
@@ -237,6 +252,9 @@ def replicate(tree: Any, devices: Sequence[Device] | None = None) -> Any:
     devices: all of the job's by default.
   Returns:
     the tree with global arrays, each with a full copy on every device.
+
+  >>> replicate({"weights": np.ones(3)})["weights"].sharding.is_fully_replicated
+  True
   """
   sharding = replicated_sharding(devices)
   if jax.process_count() == 1:
