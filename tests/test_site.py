@@ -109,7 +109,17 @@ def test_the_site_builds_strictly_and_opens_without_a_network(site):
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("page", ["index", "inference", "results/continual", "reference/losses"])
+@pytest.mark.parametrize(
+  "page",
+  [
+    "index",
+    "gate_your_model",
+    "inference",
+    "reference/losses",
+    "results/continual",
+    "training/settings",
+  ],
+)
 def test_no_page_is_wider_than_the_window(site, page, width):
   found = look_at(site / f"{page}.html", width)
   assert (found["scrolls"], found["broken"], found["nameless"]) == (False, [], 0)
