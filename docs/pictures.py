@@ -6,7 +6,7 @@
     python docs/pictures.py runs/digits runs/split_digits runs/timegate
 
 Most are taken from the runs' own pages. The gates over images are drawn here, with fewer gates than
-a page has. Without run directories it draws the pictures of tables in docs/results alone.
+a page has. Without run directories it draws the pictures of tables alone.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def draw_gates_over_images(workdir: Path) -> Figure:
   return draw_image_rows(rows, labels)
 
 
-def rows_of_table(page: str, heading: str) -> list[list[str]]:
-  """Returns the cells of the first table below a heading of docs/results, without its first row."""
-  text = (DOCS / "results" / page).read_text()
-  lines = iter(text.split(heading, maxsplit=1)[1].splitlines())
+def rows_of_table(page: str, line: str) -> list[list[str]]:
+  """Returns the cells of the first table behind a line of a page, without its first row."""
+  text = (DOCS / page).read_text()
+  lines = iter(text.split(line, maxsplit=1)[1].splitlines())
   table = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
   rows = itertools.takewhile(lambda line: line.startswith("|"), table)
   cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -127,7 +127,7 @@ def new_axes(*, x: str, y: str) -> tuple[Figure, Axes]:
 
 def draw_accuracy_against_macs() -> Figure:
   """Draws ungated and gated nets after 100 epochs of CIFAR-10, two seeds each."""
-  rows = rows_of_table("images.md", "**Does length decide?**")
+  rows = rows_of_table("results/images.md", "**Does length decide?**")
   figure, axes = new_axes(x="million multiply-accumulates of a test image", y="test accuracy (%)")
   for kind, colour, marker in (("ungated", _BLUE, "o"), ("gated", _GREEN, "s")):
     chosen = [row for row in rows if row[0].startswith(f"{kind}, ")]
@@ -142,7 +142,7 @@ def draw_accuracy_against_macs() -> Figure:
 
 def draw_trained_net_made_cheaper() -> Figure:
   """Draws nets made of a trained one, at three fractions of its MACs, two seeds each."""
-  rows = rows_of_table("images.md", "## Worlds: a trained net made cheaper")
+  rows = rows_of_table("results/images.md", "## Worlds: a trained net made cheaper")
   percent = [float(row[0]) for row in rows]
   figure, axes = new_axes(x="MACs, % of the trained net's", y="test accuracy (%)")
   kinds = (("gated", _GREEN, "s"), ("pruned", _ORANGE, "^"), ("narrower", _BLUE, "o"))
@@ -158,7 +158,7 @@ def draw_trained_net_made_cheaper() -> Figure:
 
 def draw_speed_against_open() -> Figure:
   """Draws how much faster the native kernel is, by the fraction of channels that are open."""
-  rows = rows_of_table("inference.md", "### The native kernel")
+  rows = rows_of_table("results/inference.md", "### The native kernel")
   chosen = ("1 x 32 x 16", "1 x 64 x 32", "8 x 64 x 16", "64 x 16 x 32")
   figure, axes = new_axes(x="open channels (%)", y="times as fast as XLA")
   for row in rows:
@@ -178,7 +178,7 @@ def draw_speed_against_open() -> Figure:
 
 def draw_selections() -> Figure:
   """Draws accuracy against MACs of the ways to choose segments of the embedded videos."""
-  rows = rows_of_table("video.md", "## Long videos: the embedded task")
+  rows = rows_of_table("results/video.md", "## Long videos: the embedded task")
   figure, axes = new_axes(x="MACs, % of the heavy net on all segments", y="test accuracy (%)")
   for name, _, mean, macs, *_ in rows:
     if name not in _SELECTIONS:
@@ -193,14 +193,14 @@ def draw_selections() -> Figure:
   return figure
 
 
-def draw_bars(heading: str, names: Mapping[int, str]) -> Figure:
-  """Draws milliseconds of a table of docs/results/suite.md, a bar for each of these columns."""
-  table = rows_of_table("suite.md", heading)
-  figure, axes = new_axes(x="milliseconds for value and gradient", y="")
+def draw_bars(table: list[list[str]], names: Mapping[int, str], *, x: str) -> Figure:
+  """Draws times of a table, a bar for each of these columns."""
+  figure, axes = new_axes(x=x, y="")
+  figure.set_size_inches(6, max(3.4, 0.55 * len(table)))
   places = np.arange(len(table))
   height = 0.8 / len(names)
   for i, (column, name) in enumerate(names.items()):
-    # A cell may have a ratio behind its time, in brackets.
+    # A cell may have a unit and a ratio behind its time.
     times = [float(row[column].split()[0].replace(",", "")) for row in table]
     offset = (i - (len(names) - 1) / 2) * height
     colour = (_GREEN, _BLUE, _ORANGE)[i]
@@ -213,6 +213,16 @@ def draw_bars(heading: str, names: Mapping[int, str]) -> Figure:
   return figure
 
 
+def rows_of_gpu() -> list[list[str]]:
+  """Returns the table of the Pallas kernel on a GPU, with shape and open channels in one cell."""
+  rows, shape = rows_of_table("accelerators.md", "Measured on one NVIDIA H200"), ""
+  for row in rows:
+    # A shape stands in the first of its rows.
+    shape = row[0].partition(" / ")[0] or shape
+    row[0] = f"{shape}, {row[1]} open"
+  return rows
+
+
 def main(*workdirs: Path) -> None:
   """Draws the pictures of tables, and those of the runs of digits, tasks and videos if given."""
   (DOCS / "pictures").mkdir(exist_ok=True)
@@ -220,10 +230,16 @@ def main(*workdirs: Path) -> None:
   write_figure("trained_net_made_cheaper", draw_trained_net_made_cheaper())
   write_figure("speed_against_open", draw_speed_against_open())
   write_figure("selections_of_segments", draw_selections())
+  milliseconds = "milliseconds for value and gradient"
   ways = {2: "exchange='all_to_all'", 1: "exchange='gather'"}
-  write_figure("exchange", draw_bars("## The loss: devices", ways))
+  table = rows_of_table("results/suite.md", "## The loss: devices")
+  write_figure("exchange", draw_bars(table, ways, x=milliseconds))
   losses = {1: "ours", 2: "plain autodiff", 3: "the authors' PyTorch loss"}
-  write_figure("time_of_the_loss", draw_bars("## The loss: time", losses))
+  table = rows_of_table("results/suite.md", "## The loss: time")
+  write_figure("time_of_the_loss", draw_bars(table, losses, x=milliseconds))
+  convolutions = {4: "our kernel", 2: "dense"}
+  bars = draw_bars(rows_of_gpu(), convolutions, x="microseconds for both convolutions of a block")
+  write_figure("kernel_on_gpu", bars)
   if not workdirs:
     return
   digits, tasks, videos = workdirs
