@@ -131,10 +131,11 @@ def test_what_is_replayed_does_not_depend_on_how_the_batch_is_spread(make):
   one = whole.replay(memory, batch(1, 8), jnp.int32(1), key)
   parts = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), (batch(1, 8).x, batch(1, 8).labels))
   two = jax.pmap(
-    lambda x, labels: spread.replay(memory, Batch(x, labels, key, 0.0), jnp.int32(1), key),
+    lambda memory, x, labels: spread.replay(memory, Batch(x, labels, key, 0.0), jnp.int32(1), key),
     axis_name="devices",
+    in_axes=(None, 0, 0),
     devices=jax.devices()[:2],
-  )(*parts)
+  )(memory, *parts)
   np.testing.assert_array_equal(two.labels.reshape(-1), one.labels)
   # Rounded to pixels.
   np.testing.assert_allclose(two.x.reshape(one.x.shape), one.x, atol=1 / 255 + 1e-6)

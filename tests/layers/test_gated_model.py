@@ -462,13 +462,14 @@ def test_without_pairs_it_trains_as_the_model_does(kind):
   # The model's own word for its mode, where it has one.
   names = inspect.signature(kind.__call__).parameters
   mode = {name: value for name, value in MODES.items() if name in names}
+  rngs = {"dropout": jax.random.key(1)}
 
   def theirs(variables):
-    return model.apply(variables, IMAGES, mutable=["batch_stats"], **mode)
+    return model.apply(variables, IMAGES, mutable=["batch_stats"], rngs=rngs, **mode)
 
   def ours(variables):
     gated = GatedModel(model, ())
-    (y, _), new = gated.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    (y, _), new = gated.apply(variables, IMAGES, train=True, mutable=["batch_stats"], rngs=rngs)
     return y, new
 
   (expected, statistics), (y, new) = jax.jit(theirs)(plain), jax.jit(ours)(plain)
@@ -603,7 +604,8 @@ def test_it_trains_under_jit_grad_and_remat(kind):
     return nll + shaping, new["batch_stats"]
 
   def forward(variables, key):
-    return gated.apply(variables, IMAGES, train=True, mutable=["batch_stats"], rngs={"gate": key})
+    rngs = {"gate": key, "dropout": key}
+    return gated.apply(variables, IMAGES, train=True, mutable=["batch_stats"], rngs=rngs)
 
   grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
   grads, stats = grad(variables["params"], forward)
