@@ -375,6 +375,23 @@ def test_pictures_are_turned_only_where_that_is_asked():
   assert features.decode_picture(buffer.getvalue(), 3, upright=True).shape == (6, 4, 3)
 
 
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/">
+<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>
+</rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("note", ["exif", "xmp", None])
+def test_a_jpeg_is_turned_by_either_note_of_its_camera(note):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  buffer = io.BytesIO()
+  picture().save(buffer, "JPEG", **({note: {"exif": exif, "xmp": XMP}[note]} if note else {}))
+  upright = features.decode_picture(buffer.getvalue(), 3, upright=True)
+  assert upright.shape == ((6, 4, 3) if note else (4, 6, 3))
+  assert features.decode_picture(buffer.getvalue(), 3).shape == (4, 6, 3)
+
+
 def test_a_split_and_a_folder_whose_files_are_all_damaged_are_named(tmp_path):
   classes(tmp_path / "train", 1)
   for split in ("val", "test"):
