@@ -1,11 +1,15 @@
 """Methods of continual learning on one config: accuracies, forgetting and cost.
 
     python benchmarks/continual.py --runs=runs/continual --config=split_digits:width=0.3 \
-        --methods=ewc,lwf --seeds=0,1
+        --methods=ewc,lwf --seeds=0,1 [--alone=5]
 
 Each run is a run directory, so that finished ones are not repeated. Accuracy, with the task known
 and unknown, is the mean over tasks after the last; forgetting is with the task known, in points;
 overlap is the fraction of units that two tasks have in common.
+
+`--alone=5` trains a network for each of the first five tasks, on that task alone, and prints means
+over them: what a method could reach if tasks cost each other nothing. Of an ungated net,
+`--methods=fine_tuning` is the baseline of methods that forget nothing.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import importlib
 import json
 import statistics
 import sys
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,7 +35,11 @@ from gating_jax.training import rundir
 
 def main():
   """Prints a line for each method."""
-  args = arguments(__doc__, ",".join(METHODS)).parse_args()
+  parser = arguments(__doc__, ",".join(METHODS))
+  parser.add_argument(
+    "--alone", type=int, default=0, metavar="TASKS", help="one network for each of so many tasks"
+  )
+  args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()
   seeds = [int(seed) for seed in args.seeds.split(",")]
   print(
@@ -40,8 +49,9 @@ def main():
     f"{'seconds':>9}",
     flush=True,
   )
+  train = run_alone if args.alone else run
   for method in args.methods.split(","):
-    print(row(method, [run(args, method, seed) for seed in seeds]), flush=True)
+    print(row(method, [train(args, method, seed) for seed in seeds]), flush=True)
 
 
 def row(method, results):
@@ -126,13 +136,44 @@ def present_name(config, field):
   return present
 
 
-def run(args, method, seed):
-  """Returns the result of a run; ends this process where the run was stopped."""
-  workdir = args.runs / args.config.replace(":", "-") / f"{method}-{seed}"
+def run_alone(args, method, seed):
+  """Returns the means of the results of networks that have each learnt one task."""
+  width = configured(args, {}).tasks.classes_per_task
+  results = []
+  for task in range(args.alone):
+    classes = tuple(range(width * task, width * (task + 1)))
+    fields = {"tasks.classes": (classes,)}
+    results.append(run(args, method, seed, fields=fields, name=f"{method}-task{task + 1}"))
+  return mean_result(results)
+
+
+def mean_result(results):
+  """Returns what `row` reads of a result: means over results, and the sum of their seconds."""
+  means = {}
+  for kind in ("task_aware", "task_agnostic"):
+    accuracy = statistics.mean(r[kind]["average_accuracy"] for r in results)
+    means[kind] = {"average_accuracy": accuracy, "forgetting": None}
+  for key in ("task_aware_macs", "task_agnostic_macs", "dense_macs", "params", "memory_mb"):
+    means[key] = statistics.mean(r[key] for r in results)
+  means["seconds_since_last_start"] = sum(r["seconds_since_last_start"] for r in results)
+  return means
+
+
+def run(args, method, seed, fields=types.MappingProxyType({}), *, name=None):
+  """Returns the result of a run; ends this process where the run was stopped.
+
+  Args:
+    args: of the command.
+    method, seed: of the run.
+    fields: further fields of the config, by their names.
+    name: of the run directory, before its seed; by default that of the method.
+  """
+  workdir = args.runs / args.config.replace(":", "-") / f"{name or method}-{seed}"
   workdir.parent.mkdir(parents=True, exist_ok=True)
   with workdir.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
     # A finished run is not repeated, and a run of another config is an error.
-    continual_run.run(configured(args, {"method": method, "seed": seed}), workdir, "train")
+    config = configured(args, {"method": method, "seed": seed, **fields})
+    continual_run.run(config, workdir, "train")
   if not (workdir / "result.json").exists():
     raise SystemExit(f"stopped in {workdir}; the same command goes on from there")
   return json.loads((workdir / "result.json").read_text())
