@@ -51,8 +51,13 @@ def test_columns_of_other_lengths_are_refused():
 
 
 def test_images_are_numbered_and_their_classes_named():
-  found = predictions.of_classes(
-    "image", np.array([1, 0]), np.array([1, 1]), ("cat", "dog"), {"loss": ["0.1", "2.0"]}
-  )
+  labels, predicted, classes = np.array([1, 0]), np.array([1, 1]), ("cat", "dog")
+  more = {"loss": ["0.1", "2.0"]}
+  found = predictions.of_classes("image", labels, predicted, classes, more=more)
   assert found.header() == ["image", "class", "prediction", "loss", "right"]
   assert found.rows() == [["0", "dog", "dog", "0.1", "yes"], ["1", "cat", "dog", "2.0", "no"]]
+  assert found.terms["image"] == "its number in the test set, from 0"
+  names = ("dog/a.png", "cat/b.png")
+  found = predictions.of_classes("image", labels, predicted, classes, names=names, more=more)
+  assert [row[0] for row in found.rows()] == [*names]
+  assert found.terms["image"] == "its file"
