@@ -132,7 +132,6 @@ class FolderImages(Sequence):
 
   Attributes:
     class_names: one per class.
-    file_names: of the images, relative to the folder where they lie in it.
     shape: `(None, None, 3)`, since sizes differ between images.
     unreadable: the reason for each file that was left out, of all splits in use, by its path.
   """
@@ -150,8 +149,7 @@ class FolderImages(Sequence):
     unreadable: Mapping[str, str],
   ):
     self.unreadable = dict(unreadable)
-    self._files = [entry.file for entry in entries]
-    self.file_names = tuple(_name_in(folder, file) for file in self._files)
+    self._files, self._folder = [entry.file for entry in entries], folder
     self.class_names = tuple(class_names)
     places = {name: place for place, name in enumerate(class_names)}
     self._labels = [places[entry.label] for entry in entries]
@@ -159,6 +157,12 @@ class FolderImages(Sequence):
 
   def __len__(self) -> int:
     return len(self._files)
+
+  @property
+  def file_names(self) -> tuple[str, ...]:
+    """Returns the path of each image, relative to the folder if it lies there."""
+    # Made when they are asked for: worker processes of a large folder do without.
+    return tuple(_name_in(self._folder, file) for file in self._files)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     pixels = features.to_uint8(_read_file(self._files[index]))
