@@ -123,6 +123,10 @@ def test_sets_of_tfds_and_folders_are_brought_to_one_size(files):
   pixels, labels = stream.read(np.arange(len(images)))
   np.testing.assert_array_equal(pixels, images.pixels)
   np.testing.assert_array_equal(labels, images.labels)
+  # Where images have files, by these; by their numbers otherwise.
+  names = ("made_set/4", "flowers/test/rose/0.png", "flowers/test/rose/1.png", "digits/0")
+  assert images.file_names[4:8] == stream.file_names[4:8] == names
+  assert len(images.file_names) == len(images)
 
 
 @pytest.mark.parametrize(
